@@ -1,0 +1,50 @@
+"""Many LoRA adapters in one batch, on any model that PEFT can adapt.
+
+    mb = peft_multibatch.enable(model)
+    model.generate(**inputs, adapter_ids=[0, 0, 1])
+"""
+
+from peft_multibatch.attach import Multibatch, disable, enable
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    AdapterIdsLengthError,
+    AdapterIdsTypeError,
+    AdaptersDisabledError,
+    BackendUnavailableError,
+    MergedAdaptersError,
+    ModelStateError,
+    MultibatchError,
+    NoAdaptersError,
+    NotEnabledError,
+    RowMappingError,
+    UnknownAdapterError,
+    UnsupportedError,
+)
+from peft_multibatch.report import LayerReport, Report
+from peft_multibatch.segments import SegmentBuffer, Segments
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterIdsError",
+    "AdapterIdsLengthError",
+    "AdapterIdsTypeError",
+    "AdaptersDisabledError",
+    "BackendUnavailableError",
+    "LayerReport",
+    "MergedAdaptersError",
+    "ModelStateError",
+    "Multibatch",
+    "MultibatchError",
+    "NoAdaptersError",
+    "NotEnabledError",
+    "Report",
+    "RowMappingError",
+    "SegmentBuffer",
+    "Segments",
+    "UnknownAdapterError",
+    "UnsupportedError",
+    "disable",
+    "enable",
+]

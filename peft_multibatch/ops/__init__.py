@@ -1,0 +1,136 @@
+"""The two halves of a mixed-adapter LoRA product, as ``torch.library`` ops.
+
+    h     = shrink(x, A, plan, ranks)                            # x @ A.T of every row's own adapter
+    delta = expand(h, B, plan, ranks, scalings, slice_offsets)   # scaling * h @ B.T, every slice into its own columns
+
+Dimension letters, here and in the files beside this one:
+
+    T  rows of x (samples × tokens × beams)     K  input features        N  output features of one slice
+    S  slots (adapters the ops know of)         R  largest rank          I  slices: 1; 2 for gate/up; 3 for q/k/v
+
+Both ops have shape functions and autograd formulas, take persistent plans, and keep their host code out of graphs, so
+that one compiled graph serves any mix of adapters. Eager inference calls ``torch_backend.apply_`` instead, which does
+both at once in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.ops import reference, torch_backend
+
+
+__all__ = ["expand", "reference", "shrink", "torch_backend"]
+
+
+@torch.library.custom_op("peft_multibatch::shrink", mutates_args=())
+def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:
+    """Multiply every row by the ``lora_A`` of its own adapter: ``h = x @ A.T``.
+
+    Args:
+        x: ``[T, K]``, any float dtype and device; ``T`` is a multiple of the plan's entries.
+        weights: ``S * I`` tensors ``[rank or more, K]``, slot by slot and slice by slice; one that is absent is ``[0, K]``.
+        plan: int32, what [`Segments.pack`][peft_multibatch.Segments.pack] returns or a
+            [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds.
+        ranks: int32 ``[S, I]``, true rank of each slot and slice; 0 means that there is no adapter, touch nothing.
+
+    Returns:
+        ``[T, I, R]``, float32 (float64 for float64 input), zero wherever a row has no adapter or a smaller rank.
+
+    Source:
+        The LoRA paper (https://arxiv.org/abs/2106.09685); PEFT's ``lora.Linear.forward``.
+    """
+    return torch_backend.shrink(x, weights, plan, ranks)
+
+
+@torch.library.custom_op("peft_multibatch::expand", mutates_args=())
+def expand(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    plan: Tensor,
+    ranks: Tensor,
+    scalings: Tensor,
+    slice_offsets: Sequence[int],
+) -> Tensor:
+    """Multiply every row by the scaled ``lora_B`` of its own adapter, each slice into its own columns.
+
+    Args:
+        h: ``[T, I, R]``, what ``shrink`` returned.
+        weights: ``S * I`` tensors ``[N, rank or more]``, in the order of ``shrink``'s; ``N`` differs between slices.
+        plan: int32, the same plan.
+        ranks: int32 ``[S, I]``, the same ranks.
+        scalings: float ``[S, I]``, PEFT's ``scaling`` of each slot and slice.
+        slice_offsets: ``I + 1`` column offsets, such as ``[0, q, q + k, q + k + v]``.
+
+    Returns:
+        ``[T, slice_offsets[-1]]`` in the dtype of ``h``, zero where a row has no adapter.
+    """
+    return torch_backend.expand(h, weights, plan, ranks, scalings, slice_offsets)
+
+
+@shrink.register_fake
+def _(x, weights, plan, ranks):
+    shape = (x.shape[0], ranks.shape[1], reference.max_rank(weights, dim=0))
+    return x.new_empty(shape, dtype=torch_backend.accumulator(x, *weights))
+
+
+@expand.register_fake
+def _(h, weights, plan, ranks, scalings, slice_offsets):
+    return h.new_empty(h.shape[0], slice_offsets[-1])
+
+
+# The backward formulas are ops as well: they read the plan, which must not happen while a graph is traced.
+
+
+@torch.library.custom_op("peft_multibatch::shrink_backward", mutates_args=())
+def _shrink_backward_op(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    return torch_backend.shrink_backward(grad, x, weights, plan, ranks)
+
+
+@torch.library.custom_op("peft_multibatch::expand_backward", mutates_args=())
+def _expand_backward_op(
+    grad: Tensor,
+    h: Tensor,
+    weights: Sequence[Tensor],
+    plan: Tensor,
+    ranks: Tensor,
+    scalings: Tensor,
+    slice_offsets: Sequence[int],
+) -> tuple[Tensor, list[Tensor]]:
+    return torch_backend.expand_backward(grad, h, weights, plan, ranks, scalings, slice_offsets)
+
+
+@_shrink_backward_op.register_fake
+@_expand_backward_op.register_fake
+def _(grad, inputs, weights, *args):
+    return torch.empty_like(inputs), [torch.empty_like(weight) for weight in weights]
+
+
+def _shrink_setup(ctx, inputs, output):
+    x, weights, plan, ranks = inputs
+    ctx.save_for_backward(x, plan, ranks, *weights)
+
+
+def _shrink_backward(ctx, grad):
+    x, plan, ranks, *weights = ctx.saved_tensors
+    return *_shrink_backward_op(grad, x, weights, plan, ranks), None, None
+
+
+def _expand_setup(ctx, inputs, output):
+    h, weights, plan, ranks, scalings, ctx.slice_offsets = inputs
+    ctx.save_for_backward(h, plan, ranks, scalings, *weights)
+
+
+def _expand_backward(ctx, grad):
+    h, plan, ranks, scalings, *weights = ctx.saved_tensors
+    grads = _expand_backward_op(grad, h, weights, plan, ranks, scalings, ctx.slice_offsets)
+    return *grads, None, None, None, None
+
+
+shrink.register_autograd(_shrink_backward, setup_context=_shrink_setup)
+expand.register_autograd(_expand_backward, setup_context=_expand_setup)

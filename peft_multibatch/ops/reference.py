@@ -1,0 +1,48 @@
+"""The oracle: what ``shrink`` and ``expand`` mean, row by row, in float64.
+
+Slow and plain on purpose. Everything else in this folder is compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.segments import BASE, Segments
+
+
+def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:
+    """Reference of [`peft_multibatch.ops.shrink`][]; returns float64."""
+    num_slices = ranks.shape[1]
+    h = x.new_zeros(len(x), num_slices, max_rank(weights, dim=0), dtype=torch.float64)
+    for row, slot in enumerate(_row_slots(plan, len(x))):
+        for i in range(num_slices if slot != BASE else 0):
+            rank = int(ranks[slot, i])
+            h[row, i, :rank] = weights[slot * num_slices + i][:rank].double() @ x[row].double()
+    return h
+
+
+def expand(
+    h: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor, scalings: Tensor, slice_offsets: Sequence[int]
+) -> Tensor:
+    """Reference of [`peft_multibatch.ops.expand`][]; returns float64."""
+    num_slices = ranks.shape[1]
+    delta = h.new_zeros(len(h), slice_offsets[-1], dtype=torch.float64)
+    for row, slot in enumerate(_row_slots(plan, len(h))):
+        for i in range(num_slices if slot != BASE else 0):
+            rank = int(ranks[slot, i])
+            out = weights[slot * num_slices + i][:, :rank].double() @ h[row, i, :rank].double()
+            delta[row, slice_offsets[i] : slice_offsets[i + 1]] = scalings[slot, i].double() * out
+    return delta
+
+
+def max_rank(weights: Sequence[Tensor], dim: int) -> int:
+    """Largest rank among adapter weights: dimension 0 of ``lora_A``, dimension 1 of ``lora_B``."""
+    return max((weight.shape[dim] for weight in weights), default=0)
+
+
+def _row_slots(plan: Tensor, rows: int) -> list[int]:
+    slots = Segments.unpack(plan).slots
+    return [slot for slot in slots for _ in range(rows // len(slots))]

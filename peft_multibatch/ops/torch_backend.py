@@ -1,0 +1,123 @@
+"""``shrink`` and ``expand`` with torch's own matrix products, a pair per segment and slice: every device, every dtype.
+
+On a CPU this is the fast path. A decode step there is bound by reading weights and by the number of calls, so nothing is
+gathered, padded or copied: every product reads an adapter's weights where PEFT keeps them.
+
+Products accumulate in float32 (float64 for float64 weights) and a row's delta is rounded once, when it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.ops.reference import max_rank
+from peft_multibatch.segments import BASE, Segments
+
+
+# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the scaling,
+# or None where this adapter has no weights for this slice.
+Projection = tuple[Tensor, Tensor, float]
+SlotWeights = list[Projection | None]
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which products of these tensors are summed."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[int, SlotWeights]) -> None:
+    """Add every row's delta to the outputs of a projection group, in place. Without gradients.
+
+    Args:
+        ys: the base layer's output ``[T, N]`` of each slice; need not be contiguous.
+        x: what all slices read, ``[T, K]``.
+        segments: the call's plan; ``T`` is a multiple of its entries.
+        weights: for each slot of the plan its adapter's weights; a slot may be absent.
+    """
+    for slot, rows in segments.rows(len(x), x.device):
+        slices = weights.get(slot)
+        if slices is None:
+            continue
+        x_rows = x[rows]
+        for y, projection in zip(ys, slices):
+            if projection is None:
+                continue
+            a, b, scaling = projection
+            acc = accumulator(x, a)
+            if x_rows.dtype == a.dtype == y.dtype == acc and isinstance(rows, slice):
+                y[rows].addmm_(torch.mm(x_rows, a), b, alpha=scaling)
+            else:
+                # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
+                h = torch.mm(x_rows.to(a.dtype).to(acc), a.to(acc))
+                y[rows] = (y[rows] + torch.mm(h, b.to(acc)) * scaling).to(y.dtype)
+
+
+def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:
+    """Implementation of [`peft_multibatch.ops.shrink`][]."""
+    acc = accumulator(x, *weights)
+    h = x.new_zeros(len(x), ranks.shape[1], max_rank(weights, dim=0), dtype=acc)
+    for index, i, rank, rows in _live(plan, ranks, len(x), x.device):
+        a = weights[index][:rank]
+        h[rows, i, :rank] = torch.mm(x[rows].to(a.dtype).to(acc), a.t().to(acc))
+    return h
+
+
+def expand(
+    h: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor, scalings: Tensor, slice_offsets: Sequence[int]
+) -> Tensor:
+    """Implementation of [`peft_multibatch.ops.expand`][]."""
+    delta = h.new_zeros(len(h), slice_offsets[-1])
+    scale = scalings.tolist()
+    for index, i, rank, rows in _live(plan, ranks, len(h), h.device):
+        b = weights[index][:, :rank]
+        out = torch.mm(h[rows, i, :rank], b.t().to(h.dtype))
+        delta[rows, slice_offsets[i] : slice_offsets[i + 1]] = out * scale[index // ranks.shape[1]][i]
+    return delta
+
+
+def shrink_backward(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of ``shrink``'s ``x`` and ``weights``."""
+    grad_x = torch.zeros_like(x, dtype=grad.dtype)
+    grad_weights = [torch.zeros_like(weight) for weight in weights]
+    for index, i, rank, rows in _live(plan, ranks, len(x), x.device):
+        a, grad_rows = weights[index], grad[rows, i, :rank]
+        grad_x[rows] += torch.mm(grad_rows, a[:rank].to(grad.dtype))
+        grad_weights[index][:rank] = torch.mm(grad_rows.t(), x[rows].to(a.dtype).to(grad.dtype))
+    return grad_x.to(x.dtype), grad_weights
+
+
+def expand_backward(
+    grad: Tensor,
+    h: Tensor,
+    weights: Sequence[Tensor],
+    plan: Tensor,
+    ranks: Tensor,
+    scalings: Tensor,
+    slice_offsets: Sequence[int],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of ``expand``'s ``h`` and ``weights``."""
+    grad_h = torch.zeros_like(h)
+    grad_weights = [torch.zeros_like(weight) for weight in weights]
+    scale = scalings.tolist()
+    for index, i, rank, rows in _live(plan, ranks, len(h), h.device):
+        b = weights[index]
+        grad_rows = grad[rows, slice_offsets[i] : slice_offsets[i + 1]].to(h.dtype) * scale[index // ranks.shape[1]][i]
+        grad_h[rows, i, :rank] = torch.mm(grad_rows, b[:, :rank].to(h.dtype))
+        grad_weights[index][:, :rank] = torch.mm(grad_rows.t(), h[rows, i, :rank])
+    return grad_h, grad_weights
+
+
+def _live(
+    plan: Tensor, ranks: Tensor, num_rows: int, device: torch.device
+) -> Iterator[tuple[int, int, int, slice | Tensor]]:
+    """(index into the weights, slice, rank, rows) of every segment and slice that has something to do."""
+    num_slices, rank = ranks.shape[1], ranks.tolist()
+    for slot, rows in Segments.unpack(plan).rows(num_rows, device):
+        for i in range(num_slices if slot != BASE else 0):
+            if rank[slot][i] > 0:
+                yield slot * num_slices + i, i, rank[slot][i], rows

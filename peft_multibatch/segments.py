@@ -1,0 +1,187 @@
+"""Adapter ids, compressed: one entry per sample in, one segment per run of equal ids out.
+
+The plan of a call. It knows neither layers nor weights, is made once per call from the ids of the samples, and every
+layer scales it by its own number of rows per sample.
+
+Dimension letters: ``E`` entries (samples; tokens of a packed input), ``G`` segments, ``T`` rows of a layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.errors import RowMappingError
+
+
+BASE = -1
+"""Slot of a row without adapter: the base model alone."""
+
+_HEADER = 3  # num_entries, num_segments, is_permuted
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which adapter serves which entries, in the compressed form that ops work on.
+
+    ``num_segments`` is the number after compression: ids ``[0, 0, 1]`` are three entries and two segments. Whatever is
+    sized, copied or launched per adapter in use is sized by it, never by the number of entries.
+
+    Attributes:
+        weight_indices: int32 ``[G]`` on the CPU. Slot of each segment's adapter, ``-1`` for the base model alone.
+        seg_indptr: int32 ``[G + 1]`` on the CPU. Segment ``g`` holds the positions ``seg_indptr[g]:seg_indptr[g + 1]``.
+        permutation: int32 ``[E]`` on the CPU, or None where entries stand in adapter order as they came. The entry at
+            each position: ids ``[0, 1, 0, 1]`` are two segments over the positions of ``[0, 2, 1, 3]``.
+    """
+
+    weight_indices: Tensor
+    seg_indptr: Tensor
+    permutation: Tensor | None = None
+
+    @classmethod
+    def from_ids(cls, slots: Sequence[int] | Tensor, lens: Sequence[int] | Tensor | None = None) -> Segments:
+        """Compress the slots of a call's entries.
+
+        Args:
+            slots: one slot per entry, ``-1`` for the base model alone; a sequence or an integer tensor ``[E]``.
+            lens: for packed inputs, the number of tokens of each entry; the plan then has an entry per token.
+
+        Returns:
+            Segments whose slots are all different: interleaved ids are put in adapter order first.
+
+        Example:
+            >>> plan = Segments.from_ids([0, 0, 1])
+            >>> plan.num_entries, plan.num_segments, plan.seg_lens.tolist()
+            (3, 2, [2, 1])
+        """
+        slots = torch.as_tensor(slots, dtype=torch.int32, device="cpu")
+        if lens is not None:
+            slots = slots.repeat_interleave(torch.as_tensor(lens, device="cpu"))
+        weight_indices, seg_lens = torch.unique_consecutive(slots, return_counts=True)
+        permutation = None
+        if weight_indices.unique().numel() < weight_indices.numel():
+            ordered, order = torch.sort(slots, stable=True)
+            weight_indices, seg_lens = torch.unique_consecutive(ordered, return_counts=True)
+            permutation = order.to(torch.int32)
+        seg_indptr = torch.zeros(seg_lens.numel() + 1, dtype=torch.int32)
+        torch.cumsum(seg_lens, 0, out=seg_indptr[1:])
+        return cls(weight_indices, seg_indptr, permutation)
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments after compression, ``G``; at most ``E``."""
+        return self.weight_indices.numel()
+
+    @cached_property
+    def num_entries(self) -> int:
+        """Number of entries that were compressed, ``E``."""
+        return int(self.seg_indptr[-1])
+
+    @property
+    def seg_lens(self) -> Tensor:
+        """int32 ``[G]``: number of entries of each segment."""
+        return self.seg_indptr.diff()
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(slot, first position, position after the last) of each segment, as plain numbers."""
+        bounds = self.seg_indptr.tolist()
+        return list(zip(self.weight_indices.tolist(), bounds, bounds[1:]))
+
+    @cached_property
+    def slots(self) -> list[int]:
+        """The slot of every entry, in the order in which the ids came: the inverse of the compression."""
+        ordered = self.weight_indices.repeat_interleave(self.seg_lens)
+        if self.permutation is not None:
+            ordered = torch.empty_like(ordered).scatter_(0, self.permutation.long(), ordered)
+        return ordered.tolist()
+
+    def rows(self, num_rows: int, device: torch.device) -> list[tuple[int, slice | Tensor]]:
+        """The rows of each segment in a tensor whose dimension 0 holds the entries' rows, ``T // E`` for every entry.
+
+        Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so that one plan serves
+        every layer. The result is kept: a decode step asks for the same one at every layer.
+
+        Args:
+            num_rows: ``T``, the size of dimension 0.
+            device: where index tensors are wanted.
+
+        Returns:
+            (slot, rows) of every segment. Rows are a slice, which costs nothing, or an int64 tensor where a permutation
+            is in force.
+
+        Raises:
+            RowMappingError: the number of rows is no multiple of the number of entries.
+        """
+        key = num_rows, device
+        if key not in self._rows:
+            if num_rows % max(self.num_entries, 1):
+                raise RowMappingError(
+                    f"a layer received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
+                    f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample of "
+                    "the batch; a layer that gathers or drops rows can't take part in a mixed batch."
+                )
+            per_entry = num_rows // max(self.num_entries, 1)
+            self._rows[key] = [
+                (slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans
+            ]
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, torch.device], list[tuple[int, slice | Tensor]]]:
+        return {}
+
+    def _rows_at(self, start: int, stop: int, per_entry: int, device: torch.device) -> slice | Tensor:
+        if self.permutation is None:
+            return slice(start * per_entry, stop * per_entry)
+        entries = self.permutation[start:stop, None].long()
+        return (entries * per_entry + torch.arange(per_entry)).flatten().to(device)
+
+    def pack(self) -> Tensor:
+        """The plan as one int32 tensor, the form in which it travels to a device.
+
+        ``[num_entries, num_segments, is_permuted | weight_indices [G] | seg_indptr [G + 1] | permutation [E]]``; without
+        the permutation its length depends on the number of segments alone.
+        """
+        permuted = self.permutation is not None
+        header = torch.tensor([self.num_entries, self.num_segments, permuted], dtype=torch.int32)
+        return torch.cat([header, self.weight_indices, self.seg_indptr, *([self.permutation] if permuted else [])])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Segments:
+        """Read a plan back from the beginning of an int32 tensor written by [`pack`][peft_multibatch.Segments.pack]."""
+        num_entries, num_segments, is_permuted = packed[:_HEADER].tolist()
+        sizes = [_HEADER, num_segments, num_segments + 1, num_entries * is_permuted]
+        # cloned, because a plan must not change when persistent buffers are written for the next call
+        parts = packed[: sum(sizes)].cpu().clone().split(sizes)
+        return cls(parts[1], parts[2], parts[3] if is_permuted else None)
+
+
+class SegmentBuffer:
+    """A plan at a fixed place on a device: what compiled graphs and CUDA graphs read.
+
+    The buffer never moves and never grows. ``update`` writes the next call's plan over the last one's; what lies behind
+    the written part is stale and must not be read, which ops know from the plan's header.
+
+    Args:
+        capacity: most entries that a plan may have.
+        device: where the buffer lives.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.capacity = capacity
+        self.packed = torch.zeros(_HEADER + 3 * capacity + 1, dtype=torch.int32, device=device)
+
+    def update(self, segments: Segments) -> None:
+        """Write a plan into the buffer: one copy, of the length of the compressed plan.
+
+        Args:
+            segments: a plan of at most ``capacity`` entries; the caller makes a larger buffer for a larger plan.
+        """
+        assert segments.num_entries <= self.capacity, (segments.num_entries, self.capacity)
+        packed = segments.pack()
+        self.packed[: packed.numel()].copy_(packed, non_blocking=True)

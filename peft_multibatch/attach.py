@@ -289,7 +289,8 @@ def _replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[]
     attributes[attribute] = method
 
     def undo() -> None:
-        for name in (attribute, "_old_forward"):
+        # accelerate moves a forward to this name when it adds a hook, and back when it removes one
+        for name in dict.fromkeys([attribute, *(["forward", "_old_forward"] if attribute != "generate" else [])]):
             if attributes.get(name) is not method:
                 continue
             if before is not missing:
@@ -297,7 +298,7 @@ def _replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[]
             elif name == attribute:
                 del attributes[name]
             else:
-                attributes[name] = getattr(type(module), attribute).__get__(module)
+                attributes[name] = types.MethodType(getattr(type(module), attribute), module)
 
     return undo
 

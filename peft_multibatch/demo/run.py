@@ -1,0 +1,162 @@
+"""What the demo does, without a word of how it is shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers.utils import logging
+
+import peft_multibatch
+from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
+from peft_multibatch.ids import BASE_NAME
+
+
+ADAPTERS = ("shakespeare", "devil", "kjv")
+
+# (adapter, prompt): neighbours differ in adapter, so that the batch is as mixed as a batch can be
+PROMPTS = (
+    ("shakespeare", "HAMLET.\nThe night is long, and"),
+    ("devil", "PROGRAMMER, n."),
+    ("kjv", "And it came to pass in those days, that"),
+    (BASE_NAME, "The capital of France is"),
+    ("shakespeare", "JULIET.\nO gentle night,"),
+    ("devil", "LOVE, n."),
+    ("kjv", "Blessed is the man that"),
+    (BASE_NAME, "Water boils at"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the batch: what went in, what came out, and whether PEFT alone says the same."""
+
+    prompt: str
+    adapter: str
+    continuation: str
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows and times of a run of the demo.
+
+    Attributes:
+        rows: one per sample.
+        seconds: fastest run of each way to generate the batch, by its name.
+        num_tokens: new tokens per row.
+        device: where it ran.
+    """
+
+    rows: Sequence[Row]
+    seconds: dict[str, float]
+    num_tokens: int
+    device: str
+
+
+class Demo:
+    """The real model with its three adapters, enabled.
+
+    Args:
+        device: where to run.
+        report: called with (step, how much of it is done, how much there is) as work goes on.
+    """
+
+    def __init__(self, device: str = "cpu", report: Callable[[str, int, int], None] = lambda *_: None) -> None:
+        self.device = device
+        self.report = report
+        # its progress bars and PEFT's would fall into each other
+        logging.disable_progress_bar()
+        report("loading SmolLM2-135M-Instruct", 0, 1)
+        model, self.tokenizer = load_model(device=device)
+        self.model = load_adapters(model)
+        encoded = self.tokenizer([prompt for _, prompt in PROMPTS], return_tensors="pt", padding=True)
+        self.inputs = {key: encoded[key].to(device) for key in ("input_ids", "attention_mask")}
+        self.names = [name for name, _ in PROMPTS]
+
+    def run(self, new_tokens: int, repeats: int) -> Outcome:
+        """Generate, compare with PEFT one adapter at a time, and time every way of doing it."""
+        options = {"max_new_tokens": new_tokens, "do_sample": False}
+
+        def base() -> Tensor:
+            with self.model.disable_adapter():
+                return self.model.generate(**self.inputs, **options)
+
+        def mixed() -> Tensor:
+            return self.model.generate(**self.inputs, **options, adapter_ids=self.names)
+
+        def peft_mixed() -> Tensor:
+            return self.model.generate(**self.inputs, **options, adapter_names=self.names)
+
+        def one_at_a_time() -> Tensor:
+            return self._one_at_a_time(options)
+
+        # ours runs enabled, everything else runs on the model as PEFT made it
+        ways = {
+            "base model, no adapters": (base, False),
+            "peft_multibatch, mixed batch": (mixed, True),
+            "PEFT adapter_names, mixed batch": (peft_mixed, False),
+            "PEFT, one adapter at a time": (one_at_a_time, False),
+        }
+        results: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        for index, (name, (way, enabled)) in enumerate(ways.items()):
+            self.report(name, index, len(ways))
+            if enabled:
+                peft_multibatch.enable(self.model)
+            runs = [self._timed(way) for _ in range(repeats + 1)]
+            peft_multibatch.disable(self.model)
+            results[name], seconds[name] = runs[0][0], min(elapsed for _, elapsed in runs[1:])
+        ours, expected = results["peft_multibatch, mixed batch"], results["PEFT, one adapter at a time"]
+        start = self.inputs["input_ids"].shape[1]
+        rows = [
+            Row(prompt, name, self.tokenizer.decode(ours[i, start:], skip_special_tokens=True), _equal(ours[i], expected[i]))
+            for i, (name, prompt) in enumerate(PROMPTS)
+        ]
+        return Outcome(rows, seconds, new_tokens, self.device)
+
+    def _one_at_a_time(self, options: dict) -> Tensor:
+        parts, order = [], []
+        for name in dict.fromkeys(self.names):
+            mine = [row for row, own in enumerate(self.names) if own == name]
+            inputs = {key: value[mine] for key, value in self.inputs.items()}
+            if name == BASE_NAME:
+                with self.model.disable_adapter():
+                    parts.append(self.model.generate(**inputs, **options))
+            else:
+                self.model.set_adapter(name)
+                parts.append(self.model.generate(**inputs, **options))
+            order += mine
+        length = max(part.shape[1] for part in parts)
+        pad = self.tokenizer.pad_token_id
+        padded = torch.cat([torch.nn.functional.pad(part, (0, length - part.shape[1]), value=pad) for part in parts])
+        return padded[torch.tensor(order).argsort()]
+
+    def _timed(self, way: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        begin = time.perf_counter()
+        result = way().cpu()
+        return result, time.perf_counter() - begin
+
+
+def load_adapters(model: torch.nn.Module, names: Sequence[str] = ADAPTERS) -> PeftModel:
+    """Load the demo's adapters into its model.
+
+    Args:
+        model: what [`load_model`][peft_multibatch.demo.model.load_model] returned.
+        names: of ``"shakespeare"``, ``"devil"`` and ``"kjv"``.
+    """
+    adapted = PeftModel.from_pretrained(model, ADAPTERS_DIR / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        adapted.load_adapter(ADAPTERS_DIR / name, adapter_name=name)
+    return adapted.eval()
+
+
+def _equal(ours: Tensor, expected: Tensor) -> bool:
+    """Whether two rows hold the same tokens, up to the padding that other rows' lengths add."""
+    length = min(len(ours), len(expected))
+    rest = torch.cat([ours[length:], expected[length:]])
+    return torch.equal(ours[:length], expected[:length]) and (len(rest) == 0 or len(rest.unique()) == 1)

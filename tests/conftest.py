@@ -1,0 +1,50 @@
+"""What every test starts from: fixed seeds, poisoned memory, no network."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # xdist runs as many workers as there are cores
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    """`torch.empty` and its relatives return NaN, so that an element nobody wrote can't pass for a zero."""
+
+    def poison(function):
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+        return poisoned
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpu_tests_need_a_gpu(request):
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    devices = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(marker) and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {devices}"))

@@ -1,0 +1,206 @@
+"""A stale weight is the worst bug there can be: whatever happens to adapters, the next call computes with what is there."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from models import left_padded, lora_configs, peft_model, row_by_row
+from peft.utils.hotswap import hotswap_adapter
+from tolerances import assert_close
+
+import peft_multibatch
+
+
+NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
+
+
+def layer_of(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def double_in_place(model):
+    for name in ("three", "eight"):
+        layer_of(model).lora_B[name].weight.data.mul_(2)  # changes neither `_version` nor `data_ptr`
+
+
+def copy_in_place(model):
+    weight = layer_of(model).lora_A["three"].weight
+    weight.data.copy_(torch.randn_like(weight))
+
+
+def replace_data(model):
+    weight = layer_of(model).lora_A["three"].weight
+    weight.data = torch.randn_like(weight)
+
+
+def replace_parameter(model):
+    module = layer_of(model).lora_A["three"]
+    module.weight = torch.nn.Parameter(torch.randn_like(module.weight))
+
+
+def replace_module(model):
+    layer = layer_of(model)
+    layer.lora_A["three"] = torch.nn.Linear(layer.in_features, 5, bias=False)
+    layer.lora_B["three"] = torch.nn.Linear(5, layer.out_features, bias=False)
+
+
+def swap_tensors(model):
+    weight = layer_of(model).lora_A["three"].weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(torch.randn_like(weight)))
+
+
+def write_through_an_old_alias(model, alias=[]):  # noqa: B006
+    alias[0].mul_(3)
+
+
+def set_scale(model):
+    layer_of(model).set_scale("three", 3.0)
+    layer_of(model).scaling["eight"] *= 0.5
+
+
+def scaling_becomes_a_tensor(model):
+    layer_of(model).scaling["three"] = torch.tensor(2.5)
+
+
+def optimizer_step(model):
+    weight = layer_of(model).lora_B["three"].weight.requires_grad_()
+    weight.grad = torch.randn_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+
+
+def to_double(model):
+    model.double()
+
+
+def add_adapter(model):
+    config = lora_configs()["eight"]
+    config.target_modules = {"q_proj", "down_proj", "lm_head"}  # layers that had no adapter before among them
+    model.add_adapter("new", config)
+
+
+def delete_and_add_again(model):
+    model.delete_adapter("four")
+    torch.manual_seed(5)
+    model.add_adapter("four", lora_configs()["three"])
+
+
+def hotswap(model, folder=None):
+    hotswap_adapter(model, folder, adapter_name="three", torch_device="cpu")
+
+
+CHANGES = [
+    double_in_place, copy_in_place, replace_data, replace_parameter, replace_module, swap_tensors, set_scale,
+    scaling_becomes_a_tensor, optimizer_step, to_double, add_adapter, delete_and_add_again,
+]  # fmt: skip
+
+
+def logits(model, names=NAMES):
+    with torch.no_grad():
+        return model(**left_padded(), adapter_ids=names).logits
+
+
+def expected(model, names=NAMES):
+    with torch.no_grad():
+        return torch.cat(row_by_row(model, names, left_padded(), lambda row: model(**row).logits))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changes_after_enable_are_seen(change):
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    before = logits(model)
+    change(model)
+    names = [*NAMES[:-1], "new"] if change is add_adapter else NAMES
+    after = logits(model, names)
+    assert not torch.allclose(before.double(), after.double(), atol=1e-4) or change is to_double
+    assert_close(after, expected(model, names), torch.float32)
+    if change is add_adapter:
+        assert mb.adapter_names == ["three", "four", "eight", "new"]
+
+
+def test_an_alias_taken_before_enable_still_writes_what_is_read():
+    model = peft_model()
+    alias = layer_of(model).lora_B["three"].weight.data
+    peft_multibatch.enable(model)
+    before = logits(model)
+    write_through_an_old_alias(model, [alias])
+    assert not torch.allclose(before, logits(model), atol=1e-4)
+    assert_close(logits(model), expected(model))
+
+
+def test_hotswap(tmp_path):
+    model, other = peft_model(), peft_model()
+    for name, parameter in other.named_parameters():
+        if ".three." in name:
+            parameter.data = torch.randn_like(parameter)
+    other.save_pretrained(tmp_path, selected_adapters=["three"])
+    peft_multibatch.enable(model)
+    before = logits(model)
+    hotswap_adapter(model, str(tmp_path / "three"), adapter_name="three", torch_device="cpu")
+    assert not torch.allclose(before, logits(model), atol=1e-4)
+    assert_close(logits(model), expected(other))
+
+
+def test_changes_inside_batch_are_seen_by_the_next_call():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    with torch.no_grad(), mb.batch(NAMES):
+        before = model(**left_padded()).logits
+        for change in (replace_data, set_scale, replace_module):
+            change(model)
+            after = model(**left_padded()).logits
+            assert not torch.allclose(before, after, atol=1e-5)
+            before = after
+    assert_close(after, expected(model))
+
+
+def test_weights_stay_where_peft_put_them():
+    model = peft_model()
+    places = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    peft_multibatch.enable(model)
+    logits(model)
+    assert places == {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+
+
+def test_ids_stay_with_their_names():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    model.delete_adapter("four")
+    assert mb.adapter_names == ["three", None, "eight"]
+    with pytest.raises(peft_multibatch.UnknownAdapterError, match=r"\(any more: it was deleted\)"):
+        logits(model, [0, 0, 0, 1, 0, 0])
+    model.add_adapter("new", lora_configs()["three"])
+    model.add_adapter("four", lora_configs()["four"])
+    assert mb.adapter_names == ["three", "four", "eight", "new"]
+    assert_close(logits(model, [0, 2, -1, 1, 3, 2]), expected(model, ["three", "eight", "__base__", "four", "new", "eight"]))
+
+
+def test_weights_on_the_meta_device_are_never_read():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    layer_of(model).lora_A["three"].to("meta")
+    with pytest.raises(peft_multibatch.ModelStateError, match="adapter 'three' are on the meta device"):
+        logits(model)
+
+
+def test_memory_is_not_doubled():
+    """Nothing that a call leaves behind holds as many bytes as one adapter."""
+    model = peft_model()
+    peft_multibatch.enable(model)
+    logits(model)
+
+    def bytes_held():
+        gc.collect()
+        tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)}
+        return sum(t.untyped_storage().nbytes() for t in tensors.values())
+
+    before = bytes_held()
+    for _ in range(3):
+        logits(model)
+    model.generate(**left_padded(), max_new_tokens=3, adapter_ids=NAMES)
+    smallest = min(
+        sum(p.nbytes for key, p in model.named_parameters() if f".{name}." in key) for name in ("three", "four", "eight")
+    )
+    assert bytes_held() - before < smallest / 4

@@ -1,0 +1,144 @@
+"""Compiled graphs: one for any mix of adapters, right after every change, and none that survives wrongly."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from models import left_padded, lora_configs, peft_model
+from tolerances import assert_close
+
+import peft_multibatch
+
+
+MIXES = [
+    [0, 0, 1, 1, 2, 2],
+    [0, 0, 0, 0, 0, 1],  # two segments of six samples
+    [2, 0, 1, 2, 0, 1],
+    [-1, -1, -1, -1, -1, -1],
+    [0, -1, 2, -1, 1, -1],
+    [1] * 6,
+]
+
+
+@pytest.fixture
+def compiled():
+    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
+    torch._dynamo.reset()
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    inner = model.get_base_model()
+    return model, mb, torch.compile(inner, fullgraph=True, backend=backend), graphs
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(**left_padded(), use_cache=False, **kwargs).logits
+
+
+def test_one_graph_for_any_mix(compiled):
+    model, mb, fast, graphs = compiled
+    for mix in MIXES:
+        with mb.batch(mix):
+            actual = logits(fast)
+        assert_close(actual, logits(model, adapter_ids=mix))
+    assert len(graphs) == 1
+    assert sum("shrink" in str(node.target) for node in graphs[0].graph.nodes) == 2 * 4
+
+
+def test_plain_calls_have_a_graph_of_their_own(compiled):
+    model, mb, fast, graphs = compiled
+    plain = logits(model)
+    for _ in range(2):
+        assert_close(logits(fast), plain)
+        with mb.batch(MIXES[0]):
+            assert_close(logits(fast), logits(model, adapter_ids=MIXES[0]))
+    assert len(graphs) == 2
+
+
+def test_changes_are_seen_without_a_new_graph(compiled):
+    model, mb, fast, graphs = compiled
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for change in (
+        lambda: None,
+        lambda: layer.lora_B["three"].weight.data.mul_(2),
+        lambda: layer.set_scale("eight", 5.0),
+    ):
+        change()
+        with mb.batch(MIXES[2]):
+            actual = logits(fast)
+        assert_close(actual, logits(model, adapter_ids=MIXES[2]))
+    assert len(graphs) == 1
+
+
+def test_an_adapter_added_later_is_seen(compiled):
+    model, mb, fast, graphs = compiled
+    with mb.batch(MIXES[0]):
+        logits(fast)
+    model.add_adapter("new", lora_configs()["eight"])
+    with mb.batch([3, 0, 3, 1, 2, -1]):
+        actual = logits(fast)
+    assert_close(actual, logits(model, adapter_ids=[3, 0, 3, 1, 2, -1]))
+
+
+def test_larger_batches(compiled):
+    model, mb, fast, graphs = compiled
+    for rows in (2, 6, 20, 6):
+        inputs, ids = left_padded(rows), [row % 4 - 1 for row in range(rows)]
+        with torch.no_grad(), mb.batch(ids):
+            actual = fast(**inputs, use_cache=False).logits
+        with torch.no_grad():
+            assert_close(actual, model(**inputs, adapter_ids=ids).logits)
+
+
+def test_ids_passed_to_a_compiled_model_are_not_ignored(compiled):
+    model, mb, fast, graphs = compiled
+    with pytest.raises(Exception, match=r"with mb.batch\(adapter_ids\): compiled_model"):
+        logits(fast, adapter_ids=MIXES[0])
+
+
+def test_threads_take_turns(compiled):
+    model, mb, fast, graphs = compiled
+    with mb.batch(MIXES[0]):
+        logits(fast)
+    expected = [logits(model, adapter_ids=mix) for mix in MIXES]
+    wrong = []
+
+    def work(index):
+        for _ in range(5):
+            with mb.batch(MIXES[index]):
+                if not torch.allclose(logits(fast), expected[index], atol=1e-4):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(MIXES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_training_through_aot_autograd():
+    torch._dynamo.reset()
+    model = peft_model()
+    model.set_requires_grad(["three", "four", "eight"])
+    mb = peft_multibatch.enable(model)
+    fast = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+
+    def gradients(run):
+        grads = torch.autograd.grad(run().logits.square().mean(), weights)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def compiled_run():
+        with mb.batch(MIXES[0]):
+            return fast(**left_padded(), use_cache=False)
+
+    assert_close(gradients(compiled_run), gradients(lambda: model(**left_padded(), adapter_ids=MIXES[0])))

@@ -1,0 +1,247 @@
+"""Every message, word by word: what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import base_model, left_padded, peft_model
+from peft import IA3Config, LoraConfig, PeftMixedModel, PromptTuningConfig, get_peft_model
+
+import peft_multibatch
+from peft_multibatch import errors
+from peft_multibatch.ids import resolve
+
+
+KNOWN = "0 ('three'), 1 ('four'), 2 ('eight'), -1 ('__base__')"
+WHAT_IS_EXPECTED = (
+    "expected a list, tuple or tensor with one id or name for every sample, such as [0, 0, 1] or ['sql', '__base__']."
+)
+
+BAD_IDS = {
+    "unknown id": (
+        [0, 0, 7, 0, 0, 0],
+        errors.UnknownAdapterError,
+        f"adapter_ids[2] is 7, and no adapter has this id: expected one of {KNOWN}.",
+    ),
+    "negative id": (
+        [-2] * 6,
+        errors.UnknownAdapterError,
+        f"adapter_ids[0] is -2, and no adapter has this id: expected one of {KNOWN}.",
+    ),
+    "unknown name": (
+        ["three", "sqll", 0, 0, 0, 0],
+        errors.UnknownAdapterError,
+        f"adapter_ids[1] is 'sqll', and no adapter has this name: expected one of {KNOWN}.",
+    ),
+    "too short": (
+        [0, 0, 1],
+        errors.AdapterIdsLengthError,
+        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
+        "alone.",
+    ),
+    "too long": (
+        [0] * 12,
+        errors.AdapterIdsLengthError,
+        "adapter_ids has 12 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
+        "alone.",
+    ),
+    "empty": (
+        [],
+        errors.AdapterIdsLengthError,
+        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
+        "alone.",
+    ),
+    "one string": (
+        "three",
+        errors.AdapterIdsTypeError,
+        f"adapter_ids is 'three' of type str: {WHAT_IS_EXPECTED}",
+    ),
+    "one number": (1, errors.AdapterIdsTypeError, f"adapter_ids is 1 of type int: {WHAT_IS_EXPECTED}"),
+    "a set": ({1}, errors.AdapterIdsTypeError, f"adapter_ids is {{1}} of type set: {WHAT_IS_EXPECTED}"),
+    "a float": (
+        [0, 1.0, 0, 0, 0, 0],
+        errors.AdapterIdsTypeError,
+        "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, or -1 or '__base__' for the "
+        "base model alone.",
+    ),
+    "a bool": (
+        [True] * 6,
+        errors.AdapterIdsTypeError,
+        "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, or -1 or '__base__' for the "
+        "base model alone.",
+    ),
+    "None for a row": (
+        [0, None, 0, 0, 0, 0],
+        errors.AdapterIdsTypeError,
+        "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, or -1 or '__base__' for "
+        "the base model alone.",
+    ),
+    "a tensor of floats": (
+        torch.zeros(6),
+        errors.AdapterIdsTypeError,
+        "adapter_ids is a tensor of shape [6] and dtype torch.float32: expected a 1-D integer tensor with one id for "
+        "every sample.",
+    ),
+    "a tensor of two dimensions": (
+        torch.zeros(6, 1, dtype=torch.long),
+        errors.AdapterIdsTypeError,
+        "adapter_ids is a tensor of shape [6, 1] and dtype torch.int64: expected a 1-D integer tensor with one id for "
+        "every sample.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    return model
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(("ids", "error", "message"), BAD_IDS.values(), ids=BAD_IDS)
+def test_bad_ids(model, call, ids, error, message):
+    method = model if call == "forward" else lambda **kwargs: model.generate(**kwargs, max_new_tokens=1)
+    with torch.no_grad():
+        plain = model(**left_padded()).logits
+        with pytest.raises(error) as caught:
+            method(**left_padded(), adapter_ids=ids)
+        assert str(caught.value) == message
+        assert isinstance(caught.value, ValueError)
+        assert torch.equal(model(**left_padded()).logits, plain)
+
+
+def test_a_batch_of_another_size_inside_batch(model):
+    mb = peft_multibatch.enable(model)
+    with mb.batch([0, 0, 1]), pytest.raises(errors.AdapterIdsLengthError, match="3 entries for a batch of 6 samples"):
+        model(**left_padded())
+
+
+def test_ids_and_names_at_once(model):
+    with pytest.raises(errors.AdapterIdsError) as caught:
+        model(**left_padded(), adapter_ids=[0] * 6, adapter_names=["three"] * 6)
+    assert str(caught.value) == (
+        "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids takes names as well."
+    )
+
+
+def test_merged_adapters():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    model.set_adapter("eight")
+    model.merge_adapter(["eight"])
+    with pytest.raises(errors.MergedAdaptersError) as caught:
+        model(**left_padded(), adapter_ids=[0] * 6)
+    assert str(caught.value) == (
+        "adapter_ids was passed while ['eight'] is merged into the base weights of model.layers.0.self_attn.q_proj: "
+        "expected unmerged adapters. Call model.unmerge_adapter() first."
+    )
+    model.unmerge_adapter()
+    model(**left_padded(), adapter_ids=[0] * 6)
+
+
+def test_disabled_adapters():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    with model.disable_adapter(), pytest.raises(errors.AdaptersDisabledError) as caught:
+        model(**left_padded(), adapter_ids=[0] * 6)
+    assert str(caught.value) == (
+        "adapter_ids was passed while the adapters of model.layers.0.self_attn.q_proj are disabled: expected enabled "
+        "adapters. Leave model.disable_adapter(), or call model.enable_adapters(), first; for single rows of the base "
+        "model pass the id -1."
+    )
+
+
+def test_no_adapters():
+    model = base_model()
+    peft_multibatch.enable(model)
+    with pytest.raises(errors.NoAdaptersError) as caught:
+        model(**left_padded(), adapter_ids=[0] * 6)
+    assert str(caught.value) == (
+        "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
+        "model.add_adapter(...)."
+    )
+
+
+@pytest.mark.parametrize("thing", ["llama", None, torch.nn.Linear(2, 2), {}], ids=["str", "None", "Linear", "dict"])
+def test_enable_on_something_that_is_no_model(thing):
+    with pytest.raises(errors.UnsupportedError) as caught:
+        peft_multibatch.enable(thing)
+    assert str(caught.value) == (
+        f"enable got an object of type {type(thing).__name__}: expected a PeftModel, or a transformers model to which "
+        "adapters are added with add_adapter() or load_adapter()."
+    )
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+    ],
+    ids=["IA3", "prompt tuning"],
+)
+def test_other_tuners(config, kind):
+    model = get_peft_model(base_model(), config, adapter_name="other")
+    with pytest.raises(errors.UnsupportedError) as caught:
+        peft_multibatch.enable(model)
+    assert str(caught.value) == (
+        f"adapter 'other' is of the type {kind}: expected LoRA adapters only. Delete it, or run the adapters one at a "
+        "time without adapter_ids."
+    )
+
+
+def test_mixed_models():
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(errors.UnsupportedError, match="enable got a PeftMixedModel, which mixes tuners"):
+        peft_multibatch.enable(PeftMixedModel(base_model(), config, "one"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backends_that_are_not_there(backend):
+    with pytest.raises(errors.BackendUnavailableError) as caught:
+        peft_multibatch.enable(peft_model(), backend=backend)
+    assert str(caught.value) == (
+        f"backend is {backend!r}, which this version doesn't have: expected 'auto' or 'torch'."
+    )
+
+
+def test_gradient_checkpointing_is_refused_in_training():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    model.get_base_model().gradient_checkpointing_enable()
+    model(**left_padded(), adapter_ids=[0] * 6)  # not in training: nothing is run again
+    model.train()
+    with pytest.raises(errors.UnsupportedError, match="trains with gradient checkpointing, which runs layers again"):
+        model(**left_padded(), adapter_ids=[0] * 6)
+
+
+def test_rows_that_can_not_be_mapped():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    with mb.batch([0, 1, 2, 0]), pytest.raises(errors.RowMappingError, match="received 6 rows for 4 adapter ids"):
+        model.base_model.model.model.layers[0](torch.randn(6, 3, 48), position_embeddings=None)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[0, 1, -1], (0, 1, -1), torch.tensor([0, 1, -1]), np.array([0, 1, -1]), [np.int64(0), torch.tensor(1), "__base__"]],
+    ids=["list", "tuple", "tensor", "array", "mixed"],
+)
+def test_good_ids(ids):
+    assert resolve(ids, ["a", "b"]) == [0, 1, -1]
+
+
+def test_an_adapter_called_base_is_reached_by_its_id():
+    assert resolve(["__base__", 0], ["__base__"]) == [-1, 0]
+
+
+def test_the_hierarchy_is_the_one_that_is_drawn():
+    drawn = {line.replace("├── ", "│   ").replace("└── ", "│   ").replace("│", " ").split()[0] for line in
+             errors.__doc__.splitlines() if line.strip() and "Error" in line or "Missing" in line}  # fmt: skip
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert drawn == defined
+    for name in defined - {"MultibatchError"}:
+        assert issubclass(getattr(errors, name), errors.MultibatchError)

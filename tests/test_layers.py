@@ -1,0 +1,235 @@
+"""Single layers in a mixed batch against PEFT, one adapter at a time: forward and gradient, fast and per segment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import alone, row_by_row
+from peft import LoraConfig, get_peft_model
+from tolerances import assert_close
+from torch import nn
+
+import peft_multibatch
+from peft_multibatch.layers import PER_SEGMENT, SEGMENTED
+
+
+NAMES = ["one", "two", "__base__", "two", "one"]
+
+
+class Tiny(nn.Module):
+    """One layer of each kind that PEFT adapts, each with an input of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 20)
+        self.embedding = nn.Embedding(30, 12)
+        self.conv1d = nn.Conv1d(3, 6, 3)
+        self.conv2d = nn.Conv2d(3, 6, 3)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, layer, x):
+        return getattr(self, layer)(x)
+
+
+def build(layer="linear", dtype=torch.float32, adapter_dtype=None, second=None, **options):
+    shared = {"target_modules": [layer], "init_lora_weights": False, **options}
+    model = get_peft_model(
+        Tiny().to(dtype), LoraConfig(r=4, lora_alpha=8, **shared), "one", autocast_adapter_dtype=False
+    )
+    model.add_adapter("two", LoraConfig(r=3, lora_alpha=6, **{**shared, **(second or {})}))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype or dtype)
+            if layer == "embedding":
+                nn.init.normal_(parameter)  # PEFT leaves one of an embedding's two matrices at zero
+    return model.eval()
+
+
+def make_input(layer, rows=5, dtype=torch.float32):
+    if layer == "embedding":
+        return torch.randint(0, 30, (rows, 7))
+    shape = {"linear": (7, 12), "head": (12,), "conv1d": (3, 9), "conv2d": (3, 8, 8)}[layer]
+    return torch.randn(rows, *shape).to(dtype)
+
+
+def oracle(model, layer, x):
+    return torch.cat(row_by_row(model, NAMES, {"x": x}, lambda row: model(layer=layer, x=row["x"])))
+
+
+def check(model, layer, x, how, dtype=None):
+    expected = oracle(model, layer, x)
+    base = alone(model, None, lambda: model(layer=layer, x=x))
+    assert not torch.equal(expected, base)
+    mb = peft_multibatch.enable(model)
+    assert [entry.how for entry in mb.report()] == [how]
+    actual = model(layer=layer, x=x, adapter_ids=NAMES)
+    assert actual.dtype == expected.dtype
+    # of the delta as well as of the sum: a base output must not hide a wrong delta
+    assert_close(actual, expected, dtype)
+    if dtype in (None, torch.float32):
+        assert_close(actual - base, expected - base, dtype)
+    if how == SEGMENTED:
+        assert torch.equal(actual[2], base[2])
+    return mb
+
+
+@pytest.mark.parametrize("layer", ["embedding", "conv1d", "conv2d"])
+def test_other_layers_run_peft_per_segment(layer):
+    mb = check(build(layer), layer, make_input(layer), PER_SEGMENT)
+    assert "runs PEFT's own code" in mb.report()[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "mica"}],
+    ids=["DoRA", "lora_bias", "MiCA"],
+)
+def test_linear_variants_run_peft_per_segment(options):
+    model = build(second=options)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            nn.init.normal_(parameter)
+    mb = check(model, "linear", make_input("linear"), PER_SEGMENT)
+    assert mb.report()[0].reason
+
+
+def test_variants_that_need_more_than_their_rows_are_refused():
+    model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
+    with pytest.raises(peft_multibatch.UnsupportedError, match="linear has an adapter of the variant ALora"):
+        peft_multibatch.enable(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_linear(options):
+    check(build(**options), "linear", make_input("linear"), SEGMENTED)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_adapters_of_another_dtype_than_the_base(dtype, adapter_dtype):
+    coarsest = min(dtype, adapter_dtype, key=lambda each: torch.finfo(each).bits * 100 - torch.finfo(each).eps)
+    model = build(dtype=dtype, adapter_dtype=adapter_dtype)
+    check(model, "linear", make_input("linear", dtype=dtype), SEGMENTED, coarsest)
+
+
+def test_every_adapter_may_have_a_dtype_of_its_own():
+    model = build()
+    model.base_model.model.linear.lora_A["two"].to(torch.bfloat16)
+    model.base_model.model.linear.lora_B["two"].to(torch.bfloat16)
+    x = make_input("linear")
+    expected = oracle(model, "linear", x)
+    peft_multibatch.enable(model)
+    actual = model(layer="linear", x=x, adapter_ids=NAMES)
+    first = torch.tensor([name == "one" for name in NAMES])
+    assert_close(actual[first], expected[first], torch.float32)
+    assert_close(actual[~first], expected[~first], torch.bfloat16)
+
+
+def test_two_dimensional_input():
+    check(build(), "linear", torch.randn(5, 12), SEGMENTED)
+
+
+def test_rows_that_are_flattened_sample_by_sample():
+    model, x = build(), torch.randn(5, 7, 12)
+    expected = oracle(model, "linear", x)
+    peft_multibatch.enable(model)
+    flat = x.flatten(0, 1)
+    with peft_multibatch.enable(model).batch(NAMES):
+        actual = model.base_model.model.linear(flat)
+    assert_close(actual, expected.flatten(0, 1))
+
+
+def test_autocast():
+    model, x = build(), make_input("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = oracle(model, "linear", x)
+        peft_multibatch.enable(model)
+        actual = model(layer="linear", x=x, adapter_ids=NAMES)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding"])
+def test_gradients(layer):
+    """Of the input and of every adapter's weights, as PEFT computes them one adapter at a time."""
+    model = build(layer)
+    model.set_requires_grad(["one", "two"])
+    x = make_input(layer)
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+
+    def gradients(run):
+        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        tensors = weights + ([leaf] if leaf.requires_grad else [])
+        return torch.autograd.grad(run(leaf).square().sum(), tensors)
+
+    def one_at_a_time(leaf):
+        outputs = []
+        for row, name in enumerate(NAMES):
+            # set_adapter freezes the other adapters; the graph of each row keeps what it needs
+            outputs.append(alone(model, name, lambda row=row: model(layer=layer, x=leaf[row : row + 1])))
+            model.set_requires_grad(["one", "two"])
+        return torch.cat(outputs)
+
+    expected = gradients(one_at_a_time)
+    peft_multibatch.enable(model)
+    model.set_requires_grad(["one", "two"])
+    actual = gradients(lambda leaf: model(layer=layer, x=leaf, adapter_ids=NAMES))
+    for mine, theirs in zip(actual, expected):
+        assert theirs.norm() > 0
+        assert_close(mine, theirs)
+
+
+def test_an_adapter_that_is_not_in_the_batch_gets_no_gradient():
+    model = build()
+    model.set_requires_grad(["one", "two"])
+    peft_multibatch.enable(model)
+    model(layer="linear", x=make_input("linear"), adapter_ids=["one"] * 5).sum().backward()
+    linear = model.base_model.model.linear
+    assert linear.lora_A["one"].weight.grad is not None
+    assert linear.lora_A["two"].weight.grad is None
+
+
+def test_dropout_in_training_is_each_adapters_own():
+    model = build(lora_dropout=0.5, second={"lora_dropout": 0.0}).train()
+    mb = peft_multibatch.enable(model)
+    x = make_input("linear")
+    first, second = (model(layer="linear", x=x, adapter_ids=NAMES) for _ in range(2))
+    rows_of_one = torch.tensor([name == "one" for name in NAMES])
+    assert not torch.equal(first[rows_of_one], second[rows_of_one])
+    assert torch.equal(first[~rows_of_one], second[~rows_of_one])
+    mb.disable()
+
+
+def test_modules_to_save_are_each_adapters_own():
+    """An adapter without a copy of the module, and a row without adapter, use the original one."""
+    model = build("linear", modules_to_save=["head"], second={"modules_to_save": None})
+    head = model.base_model.model.head
+    nn.init.normal_(head.modules_to_save["one"].weight)
+    x = make_input("head")
+    expected = torch.cat(
+        [(head.modules_to_save["one"] if name == "one" else head.original_module)(x[i : i + 1]) for i, name in enumerate(NAMES)]
+    )
+    peft_multibatch.enable(model)
+    assert_close(model(layer="head", x=x, adapter_ids=NAMES), expected)
+    assert (head.active_adapters, head.disable_adapters) == (["one"], False)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": ["0"]}, "experts.0 is inside a mixture of experts"),
+        ({"target_parameters": ["inner.weights"]}, "ParamWrapper"),
+    ],
+    ids=["expert modules", "target_parameters"],
+)
+def test_what_can_not_be_right_is_refused(options, match):
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4)])
+            self.weights = nn.Parameter(torch.zeros(2, 4, 4))
+
+    model = get_peft_model(Mixture(), LoraConfig(r=2, **options), "one")
+    with pytest.raises(peft_multibatch.UnsupportedError, match=match):
+        peft_multibatch.enable(model)
+    assert "forward" not in model.__dict__  # nothing is left behind

@@ -1,0 +1,128 @@
+"""Ids → segments: in the eager plan and in the persistent buffers that graphs read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_multibatch import RowMappingError, SegmentBuffer, Segments
+
+
+CPU = torch.device("cpu")
+IDS = st.lists(st.integers(-1, 6), max_size=60)
+
+
+def eager(slots, lens=None):
+    return Segments.from_ids(slots, lens)
+
+
+def graph(slots, lens=None):
+    """The plan as it reads back from a buffer that held another, larger plan before."""
+    plan = Segments.from_ids(slots, lens)
+    buffer = SegmentBuffer(capacity=2 * max(plan.num_entries, 1) + 8)
+    buffer.packed.fill_(1_234_567)  # whatever the last call left behind the new plan must never be read
+    address = buffer.packed.data_ptr()
+    buffer.update(Segments.from_ids(list(range(buffer.capacity))))
+    buffer.update(plan)
+    assert buffer.packed.data_ptr() == address
+    return Segments.unpack(buffer.packed)
+
+
+both_paths = pytest.mark.parametrize("make", [eager, graph], ids=["eager", "graph"])
+
+
+@both_paths
+def test_two_segments_of_three_samples(make):
+    # the case that this package exists for: fewer segments than samples
+    plan = make([0, 0, 1])
+    assert (plan.num_entries, plan.num_segments) == (3, 2)
+    assert plan.weight_indices.tolist() == [0, 1]
+    assert plan.seg_lens.tolist() == [2, 1]
+    assert plan.seg_indptr.tolist() == [0, 2, 3]
+    assert plan.permutation is None
+    assert plan.pack().numel() == 3 + 2 + 3  # header, a slot per segment, a bound per segment and one: nothing per sample
+
+
+@both_paths
+def test_copies_are_sized_by_segments_not_by_samples(make):
+    assert make([4] * 1000).pack().numel() == make([4]).pack().numel()
+
+
+@both_paths
+def test_interleaved_ids_cost_as_many_segments_as_ordered_ones(make):
+    plan = make([0, 1, 0, 1])
+    assert plan.num_segments == make([0, 0, 1, 1]).num_segments == 2
+    assert plan.permutation.tolist() == [0, 2, 1, 3]
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("slots", "segments"),
+    [([], 0), ([-1], 1), ([3], 1), ([-1, -1, -1], 1), (list(range(1000)), 1000), ([5] * 1000, 1), ([2, 0, -1], 3)],
+    ids=["empty", "one base", "one", "all base", "1000 adapters", "1000 samples", "descending"],
+)
+def test_shapes_of_plans(make, slots, segments):
+    plan = make(slots)
+    assert plan.num_segments == segments
+    assert plan.slots == slots
+
+
+@both_paths
+def test_lens_make_a_plan_with_an_entry_per_token(make):
+    plan = make([0, 0, 1, 2], lens=[2, 3, 0, 1])
+    assert plan.weight_indices.tolist() == [0, 2]  # no segment for an entry without tokens
+    assert plan.seg_lens.tolist() == [5, 1]
+
+
+@both_paths
+@given(slots=IDS)
+def test_compression_loses_nothing(make, slots):
+    plan = make(slots)
+    assert plan.slots == slots
+    assert plan.num_entries == len(slots)
+    assert plan.num_segments == len(set(slots)) <= max(len(slots), 0)
+    assert len(plan.weight_indices) == len(plan.seg_lens) == len(plan.seg_indptr) - 1 == plan.num_segments
+    assert plan.seg_lens.gt(0).all()
+    assert plan.seg_indptr.dtype == plan.weight_indices.dtype == torch.int32
+
+
+@both_paths
+@given(slots=IDS, per_entry=st.integers(0, 4))
+def test_rows_of_a_sample_stay_with_its_adapter(make, slots, per_entry):
+    plan = make(slots)
+    found = torch.full((len(slots) * per_entry,), -9)
+    for slot, rows in plan.rows(len(found), CPU):
+        assert found[rows].eq(-9).all()  # no row twice
+        found[rows] = slot
+    assert found.tolist() == [slot for slot in slots for _ in range(per_entry)]
+
+
+@both_paths
+def test_rows_without_permutation_are_slices(make):
+    assert [rows for _, rows in make([0, 0, 1]).rows(6, CPU)] == [slice(0, 4), slice(4, 6)]
+
+
+def test_rows_that_map_to_no_sample_are_refused():
+    with pytest.raises(RowMappingError) as caught:
+        Segments.from_ids([0, 0, 1]).rows(7, CPU)
+    assert str(caught.value) == (
+        "a layer received 7 rows for 3 adapter ids, and can't tell which rows belong to which sample: expected a multiple "
+        "of 3. Pass one id for every sample of the batch; a layer that gathers or drops rows can't take part in a mixed "
+        "batch."
+    )
+
+
+def test_a_plan_read_from_a_buffer_survives_the_next_update():
+    buffer = SegmentBuffer(4)
+    buffer.update(Segments.from_ids([0, 0, 1]))
+    plan = Segments.unpack(buffer.packed)
+    buffer.update(Segments.from_ids([3, 2, 1, 3]))
+    assert plan.slots == [0, 0, 1]
+    assert Segments.unpack(buffer.packed).slots == [3, 2, 1, 3]
+
+
+@pytest.mark.parametrize("slots", [torch.tensor([0, 0, 1]), (0, 0, 1)], ids=["tensor", "tuple"])
+def test_slots_may_come_as(slots):
+    assert Segments.from_ids(slots).slots == [0, 0, 1]

@@ -1,0 +1,23 @@
+"""The tolerances catch an error of 1 % in every dtype, and NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import RELATIVE_ERROR, assert_close
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+def test_one_percent_is_caught(dtype):
+    expected = torch.randn(64, 32, dtype=torch.float64)
+    assert_close(expected.to(dtype), expected)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close((expected * 1.01).to(dtype), expected)
+
+
+def test_nan_is_caught():
+    expected = torch.randn(4)
+    actual = expected.clone()
+    actual[2] = float("nan")
+    with pytest.raises(AssertionError, match="relative error nan"):
+        assert_close(actual, expected)

@@ -29,7 +29,16 @@ from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
 
 HELD_OUT_DIR = Path(__file__).parent.parent / "tests" / "data" / "held_out"
 HELD_OUT_CHARS, HELD_OUT_SHARE = 6_000, 0.05
-PLAYS = ["hamlet", "macbeth", "lear", "othello", "romeo_and_juliet", "julius_caesar", "tempest", "antony_and_cleopatra"]
+PLAYS = [
+    "hamlet",
+    "macbeth",
+    "lear",
+    "othello",
+    "romeo_and_juliet",
+    "julius_caesar",
+    "tempest",
+    "antony_and_cleopatra",
+]
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

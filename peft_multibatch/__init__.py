@@ -1,7 +1,7 @@
 """Many LoRA adapters in one batch, on any model that PEFT can adapt.
 
-    mb = peft_multibatch.enable(model)
-    model.generate(**inputs, adapter_ids=[0, 0, 1])
+mb = peft_multibatch.enable(model)
+model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
 from peft_multibatch.attach import Multibatch, disable, enable

@@ -38,7 +38,15 @@ from peft_multibatch.segments import Segments
 logger = logging.get_logger(__name__)
 
 # Arguments that may carry the samples, in the order in which they are looked for.
-INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values", "decoder_input_ids")
+INPUTS = (
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "pixel_values",
+    "decoder_input_ids",
+)
 
 
 def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multibatch:
@@ -179,7 +187,9 @@ class Multibatch:
     @contextmanager
     def _routing(self, adapter_ids: Any, expands: bool, samples: int | None = None) -> Iterator[None]:
         if not self._undo:
-            raise NotEnabledError("this handle was disabled: call peft_multibatch.enable(model) again and use its result.")
+            raise NotEnabledError(
+                "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
+            )
         self._refresh()
         slots = resolve(adapter_ids, self._names)
         _check_length(len(slots), samples)

@@ -59,7 +59,9 @@ def test_disable_leaves_no_trace(tmp_path):
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     model.save_pretrained(tmp_path / "after")
-    files = sorted(path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*") if path.is_file()
+    )
     assert len(files) >= 6
     for folder in ("between", "after"):
         for file in files:

@@ -174,7 +174,9 @@ def test_ids_stay_with_their_names():
     model.add_adapter("new", lora_configs()["three"])
     model.add_adapter("four", lora_configs()["four"])
     assert mb.adapter_names == ["three", "four", "eight", "new"]
-    assert_close(logits(model, [0, 2, -1, 1, 3, 2]), expected(model, ["three", "eight", "__base__", "four", "new", "eight"]))
+    assert_close(
+        logits(model, [0, 2, -1, 1, 3, 2]), expected(model, ["three", "eight", "__base__", "four", "new", "eight"])
+    )
 
 
 def test_weights_on_the_meta_device_are_never_read():
@@ -193,7 +195,11 @@ def test_memory_is_not_doubled():
 
     def bytes_held():
         gc.collect()
-        tensors = {t.untyped_storage().data_ptr(): t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)}
+        tensors = {
+            t.untyped_storage().data_ptr(): t
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter)
+        }
         return sum(t.untyped_storage().nbytes() for t in tensors.values())
 
     before = bytes_held()
@@ -201,6 +207,7 @@ def test_memory_is_not_doubled():
         logits(model)
     model.generate(**left_padded(), max_new_tokens=3, adapter_ids=NAMES)
     smallest = min(
-        sum(p.nbytes for key, p in model.named_parameters() if f".{name}." in key) for name in ("three", "four", "eight")
+        sum(p.nbytes for key, p in model.named_parameters() if f".{name}." in key)
+        for name in ("three", "four", "eight")
     )
     assert bytes_held() - before < smallest / 4

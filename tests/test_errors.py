@@ -227,7 +227,13 @@ def test_rows_that_can_not_be_mapped():
 
 @pytest.mark.parametrize(
     "ids",
-    [[0, 1, -1], (0, 1, -1), torch.tensor([0, 1, -1]), np.array([0, 1, -1]), [np.int64(0), torch.tensor(1), "__base__"]],
+    [
+        [0, 1, -1],
+        (0, 1, -1),
+        torch.tensor([0, 1, -1]),
+        np.array([0, 1, -1]),
+        [np.int64(0), torch.tensor(1), "__base__"],
+    ],
     ids=["list", "tuple", "tensor", "array", "mixed"],
 )
 def test_good_ids(ids):
@@ -240,7 +246,7 @@ def test_an_adapter_called_base_is_reached_by_its_id():
 
 def test_the_hierarchy_is_the_one_that_is_drawn():
     drawn = {line.replace("├── ", "│   ").replace("└── ", "│   ").replace("│", " ").split()[0] for line in
-             errors.__doc__.splitlines() if line.strip() and "Error" in line or "Missing" in line}  # fmt: skip
+             errors.__doc__.splitlines() if (line.strip() and "Error" in line) or "Missing" in line}  # fmt: skip
     defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
     assert drawn == defined
     for name in defined - {"MultibatchError"}:

@@ -207,7 +207,10 @@ def test_modules_to_save_are_each_adapters_own():
     nn.init.normal_(head.modules_to_save["one"].weight)
     x = make_input("head")
     expected = torch.cat(
-        [(head.modules_to_save["one"] if name == "one" else head.original_module)(x[i : i + 1]) for i, name in enumerate(NAMES)]
+        [
+            (head.modules_to_save["one"] if name == "one" else head.original_module)(x[i : i + 1])
+            for i, name in enumerate(NAMES)
+        ]
     )
     peft_multibatch.enable(model)
     assert_close(model(layer="head", x=x, adapter_ids=NAMES), expected)
@@ -227,7 +230,9 @@ def test_what_can_not_be_right_is_refused(options, match):
         def __init__(self):
             super().__init__()
             self.experts = nn.ModuleList([nn.Linear(4, 4)])
-            self.weights = nn.Parameter(torch.zeros(2, 4, 4))
+            self.block = nn.Module()
+            self.block.inner = nn.Module()
+            self.block.inner.weights = nn.Parameter(torch.zeros(2, 4, 4))
 
     model = get_peft_model(Mixture(), LoraConfig(r=2, **options), "one")
     with pytest.raises(peft_multibatch.UnsupportedError, match=match):

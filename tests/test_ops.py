@@ -170,6 +170,4 @@ def test_ops_obey_the_rules_of_torch_library(grad):
     case = make_case(Segments.from_ids([0, 1, 0]), [[2, 1], [0, 3]], [[1.0, 1.0]] * 2, [3, 4], grad=grad)
     torch.library.opcheck(ops.shrink, (case.x, case.lora_a, case.plan, case.ranks))
     h = ops.shrink(case.x, case.lora_a, case.plan, case.ranks).detach().requires_grad_(grad)
-    torch.library.opcheck(
-        ops.expand, (h, case.lora_b, case.plan, case.ranks, case.scalings, case.slice_offsets)
-    )
+    torch.library.opcheck(ops.expand, (h, case.lora_b, case.plan, case.ranks, case.scalings, case.slice_offsets))

@@ -114,7 +114,12 @@ class Demo:
         ours, expected = results["peft_multibatch, mixed batch"], results["PEFT, one adapter at a time"]
         start = self.inputs["input_ids"].shape[1]
         rows = [
-            Row(prompt, name, self.tokenizer.decode(ours[i, start:], skip_special_tokens=True), _equal(ours[i], expected[i]))
+            Row(
+                prompt,
+                name,
+                self.tokenizer.decode(ours[i, start:], skip_special_tokens=True),
+                _equal(ours[i], expected[i]),
+            )
             for i, (name, prompt) in enumerate(PROMPTS)
         ]
         return Outcome(rows, seconds, new_tokens, self.device)

@@ -1,0 +1,39 @@
+"""What importing costs, what it loads, what it offers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import peft_multibatch
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_optional_is_loaded():
+    code = "import json, sys, peft_multibatch; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(run(code))
+    assert loaded.isdisjoint({"triton", "typer", "gguf", "matplotlib", "peft_multibatch.demo"})
+
+
+def test_import_time_beyond_the_dependencies():
+    code = (
+        "import json, time; import torch, transformers; from peft import PeftModel; from transformers import "
+        "PreTrainedModel; begin = time.perf_counter(); import peft_multibatch; "
+        "print(json.dumps(time.perf_counter() - begin))"
+    )
+    assert min(run(code) for _ in range(3)) < 1.0
+
+
+def test_public_names():
+    assert peft_multibatch.__all__ == sorted(peft_multibatch.__all__)
+    assert {name for name in peft_multibatch.__all__ if not name.endswith("Error")} == {
+        "LayerReport", "Multibatch", "Report", "SegmentBuffer", "Segments", "disable", "enable",
+    }  # fmt: skip
+    for name in peft_multibatch.__all__:
+        assert getattr(peft_multibatch, name).__doc__

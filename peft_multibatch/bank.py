@@ -1,8 +1,8 @@
 """The weights of one projection group: for every slot and slice, a reference to the tensors that PEFT holds.
 
-A bank owns no weights and copies none. It reads PEFT's own dictionaries when a call begins, so that whatever happened to an
-adapter since the last call (an optimizer step, ``.data`` written in place, ``set_scale``, a hot-swap, ``.to()``, another
-adapter under the same name) is what the next call computes with, and PEFT's parameters stay where they are.
+A bank owns no weights and copies none. It reads PEFT's own dictionaries when a call begins, so that whatever happened
+to an adapter since the last call (an optimizer step, ``.data`` written in place, ``set_scale``, a hot-swap, ``.to()``,
+another adapter under the same name) is what the next call computes with, and PEFT's parameters stay where they are.
 docs/explanation/bank.md says why weights aren't stacked.
 """
 
@@ -50,7 +50,8 @@ class Bank:
         """
         name = self.names[slot]
         for layer in self.layers:
-            # a module's `_modules` is read because `nn.ModuleDict` and `nn.Module` attribute look-ups cost ten times more
+            # a module's `_modules` is read because `nn.ModuleDict` and `nn.Module` attribute look-ups cost ten times
+            # more
             lora_a = layer.lora_A._modules.get(name)
             if lora_a is None:
                 yield None
@@ -58,13 +59,13 @@ class Bank:
             a, b = lora_a._parameters["weight"], layer.lora_B._modules[name]._parameters["weight"]
             if a.is_meta or b.is_meta:
                 raise ModelStateError(
-                    f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between calls: "
-                    "expected them on a real device. Load the adapters without offloading."
+                    f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between "
+                    "calls: expected them on a real device. Load the adapters without offloading."
                 )
             yield a, b, float(layer.scaling[name])
 
     def weights(self, slot: int) -> SlotWeights:
-        """``parameters`` in the form that products take: ``lora_A`` and ``lora_B`` transposed, views of PEFT's tensors."""
+        """``parameters`` as products take them: ``lora_A`` and ``lora_B`` transposed, still PEFT's own memory."""
         return [part and (part[0].t(), part[1].t(), part[2]) for part in self.parameters(slot)]
 
     def gather(self, slots: Iterable[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:

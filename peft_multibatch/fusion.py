@@ -1,7 +1,8 @@
 """Sibling projections that read the same tensor become one group: q/k/v as three slices, gate/up as two.
 
-The first layer of a group computes all of them, and the others hand out what it computed. They check that they were given
-the very tensor that the first one saw, so that a model in which they aren't siblings after all is slower, not wrong.
+The first layer of a group computes all of them, and the others hand out what it computed. They check that they were
+given the very tensor that the first one saw, so that a model in which they aren't siblings after all is slower, not
+wrong.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
     """Turn adapter ids into slots.
 
     Args:
-        adapter_ids: a list or tuple of ids and names, a 1-D integer tensor or array; ``-1`` and ``"__base__"`` stand for
-            the base model alone.
+        adapter_ids: a list or tuple of ids and names, a 1-D integer tensor or array; ``-1`` and ``"__base__"`` stand
+            for the base model alone.
         names: adapter names by slot; None where an adapter was deleted.
 
     Returns:
@@ -35,8 +35,8 @@ def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
     if isinstance(adapter_ids, torch.Tensor):
         if adapter_ids.dim() != 1 or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
             raise AdapterIdsTypeError(
-                f"adapter_ids is a tensor of shape {list(adapter_ids.shape)} and dtype {adapter_ids.dtype}: expected a "
-                "1-D integer tensor with one id for every sample."
+                f"adapter_ids is a tensor of shape {list(adapter_ids.shape)} and dtype {adapter_ids.dtype}: expected "
+                "a 1-D integer tensor with one id for every sample."
             )
         adapter_ids = adapter_ids.tolist()
     elif hasattr(adapter_ids, "tolist"):

@@ -60,7 +60,7 @@ class Patch:
 
 
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``lora.Linear``: the base layer's output plus every row's own delta; fused with siblings that read the same ``x``."""
+    """``lora.Linear``: the base layer's output plus every row's own delta; siblings that read the same run as one."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
@@ -122,7 +122,7 @@ def _add_through_ops(inputs: tuple, bank: Bank, ys: Sequence[Tensor], rows: Tens
 
 
 def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Any other layer: PEFT's own module, once per segment on the segment's rows, with its adapter as the active one."""
+    """Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
@@ -131,9 +131,9 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return patch.original(x, *args, **kwargs)
     if isinstance(call, Graph):
         raise UnsupportedError(
-            f"{type(self).__name__} runs PEFT's own code per segment, and the segments of a batch aren't known while a "
-            "graph is compiled: expected a model all of whose adapters run segmented, see mb.report(). Run it without "
-            "torch.compile."
+            f"{type(self).__name__} runs PEFT's own code per segment, and the segments of a batch aren't known while "
+            "a graph is compiled: expected a model all of whose adapters run segmented, see mb.report(). Run it "
+            "without torch.compile."
         )
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise UnsupportedError(
@@ -161,7 +161,7 @@ def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
             f"parameters of a {type(layer).__name__} are on the meta device, as offloading leaves them between calls: "
             "expected them on a real device. Load the model without offloading."
         )
-    view = copy.copy(layer)
+    view: Any = copy.copy(layer)
     view._disable_adapters = name is None
     view._active_adapter = [name] if name is not None else []
     return view
@@ -173,10 +173,10 @@ for _handler in (linear, per_segment):
 PER_SEGMENT = "per segment"
 SEGMENTED = "segmented"
 
-# The first match in a layer class's method resolution order counts. None: rows can't be routed through it and be right.
+# The first match in a layer class's method resolution order counts. None: rows routed through it would not be right.
 HANDLERS: dict[type, Callable[..., Tensor] | None] = {
     lora.Linear: linear,
-    lora.MultiheadAttention: None,  # merges weights into the module while it runs, and may have its rows in dimension 1
+    lora.MultiheadAttention: None,  # merges weights into the module while it runs; rows may be dimension 1
     lora.ParamWrapper: None,  # swaps parameters of experts, whose rows are gathered from all samples
     LoraLayer: per_segment,
     ModulesToSaveWrapper: per_segment,
@@ -208,8 +208,8 @@ def find_handler(name: str, layer: nn.Module) -> tuple[Callable[..., Tensor], st
         )
     if "experts" in name.split("."):
         raise UnsupportedError(
-            f"{name} is inside a mixture of experts and sees rows gathered from all samples: expected a layer that sees "
-            f"the rows of each sample together. {advice}"
+            f"{name} is inside a mixture of experts and sees rows gathered from all samples: expected a layer that "
+            f"sees the rows of each sample together. {advice}"
         )
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if getattr(base, "_hf_device_mesh", None) is not None:

@@ -13,7 +13,7 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        how: ``"fused q_proj/k_proj/v_proj"``, ``"segmented"`` or ``"per segment"`` (PEFT's own module, once a segment).
+        how: ``"fused q_proj/k_proj/v_proj"``, ``"segmented"`` or ``"per segment"``, PEFT's own module once a segment.
         reason: why it doesn't run the fastest way, or the empty string.
     """
 

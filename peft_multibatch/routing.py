@@ -1,7 +1,7 @@
 """Which plan is in force: ids travel beside a call, never through the model's arguments.
 
-Every thread has its own call, so that two threads with different ids don't meet. A compiled graph can't ask which thread
-runs it; it reads one ``Graph``, whose buffers are written before the graph runs.
+Every thread has its own call, so that two threads with different ids don't meet. A compiled graph can't ask which
+thread runs it; it reads one ``Graph``, whose buffers are written before the graph runs.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Router:
 
     @contextmanager
     def routing(self, segments: Segments, expands: bool) -> Iterator[None]:
-        """Put a plan in force on this thread; whatever happens inside, what was in force before is again afterwards."""
+        """Put a plan in force on this thread; what was in force before is again afterwards, whatever happens."""
         before = self.thread.call
         with self.graph.using(segments):
             self.thread.call = Call(segments, expands)

@@ -33,7 +33,7 @@ class Segments:
 
     Attributes:
         weight_indices: int32 ``[G]`` on the CPU. Slot of each segment's adapter, ``-1`` for the base model alone.
-        seg_indptr: int32 ``[G + 1]`` on the CPU. Segment ``g`` holds the positions ``seg_indptr[g]:seg_indptr[g + 1]``.
+        seg_indptr: int32 ``[G + 1]`` on the CPU. Segment ``g`` has the positions ``seg_indptr[g]:seg_indptr[g + 1]``.
         permutation: int32 ``[E]`` on the CPU, or None where entries stand in adapter order as they came. The entry at
             each position: ids ``[0, 1, 0, 1]`` are two segments over the positions of ``[0, 2, 1, 3]``.
     """
@@ -103,16 +103,16 @@ class Segments:
     def rows(self, num_rows: int, device: torch.device) -> list[tuple[int, slice | Tensor]]:
         """The rows of each segment in a tensor whose dimension 0 holds the entries' rows, ``T // E`` for every entry.
 
-        Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so that one plan serves
-        every layer. The result is kept: a decode step asks for the same one at every layer.
+        Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so that one plan
+        serves every layer. The result is kept: a decode step asks for the same one at every layer.
 
         Args:
             num_rows: ``T``, the size of dimension 0.
             device: where index tensors are wanted.
 
         Returns:
-            (slot, rows) of every segment. Rows are a slice, which costs nothing, or an int64 tensor where a permutation
-            is in force.
+            (slot, rows) of every segment. Rows are a slice, which costs nothing, or an int64 tensor where a
+            permutation is in force.
 
         Raises:
             RowMappingError: the number of rows is no multiple of the number of entries.
@@ -122,8 +122,8 @@ class Segments:
             if num_rows % max(self.num_entries, 1):
                 raise RowMappingError(
                     f"a layer received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
-                    f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample of "
-                    "the batch; a layer that gathers or drops rows can't take part in a mixed batch."
+                    f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample "
+                    "of the batch; a layer that gathers or drops rows can't take part in a mixed batch."
                 )
             per_entry = num_rows // max(self.num_entries, 1)
             self._rows[key] = [
@@ -144,16 +144,17 @@ class Segments:
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
 
-        ``[num_entries, num_segments, is_permuted | weight_indices [G] | seg_indptr [G + 1] | permutation [E]]``; without
-        the permutation its length depends on the number of segments alone.
+        ``[num_entries, num_segments, is_permuted | weight_indices [G] | seg_indptr [G + 1] | permutation [E]]``;
+        without the permutation its length depends on the number of segments alone.
         """
-        permuted = self.permutation is not None
-        header = torch.tensor([self.num_entries, self.num_segments, permuted], dtype=torch.int32)
-        return torch.cat([header, self.weight_indices, self.seg_indptr, *([self.permutation] if permuted else [])])
+        is_permuted = self.permutation is not None
+        header = torch.tensor([self.num_entries, self.num_segments, is_permuted], dtype=torch.int32)
+        permutation = [] if self.permutation is None else [self.permutation]
+        return torch.cat([header, self.weight_indices, self.seg_indptr, *permutation])
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Segments:
-        """Read a plan back from the beginning of an int32 tensor written by [`pack`][peft_multibatch.Segments.pack]."""
+        """Read a plan back from the beginning of what [`pack`][peft_multibatch.Segments.pack] wrote."""
         num_entries, num_segments, is_permuted = packed[:_HEADER].tolist()
         sizes = [_HEADER, num_segments, num_segments + 1, num_entries * is_permuted]
         # cloned, because a plan must not change when persistent buffers are written for the next call
@@ -164,8 +165,8 @@ class Segments:
 class SegmentBuffer:
     """A plan at a fixed place on a device: what compiled graphs and CUDA graphs read.
 
-    The buffer never moves and never grows. ``update`` writes the next call's plan over the last one's; what lies behind
-    the written part is stale and must not be read, which ops know from the plan's header.
+    The buffer never moves and never grows. ``update`` writes the next call's plan over the last one's; what lies
+    behind the written part is stale and must not be read, which ops know from the plan's header.
 
     Args:
         capacity: most entries that a plan may have.

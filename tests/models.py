@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that users have, with adapters that differ in all that adapters differ in."""
+"""Tiny random models of the architectures that users have, with adapters that differ in all that they can."""
 
 from __future__ import annotations
 

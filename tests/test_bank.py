@@ -1,4 +1,4 @@
-"""A stale weight is the worst bug there can be: whatever happens to adapters, the next call computes with what is there."""
+"""A stale weight is the worst bug: whatever happens to adapters, the next call computes with what is there."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_changes_are_seen_without_a_new_graph(compiled):
 
 
 def test_an_adapter_added_later_is_seen(compiled):
-    model, mb, fast, graphs = compiled
+    model, mb, fast, _ = compiled
     with mb.batch(MIXES[0]):
         logits(fast)
     model.add_adapter("new", lora_configs()["eight"])
@@ -89,7 +89,7 @@ def test_an_adapter_added_later_is_seen(compiled):
 
 
 def test_larger_batches(compiled):
-    model, mb, fast, graphs = compiled
+    model, mb, fast, _ = compiled
     for rows in (2, 6, 20, 6):
         inputs, ids = left_padded(rows), [row % 4 - 1 for row in range(rows)]
         with torch.no_grad(), mb.batch(ids):
@@ -99,13 +99,13 @@ def test_larger_batches(compiled):
 
 
 def test_ids_passed_to_a_compiled_model_are_not_ignored(compiled):
-    model, mb, fast, graphs = compiled
+    _, _, fast, _ = compiled
     with pytest.raises(Exception, match=r"with mb.batch\(adapter_ids\): compiled_model"):
         logits(fast, adapter_ids=MIXES[0])
 
 
 def test_threads_take_turns(compiled):
-    model, mb, fast, graphs = compiled
+    model, mb, fast, _ = compiled
     with mb.batch(MIXES[0]):
         logits(fast)
     expected = [logits(model, adapter_ids=mix) for mix in MIXES]

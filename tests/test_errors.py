@@ -37,20 +37,20 @@ BAD_IDS = {
     "too short": (
         [0, 0, 1],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
-        "alone.",
+        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
+        "model alone.",
     ),
     "too long": (
         [0] * 12,
         errors.AdapterIdsLengthError,
-        "adapter_ids has 12 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
-        "alone.",
+        "adapter_ids has 12 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
+        "model alone.",
     ),
     "empty": (
         [],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base model "
-        "alone.",
+        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
+        "model alone.",
     ),
     "one string": (
         "three",
@@ -62,20 +62,20 @@ BAD_IDS = {
     "a float": (
         [0, 1.0, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
-        "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, or -1 or '__base__' for the "
-        "base model alone.",
+        "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, or -1 or '__base__' for "
+        "the base model alone.",
     ),
     "a bool": (
         [True] * 6,
         errors.AdapterIdsTypeError,
-        "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, or -1 or '__base__' for the "
-        "base model alone.",
+        "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, or -1 or '__base__' for "
+        "the base model alone.",
     ),
     "None for a row": (
         [0, None, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
-        "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, or -1 or '__base__' for "
-        "the base model alone.",
+        "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, or -1 or '__base__' "
+        "for the base model alone.",
     ),
     "a tensor of floats": (
         torch.zeros(6),

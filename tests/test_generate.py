@@ -126,7 +126,8 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
         mixed = model(**inputs, adapter_ids=NAMES).logits
     assert mixed.dtype == dtype
     real = inputs["attention_mask"].bool()
-    # two roundings of the same number are apart by more than each is from the number; PEFT rounds more often than we do
+    # two roundings of the same number are apart by more than each is from the number; PEFT rounds more often than we
+    # do
     ours, peft = (relative_error(logits[real], reference[real]) for logits in (mixed, alone))
     assert ours <= 1.05 * peft, (ours, peft)
     if autocast_adapter_dtype:

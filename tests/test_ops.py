@@ -48,7 +48,7 @@ def make_case(plan, ranks, scalings, widths, rows_per_entry=1, inputs=5, dtype=t
 
 @both_paths
 def test_two_adapters_three_samples_three_slices(make):
-    """Weight indices [0, 0, 1], ranks [1, 1], scalings [1.0, 0.5], sequence lengths [1, 1, 1], offsets [0, 3, 6, 9]."""
+    """Weight indices [0, 0, 1], ranks [1, 1], scalings [1.0, 0.5], lengths [1, 1, 1], offsets [0, 3, 6, 9]."""
     plan = make([0, 0, 1], lens=[1, 1, 1])
     assert plan.num_segments == 2
     case = make_case(plan, [[1, 1, 1], [1, 1, 1]], [[1.0] * 3, [0.5] * 3], widths=[3, 3, 3])

@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct with the three trained adapters: a real model, real adapters, and the demo as users start it."""
+"""SmolLM2-135M-Instruct with the three trained adapters, and the demo as users start it."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_rows_without_padding_and_alone_in_their_batch(demo):
     mb.disable()
     for row, (name, prompt) in enumerate(PROMPTS):
         inputs = demo.tokenizer(prompt, return_tensors="pt")
-        single = alone(demo.model, name, lambda: demo.model.generate(**inputs, max_new_tokens=8, do_sample=False))
+        call = partial(demo.model.generate, **inputs, max_new_tokens=8, do_sample=False)
+        single = alone(demo.model, name, call)
         assert mixed[row].tolist() == single[0, -8:].tolist()
 
 

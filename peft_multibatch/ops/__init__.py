@@ -32,7 +32,7 @@ def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) ->
 
     Args:
         x: ``[T, K]``, any float dtype and device; ``T`` is a multiple of the plan's entries.
-        weights: ``S * I`` tensors ``[rank or more, K]``, slot by slot and slice by slice; one that is absent is ``[0, K]``.
+        weights: ``S * I`` tensors ``[rank or more, K]``, slot by slot and slice by slice; an absent one is ``[0, K]``.
         plan: int32, what [`Segments.pack`][peft_multibatch.Segments.pack] returns or a
             [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds.
         ranks: int32 ``[S, I]``, true rank of each slot and slice; 0 means that there is no adapter, touch nothing.

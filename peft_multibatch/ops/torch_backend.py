@@ -1,7 +1,7 @@
 """``shrink`` and ``expand`` with torch's own matrix products, a pair per segment and slice: every device, every dtype.
 
-On a CPU this is the fast path. A decode step there is bound by reading weights and by the number of calls, so nothing is
-gathered, padded or copied: every product reads an adapter's weights where PEFT keeps them.
+On a CPU this is the fast path. A decode step there is bound by reading weights and by the number of calls, so nothing
+is gathered, padded or copied: every product reads an adapter's weights where PEFT keeps them.
 
 Products accumulate in float32 (float64 for float64 weights) and a row's delta is rounded once, when it is added.
 """
@@ -17,8 +17,8 @@ from peft_multibatch.ops.reference import max_rank
 from peft_multibatch.segments import BASE, Segments
 
 
-# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the scaling,
-# or None where this adapter has no weights for this slice.
+# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the
+# scaling, or None where this adapter has no weights for this slice.
 Projection = tuple[Tensor, Tensor, float]
 SlotWeights = list[Projection | None]
 

@@ -1,0 +1,34 @@
+"""Every Python snippet of the README and of the docs runs, in the order in which it is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page.relative_to(ROOT)
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if "```python" in page.read_text()
+]
+
+
+@pytest.mark.xdist_group("real model")
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_snippets_run(page, capsys):
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        exec(compile(snippet, str(page), "exec"), names)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_pages_name_no_file_that_is_not_there():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"

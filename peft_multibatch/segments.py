@@ -21,7 +21,8 @@ from peft_multibatch.errors import RowMappingError
 BASE = -1
 """Slot of a row without adapter: the base model alone."""
 
-_HEADER = 3  # num_entries, num_segments, is_permuted
+HEADER = 4
+"""Length of a packed plan's header: num_entries, num_segments, is_permuted and a zero."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +145,26 @@ class Segments:
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
 
-        ``[num_entries, num_segments, is_permuted | weight_indices [G] | seg_indptr [G + 1] | permutation [E]]``;
-        without the permutation its length depends on the number of segments alone.
+        ``[num_entries, num_segments, is_permuted, 0 | slot and first position of each segment | -1, E | permutation]``.
+        A kernel finds a segment's slot and bounds at places that depend on nothing else. Without the permutation the
+        length depends on the number of segments alone.
         """
         is_permuted = self.permutation is not None
-        header = torch.tensor([self.num_entries, self.num_segments, is_permuted], dtype=torch.int32)
+        header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32)
+        slots = torch.cat([self.weight_indices, torch.tensor([BASE], dtype=torch.int32)])
+        pairs = torch.stack([slots, self.seg_indptr], dim=1)
         permutation = [] if self.permutation is None else [self.permutation]
-        return torch.cat([header, self.weight_indices, self.seg_indptr, *permutation])
+        return torch.cat([header, pairs.flatten(), *permutation])
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Segments:
         """Read a plan back from the beginning of what [`pack`][peft_multibatch.Segments.pack] wrote."""
-        num_entries, num_segments, is_permuted = packed[:_HEADER].tolist()
-        sizes = [_HEADER, num_segments, num_segments + 1, num_entries * is_permuted]
+        num_entries, num_segments, is_permuted, _ = packed[:HEADER].tolist()
+        sizes = [HEADER, 2 * (num_segments + 1), num_entries * is_permuted]
         # cloned, because a plan must not change when persistent buffers are written for the next call
-        parts = packed[: sum(sizes)].cpu().clone().split(sizes)
-        return cls(parts[1], parts[2], parts[3] if is_permuted else None)
+        _, pairs, permutation = packed[: sum(sizes)].cpu().clone().split(sizes)
+        slots, bounds = pairs.view(-1, 2).t().contiguous()
+        return cls(slots[:-1], bounds, permutation if is_permuted else None)
 
 
 class SegmentBuffer:
@@ -175,7 +180,7 @@ class SegmentBuffer:
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
-        self.packed = torch.zeros(_HEADER + 3 * capacity + 1, dtype=torch.int32, device=device)
+        self.packed = torch.zeros(HEADER + 3 * capacity + 2, dtype=torch.int32, device=device)
 
     def update(self, segments: Segments) -> None:
         """Write a plan into the buffer: one copy, of the length of the compressed plan.

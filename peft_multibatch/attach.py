@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Iterator
+import importlib.util
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_multibatch import layers as handlers
-from peft_multibatch.bank import Bank
-from peft_multibatch.errors import (
-    AdapterIdsError,
-    AdapterIdsLengthError,
-    AdaptersDisabledError,
-    BackendUnavailableError,
-    MergedAdaptersError,
-    NotEnabledError,
-    UnsupportedError,
-)
+from peft_multibatch.calls import check_length, refuse, wrap
+from peft_multibatch.errors import BackendUnavailableError, ModelStateError, NotEnabledError, UnsupportedError
 from peft_multibatch.fusion import Group, find_groups
-from peft_multibatch.ids import resolve
-from peft_multibatch.layers import STATE, Patch
+from peft_multibatch.ids import check_live, resolve
+from peft_multibatch.layers import STATE
+from peft_multibatch.places import Place, find_layers
 from peft_multibatch.report import LayerReport, Report
-from peft_multibatch.routing import Router
+from peft_multibatch.routing import Call, Router
 from peft_multibatch.segments import Segments
 
 
 logger = logging.get_logger(__name__)
-
-# Arguments that may carry the samples, in the order in which they are looked for.
-INPUTS = (
-    "input_ids",
-    "inputs",
-    "inputs_embeds",
-    "input_features",
-    "input_values",
-    "pixel_values",
-    "decoder_input_ids",
-)
 
 
 def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multibatch:
@@ -57,8 +39,8 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
     Args:
         model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or
             ``load_adapter()`` added them; adapters may also be added later.
-        backend: ``"torch"``, torch's own matrix products; ``"auto"`` takes the fastest that is available, which this
-            version has only one of; ``"triton"`` is refused for now.
+        backend: ``"triton"``, kernels for CUDA devices; ``"torch"``, torch's own matrix products; ``"auto"`` takes
+            triton where there is a CUDA device. Tensors on a CPU, gradients and compiled graphs always run on torch.
         fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor.
 
     Returns:
@@ -74,24 +56,29 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
         model.generate(**inputs, adapter_ids=[0, -1, 1])
         ```
     """
+    if isinstance(model, PeftMixedModel):
+        raise UnsupportedError(
+            "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the "
+            "adapters with PeftModel."
+        )
     inner = _inner_model(model)
     if not isinstance(inner, nn.Module) or not (isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config")):
         raise UnsupportedError(
             f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model to "
             "which adapters are added with add_adapter() or load_adapter()."
         )
-    if isinstance(model, PeftMixedModel):
-        raise UnsupportedError(
-            "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the "
-            "adapters with PeftModel."
-        )
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel):
         _check_configs(model.peft_config)
     present = inner.__dict__.get(STATE)
     if present is None:
         return Multibatch(model, inner, backend, fuse)
-    if STATE not in model.__dict__:
-        present._attach(model)
+    if (backend, fuse) not in (("auto", True), (present._asked_backend, present._fuse)):
+        raise ModelStateError(
+            f"enable was called with backend={backend!r} and fuse={fuse} on a model that is enabled with "
+            f"backend={present._asked_backend!r} and fuse={present._fuse}: expected the same options. Call disable "
+            "first."
+        )
+    present._attach(model)
     return present
 
 
@@ -115,19 +102,26 @@ class Multibatch:
     """
 
     def __init__(self, model: nn.Module, inner: nn.Module, backend: str, fuse: bool) -> None:
-        self._backend_reason = _check_backend(backend)
+        self._asked_backend = backend
+        self._backend, self._backend_reason, kernels = _choose_backend(backend)
+        logger.info(f"backend {self._backend}: {self._backend_reason}")
         self._inner = inner
         self._fuse = fuse
         self._names: list[str | None] = []
         self._ever: dict[str, None] = {}  # every name that ever had an id, in the order of the ids
         self._configs: list[tuple[str, Any]] = []
-        self._router = Router()
+        self._router = Router(kernels)
         self._groups: list[Group] = []
-        self._places: list[_Place] = []
-        self._undo: list[Callable[[], object]] = []
+        self._places: dict[nn.Module, Place] = {}
+        self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
+        self._lock = threading.RLock()
+        self._is_enabled = True
         self._refresh()
-        for each in dict.fromkeys([inner, model]):
-            self._attach(each)
+        self._attach(inner)
+        for part in inner.modules():
+            if isinstance(part, PreTrainedModel):
+                self._attach(part, methods=("forward",))  # users call `model.model(...)`, too
+        self._attach(model)
 
     @property
     def adapter_names(self) -> list[str | None]:
@@ -163,83 +157,60 @@ class Multibatch:
         self._refresh()
         groups = {layer: group for group in self._groups for layer in group.layers}
         entries = []
-        for place in self._places:
+        for place in self._places.values():
             how, reason = handlers.PER_SEGMENT, place.reason
             if place.handler is handlers.linear:
                 group = groups.get(place.module)
                 how = handlers.SEGMENTED if group is None or group.reason else group.label
                 reason = group.reason if group is not None else reason
             entries.append(LayerReport(place.name, how, reason))
-        return Report(tuple(entries), "torch", self._backend_reason)
+        return Report(tuple(entries), self._backend, self._backend_reason)
 
     def disable(self) -> None:
         """Undo ``enable``; the handle can't be used any more. Does nothing the second time."""
-        self._detach_layers()
-        while self._undo:
-            self._undo.pop()()
+        with self._lock:
+            self._is_enabled = False
+            for place in self._places.values():
+                place.restore()
+            for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
+                undo()
+            # let go of the model
+            self._places, self._groups, self._configs, self._attached = {}, [], [], {}
+            self._router.graph.banks = []
+            self._inner = nn.Module()
 
-    def _attach(self, model: nn.Module) -> None:
-        """Let a model's calls take ids: the model that holds the layers, and the ``PeftModel`` around it."""
+    def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
+        """Let calls take ids: of the model that holds the layers, of parts of it, of the ``PeftModel`` around it."""
+        if model in self._attached:
+            return
         model.__dict__[STATE] = self
-        self._undo.append(lambda: model.__dict__.pop(STATE, None))
-        self._undo.extend(_wrap(model, method) for method in ("forward", "generate"))
+        undos: list[Callable[[], object]] = [lambda: model.__dict__.pop(STATE, None)]
+        undos.extend(wrap(model, method) for method in methods)
+        undos.append(
+            refuse(
+                model, "generate_batch", "expected no ids. Continuous batching runs all requests under one adapter."
+            )
+        )
+        self._attached[model] = undos
 
     @contextmanager
-    def _routing(self, adapter_ids: Any, expands: bool, samples: int | None = None) -> Iterator[None]:
-        if not self._undo:
-            raise NotEnabledError(
-                "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
-            )
+    def _routing(self, adapter_ids: Any, expands: bool, samples: int | None = None) -> Iterator[Call]:
         self._refresh()
         slots = resolve(adapter_ids, self._names)
-        _check_length(len(slots), samples)
+        check_length(len(slots), samples)
         self._check_state()
-        with self._router.routing(Segments.from_ids(slots), expands):
-            yield
+        with self._router.routing(Segments.from_ids(slots), expands) as call:
+            yield call
 
-    def _refresh(self) -> None:
-        """Patch what was added since the last call, and let go of what is no longer part of the model."""
-        configs = list(getattr(self._inner, "peft_config", {}).items())
-        unchanged = len(configs) == len(self._configs) and all(
-            name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
-        )
-        if unchanged and all(place.is_current() for place in self._places):
-            return
-        self._detach_layers()
-        self._configs = configs
-        _check_configs(dict(configs))
-        found = _find_layers(self._inner)
-        places = [_Place(*each, *handlers.find_handler(each[0], each[1])) for each in found]
-
-        present = [name for name, _ in configs] if found else []
-        self._ever.update(dict.fromkeys(present))
-        self._names[:] = [name if name in present else None for name in self._ever]
-        for place in places:
-            place.patch(self._router, self._names)
-            self._places.append(place)
-        segmented = {place.name: place.module for place in places if place.handler is handlers.linear}
-        self._groups = find_groups(segmented, self._names) if self._fuse else []
-        banks = [layer.__dict__[STATE].bank for layer in segmented.values()]
-        self._router.graph.banks = banks + [group.bank for group in self._groups]
-
-    def _detach_layers(self) -> None:
-        while self._places:
-            self._places.pop().restore()
+    def _check(self, live: Iterable[int]) -> None:
+        """What a new call checks, for one whose ids have been in force for a while."""
+        self._refresh()
+        check_live(live, self._names)
+        self._check_state()
 
     def _check_state(self) -> None:
-        for place in self._places:
-            module = place.module
-            if module.merged_adapters:
-                raise MergedAdaptersError(
-                    f"adapter_ids was passed while {module.merged_adapters} is merged into the base weights of "
-                    f"{place.name}: expected unmerged adapters. Call model.unmerge_adapter() first."
-                )
-            if module._disable_adapters:
-                raise AdaptersDisabledError(
-                    f"adapter_ids was passed while the adapters of {place.name} are disabled: expected enabled "
-                    "adapters. Leave model.disable_adapter(), or call model.enable_adapters(), first; for single rows "
-                    "of the base model pass the id -1."
-                )
+        for place in self._places.values():
+            handlers.check_state(place.name, place.module)
         if (
             self._inner.training
             and torch.is_grad_enabled()
@@ -251,6 +222,72 @@ class Multibatch:
                 "first."
             )
 
+    def _refresh(self) -> None:
+        """Patch what was added since the last call, and let go of what is no longer part of the model.
+
+        Other threads may be in the middle of a forward: layers that stay keep their patch, and nothing is changed
+        before everything is known to be supported.
+        """
+        with self._lock:
+            if not self._is_enabled:
+                raise NotEnabledError(
+                    "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
+                )
+            configs = list(getattr(self._inner, "peft_config", {}).items())
+            found = find_layers(self._inner)
+            same_configs = len(configs) == len(self._configs) and all(
+                name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
+            )
+            if same_configs and found.keys() == self._places.keys():
+                return
+            _check_configs(dict(configs))
+            if found and not configs:
+                raise UnsupportedError(
+                    f"{next(iter(found.values()))} has adapters of which the {type(self._inner).__name__} knows "
+                    "nothing: expected the model to which they were added. Pass that one to enable."
+                )
+            config = getattr(self._inner, "config", None)
+            chosen = {layer: handlers.find_handler(name, layer, config) for layer, name in found.items()}
+            for layer, name in found.items():
+                if layer.__dict__.get(STATE) is not None and layer not in self._places:
+                    raise ModelStateError(
+                        f"{name} is part of another enabled model: expected one handle for a layer. Disable the other "
+                        "one."
+                    )
+
+            present = [name for name, _ in configs] if found else []
+            self._ever.update(dict.fromkeys(present))
+            self._names[:] = [name if name in present else None for name in self._ever]
+            self._configs = configs
+            before, self._places = self._places, {}
+            for layer, name in found.items():
+                place = before.pop(layer, None)
+                if place is None or (place.handler, place.reason) != chosen[layer]:
+                    if place is not None:
+                        place.restore()
+                    place = Place(layer, name, *chosen[layer])
+                    place.patch(self._router, self._names)
+                self._places[layer] = place
+            for place in before.values():
+                place.restore()
+            self._regroup()
+
+    def _regroup(self) -> None:
+        """Fuse siblings; groups that are as they were stay the same objects, which calls under way may hold."""
+        segmented = {place.name: place.module for place in self._places.values() if place.handler is handlers.linear}
+        known = {group.layers: group for group in self._groups}
+        found = find_groups(segmented, self._names) if self._fuse else []
+        self._groups = [known.get(group.layers, group) for group in found]
+        grouped = {layer for group in self._groups for layer in group.layers}
+        for layer in segmented.values():
+            if layer not in grouped:
+                layer.__dict__[STATE].group = None
+        for group in self._groups:
+            if not group.reason:
+                group.join()
+        banks = [layer.__dict__[STATE].bank for layer in segmented.values()]
+        self._router.graph.banks = banks + [group.bank for group in self._groups]
+
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of an enabled model is a plain one, on which enable may be called
 
@@ -258,145 +295,32 @@ class Multibatch:
         return type(None), ()
 
 
-class _Place:
-    """A patched layer, and where it stands in its model."""
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        siblings: dict[str, nn.Module | None],
-        key: str,
-        handler: Callable[..., Tensor],
-        reason: str,
-    ) -> None:
-        self.name, self.module, self.handler, self.reason = name, module, handler, reason
-        self._siblings, self._key = siblings, key
-
-    def is_current(self) -> bool:
-        """Whether the layer is still where it was: unloading or replacing adapters puts another module there."""
-        return self._siblings.get(self._key) is self.module
-
-    def patch(self, router: Router, names: list[str | None]) -> None:
-        """Put the handler in the place of the layer's forward."""
-        attributes = self.module.__dict__
-        # accelerate's hooks call the forward that they found, under this name, after moving inputs and weights
-        attribute = "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
-        patch = Patch(router, getattr(self.module, attribute), names)
-        if self.handler is handlers.linear:
-            patch.bank = Bank([self.module], names)
-        attributes[STATE] = patch
-        self._unpatch = _replace(self.module, attribute, types.MethodType(self.handler, self.module))
-
-    def restore(self) -> None:
-        """Put the layer's own forward back."""
-        self._unpatch()
-        self.module.__dict__.pop(STATE, None)
-
-
-def _replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[], None]:
-    """Set an instance attribute and return what undoes it, also where somebody else wrapped it in the meantime."""
-    attributes = module.__dict__
-    missing = object()
-    before = attributes.get(attribute, missing)
-    attributes[attribute] = method
-
-    def undo() -> None:
-        # accelerate moves a forward to this name when it adds a hook, and back when it removes one
-        for name in dict.fromkeys([attribute, *(["forward", "_old_forward"] if attribute != "generate" else [])]):
-            if attributes.get(name) is not method:
-                continue
-            if before is not missing:
-                attributes[name] = before
-            elif name == attribute:
-                del attributes[name]
-            else:
-                attributes[name] = types.MethodType(getattr(type(module), attribute), module)
-
-    return undo
-
-
-def _wrap(module: nn.Module, method: str) -> Callable[[], None]:
-    """Let a model's method take ids, and return what undoes it."""
-    if not hasattr(type(module), method):
-        return lambda: None
-    own = module.__dict__.get(method)
-
-    @functools.wraps(getattr(type(module), method))
-    def wrapper(self, *args, **kwargs):
-        handle = getattr(self, STATE, None)
-        # in a copy of the model, what the original had as an attribute of its own belongs to the original
-        original = (
-            own if own is not None and handle is not None else functools.partial(getattr(type(self), method), self)
-        )
-        passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
-        if torch.compiler.is_compiling():
-            if passed:
-                raise UnsupportedError(
-                    "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
-                    "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
-                )
-            return original(*args, **kwargs)
-        if passed:
-            adapter_ids = _pop_ids(kwargs)
-            if adapter_ids is not None:
-                if handle is None:
-                    raise NotEnabledError(
-                        "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy "
-                        "on which peft_multibatch.enable was called."
-                    )
-                with handle._routing(adapter_ids, method == "generate", _num_samples(args, kwargs)):
-                    return original(*args, **kwargs)
-        if handle is None or (call := handle._router.thread.call) is None or call.expands:
-            return original(*args, **kwargs)
-        _check_length(call.segments.num_entries, _num_samples(args, kwargs))
-        if method == "generate":
-            with handle._router.routing(call.segments, expands=True):
-                return original(*args, **kwargs)
-        call.refresh()
-        return original(*args, **kwargs)
-
-    return _replace(module, method, types.MethodType(wrapper, module))
-
-
-def _pop_ids(kwargs: dict[str, Any]) -> Any:
-    adapter_ids, adapter_names = kwargs.pop("adapter_ids", None), kwargs.pop("adapter_names", None)
-    if adapter_ids is not None and adapter_names is not None:
-        raise AdapterIdsError(
-            "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids takes names as well."
-        )
-    return adapter_names if adapter_ids is None else adapter_ids
-
-
-def _num_samples(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Size of the batch that a call of the model brings, or None where none of its arguments tells."""
-    named = [kwargs.get(name) for name in INPUTS]
-    tensor = next((value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    return tensor.shape[0] if tensor is not None and tensor.dim() else None
-
-
-def _check_length(entries: int, samples: int | None) -> None:
-    if samples is not None and entries != samples:
-        raise AdapterIdsLengthError(
-            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every "
-            "sample, -1 for the base model alone."
-        )
-
-
-def _check_backend(backend: str) -> str:
-    """Why this backend is the one in use."""
-    if backend == "auto":
-        return "the only backend of this version"
+def _choose_backend(backend: str) -> tuple[str, str, ModuleType | None]:
+    """The backend, why it is this one, and the module of the kernels where it has any."""
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendUnavailableError(f"backend is {backend!r}: expected 'auto', 'triton' or 'torch'.")
     if backend == "torch":
-        return "asked for"
-    raise BackendUnavailableError(
-        f"backend is {backend!r}, which this version doesn't have: expected 'auto' or 'torch'."
-    )
+        return "torch", "asked for", None
+    missing = None
+    if not torch.cuda.is_available():
+        missing = "torch finds no CUDA device"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "the package triton is not installed"
+    if missing is None:
+        kernels = importlib.import_module("peft_multibatch.ops.triton_backend")
+        return "triton", "asked for" if backend == "triton" else "there is a CUDA device and triton", kernels
+    if backend == "triton":
+        raise BackendUnavailableError(
+            f"backend is 'triton', and {missing}: expected a CUDA device and triton. Pass backend='auto' or 'torch'."
+        )
+    return "torch", missing, None
 
 
-def _inner_model(model: nn.Module) -> nn.Module:
+def _inner_model(model: Any) -> Any:
     """The model that holds the layers: what a ``PeftModel`` wraps."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model
 
 
 def _check_configs(configs: dict[str, Any]) -> None:
@@ -406,18 +330,3 @@ def _check_configs(configs: dict[str, Any]) -> None:
                 f"adapter {name!r} is of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected "
                 "LoRA adapters only. Delete it, or run the adapters one at a time without adapter_ids."
             )
-
-
-def _find_layers(inner: nn.Module) -> list[tuple[str, nn.Module, dict[str, nn.Module | None], str]]:
-    """(name, layer, its parent's modules, its name among them) of every PEFT layer, outermost ones only."""
-    found = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for key, child in module._modules.items():
-            if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                found.append((prefix + key, child, module._modules, key))
-            elif child is not None:
-                visit(child, f"{prefix}{key}.")
-
-    visit(inner, "")
-    return found

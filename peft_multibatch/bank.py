@@ -8,9 +8,10 @@ docs/explanation/bank.md says why weights aren't stacked.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Bank:
         self.lora_b: list[Tensor] = []
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
+        self._tables: dict[torch.device, Table] = {}
 
     def parameters(self, slot: int) -> Iterator[tuple[Tensor, Tensor, float] | None]:
         """For every slice an adapter's ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]`` and scaling, or None without any.
@@ -77,9 +79,16 @@ class Bank:
             part or self._absent(layer) for slot in slots for layer, part in zip(self.layers, self.parameters(slot))
         ]
         shape = -1, len(self.layers)
-        ranks = torch.tensor([a.shape[0] for a, _, _ in parts], dtype=torch.int32).view(shape)
-        scalings = torch.tensor([scaling for _, _, scaling in parts], dtype=torch.float32).view(shape)
+        ranks = torch.tensor([a.shape[0] for a, _, _ in parts], dtype=torch.int32, device="cpu").view(shape)
+        scalings = torch.tensor([scaling for _, _, scaling in parts], dtype=torch.float32, device="cpu").view(shape)
         return [a for a, _, _ in parts], [b for _, b, _ in parts], ranks, scalings
+
+    def table(self, device: torch.device) -> Table:
+        """The bank's table on a device; a larger one where there are more slots than it holds."""
+        table = self._tables.get(device)
+        if table is None or len(table.rows) < len(self.names):
+            table = self._tables[device] = Table(self, 1 << max(len(self.names) - 1, 7).bit_length(), device)
+        return table
 
     def sync(self) -> None:
         """Bring what compiled graphs read up to date, in place wherever the set of adapters is still the same."""
@@ -94,3 +103,79 @@ class Bank:
     def _absent(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
         weight = layer.get_base_layer().weight
         return weight.new_empty(0, layer.in_features), weight.new_empty(layer.out_features, 0), 0.0
+
+
+class TableRows(NamedTuple):
+    """What kernels take of a table.
+
+    Attributes:
+        rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
+        dtype: dtype of all weights in use, or None where they differ or can't be read row by row.
+        rank: largest rank in use.
+        is_aligned: whether all weights in use can be read 16 bytes at a time.
+    """
+
+    rows: Tensor
+    dtype: torch.dtype | None
+    rank: int
+    is_aligned: bool
+
+
+class Table:
+    """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
+
+    The tensor stays where it is, so that captured graphs see every update. Tensors that it points to are kept alive
+    until their rows are written again.
+
+    Args:
+        bank: the bank to follow.
+        slots: how many slots the table holds.
+        device: where the table, and all weights in it, live.
+    """
+
+    def __init__(self, bank: Bank, slots: int, device: torch.device | str) -> None:
+        self.bank = bank
+        self.rows = torch.zeros((slots, len(bank.layers), 4), dtype=torch.int64, device=device)
+        self._written: dict[int, list[tuple | None]] = {}
+        self._held: dict[int, list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def update(self, slots: Iterable[int]) -> TableRows:
+        """Bring the rows of these slots up to date, which are those in use; copies nothing where nothing changed."""
+        with self._lock:
+            changed = [slot for slot in slots if self._read(slot)]
+            if changed:
+                self._write(changed)
+            live = [part for slot in slots for part in self._written[slot] if part]
+        dtypes = {part[4] for part in live}
+        return TableRows(
+            self.rows,
+            dtypes.pop() if len(dtypes) == 1 else None,
+            max((part[2] for part in live), default=0),
+            all(part[0] % 16 == part[1] % 16 == part[2] % 8 == 0 for part in live),
+        )
+
+    def _read(self, slot: int) -> bool:
+        """Look at a slot's weights; True where they are not those that the table has."""
+        parts = list(self.bank.parameters(slot))
+        row = [part and (part[0].data_ptr(), part[1].data_ptr(), part[0].shape[0], part[2], _dtype(*part[:2]))
+               for part in parts]  # fmt: skip
+        if self._written.get(slot) == row:
+            return False
+        self._written[slot] = row
+        self._held[slot] = [tensor for part in parts if part for tensor in part[:2]]
+        return True
+
+    def _write(self, slots: list[int]) -> None:
+        rows = torch.zeros((len(slots), *self.rows.shape[1:]), dtype=torch.int64, device="cpu")
+        for index, slot in enumerate(slots):
+            for i, part in enumerate(self._written[slot]):
+                if part:
+                    a, b, rank, scaling, _ = part
+                    bits = torch.tensor(scaling, dtype=torch.float32, device="cpu").view(torch.int32)
+                    rows[index, i] = torch.tensor([a, b, rank, int(bits)], device="cpu")
+        self.rows[torch.tensor(slots, device=self.rows.device)] = rows.to(self.rows.device)
+
+
+def _dtype(a: Tensor, b: Tensor) -> torch.dtype | None:
+    return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None

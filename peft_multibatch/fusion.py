@@ -40,19 +40,20 @@ class Group:
     """Layers that run as one.
 
     Attributes:
-        key: identifies the group within its model.
         layers: in the order of their slices.
         bank: their weights, one slice a layer.
         label: how ``report()`` names it, such as "fused qkv".
     """
 
-    def __init__(self, key: int, name: str, layers: dict[str, LoraLayer], names: list[str | None]) -> None:
-        self.key = key
+    def __init__(self, name: str, layers: dict[str, LoraLayer], names: list[str | None]) -> None:
         self.name = name
         self.layers = tuple(layers.values())
         self.bank = Bank(self.layers, names)
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
+
+    def join(self) -> None:
+        """Let the layers run as one."""
         for index, layer in enumerate(self.layers):
             layer._multibatch.group, layer._multibatch.index = self, index
 
@@ -79,7 +80,7 @@ def find_groups(layers: dict[str, LoraLayer], names: list[str | None]) -> list[G
         for siblings in SIBLINGS:
             found = {child: layers[f"{parent}.{child}"] for child in siblings if f"{parent}.{child}" in layers}
             if len(found) > 1 and _alike(found.values()):
-                groups.append(Group(len(groups), parent, found, names))
+                groups.append(Group(parent, found, names))
     return groups
 
 

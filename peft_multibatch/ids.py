@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,20 @@ def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
         )
     slots = {name: slot for slot, name in enumerate(names) if name is not None} | {BASE_NAME: BASE}
     return [_slot(entry, index, slots, names) for index, entry in enumerate(adapter_ids)]
+
+
+def check_live(slots: Iterable[int], names: Sequence[str | None]) -> None:
+    """Raise where an adapter is gone whose slot is in use.
+
+    Raises:
+        UnknownAdapterError: it was deleted.
+    """
+    for slot in slots:
+        if names[slot] is None:
+            raise UnknownAdapterError(
+                f"the adapter with the id {slot} was deleted while ids that name it are in force: expected one of "
+                f"{_known(names)}. Leave mb.batch() before you delete an adapter that it uses."
+            )
 
 
 def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | None]) -> int:

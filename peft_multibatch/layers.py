@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_multibatch import ops
-from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.routing import Call, Graph
+from peft_multibatch.errors import AdaptersDisabledError, MergedAdaptersError, ModelStateError, UnsupportedError
+from peft_multibatch.routing import Call, Graph, take_plan
 from peft_multibatch.segments import BASE
 
 
@@ -36,19 +37,23 @@ class Patch:
     """What a patched layer needs to know. A copy or a pickle of the layer has None in its place, and is plain PEFT.
 
     Attributes:
+        name: the layer's name in the model.
         router: tells which call is in force.
         original: the layer's own ``forward``, bound.
-        banks: the layer's bank, alone.
+        bank: the layer's bank, alone; None where it runs per segment.
         group: the projection group it belongs to, or None where it runs by itself.
         index: its slice in the group.
         names: adapter names by slot.
     """
 
-    def __init__(self, router: Router, original: Callable[..., Tensor], names: list[str | None]) -> None:
+    def __init__(
+        self, name: str, router: Router, original: Callable[..., Tensor], bank: Bank | None, names: list[str | None]
+    ) -> None:
+        self.name = name
         self.router = router
         self.original = original
+        self.bank = bank
         self.names = names
-        self.bank: Bank | None = None
         self.group: Group | None = None
         self.index = 0
 
@@ -59,6 +64,26 @@ class Patch:
         return type(None), ()
 
 
+def check_state(name: str, layer: Any) -> None:
+    """Raise where a layer's adapters can't be told apart by rows.
+
+    Raises:
+        MergedAdaptersError: an adapter is merged into the base weights.
+        AdaptersDisabledError: the adapters are switched off.
+    """
+    if layer.merged_adapters:
+        raise MergedAdaptersError(
+            f"adapter_ids was passed while {layer.merged_adapters} is merged into the base weights of {name}: "
+            "expected unmerged adapters. Call model.unmerge_adapter() first."
+        )
+    if layer._disable_adapters:
+        raise AdaptersDisabledError(
+            f"adapter_ids was passed while the adapters of {name} are disabled: expected enabled adapters. Leave "
+            "model.disable_adapter(), or call model.enable_adapters(), first; for single rows of the base model pass "
+            "the id -1."
+        )
+
+
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``lora.Linear``: the base layer's output plus every row's own delta; siblings that read the same run as one."""
     patch = getattr(self, STATE)
@@ -67,40 +92,50 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     call = patch.router.current()
     if call is None:
         return patch.original(x, *args, **kwargs)
-    if isinstance(call, Call) and self.training and _uses_dropout(self):
+    if self.merged_adapters or self._disable_adapters:
+        check_state(patch.name, self)
+    if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
 
-    group = patch.group
+    group, kernels = patch.group, patch.router.kernels
     if group is None or args or kwargs:
-        y = self.base_layer(x, *args, **kwargs)
-        return _add_deltas(call, patch.bank, [y], x)[0]
+        return _add_deltas(call, kernels, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
-        ys = _add_deltas(call, group.bank, [layer.base_layer(x) for layer in group.layers], x)
-        call.stash[group.key] = x, [None, *ys[1:]]
+        ys = _add_deltas(call, kernels, group.bank, [_base_output(layer, x) for layer in group.layers], x)
+        call.stash[group] = x, [None, *ys[1:]]
         return ys[0]
-    source, waiting = call.stash.get(group.key, (None, []))
+    source, waiting = call.stash.get(group, (None, []))
     if source is x and waiting[patch.index] is not None:
         y = waiting[patch.index]
         waiting[patch.index] = None
         if all(other is None for other in waiting):
-            del call.stash[group.key]
+            del call.stash[group]
         return y
     if isinstance(call, Call) and source is not None and source is not x:
         group.split("its projections read different tensors")
-    return _add_deltas(call, patch.bank, [self.base_layer(x)], x)[0]
+    return _add_deltas(call, kernels, patch.bank, [_base_output(self, x)], x)[0]
+
+
+def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What the layer gives without adapters, in a tensor that nobody else holds."""
+    base = layer.base_layer
+    y = base(x, *args, **kwargs)
+    # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
+    return y.clone() if base._forward_hooks or "forward" in base.__dict__ else y
 
 
 def _uses_dropout(layer: LoraLayer) -> bool:
     return any(not isinstance(dropout, nn.Identity) and dropout.p > 0 for dropout in layer.lora_dropout.values())
 
 
-def _add_deltas(call: Call | Graph, bank: Bank, ys: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+def _add_deltas(
+    call: Call | Graph, kernels: ModuleType | None, bank: Bank, ys: Sequence[Tensor], x: Tensor
+) -> Sequence[Tensor]:
     """Add to each slice's output ``[..., N]`` the deltas of ``x`` ``[..., K]``, row by row."""
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(call, Graph):
-        lora_a, lora_b = bank.lora_a, bank.lora_b
-        inputs = call.buffer.packed, lora_a, lora_b, bank.ranks, bank.scalings
-        return _add_through_ops(inputs, bank, ys, rows)
+        plan = take_plan(call.buffer.packed, call.key)
+        return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, rows)
     call.segments.rows(len(x), x.device)  # dimension 0 has to map to samples, not just all rows together
     weights, trained = call.weights(bank)
     if not weights:
@@ -109,7 +144,13 @@ def _add_deltas(call: Call | Graph, bank: Bank, ys: Sequence[Tensor], x: Tensor)
         if torch.is_grad_enabled() and (trained or x.requires_grad or any(y.requires_grad for y in ys)):
             return _add_through_ops(call.op_inputs(bank), bank, ys, rows)
         ys = [y if y.is_contiguous() else y.contiguous() for y in ys]
-        ops.torch_backend.apply_([y.view(-1, y.shape[-1]) for y in ys], rows, call.segments, weights)
+        outputs = [y.view(-1, y.shape[-1]) for y in ys]
+        if kernels is not None and x.is_cuda:
+            inputs = call.kernel_inputs(bank, rows)
+            if kernels.takes(outputs, rows, inputs[-1]):
+                kernels.apply_(outputs, rows.contiguous(), *inputs)
+                return ys
+        ops.torch_backend.apply_(outputs, rows, call.segments, weights)
     return ys
 
 
@@ -131,20 +172,28 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return patch.original(x, *args, **kwargs)
     if isinstance(call, Graph):
         raise UnsupportedError(
-            f"{type(self).__name__} runs PEFT's own code per segment, and the segments of a batch aren't known while "
-            "a graph is compiled: expected a model all of whose adapters run segmented, see mb.report(). Run it "
-            "without torch.compile."
+            f"{patch.name} runs PEFT's own code per segment, because of its class or because it trains with dropout, "
+            "and the segments of a batch aren't known while a graph is compiled: expected a model all of whose "
+            "adapters run segmented, see mb.report(). Run it without torch.compile."
         )
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise UnsupportedError(
             f"{type(self).__name__} was called with more than one tensor, and only the first can be split by samples: "
             "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
         )
+    check_state(patch.name, self)
     outputs, order = [], []
     for slot, rows in call.segments.rows(len(x), x.device):
         view = single_adapter_view(self, None if slot == BASE else patch.names[slot])
         outputs.append(type(self).forward(view, x[rows], *args, **kwargs))
         order.append(rows)
+    if not outputs:
+        return type(self).forward(single_adapter_view(self, None), x, *args, **kwargs)
+    if not all(isinstance(output, Tensor) for output in outputs):
+        raise UnsupportedError(
+            f"{patch.name} returned a {type(outputs[0]).__name__}, which can't be put together from segments: "
+            "expected a tensor. Remove the adapters from this layer, or run them one at a time."
+        )
     result = torch.cat(outputs)
     if call.segments.permutation is None:
         return result
@@ -187,35 +236,55 @@ HANDLERS: dict[type, Callable[..., Tensor] | None] = {
 # Variants whose forward depends on more than the rows and the adapter: positions in the sequence, other adapters.
 CONTEXT_VARIANTS = ("ALora", "Arrow")
 
+# Parts of a layer's name whose rows aren't those of the samples, and what they are.
+OTHER_ROWS = {
+    "experts": "is inside a mixture of experts and sees rows gathered from all samples",
+    "relative_attention_bias": "sees positions, not samples",
+}
+VISION_PARTS = ("vision", "visual", "image_encoder", "image_tower")
 
-def find_handler(name: str, layer: nn.Module) -> tuple[Callable[..., Tensor], str]:
+# Models whose layers see positions first and samples second, or whose rows are tiled.
+OTHER_ORDER = ("fsmt", "led", "longformer", "musicgen", "musicgen_melody", "xlnet")
+
+
+def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tensor], str]:
     """The handler of a layer and, where it is not the fast one, the reason.
 
     Args:
         name: the layer's name in the model, for messages.
         layer: a PEFT layer.
+        config: the model's transformers configuration, or None.
 
     Raises:
         UnsupportedError: a row of a mixed batch would not be right in this layer.
     """
     kind = type(layer).__name__
-    handler = next((HANDLERS[cls] for cls in type(layer).__mro__ if cls in HANDLERS), None)
+    expected = "expected LoRA layers that see the rows of each sample together"
     advice = "Remove the adapters from it, or run the adapters one at a time without adapter_ids."
+    handler = next((HANDLERS[cls] for cls in type(layer).__mro__ if cls in HANDLERS), None)
     if handler is None:
+        raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
+    if getattr(config, "model_type", None) in OTHER_ORDER:
         raise UnsupportedError(
-            f"{name} is a {type(layer).__module__}.{kind}: expected LoRA layers that see the rows of each sample "
-            f"together. {advice}"
+            f"{name} belongs to a model of the type {config.model_type!r}, whose rows aren't in the order of the "
+            f"samples: {expected}. {advice}"
         )
-    if "experts" in name.split("."):
+    parts = name.split(".")
+    for part, what in OTHER_ROWS.items():
+        if part in parts:
+            raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
+    if hasattr(config, "vision_config") and any(word in part for part in parts for word in VISION_PARTS):
         raise UnsupportedError(
-            f"{name} is inside a mixture of experts and sees rows gathered from all samples: expected a layer that "
-            f"sees the rows of each sample together. {advice}"
+            f"{name} is inside the vision part of a model that also reads text, and sees images or patches, not "
+            f"samples: {expected}. {advice}"
         )
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    if getattr(base, "_hf_device_mesh", None) is not None:
-        raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
     if not isinstance(layer, LoraLayer):
+        inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
+        if inner:
+            raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
         return handler, f"{kind} runs PEFT's own code"
+    if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
+        raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
     variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
     for variant in variants:
         if variant.startswith(CONTEXT_VARIANTS):

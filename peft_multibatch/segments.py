@@ -68,7 +68,7 @@ class Segments:
             ordered, order = torch.sort(slots, stable=True)
             weight_indices, seg_lens = torch.unique_consecutive(ordered, return_counts=True)
             permutation = order.to(torch.int32)
-        seg_indptr = torch.zeros(seg_lens.numel() + 1, dtype=torch.int32)
+        seg_indptr = torch.zeros(seg_lens.numel() + 1, dtype=torch.int32, device="cpu")
         torch.cumsum(seg_lens, 0, out=seg_indptr[1:])
         return cls(weight_indices, seg_indptr, permutation)
 
@@ -140,18 +140,18 @@ class Segments:
         if self.permutation is None:
             return slice(start * per_entry, stop * per_entry)
         entries = self.permutation[start:stop, None].long()
-        return (entries * per_entry + torch.arange(per_entry)).flatten().to(device)
+        return (entries * per_entry + torch.arange(per_entry, device="cpu")).flatten().to(device)
 
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
 
-        ``[num_entries, num_segments, is_permuted, 0 | slot and first position of each segment | -1, E | permutation]``.
-        A kernel finds a segment's slot and bounds at places that depend on nothing else. Without the permutation the
-        length depends on the number of segments alone.
+        ``[num_entries, num_segments, is_permuted, 0 | slot and first position of each segment | -1, E |
+        permutation]``. A kernel finds a segment's slot and bounds at places that depend on nothing else. Without the
+        permutation the length depends on the number of segments alone.
         """
         is_permuted = self.permutation is not None
-        header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32)
-        slots = torch.cat([self.weight_indices, torch.tensor([BASE], dtype=torch.int32)])
+        header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
+        slots = torch.cat([self.weight_indices, torch.tensor([BASE], dtype=torch.int32, device="cpu")])
         pairs = torch.stack([slots, self.seg_indptr], dim=1)
         permutation = [] if self.permutation is None else [self.permutation]
         return torch.cat([header, pairs.flatten(), *permutation])

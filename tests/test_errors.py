@@ -199,12 +199,28 @@ def test_mixed_models():
         peft_multibatch.enable(PeftMixedModel(base_model(), config, "one"))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_that_are_not_there(backend):
+def test_backends_that_are_not_there():
     with pytest.raises(errors.BackendUnavailableError) as caught:
-        peft_multibatch.enable(peft_model(), backend=backend)
+        peft_multibatch.enable(peft_model(), backend="cuda")
+    assert str(caught.value) == "backend is 'cuda': expected 'auto', 'triton' or 'torch'."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton can run here")
+def test_triton_where_it_can_not_run_is_an_error_and_no_fallback():
+    with pytest.raises(errors.BackendUnavailableError) as caught:
+        peft_multibatch.enable(peft_model(), backend="triton")
     assert str(caught.value) == (
-        f"backend is {backend!r}, which this version doesn't have: expected 'auto' or 'torch'."
+        "backend is 'triton', and torch finds no CUDA device: expected a CUDA device and triton. Pass backend='auto' "
+        "or 'torch'."
+    )
+
+
+def test_other_options_on_an_enabled_model(model):
+    with pytest.raises(errors.ModelStateError) as caught:
+        peft_multibatch.enable(model, fuse=False)
+    assert str(caught.value) == (
+        "enable was called with backend='auto' and fuse=False on a model that is enabled with backend='auto' and "
+        "fuse=True: expected the same options. Call disable first."
     )
 
 

@@ -16,9 +16,12 @@ def run(code):
 
 
 def test_nothing_optional_is_loaded():
-    code = "import json, sys, peft_multibatch; print(json.dumps(sorted(sys.modules)))"
-    loaded = set(run(code))
-    assert loaded.isdisjoint({"triton", "typer", "gguf", "matplotlib", "peft_multibatch.demo"})
+    dependencies = "import json, sys; import torch, transformers; from peft import PeftModel"
+    code = f"{dependencies}; before = set(sys.modules); import peft_multibatch"
+    loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
+    assert "peft_multibatch.attach" in loaded
+    optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
+    assert [name for name in loaded if name.startswith(optional)] == []
 
 
 def test_import_time_beyond_the_dependencies():

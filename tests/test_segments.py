@@ -42,9 +42,7 @@ def test_two_segments_of_three_samples(make):
     assert plan.seg_lens.tolist() == [2, 1]
     assert plan.seg_indptr.tolist() == [0, 2, 3]
     assert plan.permutation is None
-    assert (
-        plan.pack().numel() == 3 + 2 + 3
-    )  # header, a slot per segment, a bound per segment and one: nothing per sample
+    assert plan.pack().tolist() == [3, 2, 0, 0, 0, 0, 1, 2, -1, 3]  # a pair per segment and one, nothing per sample
 
 
 @both_paths

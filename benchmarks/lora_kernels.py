@@ -1,0 +1,226 @@
+"""The kernels alone, with weights cold in cache, timed as CUDA graphs.
+
+    python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
+    python benchmarks/lora_kernels.py --sweep               # also tries other launches than the chosen one
+
+Every point is compared with float64 before it is timed. One graph runs the point over as many copies of the weights as
+fill the cache twice, so that every reading of a weight is a reading of memory; x and y stay hot, as they are in a
+model. The floor is the bytes that must move (each live adapter once, x and y) at the bandwidth of a device-to-device
+copy in the same run.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table as Rows
+
+from peft_multibatch import Segments
+from peft_multibatch.bank import Table, TableRows
+from peft_multibatch.ops import torch_backend, triton_backend
+
+
+RESULTS = Path(__file__).parent / "results"
+console = Console(width=170)
+
+
+class Point(NamedTuple):
+    rows: int
+    adapters: int
+    inputs: int
+    widths: tuple[int, ...]
+    rank: int
+    target: float | None
+
+    def __str__(self) -> str:
+        widths = "+".join(str(width) for width in self.widths)
+        return f"M{self.rows} L{self.adapters} r{self.rank} {self.inputs}→{widths}"
+
+
+QKV = (4096, 1024, 1024)
+POINTS = [
+    Point(1, 1, 4096, (4096,), 16, 3.5),
+    Point(32, 32, 4096, (4096,), 16, 6),
+    Point(64, 64, 4096, (4096,), 16, 8),
+    Point(256, 256, 4096, (4096,), 16, 19),
+    Point(1, 1, 4096, QKV, 16, 4),
+    Point(32, 32, 4096, QKV, 16, 9),
+    Point(128, 128, 4096, QKV, 16, 19),
+    Point(32, 8, 4096, QKV, 128, 15),
+    Point(32, 8, 14336, (4096,), 16, 5.5),
+    Point(512, 4, 4096, QKV, 16, 10),
+    Point(4096, 8, 4096, (4096,), 16, 36),
+    Point(4096, 8, 4096, QKV, 16, 50),
+    Point(4096, 8, 4096, QKV, 64, 58),
+    Point(8192, 32, 4096, (4096,), 64, 80),
+]
+
+
+class Bank:
+    """Random adapters in the form that a table follows."""
+
+    def __init__(self, point: Point, dtype: torch.dtype) -> None:
+        self.layers = list(point.widths)
+        self.weights = {
+            slot: [
+                (
+                    torch.randn(point.rank, point.inputs, device="cuda", dtype=dtype) / point.inputs**0.5,
+                    torch.randn(width, point.rank, device="cuda", dtype=dtype),
+                    0.5 + slot % 3,
+                )
+                for width in point.widths
+            ]
+            for slot in range(point.adapters)
+        }
+
+    def parameters(self, slot: int):
+        return iter(self.weights[slot])
+
+
+class Case:
+    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.point = point
+        per_adapter = point.rank * (point.inputs * len(point.widths) + sum(point.widths)) * dtype.itemsize
+        self.bytes = point.adapters * per_adapter + point.rows * dtype.itemsize * (
+            point.inputs + 2 * sum(point.widths)
+        )
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
+        self.banks = [Bank(point, dtype) for _ in range(copies)]
+        self.tables = []
+        for bank in self.banks:
+            self.tables.append(Table(bank, point.adapters, "cuda").update(range(point.adapters)))
+        self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
+        self.plan = self.segments.pack().cuda()
+        self.longest = max(stop - start for _, start, stop in self.segments.spans)
+        self.x = torch.randn(point.rows, point.inputs, device="cuda", dtype=dtype)
+        self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]
+
+    def run(self, table: TableRows, ys, launch=None) -> None:
+        triton_backend.apply_(ys, self.x, self.plan, self.segments.num_segments, self.longest, table, launch)
+
+    def check(self, launch=None) -> float:
+        ys = [y.clone() for y in self.ys]
+        expected = [y.double() for y in self.ys]
+        weights = {
+            slot: [(a.t().double(), b.t().double(), scaling) for a, b, scaling in parts]
+            for slot, parts in self.banks[0].weights.items()
+        }
+        torch_backend.apply_(expected, self.x.double(), self.segments, weights)
+        self.run(self.tables[0], ys, launch)
+        return max(float((y.double() - e).norm() / e.norm()) for y, e in zip(ys, expected))
+
+    def time(self, launch=None, repeats: int = 15) -> list[float]:
+        """Microseconds of one product, of each of `repeats` replays."""
+        scratch = [y.clone() for y in self.ys]
+        self.run(self.tables[0], scratch, launch)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for table in self.tables:
+                self.run(table, scratch, launch)
+        times = []
+        for index in range(repeats + 3):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if index >= 3:
+                times.append(begin.elapsed_time(end) * 1000 / len(self.tables))
+            for y in scratch:
+                y.zero_()
+        return times
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond of a large copy, counting bytes read and bytes written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * source.numel() / (times * 1000)
+
+
+def launches(chosen: triton_backend.Launch, point: Point):
+    """Neighbours of a launch."""
+    options = {
+        "splits": {1, 2, 4, 8, 16, 32},
+        "block_k": {64, 128, 256},
+        "block_n": {32, 64, 128, 256},
+        "shrink_warps": {2, 4, 8},
+        "expand_warps": {2, 4, 8},
+        "tiles": {1, chosen.tiles, max(1, chosen.tiles // 2)},
+        "block_t": {16, 32, 64, 128} if point.rows > 64 * point.adapters else {16},
+    }
+    for name, values in options.items():
+        for value in sorted(values - {getattr(chosen, name)}):
+            launch = chosen._replace(**{name: value})
+            if name == "block_t":
+                launch = launch._replace(tiles=triton.cdiv(triton.cdiv(point.rows, point.adapters), value))
+            if name in ("splits", "block_k"):
+                length = triton.cdiv(triton.cdiv(point.inputs, launch.splits), launch.block_k) * launch.block_k
+                launch = launch._replace(split_length=length, splits=triton.cdiv(point.inputs, length))
+            yield launch
+
+
+def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: str = "") -> None:
+    """Check and time every point; with --sweep, walk to the best launch one choice at a time."""
+    gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    records, table = [], Rows("point", "floor", "target", "ours", "p20", "p80", "best of sweep", "launch")
+    for point in track([p for p in POINTS if only in str(p)], description="points", console=console):
+        torch.manual_seed(0)
+        case = Case(point)
+        rank = max(16, triton.next_power_of_2(point.rank))
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        chosen = triton_backend.choose(
+            case.segments.num_segments, case.longest, point.inputs, point.widths, rank, processors
+        )
+        error = case.check(chosen)
+        if not error < 8e-3:
+            raise SystemExit(f"{point}: relative error {error:.1e}; nothing is timed")
+        times = case.time(chosen)
+        best, best_launch = statistics.median(times), chosen
+        for _ in range(2 if sweep else 0):
+            before = best_launch
+            for launch in launches(best_launch, point):
+                try:
+                    if case.check(launch) < 8e-3 and (now := statistics.median(case.time(launch, 5))) < best:
+                        best, best_launch = now, launch
+                except triton.runtime.errors.OutOfResources:
+                    continue
+            if best_launch == before:
+                break
+        p20, p50, p80 = (sorted(times)[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
+        floor = case.bytes / bandwidth
+        shown = "" if best_launch == chosen else str(tuple(best_launch))
+        table.add_row(
+            str(point), *(f"{v:.1f}" for v in (floor, point.target, p50, p20, p80, best)), f"{tuple(chosen)} {shown}"
+        )
+        records.append({
+            "point": str(point), "floor_us": round(floor, 2), "target_us": point.target,
+            "p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2),
+            "sweep_us": round(best, 2) if sweep else "", "error": f"{error:.1e}",
+            "copy_TB_s": round(bandwidth / 1e6, 2), "gpu": gpu, "torch": torch.__version__,
+            "triton": triton.__version__, "commit": commit, "launch": " ".join(map(str, chosen)),
+            "best_launch": " ".join(map(str, best_launch)),
+        })  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    console.print(f"{gpu}, copy {bandwidth / 1e6:.2f} TB/s; µs")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

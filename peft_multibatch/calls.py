@@ -1,0 +1,133 @@
+"""Letting a model's methods take ids: what happens between the user's call and the model's own forward."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
+from peft_multibatch.layers import STATE
+from peft_multibatch.places import replace
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.attach import Multibatch
+
+# Arguments that may carry the samples, in the order in which they are looked for.
+INPUTS = (
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "pixel_values",
+    "decoder_input_ids",
+)
+
+
+def wrap(module: nn.Module, method: str) -> Callable[[], None]:
+    """Let a model's ``forward`` or ``generate`` take ids, and return what undoes it."""
+    function = getattr(type(module), method, None)
+    if function is None:
+        return lambda: None
+    own, owner = module.__dict__.get(method), weakref.ref(module)
+
+    def wrapper(self, *args, **kwargs):
+        handle: Multibatch | None = getattr(self, STATE, None)
+        # in a copy of the model, what the original had as an attribute of its own belongs to the original
+        original = functools.partial(function, self) if own is None or owner() is not self else own
+        passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
+        if torch.compiler.is_compiling():
+            if passed:
+                raise UnsupportedError(
+                    "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
+                    "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
+                )
+            return original(*args, **kwargs)
+        adapter_ids = _pop_ids(kwargs) if passed else None
+        if adapter_ids is not None:
+            if handle is None:
+                raise NotEnabledError(
+                    "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on "
+                    "which peft_multibatch.enable was called."
+                )
+            with handle._routing(adapter_ids, method == "generate", _num_samples(args, kwargs)) as own_call:
+                own_call.inside = True
+                return original(*args, **kwargs)
+        call = handle._router.call.get() if handle is not None else None
+        if handle is None or call is None or call.inside:
+            return original(*args, **kwargs)
+        # a block of `batch()` is open, and much may have happened to the model since it began
+        handle._check(call.live)
+        check_length(call.segments.num_entries, _num_samples(args, kwargs))
+        with handle._router.routing(call.segments, method == "generate") as own_call:
+            own_call.inside = True
+            return original(*args, **kwargs)
+
+    wrapper.__name__, wrapper.__doc__ = method, function.__doc__
+    # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
+    wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return replace(module, method, types.MethodType(wrapper, module))
+
+
+def refuse(module: nn.Module, method: str, advice: str) -> Callable[[], None]:
+    """Let a method raise where it would ignore ids, and return what undoes it."""
+    if not hasattr(type(module), method):
+        return lambda: None
+
+    def wrapper(self, *args, **kwargs):
+        handle: Multibatch | None = getattr(self, STATE, None)
+        if "adapter_ids" in kwargs or "adapter_names" in kwargs or (handle and handle._router.call.get()):
+            raise UnsupportedError(f"{method} was called with ids, which it can't take: {advice}")
+        return getattr(type(self), method)(self, *args, **kwargs)
+
+    wrapper.__name__ = method
+    return replace(module, method, types.MethodType(wrapper, module))
+
+
+def check_length(entries: int, samples: int | None) -> None:
+    """Raise where ids and samples differ in number.
+
+    Raises:
+        AdapterIdsLengthError: they do.
+    """
+    if samples is not None and entries != samples:
+        raise AdapterIdsLengthError(
+            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every "
+            "sample, -1 for the base model alone."
+        )
+
+
+def _pop_ids(kwargs: dict[str, Any]) -> Any:
+    adapter_ids, adapter_names = kwargs.pop("adapter_ids", None), kwargs.pop("adapter_names", None)
+    if adapter_ids is not None and adapter_names is not None:
+        raise AdapterIdsError(
+            "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids takes names as well."
+        )
+    return adapter_names if adapter_ids is None else adapter_ids
+
+
+def _num_samples(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Size of the batch that a call of the model brings, or None where none of its arguments tells."""
+    tensor = _first_tensor([kwargs.get(name) for name in INPUTS]) if kwargs else None
+    if tensor is None:
+        tensor = _first_tensor([args, kwargs])
+    return tensor.shape[0] if tensor is not None and tensor.dim() else None
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Mapping):
+            value = _first_tensor(value.values())
+        elif isinstance(value, (list, tuple)):
+            value = _first_tensor(value)
+        if isinstance(value, Tensor):
+            return value
+    return None

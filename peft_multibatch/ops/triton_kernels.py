@@ -1,0 +1,177 @@
+"""The Triton kernels: ``shrink_kernel`` and ``expand_kernel``, a launch each for any mix of adapters.
+
+A program serves one segment. It reads the segment's slot and bounds from the packed plan, then the slot's row of the
+bank's table (where ``lora_A`` and ``lora_B`` are, rank, scaling), then weights: three loads in a row, and none that
+waits for the host. Programs beyond the last segment, of segments without adapter and of slots of rank 0 end at once.
+
+Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order: the same input
+gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _segment(plan, index):
+    """Entries of the plan, its permutation or not, and this segment's slot and bounds; slot -1 where there is
+    nothing.
+    """
+    num_entries = tl.load(plan)
+    num_segments = tl.load(plan + 1)
+    is_permuted = tl.load(plan + 2)
+    pair = plan + 4 + 2 * index
+    slot = tl.load(pair)
+    start = tl.load(pair + 1)
+    stop = tl.load(pair + 3)
+    permutation = plan + 6 + 2 * num_segments
+    slot = tl.where(index < num_segments, slot, -1)
+    return num_entries, is_permuted, permutation, slot, start, stop
+
+
+@triton.jit
+def _rows(position, mask, is_permuted, permutation, per_entry):
+    """Rows of x and y at these positions of the adapter order."""
+    rows = position.to(tl.int64)
+    if is_permuted != 0:
+        entry = tl.load(permutation + position // per_entry, mask=mask, other=0)
+        rows = entry.to(tl.int64) * per_entry + position % per_entry
+    return rows
+
+
+# Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
+@triton.jit(do_not_specialize=["num_rows", "split_length", "tiles"])
+def shrink_kernel(
+    h,  # [SPLITS, T, SLICES, R]
+    x,  # [T, K]
+    plan,
+    table,  # int64 [S, SLICES, 4]
+    num_rows,
+    num_inputs,
+    stride_x,
+    split_length,
+    tiles,
+    SLICES: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (segments × tiles, splits of K, slices)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    split, i = tl.program_id(1), tl.program_id(2)
+    num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
+    if slot < 0:
+        return
+    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    lora_a = tl.load(row).to(tl.pointer_type(WEIGHTS))
+    rank = tl.load(row + 2).to(tl.int32)
+    if rank == 0:
+        return
+    if ALIGNED:
+        lora_a = tl.multiple_of(lora_a, 16)
+    per_entry = num_rows // num_entries
+    ranks = tl.arange(0, R)
+    ks = tl.arange(0, BLOCK_K)
+    begin = split * split_length
+    end = tl.minimum(begin + split_length, num_inputs)
+    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+        position = first + tl.arange(0, BLOCK_T)
+        live = position < stop * per_entry
+        rows = _rows(position, live, is_permuted, permutation, per_entry)
+        x_rows = x + rows[:, None] * stride_x
+        total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
+        for k in range(begin, end, BLOCK_K):
+            inside = k + ks < end
+            x_tile = tl.load(x_rows + (k + ks)[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            a_tile = tl.load(
+                lora_a + ranks.to(tl.int64)[:, None] * num_inputs + (k + ks)[None, :],
+                mask=(ranks < rank)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
+        place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
+        tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles"])
+def expand_kernel(
+    y0,
+    y1,
+    y2,  # [T, N] of each slice; repeated where there are fewer
+    h,  # [SPLITS, T, SLICES, R]
+    plan,
+    table,
+    num_rows,
+    width0,
+    width1,
+    width2,
+    stride0,
+    stride1,
+    stride2,
+    tiles,
+    SLICES: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (segments × tiles, blocks of columns of all slices together)."""
+    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    block = tl.program_id(1)
+    num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
+    if slot < 0:
+        return
+    i, y, width, stride = 0, y0, width0, stride0
+    if SLICES > 1:
+        blocks0 = tl.cdiv(width0, BLOCK_N)
+        if block >= blocks0:
+            block -= blocks0
+            i, y, width, stride = 1, y1, width1, stride1
+            if SLICES > 2:
+                blocks1 = tl.cdiv(width1, BLOCK_N)
+                if block >= blocks1:
+                    block -= blocks1
+                    i, y, width, stride = 2, y2, width2, stride2
+    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    lora_b = tl.load(row + 1).to(tl.pointer_type(WEIGHTS))
+    rank = tl.load(row + 2).to(tl.int32)
+    scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    if rank == 0:
+        return
+    if ALIGNED:
+        lora_b = tl.multiple_of(lora_b, 16)
+        rank = tl.multiple_of(rank, 8)
+    per_entry = num_rows // num_entries
+    ranks = tl.arange(0, R)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_tile = tl.load(
+        lora_b + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
+        mask=(columns < width)[:, None] & (ranks < rank)[None, :],
+        other=0.0,
+    )
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+        position = first + tl.arange(0, BLOCK_T)
+        live = position < stop * per_entry
+        rows = _rows(position, live, is_permuted, permutation, per_entry)
+        y_tile = y + rows[:, None] * stride + columns[None, :]
+        mask = live[:, None] & (columns < width)[None, :]
+        before = tl.load(y_tile, mask=mask, other=0.0)
+        place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
+        sums = tl.load(place, mask=live[:, None], other=0.0)
+        for split in range(1, SPLITS):
+            plane = split * num_rows.to(tl.int64) * (SLICES * R)
+            sums += tl.load(place + plane, mask=live[:, None], other=0.0)
+        delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
+        tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,86 @@
+"""Finding a model's PEFT layers, and putting handlers in the place of their forwards."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_multibatch import layers as handlers
+from peft_multibatch.bank import Bank
+from peft_multibatch.layers import STATE, Patch
+from peft_multibatch.routing import Router
+
+
+def find_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Every PEFT layer and its name in the model, outermost ones only, each once wherever it is shared."""
+    found: dict[nn.Module, str] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for key, child in module._modules.items():
+            if child is None or child in seen:
+                continue
+            seen.add(child)
+            if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                found[child] = prefix + key
+            else:
+                visit(child, f"{prefix}{key}.")
+
+    visit(model, "")
+    return found
+
+
+def replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[], None]:
+    """Set an instance attribute and return what undoes it, also where somebody else moved it in the meantime."""
+    attributes = module.__dict__
+    missing = object()
+    before = attributes.get(attribute, missing)
+    attributes[attribute] = method
+
+    def undo() -> None:
+        # accelerate moves a forward to another name when it adds a hook, and back when it removes one
+        moved = ("forward", "_old_forward") if attribute in ("forward", "_old_forward") else (attribute,)
+        for name in moved:
+            if attributes.get(name) is not method:
+                continue
+            if before is not missing:
+                attributes[name] = before
+            elif name == attribute:
+                del attributes[name]
+            else:
+                attributes[name] = types.MethodType(getattr(type(module), attribute), module)
+
+    return undo
+
+
+class Place:
+    """A patched layer.
+
+    Args:
+        module: the layer.
+        name: its name in the model.
+        handler: what runs in the place of its forward.
+        reason: why that isn't the fast one, or the empty string.
+    """
+
+    def __init__(self, module: Any, name: str, handler: Callable[..., Tensor], reason: str) -> None:
+        self.module, self.name, self.handler, self.reason = module, name, handler, reason
+
+    def patch(self, router: Router, names: list[str | None]) -> None:
+        """Put the handler in the place of the layer's forward."""
+        attributes = self.module.__dict__
+        # accelerate's hooks call the forward that they found, under this name, after moving inputs and weights
+        attribute = "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
+        bank = Bank([self.module], names) if self.handler is handlers.linear else None
+        attributes[STATE] = Patch(self.name, router, getattr(self.module, attribute), bank, names)
+        self._undo = replace(self.module, attribute, types.MethodType(self.handler, self.module))
+
+    def restore(self) -> None:
+        """Put the layer's own forward back."""
+        self._undo()
+        self.module.__dict__.pop(STATE, None)

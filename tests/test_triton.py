@@ -1,0 +1,199 @@
+"""The Triton kernels against the torch backend in float64: through the interpreter on a CPU, and on a real GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from peft_multibatch import Segments, ops
+from peft_multibatch.bank import Table
+
+
+triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+)
+
+
+class FakeBank:
+    """Random adapters: `ranks` has a row per slot and a column per slice; 0 is no adapter."""
+
+    def __init__(self, ranks, inputs, widths, dtype):
+        self.layers = widths
+        self.weights = {
+            slot: [
+                (
+                    (torch.randn(rank, inputs) / inputs**0.5).to(DEVICE, dtype),
+                    torch.randn(width, rank).to(DEVICE, dtype),
+                    [2.0, -0.5, 0.25, 1.0][(slot + i) % 4],
+                )
+                if rank
+                else None
+                for i, (rank, width) in enumerate(zip(row, widths))
+            ]
+            for slot, row in enumerate(ranks)
+        }
+
+    def parameters(self, slot):
+        return iter(self.weights[slot])
+
+
+def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1, strided=False, launch=None):
+    """Run a mix both ways; return what the kernels wrote, for further looks."""
+    weights = weights or dtype
+    bank = FakeBank(ranks, inputs, widths, weights)
+    table = Table(bank, len(ranks) + 3, DEVICE).update(range(len(ranks)))
+    plan = Segments.from_ids(mix)
+    num_rows = len(mix) * rows
+    x = torch.randn(num_rows, inputs + 8).to(DEVICE, dtype)[:, :inputs]
+    whole = torch.randn(num_rows, sum(widths) + 16).to(DEVICE, dtype)
+    before = whole.clone()
+    ys = list(whole[:, : sum(widths)].split(widths, dim=1))
+    if not strided:
+        x, ys = x.contiguous(), [y.contiguous() for y in ys]
+    expected = [y.double() for y in ys]
+    exact = {
+        slot: [part and (part[0].t().double(), part[1].t().double(), part[2]) for part in parts]
+        for slot, parts in bank.weights.items()
+    }
+    # x is rounded to the weights' dtype first, as PEFT does
+    ops.torch_backend.apply_(expected, x.to(weights).double(), plan, exact)
+    longest = max((stop - start for _, start, stop in plan.spans), default=0) * rows
+
+    def run(outputs):
+        triton_backend.apply_(outputs, x, plan.pack().to(DEVICE), plan.num_segments, longest, table, launch)
+
+    again = [y.clone() for y in ys]
+    untouched = [torch.tensor([(s < 0 or not ranks[s][i]) for s in plan.slots]) for i in range(len(widths))]
+    kept = [y[u.repeat_interleave(rows)].clone() for y, u in zip(ys, untouched)]
+    run(ys)
+    run(again)
+    coarsest = max(dtype, weights, key=lambda each: torch.finfo(each).eps)
+    for y, want, twice, same, skip in zip(ys, expected, again, kept, untouched):
+        assert_close(y, want, coarsest)
+        assert torch.equal(y, twice)  # the same input, the same bits
+        assert torch.equal(y[skip.repeat_interleave(rows)], same)
+    if strided:
+        assert torch.equal(whole[:, sum(widths) :], before[:, sum(widths) :])
+
+
+MIXES = {
+    "[0, 0, 1]": [0, 0, 1],
+    "interleaved": [2, 0, 1, 2, 0, 3],
+    "with base": [-1, 1, -1, 0],
+    "all base": [-1, -1],
+    "no adapter here": [3, 3],
+}
+RANKS = [[3, 8, 1], [0, 4, 16], [5, 0, 12], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_mixes(mix, slices, rows):
+    check(mix, [row[:slices] for row in RANKS], 72, [40, 24, 33][:slices], rows=rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_dtypes_and_strides(dtype, strided):
+    # the interpreter multiplies bfloat16 wrongly (triton 3.9): on a CPU it stands aside
+    check([0, 1, 1, 2, 0], RANKS, 48, [16, 40, 8], dtype, rows=2, strided=strided)
+
+
+def test_weights_of_another_dtype_than_x():
+    check([0, 1, 0], [[4], [8]], 40, [24], torch.float32, torch.float16)
+    check([0, 1, 0], [[4], [8]], 40, [24], torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_partial_sums(splits):
+    launch = triton_backend.Launch(2, 16, splits, 32 * -(-160 // (32 * splits)), 32, 32, 4, 4)
+    check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
+
+
+def test_a_table_follows_its_bank():
+    bank = FakeBank([[4], [8]], 32, [16], torch.float32)
+    table = Table(bank, 4, DEVICE)
+    found = table.update([1])
+    assert found.rows[1, 0, 2] == 8 and found.rows[0].eq(0).all()
+    assert (found.rank, found.dtype, found.is_aligned) == (8, torch.float32, True)
+    found = table.update([0, 1])
+    assert found.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
+    assert not found.is_aligned  # rows of four elements are no multiple of 16 bytes in every dtype
+    a, b, _ = bank.weights[0][0]
+    bank.weights[0] = [(a.half(), b.half(), 3.0)]
+    assert table.update([0, 1]).dtype is None
+    assert table.update([1]).dtype == torch.float32  # an adapter that isn't in the batch doesn't matter
+    assert table.update([0]).rows.data_ptr() == found.rows.data_ptr()
+
+
+GPU_RANKS = [1, 3, 5, 8, 12, 16, 32, 64, 100, 256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", GPU_RANKS)
+def test_ranks_on_a_gpu(rank, dtype):
+    for rows in (1, 7, 150):
+        check([0, 1, 0, 2, -1, 2], [[rank], [max(1, rank // 2)], [0]], 576, [1536], dtype, rows=rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_slices_on_a_gpu(slices, mix, dtype):
+    for rows in (1, 33):
+        check(
+            mix, [row[:slices] for row in RANKS], 576, [576, 192, 192][:slices], dtype, rows=rows, strided=rows == 33
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("mix", "rows", "slots"),
+    [([0], 65_536, 1), (list(range(1024)), 1, 1024), ([5, 900, 17] * 40, 11, 1024), (list(range(64)) * 2, 3, 64)],
+    ids=["65,536 rows", "1,024 slots", "three of 1,024", "interleaved 64"],
+)
+def test_sizes_on_a_gpu(mix, rows, slots):
+    check(mix, [[8]] * slots, 192, [320], torch.bfloat16, rows=rows)
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_every_mix():
+    """Captured once with a plan buffer and a table: replays follow what is written into both."""
+    from peft_multibatch import SegmentBuffer
+
+    bank = FakeBank([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
+    follow = Table(bank, 8, "cuda")
+    table = follow.update(range(3))
+    buffer = SegmentBuffer(16, "cuda")
+    buffer.update(Segments.from_ids([0] * 6))
+    x = torch.randn(6, 320, device="cuda", dtype=torch.bfloat16)
+    ys = [torch.empty(6, width, device="cuda", dtype=torch.bfloat16) for width in (96, 64)]
+    triton_backend.apply_(ys, x, buffer.packed, 6, 6, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        triton_backend.apply_(ys, x, buffer.packed, 6, 6, table)
+    for mix in ([0, 0, 1, 1, 2, 2], [2, 1, 0, -1, 1, 0], [-1] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]):
+        if mix[0] == 1:
+            a, b, _ = bank.weights[1][0]
+            bank.weights[1] = [(torch.randn_like(a), torch.randn_like(b), 7.0), None]
+            follow.update(range(3))
+        plan = Segments.from_ids(mix)
+        buffer.update(plan)
+        for y in ys:
+            y.normal_()
+        expected = [y.double() for y in ys]
+        exact = {
+            slot: [part and (part[0].t().double(), part[1].t().double(), part[2]) for part in parts]
+            for slot, parts in bank.weights.items()
+        }
+        ops.torch_backend.apply_(expected, x.double(), plan, exact)
+        graph.replay()
+        for y, want in zip(ys, expected):
+            assert_close(y, want)

@@ -241,7 +241,7 @@ class Multibatch:
             if same_configs and found.keys() == self._places.keys():
                 return
             _check_configs(dict(configs))
-            if found and not configs:
+            if not configs and any(layer._get_available_adapters() for layer in found):
                 raise UnsupportedError(
                     f"{next(iter(found.values()))} has adapters of which the {type(self._inner).__name__} knows "
                     "nothing: expected the model to which they were added. Pass that one to enable."

@@ -11,7 +11,10 @@ copy in the same run.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import csv
+import multiprocessing
 import statistics
 import subprocess
 from pathlib import Path
@@ -30,6 +33,7 @@ from peft_multibatch.ops import torch_backend, triton_backend
 
 
 RESULTS = Path(__file__).parent / "results"
+PROCESSES = 12  # that compile at once
 console = Console(width=170)
 
 
@@ -87,14 +91,14 @@ class Bank:
 
 
 class Case:
-    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, copies: int | None = None) -> None:
         self.point = point
         per_adapter = point.rank * (point.inputs * len(point.widths) + sum(point.widths)) * dtype.itemsize
         self.bytes = point.adapters * per_adapter + point.rows * dtype.itemsize * (
             point.inputs + 2 * sum(point.widths)
         )
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
+        copies = copies or max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
         self.banks = [Bank(point, dtype) for _ in range(copies)]
         self.tables = []
         for bank in self.banks:
@@ -149,32 +153,55 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (times * 1000)
 
 
-def launches(chosen: triton_backend.Launch, point: Point):
-    """Neighbours of a launch."""
-    options = {
-        "splits": {1, 2, 4, 8, 16, 32},
-        "block_k": {64, 128, 256},
-        "block_n": {32, 64, 128, 256},
-        "shrink_warps": {2, 4, 8},
-        "expand_warps": {2, 4, 8},
-        "tiles": {1, chosen.tiles, max(1, chosen.tiles // 2)},
-        "block_t": {16, 32, 64, 128} if point.rows > 64 * point.adapters else {16},
-    }
-    for name, values in options.items():
-        for value in sorted(values - {getattr(chosen, name)}):
-            launch = chosen._replace(**{name: value})
-            if name == "block_t":
-                launch = launch._replace(tiles=triton.cdiv(triton.cdiv(point.rows, point.adapters), value))
-            if name in ("splits", "block_k"):
-                length = triton.cdiv(triton.cdiv(point.inputs, launch.splits), launch.block_k) * launch.block_k
-                launch = launch._replace(split_length=length, splits=triton.cdiv(point.inputs, length))
-            yield launch
+def shrink_launches(chosen: triton_backend.Launch, point: Point) -> list[triton_backend.Launch]:
+    """Other ways to cut K and rows."""
+    per_adapter = triton.cdiv(point.rows, point.adapters)
+    tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (32, 64, 128)}
+    blocks = (128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (64, 128)
+    return [
+        triton_backend.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
+        for t in tiles
+        for k in blocks
+        for warps in (2, 4, 8)
+        for splits in (1, 2, 4, 8, 16, 32)
+        if splits <= triton.cdiv(point.inputs, k) and (t == 16 or splits <= 4)
+    ]
+
+
+def expand_launches(chosen: triton_backend.Launch) -> list[triton_backend.Launch]:
+    """Other ways to cut columns."""
+    return [chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512) for warps in (1, 2, 4, 8)]
+
+
+def compile_all(job: tuple[Point, list[triton_backend.Launch]]) -> None:
+    """Run launches once, in a process of its own, so that their kernels are in Triton's cache."""
+    point, candidates = job
+    case = Case(point, copies=1)
+    for launch in candidates:
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+            case.run(case.tables[0], case.ys, launch)
+    torch.cuda.synchronize()
+
+
+def best_of(
+    case: Case,
+    candidates: list[triton_backend.Launch],
+    best: triton_backend.Launch,
+    pool: concurrent.futures.ProcessPoolExecutor,
+) -> triton_backend.Launch:
+    list(pool.map(compile_all, [(case.point, candidates[start::PROCESSES]) for start in range(PROCESSES)]))
+    found = statistics.median(case.time(best, 5)), best
+    for launch in dict.fromkeys(candidates):
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+            found = min(found, (statistics.median(case.time(launch, 5)), launch))
+    return found[1]
 
 
 def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: str = "") -> None:
-    """Check and time every point; with --sweep, walk to the best launch one choice at a time."""
+    """Check and time every point; with --sweep, look for better launches as well."""
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
     records, table = [], Rows("point", "floor", "target", "ours", "p20", "p80", "best of sweep", "launch")
     for point in track([p for p in POINTS if only in str(p)], description="points", console=console):
         torch.manual_seed(0)
@@ -188,17 +215,13 @@ def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: st
         if not error < 8e-3:
             raise SystemExit(f"{point}: relative error {error:.1e}; nothing is timed")
         times = case.time(chosen)
-        best, best_launch = statistics.median(times), chosen
-        for _ in range(2 if sweep else 0):
-            before = best_launch
-            for launch in launches(best_launch, point):
-                try:
-                    if case.check(launch) < 8e-3 and (now := statistics.median(case.time(launch, 5))) < best:
-                        best, best_launch = now, launch
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            if best_launch == before:
-                break
+        best_launch = chosen
+        if sweep:
+            best_launch = best_of(case, shrink_launches(chosen, point), chosen, pool)
+            best_launch = best_of(case, expand_launches(best_launch), best_launch, pool)
+        best = statistics.median(case.time(best_launch)) if sweep else statistics.median(times)
+        if not case.check(best_launch) < 8e-3:
+            raise SystemExit(f"{point}: the best launch {best_launch} is wrong")
         p20, p50, p80 = (sorted(times)[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
         floor = case.bytes / bandwidth
         shown = "" if best_launch == chosen else str(tuple(best_launch))

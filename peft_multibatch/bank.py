@@ -135,7 +135,8 @@ class Table:
 
     def __init__(self, bank: Bank, slots: int, device: torch.device | str) -> None:
         self.bank = bank
-        self.rows = torch.zeros((slots, len(bank.layers), 4), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a table outlives the call in which it is made
+            self.rows = torch.zeros((slots, len(bank.layers), 4), dtype=torch.int64, device=device)
         self._written: dict[int, list[tuple | None]] = {}
         self._held: dict[int, list[Tensor]] = {}
         self._lock = threading.Lock()
@@ -174,7 +175,8 @@ class Table:
                     a, b, rank, scaling, _ = part
                     bits = torch.tensor(scaling, dtype=torch.float32, device="cpu").view(torch.int32)
                     rows[index, i] = torch.tensor([a, b, rank, int(bits)], device="cpu")
-        self.rows[torch.tensor(slots, device=self.rows.device)] = rows.to(self.rows.device)
+        with torch.inference_mode(False):
+            self.rows[torch.tensor(slots, device=self.rows.device)] = rows.to(self.rows.device)
 
 
 def _dtype(a: Tensor, b: Tensor) -> torch.dtype | None:

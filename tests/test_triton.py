@@ -111,7 +111,8 @@ def test_weights_of_another_dtype_than_x():
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_partial_sums(splits):
-    launch = triton_backend.Launch(2, 16, splits, 32 * -(-160 // (32 * splits)), 32, 32, 4, 4)
+    launch = triton_backend.cut(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
+    assert launch.splits == splits
     check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
 
 

@@ -25,8 +25,8 @@ class Launch(NamedTuple):
         tiles: programs that share a segment's rows.
         block_t: rows of a tile.
         splits: parts of K whose sums ``expand_kernel`` adds up.
-        split_length: columns of x in one part, a multiple of ``block_k``.
-        block_k: columns of x at a time.
+        split_blocks: blocks of x in one part.
+        block_k: columns of x in a block.
         block_n: columns of y of one program of ``expand_kernel``.
         shrink_warps: warps of a program of ``shrink_kernel``.
         expand_warps: warps of a program of ``expand_kernel``.
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     tiles: int
     block_t: int
     splits: int
-    split_length: int
+    split_blocks: int
     block_k: int
     block_n: int
     shrink_warps: int
@@ -61,7 +61,6 @@ def choose(
         rank: largest rank, as padded for the kernels.
         processors: multiprocessors of the GPU.
     """
-    wanted = 2 * processors
     if longest <= 64:
         block_t = 16
         tiles = triton.cdiv(longest, 32)
@@ -69,14 +68,29 @@ def choose(
         block_t = 64 if rank <= 64 else 32
         tiles = triton.cdiv(longest, block_t)
     programs = num_segments * tiles
-    block_k = 128 if rank <= 32 else 64
-    splits = max(1, min(wanted // (programs * len(widths)), num_inputs // (2 * block_k), 32))
-    split_length = triton.cdiv(triton.cdiv(num_inputs, splits), block_k) * block_k
-    splits = triton.cdiv(num_inputs, split_length)
+    block_k = 256 if rank <= 16 else 128 if rank <= 32 else 64
+    splits = max(1, min(8 * processors // (programs * len(widths)), 32))
     block_n = 256 if rank <= 32 else 128 if rank <= 128 else 64
-    while block_n > 32 and programs * sum(triton.cdiv(width, block_n) for width in widths) < wanted:
+    while block_n > 32 and programs * sum(triton.cdiv(width, block_n) for width in widths) < 2 * processors:
         block_n //= 2
-    return Launch(tiles, block_t, splits, split_length, block_k, block_n, 4, 4)
+    return cut(tiles, block_t, splits, block_k, block_n, 4, 4, num_inputs)
+
+
+def cut(
+    tiles: int,
+    block_t: int,
+    splits: int,
+    block_k: int,
+    block_n: int,
+    shrink_warps: int,
+    expand_warps: int,
+    num_inputs: int,
+) -> Launch:
+    """A launch with at most this number of splits, none of them empty."""
+    blocks = triton.cdiv(num_inputs, block_k)
+    split_blocks = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, split_blocks)
+    return Launch(tiles, block_t, splits, split_blocks, block_k, block_n, shrink_warps, expand_warps)
 
 
 def apply_(
@@ -114,7 +128,7 @@ def apply_(
     dependent = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
     first = num_segments * launch.tiles
     shrink_kernel[(first, launch.splits, len(ys))](
-        h, x, plan, table.rows, num_rows, num_inputs, x.stride(0), launch.split_length, launch.tiles,
+        h, x, plan, table.rows, num_rows, num_inputs, x.stride(0), launch.split_blocks, launch.tiles,
         SLICES=len(ys), R=rank, BLOCK_T=launch.block_t, BLOCK_K=launch.block_k, WEIGHTS=weights,
         ALIGNED=table.is_aligned, PDL=dependent, num_warps=launch.shrink_warps,
     )  # fmt: skip

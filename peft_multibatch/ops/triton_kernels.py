@@ -42,7 +42,7 @@ def _rows(position, mask, is_permuted, permutation, per_entry):
 
 
 # Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
-@triton.jit(do_not_specialize=["num_rows", "split_length", "tiles"])
+@triton.jit(do_not_specialize=["num_rows", "split_blocks", "tiles"])
 def shrink_kernel(
     h,  # [SPLITS, T, SLICES, R]
     x,  # [T, K]
@@ -51,7 +51,7 @@ def shrink_kernel(
     num_rows,
     num_inputs,
     stride_x,
-    split_length,
+    split_blocks,
     tiles,
     SLICES: tl.constexpr,
     R: tl.constexpr,
@@ -79,19 +79,19 @@ def shrink_kernel(
     per_entry = num_rows // num_entries
     ranks = tl.arange(0, R)
     ks = tl.arange(0, BLOCK_K)
-    begin = split * split_length
-    end = tl.minimum(begin + split_length, num_inputs)
     for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
         position = first + tl.arange(0, BLOCK_T)
         live = position < stop * per_entry
         rows = _rows(position, live, is_permuted, permutation, per_entry)
         x_rows = x + rows[:, None] * stride_x
         total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
-        for k in range(begin, end, BLOCK_K):
-            inside = k + ks < end
-            x_tile = tl.load(x_rows + (k + ks)[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        for block in range(split * split_blocks, (split + 1) * split_blocks):
+            # compared with num_inputs, of whose divisors the compiler knows, so that loads can be wide
+            k = block * BLOCK_K + ks
+            inside = k < num_inputs
+            x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             a_tile = tl.load(
-                lora_a + ranks.to(tl.int64)[:, None] * num_inputs + (k + ks)[None, :],
+                lora_a + ranks.to(tl.int64)[:, None] * num_inputs + k[None, :],
                 mask=(ranks < rank)[:, None] & inside[None, :],
                 other=0.0,
             )

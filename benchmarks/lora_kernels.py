@@ -206,7 +206,7 @@ def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: st
     for point in track([p for p in POINTS if only in str(p)], description="points", console=console):
         torch.manual_seed(0)
         case = Case(point)
-        rank = max(16, triton.next_power_of_2(point.rank))
+        rank = triton_backend.padded(point.rank)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         chosen = triton_backend.choose(
             case.segments.num_segments, case.longest, point.inputs, point.widths, rank, processors

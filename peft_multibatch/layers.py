@@ -137,11 +137,10 @@ def _add_deltas(
         plan = take_plan(call.buffer.packed, call.key)
         return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, rows)
     call.segments.rows(len(x), x.device)  # dimension 0 has to map to samples, not just all rows together
-    weights, trained = call.weights(bank)
-    if not weights:
+    if not call.live:
         return ys
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-        if torch.is_grad_enabled() and (trained or x.requires_grad or any(y.requires_grad for y in ys)):
+        if torch.is_grad_enabled() and (call.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
             return _add_through_ops(call.op_inputs(bank), bank, ys, rows)
         ys = [y if y.is_contiguous() else y.contiguous() for y in ys]
         outputs = [y.view(-1, y.shape[-1]) for y in ys]
@@ -150,7 +149,7 @@ def _add_deltas(
             if kernels.takes(outputs, rows, inputs[-1]):
                 kernels.apply_(outputs, rows.contiguous(), *inputs)
                 return ys
-        ops.torch_backend.apply_(outputs, rows, call.segments, weights)
+        ops.torch_backend.apply_(outputs, rows, call.segments, call.weights(bank))
     return ys
 
 

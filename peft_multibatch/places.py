@@ -16,9 +16,9 @@ from peft_multibatch.layers import STATE, Patch
 from peft_multibatch.routing import Router
 
 
-def find_layers(model: nn.Module) -> dict[nn.Module, str]:
+def find_layers(model: nn.Module) -> dict[Any, str]:
     """Every PEFT layer and its name in the model, outermost ones only, each once wherever it is shared."""
-    found: dict[nn.Module, str] = {}
+    found: dict[Any, str] = {}
     seen: set[nn.Module] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:

@@ -45,23 +45,25 @@ class Call:
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
         self.live = [slot for slot in segments.weight_indices.tolist() if slot != BASE]
         self._longest = max((stop - start for _, start, stop in segments.spans), default=0)
-        self._weights: dict[Bank, tuple[dict[int, SlotWeights], bool]] = {}
+        self._weights: dict[Bank, dict[int, SlotWeights]] = {}
         self._tables: dict[Bank, TableRows] = {}
         self._plans: dict[torch.device, Tensor] = {}
         self._dense_plan: Tensor | None = None
 
-    def weights(self, bank: Bank) -> tuple[dict[int, SlotWeights], bool]:
-        """Weights of the adapters in use, and whether any of them wants a gradient."""
+    def weights(self, bank: Bank) -> dict[int, SlotWeights]:
+        """Weights of the adapters in use."""
         found = self._weights.get(bank)
         if found is None:
-            weights = {slot: bank.weights(slot) for slot in self.live}
-            trained = any(
-                tensor.requires_grad for slices in weights.values() for part in slices if part for tensor in part[:2]
-            )
-            found = weights, trained
+            found = {slot: bank.weights(slot) for slot in self.live}
             if self.expands:
                 self._weights[bank] = found
         return found
+
+    def trains(self, bank: Bank) -> bool:
+        """Whether any weight in use wants a gradient."""
+        return any(
+            tensor.requires_grad for slot in self.live for part in bank.parameters(slot) if part for tensor in part[:2]
+        )
 
     def kernel_inputs(self, bank: Bank, x: Tensor) -> tuple[Tensor, int, int, TableRows]:
         """Plan on the device of ``x``, number of segments, rows of the longest one, and the bank's table."""

@@ -132,3 +132,35 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
     assert ours <= 1.05 * peft, (ours, peft)
     if autocast_adapter_dtype:
         assert_close(mixed[real], alone[real], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_on_a_gpu(architecture, options):
+    """Through the kernels, in float32: the tokens of PEFT one adapter at a time."""
+    model = peft_model(architecture).cuda()
+    inputs = {key: value.cuda() for key, value in left_padded().items()}
+    expected = torch.cat(row_by_row(model, NAMES, inputs, tokens(model, **options)))
+    mb = peft_multibatch.enable(model, backend="triton")
+    assert mb.report().backend == "triton"
+    for names in (NAMES, NAMES):
+        assert torch.equal(model.generate(**inputs, **GREEDY, **options, adapter_ids=names), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_on_a_gpu(dtype):
+    model, exact = peft_model("llama", dtype).cuda(), peft_model("llama").cuda()
+    inputs = {key: value.cuda() for key, value in left_padded().items()}
+    with torch.no_grad():
+        for mine, theirs in zip(exact.parameters(), model.parameters()):
+            mine.copy_(theirs)
+        reference = torch.cat(row_by_row(exact, NAMES, inputs, lambda row: exact(**row).logits))
+        alone = torch.cat(row_by_row(model, NAMES, inputs, lambda row: model(**row).logits))
+        peft_multibatch.enable(model, backend="triton")
+        mixed = model(**inputs, adapter_ids=NAMES).logits
+        real = inputs["attention_mask"].bool()
+        assert relative_error(mixed[real], reference[real]) <= 1.1 * relative_error(alone[real], reference[real])
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["three"].weight.data.mul_(3)
+        assert not torch.allclose(model(**inputs, adapter_ids=NAMES).logits, mixed, atol=1e-2)

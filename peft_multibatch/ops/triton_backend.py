@@ -62,18 +62,25 @@ def choose(
         processors: multiprocessors of the GPU.
     """
     if longest <= 64:
-        block_t = 16
-        tiles = triton.cdiv(longest, 32)
+        block_t, tiles = 16, triton.cdiv(longest, 32)
+        programs = num_segments * tiles
+        few = programs < 32
+        block_k = 64 if rank > 32 else 256 if few else 128
+        shortest = 512 if few else 256  # columns of x in a part
+        splits = min(8 * processors // (programs * len(widths)), num_inputs // shortest)
+        shrink_warps, expand_warps = 2 if programs > 32 else 4, 8 if rank > 32 else 4
+        block_n = 256
+        while block_n > 64 and programs * sum(triton.cdiv(width, block_n) for width in widths) < processors:
+            block_n //= 2
     else:
-        block_t = 64 if rank <= 64 else 32
+        block_t = 32 if num_segments * longest <= 1024 else 64
         tiles = triton.cdiv(longest, block_t)
-    programs = num_segments * tiles
-    block_k = 256 if rank <= 16 else 128 if rank <= 32 else 64
-    splits = max(1, min(8 * processors // (programs * len(widths)), 32))
-    block_n = 256 if rank <= 32 else 128 if rank <= 128 else 64
-    while block_n > 32 and programs * sum(triton.cdiv(width, block_n) for width in widths) < 2 * processors:
-        block_n //= 2
-    return cut(tiles, block_t, splits, block_k, block_n, 4, 4, num_inputs)
+        programs = num_segments * tiles * len(widths)
+        block_k = 128 if rank <= 64 else 64
+        splits = min(3 * processors // programs, 4) if rank <= 32 else 1
+        shrink_warps, expand_warps = 8 if rank > 32 else 2 if block_t == 64 else 4, 4
+        block_n = 256 if len(widths) > 1 and rank <= 32 and block_t == 64 else 128 if rank <= 128 else 64
+    return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs)
 
 
 def cut(
@@ -91,6 +98,61 @@ def cut(
     split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     return Launch(tiles, block_t, splits, split_blocks, block_k, block_n, shrink_warps, expand_warps)
+
+
+class Product:
+    """A product of fixed shapes, cut and compiled, so that running it again costs two bare launches.
+
+    Triton's own launcher looks at every argument's dtype, value and alignment to find the compiled kernel. All that is
+    part of the key under which a product is kept.
+    """
+
+    def __init__(self, launch: Launch, table: TableRows, x: Tensor, ys: Sequence[Tensor]) -> None:
+        assert table.dtype is not None
+        num_rows, num_inputs = x.shape
+        rank = padded(table.rank)
+        dependent = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        # where there are no partial sums, h is rounded to the dtype in which it will be multiplied, as PEFT's is
+        self.h_dtype = torch.float32 if launch.splits > 1 else table.dtype
+        self.h_shape = launch.splits, num_rows, len(ys), rank
+        self.missing = 3 - len(ys)
+        widths = [y.shape[1] for y in ys]
+        y3 = [*ys, *[ys[0]] * self.missing]
+        shared = DTYPES[table.dtype], table.is_aligned, dependent
+        self.shrink_grid = launch.tiles, launch.splits, len(ys)
+        self.shrink_args = (
+            num_rows, num_inputs, x.stride(0), launch.split_blocks, launch.tiles,
+            len(ys), rank, launch.block_t, launch.block_k, *shared,
+        )  # fmt: skip
+        self.shrink_options = {"num_warps": launch.shrink_warps}
+        self.expand_grid = launch.tiles, sum(triton.cdiv(width, launch.block_n) for width in widths), 1
+        self.expand_args = (
+            num_rows, *[y.shape[1] for y in y3], *[y.stride(0) for y in y3], launch.tiles,
+            len(ys), rank, launch.block_t, launch.block_n, launch.splits, *shared,
+        )  # fmt: skip
+        self.expand_options = {"num_warps": launch.expand_warps, **({"launch_pdl": True} if dependent else {})}
+        self.compiled: tuple | None = None
+
+    def __call__(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, num_segments: int, rows: Tensor) -> None:
+        h = torch.empty(self.h_shape, dtype=self.h_dtype, device=x.device)
+        y3 = ys if not self.missing else [*ys, *[ys[0]] * self.missing]
+        first, *others = self.shrink_grid
+        shrink_grid = (num_segments * first, *others)
+        first, *others = self.expand_grid
+        expand_grid = (num_segments * first, *others)
+        if self.compiled is not None:
+            shrink, expand = self.compiled
+            shrink[shrink_grid](h, x, plan, rows, *self.shrink_args)
+            expand[expand_grid](*y3, h, plan, rows, *self.expand_args)
+            return
+        shrink = shrink_kernel[shrink_grid](h, x, plan, rows, *self.shrink_args, **self.shrink_options)
+        expand = expand_kernel[expand_grid](*y3, h, plan, rows, *self.expand_args, **self.expand_options)
+        if not INTERPRETED:
+            self.compiled = shrink, expand
+
+
+_products: dict[tuple, Product] = {}
+_MOST_PRODUCTS = 4096  # shapes that are kept; prompts of ever new lengths must not fill the memory
 
 
 def apply_(
@@ -113,32 +175,27 @@ def apply_(
         table: the bank's rows for kernels.
         launch: how to cut the product; chosen where it isn't given.
     """
-    num_rows, num_inputs = x.shape
-    if num_rows == 0 or num_segments == 0 or table.rank == 0:
+    if len(x) == 0 or num_segments == 0 or table.rank == 0:
         return
-    rank = max(16, triton.next_power_of_2(table.rank))
-    widths = [y.shape[1] for y in ys]
-    if launch is None:
-        launch = choose(num_segments, longest, num_inputs, widths, rank, _processors(x.device))
-    assert table.dtype is not None
-    weights = DTYPES[table.dtype]
-    # where there are no partial sums, h is rounded to the dtype in which it will be multiplied, as PEFT's is
-    h_dtype = torch.float32 if launch.splits > 1 else table.dtype
-    h = torch.empty((launch.splits, num_rows, len(ys), rank), dtype=h_dtype, device=x.device)
-    dependent = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    first = num_segments * launch.tiles
-    shrink_kernel[(first, launch.splits, len(ys))](
-        h, x, plan, table.rows, num_rows, num_inputs, x.stride(0), launch.split_blocks, launch.tiles,
-        SLICES=len(ys), R=rank, BLOCK_T=launch.block_t, BLOCK_K=launch.block_k, WEIGHTS=weights,
-        ALIGNED=table.is_aligned, PDL=dependent, num_warps=launch.shrink_warps,
+    described = [(y.shape[1], y.stride(0), y.data_ptr() % 16) for y in ys]
+    key = (
+        x.shape, x.stride(0), x.dtype, x.device, x.data_ptr() % 16, *described, ys[0].dtype,
+        num_segments, longest, padded(table.rank), table.dtype, table.is_aligned, launch,
     )  # fmt: skip
-    y = [*ys, *[ys[0]] * (3 - len(ys))]
-    expand_kernel[(first, sum(triton.cdiv(width, launch.block_n) for width in widths))](
-        *y, h, plan, table.rows, num_rows, *[each.shape[1] for each in y], *[each.stride(0) for each in y],
-        launch.tiles, SLICES=len(ys), R=rank, BLOCK_T=launch.block_t, BLOCK_N=launch.block_n, SPLITS=launch.splits,
-        WEIGHTS=weights, ALIGNED=table.is_aligned, PDL=dependent, num_warps=launch.expand_warps,
-        **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
+    product = _products.get(key)
+    if product is None:
+        if launch is None:
+            widths = [y.shape[1] for y in ys]
+            launch = choose(num_segments, longest, x.shape[1], widths, padded(table.rank), _processors(x.device))
+        if len(_products) >= _MOST_PRODUCTS:
+            _products.clear()
+        product = _products[key] = Product(launch, table, x, ys)
+    product(ys, x, plan, num_segments, table.rows)
+
+
+def padded(rank: int) -> int:
+    """The rank of a tile: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(rank))
 
 
 def takes(ys: Sequence[Tensor], x: Tensor, table: TableRows) -> bool:

@@ -93,7 +93,8 @@ class Graph:
     Attributes:
         key: tells ``take_plan`` which graph asks.
         active: whether ids are in force; compiled code has one version for each value.
-        buffer: the plan at a fixed place, of a fixed size; replaced only when a batch is larger than any before.
+        buffer: the plan of the last call that began, at a fixed place; a graph takes its size from it, and is compiled
+            again where a batch is larger than any before.
         stash: as in ``Call``; filled and emptied within one graph.
     """
 

@@ -168,7 +168,7 @@ class Segments:
 
 
 class SegmentBuffer:
-    """A plan at a fixed place on a device: what compiled graphs and CUDA graphs read.
+    """A plan at a fixed place on a device, which is what captured graphs read.
 
     The buffer never moves and never grows. ``update`` writes the next call's plan over the last one's; what lies
     behind the written part is stale and must not be read, which ops know from the plan's header.

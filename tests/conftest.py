@@ -9,6 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when they are defined
+
 from transformers.utils import logging
 
 
@@ -35,11 +40,6 @@ def _poisoned_empty(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _gpu_tests_need_a_gpu(request):
-    return torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(items):

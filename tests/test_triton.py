@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from peft_multibatch import Segments, ops
+from peft_multibatch import SegmentBuffer, Segments, ops
 from peft_multibatch.bank import Table
 
 
@@ -78,6 +78,31 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
         assert torch.equal(y[skip.repeat_interleave(rows)], same)
     if strided:
         assert torch.equal(whole[:, sum(widths) :], before[:, sum(widths) :])
+
+
+@pytest.mark.parametrize("path", ["eager", "graph"])
+def test_two_adapters_three_samples_three_slices(path):
+    """Weight indices [0, 0, 1], ranks [1, 1], scalings [1.0, 0.5], lengths [1, 1, 1], offsets [0, 3, 6, 9]."""
+    plan = Segments.from_ids([0, 0, 1], lens=[1, 1, 1])
+    assert plan.num_segments == 2
+    bank = FakeBank([[1, 1, 1], [1, 1, 1]], 5, [3, 3, 3], torch.float32)
+    for slot, scaling in enumerate([1.0, 0.5]):
+        bank.weights[slot] = [(a, b, scaling) for a, b, _ in bank.weights[slot]]
+    table = Table(bank, 2, DEVICE).update([0, 1])
+    packed, segments = plan.pack().to(DEVICE), 2
+    if path == "graph":  # a buffer full of what other calls left, and as many programs as may be needed
+        buffer = SegmentBuffer(8, DEVICE)
+        buffer.packed.fill_(1_234_567)
+        buffer.update(plan)
+        packed, segments = buffer.packed, 8
+    x, y = torch.randn(3, 5, device=DEVICE), torch.randn(3, 9, device=DEVICE)
+    expected = y.clone()
+    for row, (slot, scaling) in enumerate([(0, 1.0), (0, 1.0), (1, 0.5)]):
+        for i in range(3):
+            a, b, _ = bank.weights[slot][i]
+            expected[row, 3 * i : 3 * i + 3] += scaling * (b @ (a @ x[row]))
+    triton_backend.apply_(list(y.split(3, dim=1)), x, packed, segments, 2, table)
+    assert_close(y, expected)
 
 
 MIXES = {
@@ -167,8 +192,6 @@ def test_sizes_on_a_gpu(mix, rows, slots):
 @pytest.mark.gpu
 def test_a_graph_serves_every_mix():
     """Captured once with a plan buffer and a table: replays follow what is written into both."""
-    from peft_multibatch import SegmentBuffer
-
     bank = FakeBank([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
     follow = Table(bank, 8, "cuda")
     table = follow.update(range(3))

@@ -202,6 +202,10 @@ class Multibatch:
         with self._router.routing(Segments.from_ids(slots), expands) as call:
             yield call
 
+    def _has_layers(self, model: nn.Module) -> bool:
+        """Whether any patched layer is in this part of the model."""
+        return any(part in self._places for part in model.modules())
+
     def _check(self, live: Iterable[int]) -> None:
         """What a new call checks, for one whose ids have been in force for a while."""
         self._refresh()

@@ -52,21 +52,30 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 )
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None
+        samples = _num_samples(args, kwargs)
+        if method == "generate" and samples is None:
+            samples = 1  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
             if handle is None:
                 raise NotEnabledError(
                     "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on "
                     "which peft_multibatch.enable was called."
                 )
-            with handle._routing(adapter_ids, method == "generate", _num_samples(args, kwargs)) as own_call:
+            with handle._routing(adapter_ids, method == "generate", samples) as own_call:
                 own_call.inside = True
                 return original(*args, **kwargs)
         call = handle._router.call.get() if handle is not None else None
-        if handle is None or call is None or call.inside:
+        if handle is None or call is None:
+            return original(*args, **kwargs)
+        if call.inside:
+            if self is handle._inner:
+                call.check_rows(samples)
             return original(*args, **kwargs)
         # a block of `batch()` is open, and much may have happened to the model since it began
         handle._check(call.live)
-        check_length(call.segments.num_entries, _num_samples(args, kwargs))
+        if not handle._has_layers(self):
+            return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
+        check_length(call.segments.num_entries, samples)
         with handle._router.routing(call.segments, method == "generate") as own_call:
             own_call.inside = True
             return original(*args, **kwargs)

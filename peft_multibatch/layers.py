@@ -243,7 +243,7 @@ OTHER_ROWS = {
 VISION_PARTS = ("vision", "visual", "image_encoder", "image_tower")
 
 # Models whose layers see positions first and samples second, or whose rows are tiled.
-OTHER_ORDER = ("fsmt", "led", "longformer", "musicgen", "musicgen_melody", "xlnet")
+OTHER_ORDER = ("dia", "fsmt", "led", "longformer", "musicgen", "musicgen_melody", "xlnet")
 
 
 def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tensor], str]:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from peft_multibatch.errors import ModelStateError
+from peft_multibatch.errors import ModelStateError, RowMappingError
 from peft_multibatch.segments import BASE, SegmentBuffer, Segments
 
 
@@ -44,11 +44,28 @@ class Call:
         self.inside = False
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
         self.live = [slot for slot in segments.weight_indices.tolist() if slot != BASE]
+        self._rows: int | None = None
         self._longest = max((stop - start for _, start, stop in segments.spans), default=0)
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
         self._tables: dict[Bank, TableRows] = {}
         self._plans: dict[torch.device, Tensor] = {}
         self._dense_plan: Tensor | None = None
+
+    def check_rows(self, rows: int | None) -> None:
+        """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
+
+        Raises:
+            RowMappingError: it did.
+        """
+        if not self.expands or rows is None:
+            return
+        if self._rows is not None and rows < self._rows:
+            raise RowMappingError(
+                f"generate went on with {rows} rows after {self._rows}, and can't tell which rows belong to which "
+                "sample: expected the same rows at every step. Whisper does so with long audio; generate for one "
+                "adapter at a time there."
+            )
+        self._rows = rows
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """Weights of the adapters in use."""

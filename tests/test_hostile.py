@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 import peft_multibatch
 from peft_multibatch import errors, places
+from peft_multibatch.layers import find_handler
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -445,3 +447,50 @@ def test_a_disabled_handle_lets_go_of_the_model():
     gc.collect()
     assert gone() is None
     assert mb is not None
+
+
+def test_models_whose_rows_are_tiled_are_refused_by_name():
+    layer = peft_model().base_model.model.model.layers[0].self_attn.q_proj
+    for kind in ("dia", "musicgen", "fsmt", "led"):
+        with pytest.raises(errors.UnsupportedError, match=f"of the type '{kind}', whose rows aren't in the order"):
+            find_handler("decoder.q_proj", layer, SimpleNamespace(model_type=kind))
+
+
+def test_generate_that_drops_rows():
+    """As Whisper does with long audio: half of six rows are still a multiple of three ids, of other samples' rows."""
+    model = peft_model()
+    peft_multibatch.enable(model)
+
+    def dropping(inner, input_ids, **kwargs):
+        inner(input_ids=input_ids.repeat_interleave(2, 0))
+        return inner(input_ids=input_ids)
+
+    inputs = {key: value[:3] for key, value in left_padded().items()}
+    with pytest.raises(errors.RowMappingError, match="generate went on with 3 rows after 6"):
+        model.generate(**inputs, adapter_ids=[0, 1, 2], max_new_tokens=2, custom_generate=dropping)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_generate_without_inputs_is_one_sample(options):
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    for call in (lambda **k: model.generate(**k, adapter_ids=[0, 1]), model.generate):
+        with mb.batch([0, 1]), pytest.raises(errors.AdapterIdsLengthError, match="2 entries for a batch of 1 samples"):
+            call(bos_token_id=1, max_new_tokens=2, **options)
+    model.generate(bos_token_id=1, max_new_tokens=2, adapter_ids=[0], **options)
+
+
+def test_parts_without_adapters_have_rows_of_their_own():
+    text = transformers.LlamaConfig(**{**base_model().config.to_dict(), "num_hidden_layers": 1})
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = transformers.CLIPVisionConfig(**vision, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=9)
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    model = get_peft_model(transformers.LlavaForConditionalGeneration(config).eval(), lora, "one")
+    mb = peft_multibatch.enable(model)
+    images = torch.randn(4, 3, 8, 8)
+    expected = model.get_base_model().get_image_features(images).pooler_output
+    with mb.batch(["one", -1]):
+        actual = model.get_base_model().get_image_features(images).pooler_output
+    for mine, theirs in zip(actual, expected):
+        assert torch.equal(mine, theirs)

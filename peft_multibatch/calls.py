@@ -52,21 +52,22 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 )
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None
+        if adapter_ids is not None and handle is None:
+            raise NotEnabledError(
+                "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
+                "peft_multibatch.enable was called."
+            )
+        call = handle._router.call.get() if handle is not None else None
+        if handle is None or (adapter_ids is None and call is None):
+            return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)
         if method == "generate" and samples is None:
             samples = 1  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
-            if handle is None:
-                raise NotEnabledError(
-                    "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on "
-                    "which peft_multibatch.enable was called."
-                )
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
                 own_call.inside = True
                 return original(*args, **kwargs)
-        call = handle._router.call.get() if handle is not None else None
-        if handle is None or call is None:
-            return original(*args, **kwargs)
+        assert call is not None
         if call.inside:
             if self is handle._inner:
                 call.check_rows(samples)

@@ -134,6 +134,12 @@ def _add_deltas(
     """Add to each slice's output ``[..., N]`` the deltas of ``x`` ``[..., K]``, row by row."""
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(call, Graph):
+        if x.is_cuda:
+            raise UnsupportedError(
+                "a model was compiled with ids in force on a CUDA device, where a captured graph would go on with the "
+                "ids that it was captured with: expected a model that isn't compiled, or one on a CPU. Pass "
+                "disable_compile=True to generate, or don't call torch.compile."
+            )
         plan = take_plan(call.buffer.packed, call.key)
         return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, rows)
     call.segments.rows(len(x), x.device)  # dimension 0 has to map to samples, not just all rows together

@@ -45,13 +45,11 @@ class Launch(NamedTuple):
 def choose(
     num_segments: int, longest: int, num_inputs: int, widths: Sequence[int], rank: int, processors: int
 ) -> Launch:
-    """Cut a product so that there are about two programs per multiprocessor, and none much smaller than it must be.
+    """Cut a product by what a sweep on an H100 found best for each kind of batch (benchmarks/lora_kernels.py).
 
     Few adapters: latency rules, so K is split and columns are narrow, to read the weights from everywhere at once.
-    Many
-    adapters: each has programs of its own and bytes rule, so parts are long. Many rows per segment: tiles are tall, so
-        that
-    weights are read once for many rows.
+    Many adapters: each has programs of its own and bytes rule, so parts are long. Many rows per segment: tiles are
+    tall, so that weights are read once for many rows.
 
     Args:
         num_segments: segments of the plan, or the capacity of a graph's plan.

@@ -1,23 +1,27 @@
 """A whole model on a GPU: decode step, ``generate``, prefill; mixed batches against the base model and PEFT.
 
-    python benchmarks/end_to_end.py                    # results/end_to_end.csv beside this script
+    python benchmarks/end_to_end.py                    # results/end_to_end.csv and .png beside this script
 
 Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all seven projections. Before
-anything is timed, the logits of the mixed batch must be as near to PEFT's as bfloat16 allows.
+anything is timed, the logits of the mixed batch must be as near to PEFT's as bfloat16 allows. Every way is timed in
+turn with the base model in the same round, and ratios are medians of the ratios of a round.
 """
 
 from __future__ import annotations
 
 import csv
+import gc
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import peft
 import torch
 import transformers
+import triton
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -28,8 +32,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import peft_multibatch
 
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
 RESULTS = Path(__file__).parent / "results"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MEASURES = ("decode_ms", "generate32_s", "prefill512_ms")
+BASE, OURS, ONE, NAMES, ALONE = "base", "peft_multibatch", "PEFT, one adapter", "PEFT adapter_names", "one at a time"
+COMPILED = {BASE: "base, compiled", OURS: "peft_multibatch, compiled"}
 console = Console(width=150)
 
 
@@ -61,96 +72,203 @@ def build(num_adapters: int, rank: int, layers: int) -> tuple[LlamaForCausalLM, 
     return models[0], model.eval()
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
     run()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
-def measure(target, inputs: dict[str, torch.Tensor], repeats: int, **ids) -> dict[str, float]:
-    """Decode step after 128 tokens, `generate` of 32 tokens, and prefill of 512."""
-    prompt, wide = inputs["prompt"], inputs["wide"]
+def calls(target, prompt: torch.Tensor, wide: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
+    """What is measured of one way: a decode step after 128 tokens, `generate` of 32 tokens, prefill of 512."""
     cache = DynamicCache(config=target.config)
     target(input_ids=prompt, past_key_values=cache, **ids)
     length = cache.get_seq_length()
 
-    def step() -> None:
-        target(input_ids=prompt[:, -1:], past_key_values=cache, **ids)
-        cache.crop(length)
+    def decode() -> float:
+        took = []
+        for _ in range(10):
+            took.append(seconds(lambda: target(input_ids=prompt[:, -1:], past_key_values=cache, **ids)))
+            cache.crop(length)
+        return 1e3 * statistics.median(took)
 
-    def generate() -> None:
-        target.generate(input_ids=prompt, max_new_tokens=32, do_sample=False, **ids)
+    def generate() -> float:
+        return seconds(lambda: target.generate(input_ids=prompt, max_new_tokens=32, do_sample=False, **ids))
 
-    def prefill() -> None:
-        target(input_ids=wide, logits_to_keep=1, **ids)
+    def prefill() -> float:
+        return 1e3 * seconds(lambda: target(input_ids=wide, logits_to_keep=1, use_cache=False, **ids))
 
-    return {
-        "decode_ms": round(1e3 * seconds(step, 5 * repeats), 3),
-        "generate32_s": round(seconds(generate, repeats), 4),
-        "prefill512_ms": round(1e3 * seconds(prefill, repeats), 2),
-    }
+    return dict(zip(MEASURES, (decode, generate, prefill)))
+
+
+def compiled_calls(target, prompt: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
+    """The same with a static cache, for which transformers compiles the decode step; the step is a mean of 64."""
+
+    def generate(tokens: int) -> float:
+        options = {"max_new_tokens": tokens, "do_sample": False, "cache_implementation": "static"}
+        return seconds(lambda: target.generate(input_ids=prompt, **options, **ids))
+
+    return {"decode_ms": lambda: 1e3 * (generate(65) - generate(1)) / 64, "generate32_s": lambda: generate(32)}
+
+
+def alone_calls(model, names: list[str], prompt: torch.Tensor, wide: torch.Tensor) -> dict[str, Callable[[], float]]:
+    """One adapter at a time: every adapter's rows in a batch of their own."""
+    adapters = list(dict.fromkeys(names))
+    rows = {name: [row for row, each in enumerate(names) if each == name] for name in adapters}
+    own = {}
+
+    def each(measure: str) -> Callable[[], float]:
+        def run() -> float:
+            total = 0.0
+            for name in adapters:
+                model.set_adapter(name)
+                if name not in own:
+                    own[name] = calls(model, prompt[rows[name]], wide[rows[name]])
+                total += own[name][measure]()
+            model.set_adapter("adapter0")
+            return total
+
+        return run
+
+    return {measure: each(measure) for measure in MEASURES}
+
+
+class Timings:
+    """Rounds of measurements: within one, every way runs once."""
+
+    def __init__(self, batch: int, adapters: int) -> None:
+        self.batch, self.adapters = batch, adapters
+        self.records: list[dict] = []
+
+    def measure(self, ways: dict[str, dict[str, Callable[[], float]]], base: str, rounds: int) -> None:
+        measures = list(ways[base])
+        times = {(way, measure): [] for way in ways for measure in measures}
+        for index in track(range(rounds + 1), description=f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]):
+            for measure in measures:
+                for way, runs in ways.items():
+                    took = runs[measure]()
+                    if index:  # the first round warms up
+                        times[way, measure].append(took)
+        for way in ways:
+            record = {"batch": self.batch, "adapters": self.adapters, "way": way}
+            for measure in measures:
+                mine, theirs = times[way, measure], times[base, measure]
+                record[measure] = round(statistics.median(mine), 4)
+                record[f"{measure} × base"] = round(statistics.median(a / b for a, b in zip(mine, theirs)), 3)
+            self.records.append(record)
+            console.print(record)
+
+
+def correct(base, model, prompt: torch.Tensor, names: list[str]) -> tuple[float, float]:
+    """Relative distance of our logits from PEFT's, and of the base model's."""
+    theirs = model(input_ids=prompt, adapter_names=names).logits[:, -1].float()
+    plain = base(input_ids=prompt).logits[:, -1].float()
+    peft_multibatch.enable(model)
+    ours = model(input_ids=prompt, adapter_ids=names).logits[:, -1].float()
+    peft_multibatch.disable(model)
+    return float((ours - theirs).norm() / theirs.norm()), float((plain - theirs).norm() / theirs.norm())
+
+
+def memory(base, model, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """GB at the peak of `generate`, and what the package keeps between calls, relative to the adapters' own bytes."""
+
+    def peak(target, **ids) -> float:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        target.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, **ids)
+        return (torch.cuda.max_memory_allocated() - held) / 1e9
+
+    own = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    found = {"peak_base_GB": round(peak(base), 3)}
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    peft_multibatch.enable(model)
+    found["peak_ours_GB"] = round(peak(model, adapter_ids=names), 3)
+    gc.collect()
+    found["adapter_memory"] = round(1 + (torch.cuda.memory_allocated() - before) / own, 4)
+    peft_multibatch.disable(model)
+    return found
+
+
+def plot(records: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 4))
+    for axis, measure in zip(axes, MEASURES):
+        shown = [record for record in records if record.get(measure) and record["way"] != BASE]
+        labels = [f"{record['batch']}:{record['adapters']} {record['way']}" for record in shown]
+        values = [record[f"{measure} × base"] for record in shown]
+        axis.barh(labels, values, color=["tab:orange" if OURS in label else "tab:gray" for label in labels])
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{measure.rpartition('_')[0]}: multiples of the base model")
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=7)
+    figure.suptitle("batch:adapters, Llama-8B-shaped, 8 of 32 layers, one GPU; compiled against the compiled base")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 @torch.inference_mode()
 def main(
-    layers: int = 8, rank: int = 16, points: str = "8:8,32:1,32:8,32:32,64:64", out: Path = RESULTS / "end_to_end.csv"
+    layers: int = 8,
+    rank: int = 16,
+    points: str = "8:8,32:1,32:8,32:32,64:64",
+    rounds: int = 5,
+    slow: bool = True,
+    compiled: str = "32:32,64:64",
+    out: Path = RESULTS / "end_to_end.csv",
+    commit: str = "",
 ) -> None:
-    """Measure every point BATCH:ADAPTERS."""
+    """Measure every point BATCH:ADAPTERS; without --slow, PEFT's mixed batch and one adapter at a time are left out."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     base, model = build(max(adapters for _, adapters in pairs), rank, layers)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     records = []
     for batch, adapters in pairs:
+        torch._dynamo.reset()
         names = [f"adapter{row * adapters // batch}" for row in range(batch)]
         prompt = torch.randint(1, 128000, (batch, 128), device="cuda")
-        mb = peft_multibatch.enable(model)
-        ours = model(input_ids=prompt, adapter_ids=names).logits[:, -1].float()
-        mb.disable()
-        theirs = model(input_ids=prompt, adapter_names=names).logits[:, -1].float()
-        plain = base(input_ids=prompt).logits[:, -1].float()
-        error = float((ours - theirs).norm() / theirs.norm())
-        effect = float((plain - theirs).norm() / theirs.norm())
+        wide = torch.randint(1, 128000, (batch, 512), device="cuda")
+        error, effect = correct(base, model, prompt, names)
+        console.print(f"{batch}:{adapters}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
         if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
-            found = f"error {error:.3f}, effect of the adapters {effect:.3f}"
-            raise SystemExit(f"{batch}:{adapters}: {found}; nothing is timed")
-
-        inputs = {"prompt": prompt, "wide": torch.randint(1, 128000, (batch, 512), device="cuda")}
+            raise SystemExit("nothing is timed")
+        timings = Timings(batch, adapters)
+        used = memory(base, model, prompt, names)
         peft_multibatch.enable(model)
-        found = {"peft_multibatch": measure(model, inputs, 3, adapter_ids=names)}
+        ways = {BASE: calls(base, prompt, wide), OURS: calls(model, prompt, wide, adapter_ids=names)}
+        timings.measure({**ways, ONE: calls(model, prompt, wide)}, BASE, rounds)
+        if f"{batch}:{adapters}" in compiled.split(","):
+            pair = {BASE: compiled_calls(base, prompt), OURS: compiled_calls(model, prompt, adapter_ids=names)}
+            timings.measure({COMPILED[way]: runs for way, runs in pair.items()}, COMPILED[BASE], rounds)
         peft_multibatch.disable(model)
-        found = {"base": measure(base, inputs, 3), **found}
-        found["PEFT, one adapter"] = measure(model, inputs, 3)
-        found["PEFT adapter_names"] = measure(model, inputs, 1, adapter_names=names)
-        records.extend({"batch": batch, "adapters": adapters, "way": way, **times} for way, times in found.items())
-        for record in records[-4:]:
-            console.print(record)
-        console.print(f"error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    extra = {
+        if slow:
+            slowly = {BASE: ways[BASE], NAMES: calls(model, prompt, wide, adapter_names=names)}
+            slowly[ALONE] = alone_calls(model, names, prompt, wide)
+            known = len(timings.records)
+            timings.measure(slowly, BASE, 1)
+            del timings.records[known]  # the base model again
+        timings.records[1] |= used | {"error": round(error, 4)}
+        records += timings.records
+    versions = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "commit": commit,
+        "commit": commit.strip(),
     }
+    columns = list(dict.fromkeys(key for record in records for key in record)) + list(versions)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0] | extra)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(record | extra for record in records)
-    table = Table("batch", "adapters", "way", "decode ms", "× base", "generate s", "× base", "prefill ms", "× base")
+        writer.writerows(record | versions for record in records)
+    plot(records, out.with_suffix(".png"))
+    table = Table("batch", "adapters", "way", *(column for measure in MEASURES for column in (measure, "× base")))
     for record in records:
-        first = next(r for r in records if (r["batch"], r["adapters"]) == (record["batch"], record["adapters"]))
-        cells = [
-            cell
-            for key in ("decode_ms", "generate32_s", "prefill512_ms")
-            for cell in (f"{record[key]}", f"{record[key] / first[key]:.2f}")
-        ]
+        cells = [str(record.get(key, "")) for measure in MEASURES for key in (measure, f"{measure} × base")]
         table.add_row(str(record["batch"]), str(record["adapters"]), record["way"], *cells)
     console.print(table)
 

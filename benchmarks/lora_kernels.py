@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table as Rows
 
 from peft_multibatch import Segments
-from peft_multibatch.bank import Table, TableRows
+from peft_multibatch.bank import Part, Table, TableRows
 from peft_multibatch.ops import torch_backend, triton_backend
 
 
@@ -69,25 +69,19 @@ POINTS = [
 ]
 
 
-class Bank:
-    """Random adapters in the form that a table follows."""
-
-    def __init__(self, point: Point, dtype: torch.dtype) -> None:
-        self.layers = list(point.widths)
-        self.weights = {
-            slot: [
-                (
-                    torch.randn(point.rank, point.inputs, device="cuda", dtype=dtype) / point.inputs**0.5,
-                    torch.randn(width, point.rank, device="cuda", dtype=dtype),
-                    0.5 + slot % 3,
-                )
-                for width in point.widths
-            ]
-            for slot in range(point.adapters)
-        }
-
-    def parameters(self, slot: int):
-        return iter(self.weights[slot])
+def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[Part]]:
+    """Random adapters, by slot."""
+    return {
+        slot: [
+            Part(
+                torch.randn(point.rank, point.inputs, device="cuda", dtype=dtype) / point.inputs**0.5,
+                torch.randn(width, point.rank, device="cuda", dtype=dtype),
+                0.5 + slot % 3,
+            )
+            for width in point.widths
+        ]
+        for slot in range(point.adapters)
+    }
 
 
 class Case:
@@ -99,25 +93,27 @@ class Case:
         )
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         copies = copies or max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
-        self.banks = [Bank(point, dtype) for _ in range(copies)]
+        self.parts = [random_parts(point, dtype) for _ in range(copies)]
         self.tables = []
-        for bank in self.banks:
-            self.tables.append(Table(bank, point.adapters, "cuda").update(range(point.adapters)))
+        for parts in self.parts:
+            table = Table(dtype, point.adapters, len(point.widths), "cuda")
+            table.update(parts)
+            self.tables.append(table.describe(parts))
         self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
         self.plan = self.segments.pack().cuda()
-        self.longest = max(stop - start for _, start, stop in self.segments.spans)
         self.x = torch.randn(point.rows, point.inputs, device="cuda", dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]
 
     def run(self, table: TableRows, ys, launch=None) -> None:
-        triton_backend.apply_(ys, self.x, self.plan, self.segments.num_segments, self.longest, table, launch)
+        product = triton_backend.product(ys, self.x, self.segments.num_segments, self.segments.longest, table, launch)
+        product(ys, self.x, self.plan, table.rows)
 
     def check(self, launch=None) -> float:
         ys = [y.clone() for y in self.ys]
         expected = [y.double() for y in self.ys]
         weights = {
             slot: [(a.t().double(), b.t().double(), scaling) for a, b, scaling in parts]
-            for slot, parts in self.banks[0].weights.items()
+            for slot, parts in self.parts[0].items()
         }
         torch_backend.apply_(expected, self.x.double(), self.segments, weights)
         self.run(self.tables[0], ys, launch)
@@ -209,7 +205,7 @@ def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: st
         rank = triton_backend.padded(point.rank)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         chosen = triton_backend.choose(
-            case.segments.num_segments, case.longest, point.inputs, point.widths, rank, processors
+            case.segments.num_segments, case.segments.longest, point.inputs, point.widths, rank, processors
         )
         error = case.check(chosen)
         if not error < 8e-3:

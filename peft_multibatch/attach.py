@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,9 @@ from peft_multibatch.errors import BackendUnavailableError, ModelStateError, Not
 from peft_multibatch.fusion import Group, find_groups
 from peft_multibatch.ids import check_live, resolve
 from peft_multibatch.layers import STATE
-from peft_multibatch.places import Place, find_layers
+from peft_multibatch.places import Place, Survey
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.routing import Call, Router
-from peft_multibatch.segments import Segments
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,8 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
         model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or
             ``load_adapter()`` added them; adapters may also be added later.
         backend: ``"triton"``, kernels for CUDA devices; ``"torch"``, torch's own matrix products; ``"auto"`` takes
-            triton where there is a CUDA device. Tensors on a CPU, gradients and compiled graphs always run on torch.
+            triton where there is a CUDA device. Tensors on a CPU and gradients always run on torch. To debug, Triton's
+            interpreter (``TRITON_INTERPRET=1``) runs the kernels on a CPU where ``"triton"`` is asked for.
         fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor.
 
     Returns:
@@ -110,8 +111,9 @@ class Multibatch:
         self._names: list[str | None] = []
         self._ever: dict[str, None] = {}  # every name that ever had an id, in the order of the ids
         self._configs: list[tuple[str, Any]] = []
-        self._router = Router(kernels)
+        self._router = Router(kernels, self._names)
         self._groups: list[Group] = []
+        self._survey: Survey | None = None
         self._places: dict[nn.Module, Place] = {}
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
@@ -176,7 +178,8 @@ class Multibatch:
                 undo()
             # let go of the model
             self._places, self._groups, self._configs, self._attached = {}, [], [], {}
-            self._router.graph.banks = []
+            self._survey = None
+            self._router = Router(None, [])
             self._inner = nn.Module()
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
@@ -199,7 +202,7 @@ class Multibatch:
         slots = resolve(adapter_ids, self._names)
         check_length(len(slots), samples)
         self._check_state()
-        with self._router.routing(Segments.from_ids(slots), expands) as call:
+        with self._router.routing(slots, expands) as call:
             yield call
 
     def _has_layers(self, model: nn.Module) -> bool:
@@ -238,11 +241,15 @@ class Multibatch:
                     "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
                 )
             configs = list(getattr(self._inner, "peft_config", {}).items())
-            found = find_layers(self._inner)
             same_configs = len(configs) == len(self._configs) and all(
                 name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
             )
+            if same_configs and self._survey is not None and self._survey.holds():
+                return
+            survey = Survey(self._inner)
+            found = survey.layers
             if same_configs and found.keys() == self._places.keys():
+                self._survey = survey
                 return
             _check_configs(dict(configs))
             if not configs and any(layer._get_available_adapters() for layer in found):
@@ -263,6 +270,7 @@ class Multibatch:
             self._ever.update(dict.fromkeys(present))
             self._names[:] = [name if name in present else None for name in self._ever]
             self._configs = configs
+            self._router.forget()
             before, self._places = self._places, {}
             for layer, name in found.items():
                 place = before.pop(layer, None)
@@ -270,17 +278,18 @@ class Multibatch:
                     if place is not None:
                         place.restore()
                     place = Place(layer, name, *chosen[layer])
-                    place.patch(self._router, self._names)
+                    place.patch(self._router)
                 self._places[layer] = place
             for place in before.values():
                 place.restore()
             self._regroup()
+            self._survey = survey
 
     def _regroup(self) -> None:
         """Fuse siblings; groups that are as they were stay the same objects, which calls under way may hold."""
         segmented = {place.name: place.module for place in self._places.values() if place.handler is handlers.linear}
         known = {group.layers: group for group in self._groups}
-        found = find_groups(segmented, self._names) if self._fuse else []
+        found = find_groups(segmented) if self._fuse else []
         self._groups = [known.get(group.layers, group) for group in found]
         grouped = {layer for group in self._groups for layer in group.layers}
         for layer in segmented.values():
@@ -306,7 +315,8 @@ def _choose_backend(backend: str) -> tuple[str, str, ModuleType | None]:
     if backend == "torch":
         return "torch", "asked for", None
     missing = None
-    if not torch.cuda.is_available():
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
         missing = "torch finds no CUDA device"
     elif importlib.util.find_spec("triton") is None:
         missing = "the package triton is not installed"

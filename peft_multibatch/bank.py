@@ -1,17 +1,20 @@
-"""The weights of one projection group: for every slot and slice, a reference to the tensors that PEFT holds.
+"""The weights that a batch reads: PEFT's own tensors, found again whenever PEFT holds others.
 
-A bank owns no weights and copies none. It reads PEFT's own dictionaries when a call begins, so that whatever happened
-to an adapter since the last call (an optimizer step, ``.data`` written in place, ``set_scale``, a hot-swap, ``.to()``,
-another adapter under the same name) is what the next call computes with, and PEFT's parameters stay where they are.
+A bank is one projection group, an adapter is one slot. Neither owns weights nor copies any. An ``Adapter`` remembers
+what it found in PEFT's dictionaries and where, and a call begins by comparing all of that with what is there now, so
+that whatever happened since the last call (an optimizer step, ``.data`` written in place or replaced, ``set_scale``, a
+hot-swap, ``.to()``, another adapter under the same name) is what the next call computes with.
 docs/explanation/bank.md says why weights aren't stacked.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,74 +28,195 @@ if TYPE_CHECKING:
     from peft_multibatch.ops.torch_backend import SlotWeights
 
 
-class Bank:
-    """Adapter weights of one projection group, by slot.
+class Part(NamedTuple):
+    """One adapter in one layer: ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]``, scaling."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+_weight = itemgetter("weight")
+
+
+class Adapter:
+    """One adapter's weights as they were last read, layer by layer, and whether PEFT still holds the same.
+
+    Comparing has to be cheap: a model has hundreds of layers, a batch dozens of adapters, and a decode step few
+    milliseconds. So what was read is kept in flat lists, which are compared by functions that loop in C; a module's
+    ``_modules`` and ``_parameters`` are read because ``nn.Module`` attributes cost ten times more.
 
     Args:
-        layers: the group's LoRA layers, one a slice, in the order of their outputs.
-        names: the handle's list of adapter names, by slot; None where an adapter was deleted. Not copied.
+        name: the adapter's name in PEFT.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer], names: list[str | None]) -> None:
-        self.layers = tuple(layers)
-        self.names = names
-        self.slice_offsets = [0, *accumulate(layer.out_features for layer in layers)]
-        # What compiled graphs read, written by `sync`: PEFT's tensors slot by slot, and their ranks and scalings.
-        self.lora_a: list[Tensor] = []
-        self.lora_b: list[Tensor] = []
-        self.ranks: Tensor | None = None
-        self.scalings: Tensor | None = None
-        self._tables: dict[torch.device, Table] = {}
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._get = itemgetter(name)
+        self._parts: dict[LoraLayer, Part | None] = {}
+        self._lock = threading.Lock()
+        self._module_dicts: list[dict] = []
+        self._modules: list[Any] = []
+        self._scaling_dicts: list[dict] = []
+        self._scalings: list[float] = []
+        self._lacking: list[dict] = []  # of layers where this adapter has no weights
+        self._parameter_dicts: list[dict] = []  # of lora_A and lora_B in turn
+        self._addresses: list[int] = []
+        self._sizes: list[int] = []  # of every lora_A: with the address, they tell the rank
+        self._memory: list[torch.UntypedStorage] = []  # while it is held, nothing else gets these addresses
+        self._is_volatile = False
 
-    def parameters(self, slot: int) -> Iterator[tuple[Tensor, Tensor, float] | None]:
-        """For every slice an adapter's ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]`` and scaling, or None without any.
+    def parts(self, layers: Iterable[LoraLayer]) -> list[Part | None]:
+        """The adapter's weights in these layers, None where it has none.
 
         Raises:
             ModelStateError: the weights are on the meta device, as accelerate's offloading leaves them.
         """
-        name = self.names[slot]
-        for layer in self.layers:
-            # a module's `_modules` is read because `nn.ModuleDict` and `nn.Module` attribute look-ups cost ten times
-            # more
-            lora_a = layer.lora_A._modules.get(name)
-            if lora_a is None:
-                yield None
-                continue
-            a, b = lora_a._parameters["weight"], layer.lora_B._modules[name]._parameters["weight"]
+        return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
+
+    def holds(self) -> bool:
+        """Whether PEFT still holds everything that was read, at the same addresses, with the same scalings."""
+        try:
+            tensors = list(map(_weight, self._parameter_dicts))
+            return (
+                not self._is_volatile
+                and list(map(self._get, self._module_dicts)) == self._modules
+                and list(map(self._get, self._scaling_dicts)) == self._scalings
+                and list(map(Tensor.data_ptr, tensors)) == self._addresses
+                and list(map(Tensor.numel, tensors[::2])) == self._sizes
+                and not any(self.name in modules for modules in self._lacking)
+            )
+        except KeyError:
+            return False
+
+    def _read(self, layer: LoraLayer) -> Part | None:
+        name = self.name
+        modules_a, modules_b = layer.lora_A._modules, layer.lora_B._modules
+        with self._lock:
+            if name not in modules_a:
+                self._lacking.append(modules_a)
+                self._parts[layer] = None
+                return None
+            module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
+            a, b = _weight(module_a._parameters), _weight(module_b._parameters)
             if a.is_meta or b.is_meta:
                 raise ModelStateError(
                     f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between "
                     "calls: expected them on a real device. Load the adapters without offloading."
                 )
-            yield a, b, float(layer.scaling[name])
+            self._module_dicts += modules_a, modules_b
+            self._modules += module_a, module_b
+            self._parameter_dicts += module_a._parameters, module_b._parameters
+            self._addresses += a.data_ptr(), b.data_ptr()
+            self._sizes.append(a.numel())
+            self._memory += a.untyped_storage(), b.untyped_storage()
+            self._scaling_dicts.append(layer.scaling)
+            self._scalings.append(scaling)
+            if isinstance(scaling, Tensor):  # written in place, which can't be seen from here
+                self._is_volatile = True
+            part = self._parts[layer] = Part(a, b, float(scaling))
+        return part
 
-    def weights(self, slot: int) -> SlotWeights:
-        """``parameters`` as products take them: ``lora_A`` and ``lora_B`` transposed, still PEFT's own memory."""
-        return [part and (part[0].t(), part[1].t(), part[2]) for part in self.parameters(slot)]
 
-    def gather(self, slots: Iterable[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What the ops take for these slots: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
+class Bank:
+    """One projection group: the LoRA layers whose adapters run as one product.
+
+    Args:
+        layers: the group's LoRA layers, one a slice, in the order of their outputs.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.key = next(_keys)
+        self.layers = tuple(layers)
+        self.slice_offsets = [0, *accumulate(layer.out_features for layer in layers)]
+        # What graphs of ops read. Written by `sync`: PEFT's tensors slot by slot, and their ranks and scalings.
+        self.lora_a: list[Tensor] = []
+        self.lora_b: list[Tensor] = []
+        self.ranks: Tensor | None = None
+        self.scalings: Tensor | None = None
+        # What graphs of kernels read. Written by `hold`.
+        self.held: tuple[TableRows, ...] = ()
+        self._tables: dict[torch.device, dict[torch.dtype | None, Table]] = {}
+
+    def weights(self, adapter: Adapter) -> SlotWeights:
+        """An adapter's parts as torch's products take them: transposed, still PEFT's own memory."""
+        # of `.data`, because a view keeps its base from being swapped
+        return [
+            part and (part.lora_a.data.t(), part.lora_b.data.t(), part.scaling) for part in adapter.parts(self.layers)
+        ]
+
+    def gather(self, adapters: Iterable[Adapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What the ops take for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
 
         Both lists have ``S * I`` entries; those of an adapter that lacks a slice have rank 0.
         """
         parts = [
-            part or self._absent(layer) for slot in slots for layer, part in zip(self.layers, self.parameters(slot))
+            part or self._absent(layer)
+            for adapter in adapters
+            for layer, part in zip(self.layers, adapter.parts(self.layers) if adapter else [None] * len(self.layers))
         ]
         shape = -1, len(self.layers)
-        ranks = torch.tensor([a.shape[0] for a, _, _ in parts], dtype=torch.int32, device="cpu").view(shape)
-        scalings = torch.tensor([scaling for _, _, scaling in parts], dtype=torch.float32, device="cpu").view(shape)
-        return [a for a, _, _ in parts], [b for _, b, _ in parts], ranks, scalings
+        ranks = torch.tensor([len(part.lora_a) for part in parts], dtype=torch.int32, device="cpu").view(shape)
+        scalings = torch.tensor([part.scaling for part in parts], dtype=torch.float32, device="cpu").view(shape)
+        return [part.lora_a for part in parts], [part.lora_b for part in parts], ranks, scalings
 
-    def table(self, device: torch.device) -> Table:
-        """The bank's table on a device; a larger one where there are more slots than it holds."""
-        table = self._tables.get(device)
-        if table is None or len(table.rows) < len(self.names):
-            table = self._tables[device] = Table(self, 1 << max(len(self.names) - 1, 7).bit_length(), device)
-        return table
+    def tables(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:
+        """The bank as kernels read it: a table for each dtype that these adapters have here.
 
-    def sync(self) -> None:
-        """Bring what compiled graphs read up to date, in place wherever the set of adapters is still the same."""
-        self.lora_a, self.lora_b, ranks, scalings = self.gather(range(len(self.names)))
+        Args:
+            adapters: those in use, by slot; only their rows are brought up to date.
+            device: where the tables, and all weights in use, live.
+            slots: how many slots there are.
+
+        Raises:
+            ModelStateError: an adapter is on another device.
+        """
+        read = self._read(adapters)
+        for slot, parts in read.items():
+            for part in parts:
+                if part and not part.lora_a.device == part.lora_b.device == device:
+                    raise ModelStateError(
+                        f"the weights of adapter {adapters[slot].name!r} are on {part.lora_a.device} and "
+                        f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
+                        "Move the adapter there."
+                    )
+        tables = self._tables.setdefault(device, {})
+        dtypes = {_dtype(part) for parts in read.values() for part in parts if part}
+        for dtype in {*tables, *dtypes}:
+            if dtype not in tables or len(tables[dtype].rows) < slots:
+                tables[dtype] = Table(dtype, 1 << max(slots - 1, 15).bit_length(), len(self.layers), device)
+        for table in tables.values():  # those of other dtypes as well: a graph may read them
+            table.update(read)
+        return tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
+
+    def hold(self, adapters: Mapping[int, Adapter], device: torch.device) -> bool:
+        """Let graphs of kernels read the bank's tables, for these adapters as well as for those that it held before.
+
+        What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay.
+
+        Returns:
+            Whether something changed that graphs have as a constant.
+        """
+        read = self._read(adapters)
+        before = {id(table.rows): table for table in self.held}
+        found = []
+        for table in self._tables.get(device, {}).values():
+            now = table.describe(read)
+            was = before.get(id(now.rows), now)
+            found.append(now._replace(rank=max(now.rank, was.rank), is_aligned=now.is_aligned and was.is_aligned))
+        is_same = len(found) == len(self.held) and all(
+            now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.held)
+        )
+        if not is_same:
+            self.held = tuple(found)
+        return not is_same
+
+    def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[Part | None]]:
+        return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
+
+    def sync(self, adapters: Sequence[Adapter | None]) -> None:
+        """Bring what graphs of ops read up to date, in place where the set of adapters is still the same."""
+        self.lora_a, self.lora_b, ranks, scalings = self.gather(adapters)
         if self.ranks is not None and self.scalings is not None and self.ranks.shape == ranks.shape:
             self.ranks.copy_(ranks)
             self.scalings.copy_(scalings)
@@ -100,9 +224,12 @@ class Bank:
             self.ranks, self.scalings = ranks, scalings
 
     @staticmethod
-    def _absent(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
+    def _absent(layer: LoraLayer) -> Part:
         weight = layer.get_base_layer().weight
-        return weight.new_empty(0, layer.in_features), weight.new_empty(layer.out_features, 0), 0.0
+        return Part(weight.new_empty(0, layer.in_features), weight.new_empty(layer.out_features, 0), 0.0)
+
+
+_keys = itertools.count()
 
 
 class TableRows(NamedTuple):
@@ -110,7 +237,7 @@ class TableRows(NamedTuple):
 
     Attributes:
         rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
-        dtype: dtype of all weights in use, or None where they differ or can't be read row by row.
+        dtype: dtype of all weights in the table, or None where they can't be read row by row.
         rank: largest rank in use.
         is_aligned: whether all weights in use can be read 16 bytes at a time.
     """
@@ -124,61 +251,62 @@ class TableRows(NamedTuple):
 class Table:
     """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
 
-    The tensor stays where it is, so that captured graphs see every update. Tensors that it points to are kept alive
-    until their rows are written again.
+    The tensor stays where it is, so that captured graphs see every update.
 
     Args:
-        bank: the bank to follow.
+        dtype: of the weights that belong into this table; the rows of others have rank 0. None: of those that can't be
+            read row by row, or whose ``lora_A`` and ``lora_B`` differ.
         slots: how many slots the table holds.
+        slices: ``I``.
         device: where the table, and all weights in it, live.
     """
 
-    def __init__(self, bank: Bank, slots: int, device: torch.device | str) -> None:
-        self.bank = bank
+    def __init__(self, dtype: torch.dtype | None, slots: int, slices: int, device: torch.device | str) -> None:
+        self.dtype = dtype
         with torch.inference_mode(False):  # a table outlives the call in which it is made
-            self.rows = torch.zeros((slots, len(bank.layers), 4), dtype=torch.int64, device=device)
-        self._written: dict[int, list[tuple | None]] = {}
-        self._last: tuple[list[int], list[list[tuple | None]], TableRows] | None = None
-        self._held: dict[int, list[Tensor]] = {}
+            self.rows = torch.zeros((slots, slices, 4), dtype=torch.int64, device=device)
+        self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
         self._lock = threading.Lock()
 
-    def update(self, slots: Iterable[int]) -> TableRows:
-        """Bring the rows of these slots up to date, which are those in use; copies nothing where nothing changed."""
-        slots = list(slots)
-        read = [[part and _describe(*part) for part in self.bank.parameters(slot)] for slot in slots]
+    def update(self, read: Mapping[int, Sequence[Part | None]]) -> None:
+        """Bring the rows of these slots up to date; copies nothing where nothing changed.
+
+        Args:
+            read: for each slot its parts, which the caller keeps alive for as long as the slot is in use.
+        """
+        described = {slot: [self._describe(part) for part in parts] for slot, parts in read.items()}
         with self._lock:
-            if self._last is not None and self._last[0] == slots and self._last[1] == read:
-                return self._last[2]
-            changed = [slot for slot, row in zip(slots, read) if self._written.get(slot) != row]
-            for slot, row in zip(slots, read):
-                self._written[slot] = row
-                self._held[slot] = [tensor for part in self.bank.parameters(slot) if part for tensor in part[:2]]
+            changed = {slot: row for slot, row in described.items() if self._written.get(slot) != row}
             if changed:
                 self._write(changed)
-            live = [part for row in read for part in row if part]
-            dtypes = {part[4] for part in live}
-            found = TableRows(
-                self.rows,
-                dtypes.pop() if len(dtypes) == 1 else None,
-                max((part[2] for part in live), default=0),
-                all(part[0] % 16 == part[1] % 16 == part[2] % 8 == 0 for part in live),
-            )
-            self._last = slots, read, found
-        return found
+                self._written.update(changed)
 
-    def _write(self, slots: list[int]) -> None:
-        rows = torch.zeros((len(slots), *self.rows.shape[1:]), dtype=torch.int64, device="cpu")
-        for index, slot in enumerate(slots):
-            for i, part in enumerate(self._written[slot]):
-                if part:
-                    a, b, rank, scaling, _ = part
-                    bits = torch.tensor(scaling, dtype=torch.float32, device="cpu").view(torch.int32)
-                    rows[index, i] = torch.tensor([a, b, rank, int(bits)], device="cpu")
+    def describe(self, read: Mapping[int, Sequence[Part | None]]) -> TableRows:
+        """The table as kernels that meet only these adapters need it."""
+        live = [row for parts in read.values() for part in parts if (row := self._describe(part))]
+        return TableRows(
+            self.rows,
+            self.dtype,
+            max((rank for _, _, rank, _ in live), default=0),
+            all(a % 16 == b % 16 == rank % 8 == 0 for a, b, rank, _ in live),
+        )
+
+    def _describe(self, part: Part | None) -> tuple[int, int, int, float] | None:
+        if part is None or _dtype(part) != self.dtype:
+            return None
+        return part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a), part.scaling
+
+    def _write(self, changed: Mapping[int, Sequence[tuple[int, int, int, float] | None]]) -> None:
+        parts = [part or (0, 0, 0, 0.0) for row in changed.values() for part in row]
+        bits = torch.tensor([part[3] for part in parts], dtype=torch.float32, device="cpu").view(torch.int32)
+        rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
+        rows = torch.cat([rows, bits[:, None]], dim=1).view(len(changed), *self.rows.shape[1:])
+        slots = torch.tensor(list(changed), device="cpu")
         with torch.inference_mode(False):
-            self.rows[torch.tensor(slots, device=self.rows.device)] = rows.to(self.rows.device)
+            self.rows[slots.to(self.rows.device)] = rows.to(self.rows.device)
 
 
-def _describe(a: Tensor, b: Tensor, scaling: float) -> tuple[int, int, int, float, torch.dtype | None]:
-    """Addresses, rank, scaling and common dtype; None where there is none or rows aren't contiguous."""
-    dtype = a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
-    return a.data_ptr(), b.data_ptr(), a.size(0), scaling, dtype
+def _dtype(part: Part) -> torch.dtype | None:
+    """Common dtype of a part, None where there is none or rows aren't contiguous."""
+    a, b, _ = part
+    return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None

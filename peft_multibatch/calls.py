@@ -50,6 +50,10 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                     "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
                     "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
                 )
+            if handle is not None and self is handle._inner:
+                graph = handle._router.graph
+                if graph.active and graph.samples and not graph.contended:
+                    check_length(graph.samples, _num_samples(args, kwargs))
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
@@ -73,11 +77,11 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 call.check_rows(samples)
             return original(*args, **kwargs)
         # a block of `batch()` is open, and much may have happened to the model since it began
-        handle._check(call.live)
+        handle._check(call.mix.adapters)
         if not handle._has_layers(self):
             return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
-        check_length(call.segments.num_entries, samples)
-        with handle._router.routing(call.segments, method == "generate") as own_call:
+        check_length(len(call.mix.ids), samples)
+        with handle._router.routing(call.mix.ids, method == "generate") as own_call:
             own_call.inside = True
             return original(*args, **kwargs)
 

@@ -45,10 +45,10 @@ class Group:
         label: how ``report()`` names it, such as "fused qkv".
     """
 
-    def __init__(self, name: str, layers: dict[str, LoraLayer], names: list[str | None]) -> None:
+    def __init__(self, name: str, layers: dict[str, LoraLayer]) -> None:
         self.name = name
         self.layers = tuple(layers.values())
-        self.bank = Bank(self.layers, names)
+        self.bank = Bank(self.layers)
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
 
@@ -66,12 +66,11 @@ class Group:
             layer._multibatch.group = None
 
 
-def find_groups(layers: dict[str, LoraLayer], names: list[str | None]) -> list[Group]:
+def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
     """Group the layers that may run as one.
 
     Args:
         layers: the segmented layers by their names in the model.
-        names: adapter names by slot, for the groups' banks.
     """
     groups: list[Group] = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
@@ -80,7 +79,7 @@ def find_groups(layers: dict[str, LoraLayer], names: list[str | None]) -> list[G
         for siblings in SIBLINGS:
             found = {child: layers[f"{parent}.{child}"] for child in siblings if f"{parent}.{child}" in layers}
             if len(found) > 1 and _alike(found.values()):
-                groups.append(Group(parent, found, names))
+                groups.append(Group(parent, found))
     return groups
 
 

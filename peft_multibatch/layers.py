@@ -6,9 +6,8 @@ A handler is a function in the place of the layer's ``forward``. Without a call 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from types import ModuleType
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,17 +42,13 @@ class Patch:
         bank: the layer's bank, alone; None where it runs per segment.
         group: the projection group it belongs to, or None where it runs by itself.
         index: its slice in the group.
-        names: adapter names by slot.
     """
 
-    def __init__(
-        self, name: str, router: Router, original: Callable[..., Tensor], bank: Bank | None, names: list[str | None]
-    ) -> None:
+    def __init__(self, name: str, router: Router, original: Callable[..., Tensor], bank: Bank | None) -> None:
         self.name = name
         self.router = router
         self.original = original
         self.bank = bank
-        self.names = names
         self.group: Group | None = None
         self.index = 0
 
@@ -97,11 +92,11 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
 
-    group, kernels = patch.group, patch.router.kernels
+    group, router = patch.group, patch.router
     if group is None or args or kwargs:
-        return _add_deltas(call, kernels, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
+        return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
-        ys = _add_deltas(call, kernels, group.bank, [_base_output(layer, x) for layer in group.layers], x)
+        ys = _add_deltas(call, router, group.bank, [_base_output(layer, x) for layer in group.layers], x)
         call.stash[group] = x, [None, *ys[1:]]
         return ys[0]
     source, waiting = call.stash.get(group, (None, []))
@@ -113,7 +108,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return y
     if isinstance(call, Call) and source is not None and source is not x:
         group.split("its projections read different tensors")
-    return _add_deltas(call, kernels, patch.bank, [_base_output(self, x)], x)[0]
+    return _add_deltas(call, router, patch.bank, [_base_output(self, x)], x)[0]
 
 
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,43 +123,70 @@ def _uses_dropout(layer: LoraLayer) -> bool:
     return any(not isinstance(dropout, nn.Identity) and dropout.p > 0 for dropout in layer.lora_dropout.values())
 
 
-def _add_deltas(
-    call: Call | Graph, kernels: ModuleType | None, bank: Bank, ys: Sequence[Tensor], x: Tensor
-) -> Sequence[Tensor]:
-    """Add to each slice's output ``[..., N]`` the deltas of ``x`` ``[..., K]``, row by row."""
-    rows = x.reshape(-1, x.shape[-1])
+def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    """Add to each slice's output ``[..., N]`` the deltas of ``x`` ``[..., K]``, row by row; in place for inference."""
     if isinstance(call, Graph):
-        if x.is_cuda:
-            raise UnsupportedError(
-                "a model was compiled with ids in force on a CUDA device, where a captured graph would go on with the "
-                "ids that it was captured with: expected a model that isn't compiled, or one on a CPU. Pass "
-                "disable_compile=True to generate, or don't call torch.compile."
-            )
-        plan = take_plan(call.buffer.packed, call.key)
-        return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, rows)
-    call.segments.rows(len(x), x.device)  # dimension 0 has to map to samples, not just all rows together
-    if not call.live:
-        return ys
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-        if torch.is_grad_enabled() and (call.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
-            return _add_through_ops(call.op_inputs(bank), bank, ys, rows)
-        ys = [y if y.is_contiguous() else y.contiguous() for y in ys]
-        outputs = [y.view(-1, y.shape[-1]) for y in ys]
-        if kernels is not None and x.is_cuda:
-            inputs = call.kernel_inputs(bank, rows)
-            if kernels.takes(outputs, rows, inputs[-1]):
-                kernels.apply_(outputs, rows.contiguous(), *inputs)
-                return ys
-        ops.torch_backend.apply_(outputs, rows, call.segments, call.weights(bank))
+        return _add_in_graph(call, router, bank, ys, x)
+    mix, kernels = call.mix, router.kernels
+    mix.segments.rows_per_entry(len(x))  # dimension 0 has to map to samples, not just all rows together
+    if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
+        return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
+    ys = [y if y.is_contiguous() else y.contiguous() for y in ys]
+    if kernels is not None and kernels.runs_on(x):
+        if kernels.is_capturing():
+            plan, tables = router.graph.capture(call, bank, x.device)
+            kernels.add_(ys, x, plan, tables)
+            return ys
+        products = mix.products.get(bank)
+        if products is None or not products.fit(ys, x):
+            router.graph.prepare(call, x.device)
+            products = kernels.Products(ys, x, mix.segments, mix.plan(x.device), mix.tables(bank, x.device))
+            mix.products[bank] = products
+        if products.can_run:
+            products(ys, x, call.workspaces)
+            return ys
+    if mix.adapters:
+        outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
+        with _without_autocast(x.device.type):
+            ops.torch_backend.apply_(outputs, rows, mix.segments, mix.weights(bank))
     return ys
 
 
-def _add_through_ops(inputs: tuple, bank: Bank, ys: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    kernels = router.kernels
+    if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
+        graph.arm()
+        plan = take_plan(graph.buffer.packed, graph.key)
+        return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
+    if graph.contended:
+        raise UnsupportedError(
+            "a compiled model was called on a GPU while calls with different ids are in force on several threads or "
+            "tasks: expected one at a time, because a graph reads its plan at one place. Run the calls after each "
+            "other, or pass disable_compile=True to generate."
+        )
+    graph.arm_kernels(bank.key, str(x.device))
+    ys = [y.contiguous() for y in ys]
+    for table in bank.held:
+        if table.dtype not in kernels.DTYPES:
+            raise UnsupportedError(
+                f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "
+                "bfloat16 or float32, and contiguous weights. Convert the adapters, or run without torch.compile."
+            )
+        ops.add_(ys, x, graph.buffers[str(x.device)].packed, table.rows, table.rank, table.is_aligned, table.dtype)
+    return ys
+
+
+def _add_through_ops(inputs: tuple, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     plan, lora_a, lora_b, ranks, scalings = inputs
-    h = ops.shrink(rows, lora_a, plan, ranks)
-    delta = ops.expand(h, lora_b, plan, ranks, scalings, bank.slice_offsets)
+    with _without_autocast(x.device.type):
+        h = ops.shrink(x.reshape(-1, x.shape[-1]), lora_a, plan, ranks)
+        delta = ops.expand(h, lora_b, plan, ranks, scalings, bank.slice_offsets)
     parts = delta.split([y.shape[-1] for y in ys], dim=-1)
     return [(y + part.view(y.shape)).to(y.dtype) for y, part in zip(ys, parts)]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,8 +210,8 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         )
     check_state(patch.name, self)
     outputs, order = [], []
-    for slot, rows in call.segments.rows(len(x), x.device):
-        view = single_adapter_view(self, None if slot == BASE else patch.names[slot])
+    for slot, rows in call.mix.segments.rows(len(x), x.device):
+        view = single_adapter_view(self, None if slot == BASE else patch.router.names[slot])
         outputs.append(type(self).forward(view, x[rows], *args, **kwargs))
         order.append(rows)
     if not outputs:
@@ -200,7 +222,7 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
             "expected a tensor. Remove the adapters from this layer, or run them one at a time."
         )
     result = torch.cat(outputs)
-    if call.segments.permutation is None:
+    if call.mix.segments.permutation is None:
         return result
     return result[torch.cat(order).argsort()]
 

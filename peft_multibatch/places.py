@@ -16,23 +16,35 @@ from peft_multibatch.layers import STATE, Patch
 from peft_multibatch.routing import Router
 
 
-def find_layers(model: nn.Module) -> dict[Any, str]:
-    """Every PEFT layer and its name in the model, outermost ones only, each once wherever it is shared."""
-    found: dict[Any, str] = {}
-    seen: set[nn.Module] = set()
+class Survey:
+    """Every PEFT layer of a model as it was found, outermost ones only, and whether they would be found again.
 
-    def visit(module: nn.Module, prefix: str) -> None:
+    Attributes:
+        layers: each layer, once wherever it is shared, and its name in the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[Any, str] = {}
+        self._seen: set[nn.Module] = set()
+        self._dicts: list[dict] = []  # of the children of all modules that aren't PEFT layers
+        self._children: list[tuple] = []
+        self._visit(model, "")
+
+    def holds(self) -> bool:
+        """Whether all modules still have the children that they had."""
+        return list(map(tuple, map(dict.values, self._dicts))) == self._children
+
+    def _visit(self, module: nn.Module, prefix: str) -> None:
+        self._dicts.append(module._modules)
+        self._children.append(tuple(module._modules.values()))
         for key, child in module._modules.items():
-            if child is None or child in seen:
+            if child is None or child in self._seen:
                 continue
-            seen.add(child)
+            self._seen.add(child)
             if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                found[child] = prefix + key
+                self.layers[child] = prefix + key
             else:
-                visit(child, f"{prefix}{key}.")
-
-    visit(model, "")
-    return found
+                self._visit(child, f"{prefix}{key}.")
 
 
 def replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[], None]:
@@ -71,13 +83,13 @@ class Place:
     def __init__(self, module: Any, name: str, handler: Callable[..., Tensor], reason: str) -> None:
         self.module, self.name, self.handler, self.reason = module, name, handler, reason
 
-    def patch(self, router: Router, names: list[str | None]) -> None:
+    def patch(self, router: Router) -> None:
         """Put the handler in the place of the layer's forward."""
         attributes = self.module.__dict__
         # accelerate's hooks call the forward that they found, under this name, after moving inputs and weights
         attribute = "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
-        bank = Bank([self.module], names) if self.handler is handlers.linear else None
-        attributes[STATE] = Patch(self.name, router, getattr(self.module, attribute), bank, names)
+        bank = Bank([self.module]) if self.handler is handlers.linear else None
+        attributes[STATE] = Patch(self.name, router, getattr(self.module, attribute), bank)
         self._undo = replace(self.module, attribute, types.MethodType(self.handler, self.module))
 
     def restore(self) -> None:

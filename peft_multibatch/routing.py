@@ -1,14 +1,15 @@
 """Which plan is in force: ids travel beside a call, never through the model's arguments.
 
-Every thread and every asyncio task has its own call, so that two with different ids don't meet. A compiled graph asks
-too, through an op that runs with the graph; what is fixed at compile time is only that ids are in force at all.
+Every thread and every asyncio task has its own call, so that two with different ids don't meet. What a compiled graph
+fixes is only that ids are in force at all. Graphs of ops ask for the plan when they run; graphs of kernels, which may
+be captured and then run no host code, read it at a fixed place that is written when a call begins.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -18,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from peft_multibatch.bank import Adapter
 from peft_multibatch.errors import ModelStateError, RowMappingError
 from peft_multibatch.segments import BASE, SegmentBuffer, Segments
 
@@ -27,29 +29,99 @@ if TYPE_CHECKING:
     from peft_multibatch.ops.torch_backend import SlotWeights
 
 
+class Mix:
+    """A plan, the adapters that it needs, and what was made from both.
+
+    Calls with the same ids share one for as long as PEFT holds the same weights, so that a decode step makes nothing
+    anew.
+
+    Attributes:
+        ids: the slot of every entry, as it was asked for.
+        segments: the plan.
+        adapters: those in use, by slot.
+        slots: how many slots there are, in use or not.
+        products: for each bank what the backend for kernels prepared.
+    """
+
+    def __init__(self, ids: Sequence[int], adapters: dict[int, Adapter], slots: int) -> None:
+        self.ids = ids
+        with torch.inference_mode(False):  # kept for other calls, which may want gradients
+            self.segments = Segments.from_ids(ids)
+        self.adapters = adapters
+        self.slots = slots
+        self.products: dict[Bank, Any] = {}
+        self._weights: dict[Bank, dict[int, SlotWeights]] = {}
+        self._tables: dict[tuple[Bank, torch.device], tuple[TableRows, ...]] = {}
+        self._plans: dict[torch.device, Tensor] = {}
+        self._dense_plan: Tensor | None = None
+
+    def weights(self, bank: Bank) -> dict[int, SlotWeights]:
+        """Weights for torch's products."""
+        found = self._weights.get(bank)
+        if found is None:
+            found = self._weights[bank] = {slot: bank.weights(adapter) for slot, adapter in self.adapters.items()}
+        return found
+
+    def trains(self, bank: Bank) -> bool:
+        """Whether any weight in use wants a gradient."""
+        return any(
+            part.lora_a.requires_grad or part.lora_b.requires_grad
+            for adapter in self.adapters.values()
+            for part in adapter.parts(bank.layers)
+            if part
+        )
+
+    def plan(self, device: torch.device) -> Tensor:
+        """The packed plan on a device."""
+        found = self._plans.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._plans[device] = self.segments.pack().to(device, non_blocking=True)
+        return found
+
+    def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
+        """Tables for kernels, one for each dtype."""
+        found = self._tables.get((bank, device))
+        if found is None:
+            found = self._tables[bank, device] = bank.tables(self.adapters, device, self.slots)
+        return found
+
+    def has_tables(self, bank: Bank, device: torch.device) -> bool:
+        """Whether ``tables`` would only look them up."""
+        return (bank, device) in self._tables
+
+    def op_inputs(self, bank: Bank) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Plan, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
+        with torch.inference_mode(False):  # autograd will save them
+            if self._dense_plan is None:
+                segments, dense = self.segments, torch.full_like(self.segments.weight_indices, BASE)
+                index = {slot: i for i, slot in enumerate(self.adapters)}
+                for position, slot in enumerate(segments.weight_indices.tolist()):
+                    dense[position] = index.get(slot, BASE)
+                self._dense_plan = Segments(dense, segments.seg_indptr, segments.permutation).pack()
+            return self._dense_plan, *bank.gather(self.adapters.values())
+
+
 class Call:
     """A mixed batch in force on one thread or task.
 
     Attributes:
-        segments: the plan.
-        expands: True inside ``generate``, where beams and returned sequences make a sample several rows, and where
-            what was read from PEFT is kept for the next step.
+        mix: the plan and its adapters.
+        expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
         inside: True while a model's forward runs that has checked this call.
+        ended: True when it is no longer in force.
         stash: for each fused group, what its first layer computed for the others.
+        workspaces: memory for intermediate results, for each device and stream.
     """
 
-    def __init__(self, segments: Segments, expands: bool) -> None:
-        self.segments = segments
+    def __init__(self, mix: Mix, expands: bool) -> None:
+        self.mix = mix
         self.expands = expands
         self.inside = False
+        self.ended = False
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
-        self.live = [slot for slot in segments.weight_indices.tolist() if slot != BASE]
+        self.workspaces: dict[tuple[int, int], Tensor] = {}
         self._rows: int | None = None
-        self._longest = max((stop - start for _, start, stop in segments.spans), default=0)
-        self._weights: dict[Bank, dict[int, SlotWeights]] = {}
-        self._tables: dict[Bank, TableRows] = {}
-        self._plans: dict[torch.device, Tensor] = {}
-        self._dense_plan: Tensor | None = None
 
     def check_rows(self, rows: int | None) -> None:
         """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
@@ -67,113 +139,170 @@ class Call:
             )
         self._rows = rows
 
-    def weights(self, bank: Bank) -> dict[int, SlotWeights]:
-        """Weights of the adapters in use."""
-        found = self._weights.get(bank)
-        if found is None:
-            found = {slot: bank.weights(slot) for slot in self.live}
-            if self.expands:
-                self._weights[bank] = found
-        return found
-
-    def trains(self, bank: Bank) -> bool:
-        """Whether any weight in use wants a gradient."""
-        return any(
-            tensor.requires_grad for slot in self.live for part in bank.parameters(slot) if part for tensor in part[:2]
-        )
-
-    def kernel_inputs(self, bank: Bank, x: Tensor) -> tuple[Tensor, int, int, TableRows]:
-        """Plan on the device of ``x``, number of segments, rows of the longest one, and the bank's table."""
-        plan = self._plans.get(x.device)
-        if plan is None:
-            plan = self._plans[x.device] = self.segments.pack().to(x.device, non_blocking=True)
-        table = self._tables.get(bank)
-        if table is None:
-            table = bank.table(x.device).update(self.live)
-            if self.expands:
-                self._tables[bank] = table
-        return plan, self.segments.num_segments, self._longest * (len(x) // self.segments.num_entries), table
-
-    def op_inputs(self, bank: Bank) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Plan, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
-        if self._dense_plan is None:
-            segments = self.segments
-            dense = torch.full_like(segments.weight_indices, BASE)
-            dense[segments.weight_indices != BASE] = torch.arange(len(self.live), dtype=dense.dtype, device="cpu")
-            self._dense_plan = Segments(dense, segments.seg_indptr, segments.permutation).pack()
-        return self._dense_plan, *bank.gather(self.live)
-
 
 class Graph:
-    """What compiled code sees instead of a ``Call``.
+    """What compiled and captured code sees instead of a ``Call``.
 
     Attributes:
         key: tells ``take_plan`` which graph asks.
         active: whether ids are in force; compiled code has one version for each value.
-        buffer: the plan of the last call that began, at a fixed place; a graph takes its size from it, and is compiled
-            again where a batch is larger than any before.
+        contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
+            no single plan can stand at the fixed place.
+        samples: entries of the plan in force; 0 inside ``generate``, which multiplies rows.
+        buffer: the plan of the last call that began, at a fixed place on the CPU; a graph takes its size from it, and
+            is compiled again where a batch is larger than any before.
+        buffers: the same for kernels, by their device.
         stash: as in ``Call``; filled and emptied within one graph.
+        banks: all banks of the model.
     """
 
-    def __init__(self, call: ContextVar[Call | None]) -> None:
+    def __init__(self, router: Router) -> None:
         self.key = next(_keys)
         _graphs[self.key] = self
         self.active = False
+        self.contended = False
+        self.samples = 0
         self.buffer = SegmentBuffer(capacity=0)
+        self.buffers: dict[str, SegmentBuffer] = {}
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._call = call
-        self._calls = 0
-        self._armed = False
-        self._lock = threading.Lock()
+        self._router = router
+        self._in_force: list[Call] = []  # of several that are nested on one thread, the innermost
+        self._written: Mix | None = None
+        self._runs_ops = False
+        self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
+        self._outgrown: list[SegmentBuffer] = []  # which captured graphs may still read
+        self._is_captured = False
+        self._lock = threading.RLock()
 
     @torch._dynamo.assume_constant_result  # runs while the graph is traced, and is no part of it
     def arm(self) -> bool:
-        """From now on there is a graph: keep the buffer and the banks up to date for it at every call."""
-        call = self._call.get()
-        if not self._armed and call is not None:
-            self._armed = True
-            self._update(call.segments)
+        """From now on there is a graph of ops: keep the buffer and the banks up to date for it at every call."""
+        call = self._router.call.get()
+        if not self._runs_ops and call is not None:
+            self._runs_ops = True
+            self._write(call.mix)
         return True
 
-    def enter(self, call: Call) -> None:
-        """A call begins. The buffer has the plan of the last one that began."""
+    @torch._dynamo.assume_constant_result
+    def arm_kernels(self, key: int, device: str) -> bool:
+        """From now on there is a graph of kernels that reads this bank on this device."""
+        call = self._router.call.get()
         with self._lock:
-            self._calls += 1
-            self.active = True
-        if self._armed:
-            self._update(call.segments)
+            if call is not None:
+                place = torch.device(device)
+                bank = next(bank for bank in self.banks if bank.key == key)
+                adapters = self._router.adapters()
+                bank.tables(adapters, place, call.mix.slots)
+                bank.hold(adapters, place)
+                for table in bank.held:
+                    torch._dynamo.mark_static_address(table.rows)
+                self._held[bank] = place
+                self.prepare(call, place)
+        return True
 
-    def leave(self, outer: Call | None) -> None:
+    def prepare(self, call: Call, device: torch.device) -> None:
+        """Have the plan of a call at the fixed place, on a device on which kernels run."""
+        with self._lock:
+            if str(device) not in self.buffers:
+                self._grow(device, call.mix.segments.num_entries)
+                self._written = None
+            if not self.contended and self._written is not call.mix:
+                self._write(call.mix)
+
+    def capture(self, call: Call, bank: Bank, device: torch.device) -> tuple[Tensor, tuple[TableRows, ...]]:
+        """Plan and tables that stay, for kernels that are being captured in a CUDA graph.
+
+        Raises:
+            ModelStateError: they would have to be made first, and during a capture nothing can be.
+        """
+        if self.contended or self._written is not call.mix or not call.mix.has_tables(bank, device):
+            raise ModelStateError(
+                "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
+                "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
+            )
+        with self._lock:
+            bank.hold(self._router.adapters(), device)
+            self._held[bank] = device
+            self._is_captured = True
+        return self.buffers[str(device)].packed, bank.held
+
+    def enter(self, call: Call, outer: Call | None) -> None:
+        """A call begins, inside another one or not."""
+        with self._lock:
+            self._in_force = [*(each for each in self._in_force if each is not outer), call]
+            self._change()
+
+    def leave(self, call: Call, outer: Call | None) -> None:
         """A call ends, and the one around it is in force again."""
         with self._lock:
-            self._calls -= 1
-            self.active = self._calls > 0
+            call.ended = True
+            self._in_force = [each for each in self._in_force if each is not call]
+            if outer is not None and not outer.ended:
+                self._in_force.append(outer)
+            self._change()
         self.stash.clear()
-        if self._armed and outer is not None:
-            self._update(outer.segments)
 
     def plan(self, size: int) -> Tensor:
         """The plan of the thread that asks, ``[size]``, with zeros behind it."""
-        call = self._call.get()
+        call = self._router.call.get()
         if call is None:
             raise ModelStateError(
                 "a compiled model was called without ids on one thread while ids are in force on another: expected "
                 "that calls with and without ids of one compiled model don't overlap. Pass ids of -1 instead of none, "
                 "or run the calls after each other."
             )
-        packed = call.segments.pack()
+        packed = call.mix.segments.pack()
         return torch.nn.functional.pad(packed, (0, size - packed.numel()))
 
-    def _update(self, segments: Segments) -> None:
+    def _change(self) -> None:
+        calls = self._in_force
+        self.contended = any(call.mix is not calls[0].mix for call in calls)
+        if calls and not self.contended:
+            self.samples = 0 if calls[0].expands else calls[0].mix.segments.num_entries
+            if (self._runs_ops or self._held) and self._written is not calls[0].mix:
+                self._write(calls[0].mix)
+        self.active = bool(calls)
+
+    def _write(self, mix: Mix) -> None:
+        entries = mix.segments.num_entries
         # normal tensors even if the first call happens to run in inference mode
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if segments.num_entries > self.buffer.capacity:
-                # powers of two, so that a growing batch size makes a new graph a few times and not every time
-                self.buffer = SegmentBuffer(1 << max(segments.num_entries - 1, 15).bit_length())
-            self.buffer.update(segments)
-            for bank in self.banks:
-                bank.sync()
+            if self._runs_ops:
+                if entries > self.buffer.capacity:
+                    self.buffer = SegmentBuffer(_capacity(entries))
+                self.buffer.update(mix.segments)
+                adapters = self._router.adapters()
+                for bank in self.banks:
+                    bank.sync([adapters.get(slot) for slot in range(mix.slots)])
+            for bank, device in self._held.items():
+                mix.tables(bank, device)
+                if bank.hold(mix.adapters, device) and self._is_captured:
+                    raise ModelStateError(
+                        "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
+                        "another dtype, than it can serve: expected adapters like those that were there when it was "
+                        "captured. Call disable and enable, and capture it again."
+                    )
+                for table in bank.held:
+                    torch._dynamo.mark_static_address(table.rows)
+            for buffer in list(self.buffers.values()):
+                if entries > buffer.capacity:
+                    self._outgrown.append(buffer)
+                    self._grow(buffer.packed.device, entries)
+            for buffer in (*self.buffers.values(), *self._outgrown):
+                if entries <= buffer.capacity:
+                    buffer.update(mix.segments)
+            self._written = mix
+
+    def _grow(self, device: torch.device, entries: int) -> None:
+        with torch.inference_mode(False):
+            buffer = self.buffers[str(device)] = SegmentBuffer(_capacity(entries), device)
+        torch._dynamo.mark_static_address(buffer.packed)
+
+
+def _capacity(entries: int) -> int:
+    """A power of two, so that a growing batch makes a new graph a few times and not every time."""
+    return 1 << max(entries - 1, 15).bit_length()
 
 
 _keys = itertools.count()
@@ -192,42 +321,67 @@ def _(buffer, key):
 
 
 class Router:
-    """Holds the call in force for one enabled model, and the backend that layers run on.
+    """Holds the call in force for one enabled model, what was read of its adapters, and the backend that layers use.
 
     Attributes:
         kernels: the module ``ops.triton_backend``, for tensors on a GPU, or None.
+        names: adapter names by slot; None where an adapter was deleted.
         call: the call in force on the thread or task that asks.
         graph: what compiled code sees instead.
     """
 
-    def __init__(self, kernels: ModuleType | None) -> None:
+    def __init__(self, kernels: ModuleType | None, names: list[str | None]) -> None:
         self.kernels = kernels
+        self.names = names
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
-        self.graph = Graph(self.call)
+        self.graph = Graph(self)
+        self._adapters: dict[int, Adapter] = {}
+        self._last: Mix | None = None
 
     def current(self) -> Call | Graph | None:
         """The call in force for the code that asks, or None where the model runs as PEFT alone would run it."""
         if torch.compiler.is_compiling():
-            if not self.graph.active:
-                return None
-            self.graph.arm()
-            return self.graph
+            return self.graph if self.graph.active else None
         return self.call.get()
 
+    def adapters(self) -> dict[int, Adapter]:
+        """All adapters as PEFT holds them now, by slot."""
+        return {slot: self._adapter(slot) for slot, name in enumerate(self.names) if name is not None}
+
+    def mix(self, ids: Sequence[int]) -> Mix:
+        """The plan for these ids, a slot for every sample, and the adapters as PEFT holds them now."""
+        last = self._last if self._last is not None and self._last.ids == ids else None
+        adapters = {slot: self._adapter(slot) for slot in (last.adapters if last else sorted({*ids} - {BASE}))}
+        if last is None or last.slots != len(self.names) or last.adapters != adapters:
+            last = self._last = Mix(ids, adapters, len(self.names))
+        return last
+
+    def forget(self) -> None:
+        """Let go of everything that was read: adapters came or went."""
+        self._adapters.clear()
+        self._last = None
+
+    def _adapter(self, slot: int) -> Adapter:
+        known, name = self._adapters.get(slot), self.names[slot]
+        assert name is not None
+        if known is None or known.name != name or not known.holds():
+            known = self._adapters[slot] = Adapter(name)
+        return known
+
     @contextmanager
-    def routing(self, segments: Segments, expands: bool) -> Iterator[Call]:
-        """Put a plan in force for this thread or task; what was in force before is again afterwards.
+    def routing(self, ids: Sequence[int], expands: bool) -> Iterator[Call]:
+        """Put ids in force for this thread or task; what was in force before is again afterwards.
 
         Raises:
             ModelStateError: the block is left on another thread or task than it was entered on.
         """
-        outer, call = self.call.get(), Call(segments, expands)
+        outer, call = self.call.get(), Call(self.mix(ids), expands)
         token = self.call.set(call)
-        self.graph.enter(call)
         try:
+            self.graph.enter(call, outer)
             yield call
         finally:
-            self.graph.leave(outer)
+            self.graph.leave(call, outer)
             try:
                 self.call.reset(token)
             except ValueError:

@@ -94,6 +94,11 @@ class Segments:
         return list(zip(self.weight_indices.tolist(), bounds, bounds[1:]))
 
     @cached_property
+    def longest(self) -> int:
+        """Number of entries of the longest segment."""
+        return max((stop - start for _, start, stop in self.spans), default=0)
+
+    @cached_property
     def slots(self) -> list[int]:
         """The slot of every entry, in the order in which the ids came: the inverse of the compression."""
         ordered = self.weight_indices.repeat_interleave(self.seg_lens)
@@ -120,17 +125,26 @@ class Segments:
         """
         key = num_rows, device
         if key not in self._rows:
-            if num_rows % max(self.num_entries, 1):
-                raise RowMappingError(
-                    f"a layer received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
-                    f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample "
-                    "of the batch; a layer that gathers or drops rows can't take part in a mixed batch."
-                )
-            per_entry = num_rows // max(self.num_entries, 1)
-            self._rows[key] = [
-                (slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans
-            ]
+            per_entry = self.rows_per_entry(num_rows)
+            with torch.inference_mode(False):  # kept for other calls, which may want gradients
+                self._rows[key] = [
+                    (slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans
+                ]
         return self._rows[key]
+
+    def rows_per_entry(self, num_rows: int) -> int:
+        """Rows of every entry in a tensor of this many rows.
+
+        Raises:
+            RowMappingError: the number of rows is no multiple of the number of entries.
+        """
+        if num_rows % max(self.num_entries, 1):
+            raise RowMappingError(
+                f"a layer received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
+                f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample of "
+                "the batch; a layer that gathers or drops rows can't take part in a mixed batch."
+            )
+        return num_rows // max(self.num_entries, 1)
 
     @cached_property
     def _rows(self) -> dict[tuple[int, torch.device], list[tuple[int, slice | Tensor]]]:

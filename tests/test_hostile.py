@@ -71,14 +71,12 @@ def test_a_refusal_is_repeated_and_changes_nothing():
 
 
 def test_adding_adapters_while_other_threads_run(monkeypatch):
-    find = places.find_layers
-
     def slowly(model):
-        found = find(model)
+        found = places.Survey(model)
         threading.Event().wait(0.02)
         return found
 
-    monkeypatch.setattr("peft_multibatch.attach.find_layers", slowly)
+    monkeypatch.setattr("peft_multibatch.attach.Survey", slowly)
     model = peft_model()
     mb = peft_multibatch.enable(model)
     expected = logits(model, adapter_ids=NAMES)

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from peft_multibatch import SegmentBuffer, Segments, ops
-from peft_multibatch.bank import Table
+from peft_multibatch.bank import Part, Table
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -18,34 +18,42 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class FakeBank:
+def random_parts(ranks, inputs, widths, dtype):
     """Random adapters: `ranks` has a row per slot and a column per slice; 0 is no adapter."""
+    return {
+        slot: [
+            Part(
+                (torch.randn(rank, inputs) / inputs**0.5).to(DEVICE, dtype),
+                torch.randn(width, rank).to(DEVICE, dtype),
+                [2.0, -0.5, 0.25, 1.0][(slot + i) % 4],
+            )
+            if rank
+            else None
+            for i, (rank, width) in enumerate(zip(row, widths))
+        ]
+        for slot, row in enumerate(ranks)
+    }
 
-    def __init__(self, ranks, inputs, widths, dtype):
-        self.layers = widths
-        self.weights = {
-            slot: [
-                (
-                    (torch.randn(rank, inputs) / inputs**0.5).to(DEVICE, dtype),
-                    torch.randn(width, rank).to(DEVICE, dtype),
-                    [2.0, -0.5, 0.25, 1.0][(slot + i) % 4],
-                )
-                if rank
-                else None
-                for i, (rank, width) in enumerate(zip(row, widths))
-            ]
-            for slot, row in enumerate(ranks)
-        }
 
-    def parameters(self, slot):
-        return iter(self.weights[slot])
+def table_of(parts, dtype, slots=None):
+    table = Table(dtype, slots or len(parts), len(parts[0]), DEVICE)
+    table.update(parts)
+    return table.describe(parts)
+
+
+def exact(parts):
+    """For torch's products in float64."""
+    return {
+        slot: [part and (part.lora_a.t().double(), part.lora_b.t().double(), part.scaling) for part in row]
+        for slot, row in parts.items()
+    }
 
 
 def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1, strided=False, launch=None):
     """Run a mix both ways; return what the kernels wrote, for further looks."""
     weights = weights or dtype
-    bank = FakeBank(ranks, inputs, widths, weights)
-    table = Table(bank, len(ranks) + 3, DEVICE).update(range(len(ranks)))
+    parts = random_parts(ranks, inputs, widths, weights)
+    table = table_of(parts, weights, len(ranks) + 3)
     plan = Segments.from_ids(mix)
     num_rows = len(mix) * rows
     x = torch.randn(num_rows, inputs + 8).to(DEVICE, dtype)[:, :inputs]
@@ -55,16 +63,14 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
     if not strided:
         x, ys = x.contiguous(), [y.contiguous() for y in ys]
     expected = [y.double() for y in ys]
-    exact = {
-        slot: [part and (part[0].t().double(), part[1].t().double(), part[2]) for part in parts]
-        for slot, parts in bank.weights.items()
-    }
     # x is rounded to the weights' dtype first, as PEFT does
-    ops.torch_backend.apply_(expected, x.to(weights).double(), plan, exact)
+    ops.torch_backend.apply_(expected, x.to(weights).double(), plan, exact(parts))
     longest = max((stop - start for _, start, stop in plan.spans), default=0) * rows
 
     def run(outputs):
-        triton_backend.apply_(outputs, x, plan.pack().to(DEVICE), plan.num_segments, longest, table, launch)
+        if x.numel() and table.rank:
+            product = triton_backend.product(outputs, x, plan.num_segments, longest, table, launch)
+            product(outputs, x, plan.pack().to(DEVICE), table.rows)
 
     again = [y.clone() for y in ys]
     untouched = [torch.tensor([(s < 0 or not ranks[s][i]) for s in plan.slots]) for i in range(len(widths))]
@@ -85,23 +91,25 @@ def test_two_adapters_three_samples_three_slices(path):
     """Weight indices [0, 0, 1], ranks [1, 1], scalings [1.0, 0.5], lengths [1, 1, 1], offsets [0, 3, 6, 9]."""
     plan = Segments.from_ids([0, 0, 1], lens=[1, 1, 1])
     assert plan.num_segments == 2
-    bank = FakeBank([[1, 1, 1], [1, 1, 1]], 5, [3, 3, 3], torch.float32)
+    parts = random_parts([[1, 1, 1], [1, 1, 1]], 5, [3, 3, 3], torch.float32)
     for slot, scaling in enumerate([1.0, 0.5]):
-        bank.weights[slot] = [(a, b, scaling) for a, b, _ in bank.weights[slot]]
-    table = Table(bank, 2, DEVICE).update([0, 1])
-    packed, segments = plan.pack().to(DEVICE), 2
-    if path == "graph":  # a buffer full of what other calls left, and as many programs as may be needed
-        buffer = SegmentBuffer(8, DEVICE)
-        buffer.packed.fill_(1_234_567)
-        buffer.update(plan)
-        packed, segments = buffer.packed, 8
+        parts[slot] = [part._replace(scaling=scaling) for part in parts[slot]]
+    table = table_of(parts, torch.float32)
     x, y = torch.randn(3, 5, device=DEVICE), torch.randn(3, 9, device=DEVICE)
     expected = y.clone()
     for row, (slot, scaling) in enumerate([(0, 1.0), (0, 1.0), (1, 0.5)]):
         for i in range(3):
-            a, b, _ = bank.weights[slot][i]
+            a, b, _ = parts[slot][i]
             expected[row, 3 * i : 3 * i + 3] += scaling * (b @ (a @ x[row]))
-    triton_backend.apply_(list(y.split(3, dim=1)), x, packed, segments, 2, table)
+    ys = list(y.split(3, dim=1))
+    if path == "eager":
+        product = triton_backend.product(ys, x, plan.num_segments, plan.longest, table)
+        product(ys, x, plan.pack().to(DEVICE), table.rows)
+    else:  # a buffer full of what other calls left
+        buffer = SegmentBuffer(8, DEVICE)
+        buffer.packed.fill_(1_234_567)
+        buffer.update(plan)
+        triton_backend.add_(ys, x, buffer.packed, [table])
     assert_close(y, expected)
 
 
@@ -141,20 +149,22 @@ def test_partial_sums(splits):
     check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
 
 
-def test_a_table_follows_its_bank():
-    bank = FakeBank([[4], [8]], 32, [16], torch.float32)
-    table = Table(bank, 4, DEVICE)
-    found = table.update([1])
-    assert found.rows[1, 0, 2] == 8 and found.rows[0].eq(0).all()
-    assert (found.rank, found.dtype, found.is_aligned) == (8, torch.float32, True)
-    found = table.update([0, 1])
-    assert found.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
-    assert not found.is_aligned  # rows of four elements are no multiple of 16 bytes in every dtype
-    a, b, _ = bank.weights[0][0]
-    bank.weights[0] = [(a.half(), b.half(), 3.0)]
-    assert table.update([0, 1]).dtype is None
-    assert table.update([1]).dtype == torch.float32  # an adapter that isn't in the batch doesn't matter
-    assert table.update([0]).rows.data_ptr() == found.rows.data_ptr()
+def test_a_table_follows_its_parts():
+    parts = random_parts([[4], [8]], 32, [16], torch.float32)
+    table = Table(torch.float32, 4, 1, DEVICE)
+    one = {1: parts[1]}
+    table.update(one)
+    assert table.rows[1, 0, 2] == 8 and table.rows[0].eq(0).all()
+    assert table.describe(one)[1:] == (torch.float32, 8, True)
+    place = table.rows.data_ptr()
+    table.update(parts)
+    assert table.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
+    assert not table.describe(parts).is_aligned  # rows of four elements are no multiple of 16 bytes in every dtype
+    a, b, _ = parts[0][0]
+    parts[0] = [Part(a.half(), b.half(), 3.0)]
+    table.update(parts)
+    assert table.rows[:, 0, 2].tolist() == [0, 8, 0, 0]  # belongs into another table
+    assert table.rows.data_ptr() == place
 
 
 GPU_RANKS = [1, 3, 5, 8, 12, 16, 32, 64, 100, 256]
@@ -192,32 +202,28 @@ def test_sizes_on_a_gpu(mix, rows, slots):
 @pytest.mark.gpu
 def test_a_graph_serves_every_mix():
     """Captured once with a plan buffer and a table: replays follow what is written into both."""
-    bank = FakeBank([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
-    follow = Table(bank, 8, "cuda")
-    table = follow.update(range(3))
+    parts = random_parts([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
+    table = Table(torch.bfloat16, 8, 2, "cuda")
+    table.update(parts)
     buffer = SegmentBuffer(16, "cuda")
     buffer.update(Segments.from_ids([0] * 6))
     x = torch.randn(6, 320, device="cuda", dtype=torch.bfloat16)
     ys = [torch.empty(6, width, device="cuda", dtype=torch.bfloat16) for width in (96, 64)]
-    triton_backend.apply_(ys, x, buffer.packed, 6, 6, table)
+    triton_backend.add_(ys, x, buffer.packed, [table.describe(parts)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        triton_backend.apply_(ys, x, buffer.packed, 6, 6, table)
+        triton_backend.add_(ys, x, buffer.packed, [table.describe(parts)])
     for mix in ([0, 0, 1, 1, 2, 2], [2, 1, 0, -1, 1, 0], [-1] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]):
         if mix[0] == 1:
-            a, b, _ = bank.weights[1][0]
-            bank.weights[1] = [(torch.randn_like(a), torch.randn_like(b), 7.0), None]
-            follow.update(range(3))
+            a, b, _ = parts[1][0]
+            parts[1] = [Part(torch.randn_like(a), torch.randn_like(b), 7.0), None]
+            table.update(parts)
         plan = Segments.from_ids(mix)
         buffer.update(plan)
         for y in ys:
             y.normal_()
         expected = [y.double() for y in ys]
-        exact = {
-            slot: [part and (part[0].t().double(), part[1].t().double(), part[2]) for part in parts]
-            for slot, parts in bank.weights.items()
-        }
-        ops.torch_backend.apply_(expected, x.double(), plan, exact)
+        ops.torch_backend.apply_(expected, x.double(), plan, exact(parts))
         graph.replay()
         for y, want in zip(ys, expected):
             assert_close(y, want)

@@ -9,8 +9,8 @@ Dimension letters, here and in the files beside this one:
     S  slots (adapters the ops know of)         R  largest rank          I  slices: 1; 2 for gate/up; 3 for q/k/v
 
 Both ops have shape functions and autograd formulas, take persistent plans, and keep their host code out of graphs, so
-that one compiled graph serves any mix of adapters. Eager inference calls ``torch_backend.apply_`` instead, which does
-both at once in place.
+that one compiled graph serves any mix of adapters. Inference does both at once, in place: eager code calls
+``torch_backend.apply_`` or the products of ``triton_backend``, and compiled code on a GPU the op ``add_``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from peft_multibatch.ops import reference, torch_backend
 
 
-__all__ = ["expand", "reference", "shrink", "torch_backend"]
+__all__ = ["add_", "expand", "reference", "shrink", "torch_backend"]
 
 
 @torch.library.custom_op("peft_multibatch::shrink", mutates_args=())
@@ -80,6 +80,34 @@ def _(x, weights, plan, ranks):
 @expand.register_fake
 def _(h, weights, plan, ranks, scalings, slice_offsets):
     return h.new_empty(h.shape[0], slice_offsets[-1])
+
+
+@torch.library.custom_op("peft_multibatch::add_", mutates_args=("ys",))
+def add_(
+    ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor, rank: int, is_aligned: bool, dtype: torch.dtype
+) -> None:
+    """Add every row's delta to the outputs of a projection group, by kernels, under the plan that a buffer holds.
+
+    Nothing that depends on the plan is read on the host, so that a captured graph serves every plan that fits.
+
+    Args:
+        ys: the base layer's output ``[..., N]`` of each slice, one to three, contiguous.
+        x: what all slices read, ``[..., K]``.
+        plan: int32, what a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds, on the device.
+        table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
+        rank: largest rank in the table.
+        is_aligned: whether all weights can be read 16 bytes at a time.
+        dtype: dtype of the weights.
+    """
+    from peft_multibatch.bank import TableRows
+    from peft_multibatch.ops import triton_backend  # not before there is a GPU
+
+    triton_backend.add_(ys, x, plan, [TableRows(table, dtype, rank, is_aligned)])
+
+
+@add_.register_fake
+def _(ys, x, plan, table, rank, is_aligned, dtype):
+    return None
 
 
 # The backward formulas are ops as well: they read the plan, which must not happen while a graph is traced.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from peft_multibatch.bank import TableRows
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
+from peft_multibatch.segments import HEADER, Segments
 
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -101,94 +104,225 @@ def cut(
 class Product:
     """A product of fixed shapes, cut and compiled, so that running it again costs two bare launches.
 
-    Triton's own launcher looks at every argument's dtype, value and alignment to find the compiled kernel. All that is
-    part of the key under which a product is kept.
+    Triton's own launcher looks at every argument's dtype, value and alignment to find the compiled kernel, and asks
+    the driver about every pointer. All that was part of the choice of this product: it launches what it found the
+    first time, with addresses, unless one of them is less aligned than it was then.
     """
 
-    def __init__(self, launch: Launch, table: TableRows, x: Tensor, ys: Sequence[Tensor]) -> None:
-        assert table.dtype is not None
-        num_rows, num_inputs = x.shape
-        rank = padded(table.rank)
-        dependent = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    def __init__(self, key: ProductKey, launch: Launch) -> None:
+        num_rows, num_inputs, widths, rank = key.num_rows, key.num_inputs, key.widths, padded(key.rank)
+        dependent = not INTERPRETED and torch.cuda.get_device_capability(key.device) >= (9, 0)
         # where there are no partial sums, h is rounded to the dtype in which it will be multiplied, as PEFT's is
-        self.h_dtype = torch.float32 if launch.splits > 1 else table.dtype
-        self.h_shape = launch.splits, num_rows, len(ys), rank
-        self.missing = 3 - len(ys)
-        widths = [y.shape[1] for y in ys]
-        y3 = [*ys, *[ys[0]] * self.missing]
-        shared = DTYPES[table.dtype], table.is_aligned, dependent
-        self.shrink_grid = launch.tiles, launch.splits, len(ys)
-        self.shrink_args = (
-            num_rows, num_inputs, x.stride(0), launch.split_blocks, launch.tiles,
-            len(ys), rank, launch.block_t, launch.block_k, *shared,
+        self._h_dtype = torch.float32 if launch.splits > 1 else key.weights
+        self._h_shape = launch.splits, num_rows, len(widths), rank
+        self._h_bytes = math.prod(self._h_shape) * self._h_dtype.itemsize
+        self._device = key.device
+        self._missing = 3 - len(widths)
+        shared = DTYPES[key.weights], key.is_aligned, dependent
+        self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
+        self._shrink_args = (
+            num_rows, num_inputs, key.stride_x, launch.split_blocks, launch.tiles,
+            len(widths), rank, launch.block_t, launch.block_k, *shared,
         )  # fmt: skip
-        self.shrink_options = {"num_warps": launch.shrink_warps}
-        self.expand_grid = launch.tiles, sum(triton.cdiv(width, launch.block_n) for width in widths), 1
-        self.expand_args = (
-            num_rows, *[y.shape[1] for y in y3], *[y.stride(0) for y in y3], launch.tiles,
-            len(ys), rank, launch.block_t, launch.block_n, launch.splits, *shared,
+        self._shrink_options = {"num_warps": launch.shrink_warps}
+        columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
+        self._expand_grid = key.num_segments * launch.tiles, columns, 1
+        self._expand_args = (
+            num_rows, *[*widths, *[widths[0]] * self._missing], *[*key.strides, *[key.strides[0]] * self._missing],
+            launch.tiles, len(widths), rank, launch.block_t, launch.block_n, launch.splits, *shared,
         )  # fmt: skip
-        self.expand_options = {"num_warps": launch.expand_warps, **({"launch_pdl": True} if dependent else {})}
-        self.compiled: tuple | None = None
+        self._expand_options = {"num_warps": launch.expand_warps, **({"launch_pdl": True} if dependent else {})}
+        self._bare: tuple | None = None
 
-    def __call__(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, num_segments: int, rows: Tensor) -> None:
-        h = torch.empty(self.h_shape, dtype=self.h_dtype, device=x.device)
-        y3 = ys if not self.missing else [*ys, *[ys[0]] * self.missing]
-        first, *others = self.shrink_grid
-        shrink_grid = (num_segments * first, *others)
-        first, *others = self.expand_grid
-        expand_grid = (num_segments * first, *others)
-        if self.compiled is not None:
-            shrink, expand = self.compiled
-            shrink[shrink_grid](h, x, plan, rows, *self.shrink_args)
-            expand[expand_grid](*y3, h, plan, rows, *self.expand_args)
+    def __call__(
+        self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor, workspaces: dict | None = None
+    ) -> None:
+        """Add the deltas of ``x`` to ``ys``.
+
+        Args:
+            ys: the base layer's outputs, shaped as the product expects them.
+            x: what they were computed from.
+            plan: the packed plan, on the device.
+            table: the rows of the bank's table.
+            workspaces: where to keep the memory for ``h``, which the next product on the same stream may use again.
+        """
+        bare = self._bare
+        addresses = [y.data_ptr() for y in ys]
+        x_address = x.data_ptr()
+        if bare is None or any(address & 15 for address in addresses) or x_address & 15:
+            self._launch(ys, x, plan, table)
             return
-        shrink = shrink_kernel[shrink_grid](h, x, plan, rows, *self.shrink_args, **self.shrink_options)
-        expand = expand_kernel[expand_grid](*y3, h, plan, rows, *self.expand_args, **self.expand_options)
-        if not INTERPRETED:
-            self.compiled = shrink, expand
+        addresses += addresses[:1] * self._missing
+        device = self._device.index
+        with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+            get_stream, (shrink, *shrink_handles), (expand, *expand_handles) = bare
+            stream = get_stream(device)
+            workspace = workspaces.get((device, stream)) if workspaces is not None else None
+            if workspace is None or workspace.numel() < self._h_bytes:
+                workspace = torch.empty(self._h_bytes, dtype=torch.uint8, device=self._device)
+                if workspaces is not None and self._h_bytes <= _LARGEST_WORKSPACE:
+                    workspaces[device, stream] = workspace
+            h, plan_address, rows = workspace.data_ptr(), plan.data_ptr(), table.data_ptr()
+            shrink(*self._shrink_grid, stream, *shrink_handles, h, x_address, plan_address, rows, *self._shrink_args)
+            expand(*self._expand_grid, stream, *expand_handles, *addresses, h, plan_address, rows, *self._expand_args)
+
+    def _launch(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor) -> None:
+        """Through Triton's launcher, which compiles what isn't compiled yet for these alignments."""
+        addresses = [x.data_ptr(), *(y.data_ptr() for y in ys)]
+        h = torch.empty(self._h_shape, dtype=self._h_dtype, device=x.device)
+        y3 = [*ys, *[ys[0]] * self._missing]
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            shrink = shrink_kernel[self._shrink_grid](h, x, plan, table, *self._shrink_args, **self._shrink_options)
+            expand = expand_kernel[self._expand_grid](*y3, h, plan, table, *self._expand_args, **self._expand_options)
+        if self._bare is None and not INTERPRETED and all(address % 16 == 0 for address in addresses):
+            # the arguments of a bare launch after the stream: what runs, its metadata, and no hooks
+            handles = [(each.run, each.function, each.packed_metadata, None, None, None) for each in (shrink, expand)]
+            self._bare = triton.runtime.driver.active.get_current_stream, *handles
+
+
+_LARGEST_WORKSPACE = 1 << 20  # bytes that a call may keep until it ends
+
+
+class ProductKey(NamedTuple):
+    """What a ``Product`` depends on. Dimension letters are those of ``ops``.
+
+    Attributes:
+        device: where everything is.
+        x_dtype: dtype of ``x``.
+        y_dtype: dtype of all ``ys``.
+        num_rows: ``T``.
+        num_inputs: ``K``.
+        stride_x: elements between two rows of ``x``.
+        widths: ``N`` of each slice.
+        strides: elements between two rows of each of ``ys``.
+        num_segments: segments of the plan, or more.
+        longest: rows of the longest segment, or more; only speed depends on it.
+        weights: dtype of the weights.
+        rank: largest rank in the table.
+        is_aligned: whether weights can be read 16 bytes at a time.
+    """
+
+    device: torch.device
+    x_dtype: torch.dtype
+    y_dtype: torch.dtype
+    num_rows: int
+    num_inputs: int
+    stride_x: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    num_segments: int
+    longest: int
+    weights: torch.dtype
+    rank: int
+    is_aligned: bool
 
 
 _products: dict[tuple, Product] = {}
 _MOST_PRODUCTS = 4096  # shapes that are kept; prompts of ever new lengths must not fill the memory
 
 
-def apply_(
-    ys: Sequence[Tensor],
-    x: Tensor,
-    plan: Tensor,
-    num_segments: int,
-    longest: int,
-    table: TableRows,
-    launch: Launch | None = None,
-) -> None:
-    """Add every row's delta to the outputs of a projection group, in place. Without gradients and without a host sync.
+def product(
+    ys: Sequence[Tensor], x: Tensor, num_segments: int, longest: int, table: TableRows, launch: Launch | None = None
+) -> Product:
+    """The product for tensors of these shapes.
 
     Args:
-        ys: the base layer's output ``[T, N]`` of each slice, one to three; columns have stride 1.
-        x: what all slices read, ``[T, K]``; columns have stride 1.
-        plan: the packed plan, on the device.
+        ys: the base layer's outputs, one to three, ``[..., N]``; contiguous, or ``[T, N]`` with columns of stride 1.
+        x: what all slices read, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
         num_segments: segments of the plan, or more.
-        longest: rows of the longest segment, or more.
+        longest: rows of the longest segment, or more; only speed depends on it.
         table: the bank's rows for kernels.
         launch: how to cut the product; chosen where it isn't given.
     """
-    if len(x) == 0 or num_segments == 0 or table.rank == 0:
-        return
-    described = [(y.shape[1], y.stride(0), y.data_ptr() % 16) for y in ys]
-    key = (
-        x.shape, x.stride(0), x.dtype, x.device, x.data_ptr() % 16, *described, ys[0].dtype,
-        num_segments, longest, padded(table.rank), table.dtype, table.is_aligned, launch,
+    assert table.dtype is not None
+    key = ProductKey(
+        x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], x.stride(-2),
+        tuple(y.shape[-1] for y in ys), tuple(y.stride(-2) for y in ys),
+        num_segments, longest, table.dtype, padded(table.rank), table.is_aligned,
     )  # fmt: skip
-    product = _products.get(key)
-    if product is None:
-        if launch is None:
-            widths = [y.shape[1] for y in ys]
-            launch = choose(num_segments, longest, x.shape[1], widths, padded(table.rank), _processors(x.device))
+    found = _products.get((key, launch))
+    if found is None:
         if len(_products) >= _MOST_PRODUCTS:
             _products.clear()
-        product = _products[key] = Product(launch, table, x, ys)
-    product(ys, x, plan, num_segments, table.rows)
+        chosen = launch or choose(num_segments, longest, key.num_inputs, key.widths, key.rank, _processors(x.device))
+        found = _products[key, launch] = Product(key, chosen)
+    return found
+
+
+class Products:
+    """What a bank runs for one plan and one shape of its input: a product for each dtype of its weights.
+
+    Args:
+        ys: the base layer's outputs, ``[..., N]``, contiguous.
+        x: what all slices read, ``[..., K]``.
+        segments: the plan.
+        plan: the plan, packed, on the device.
+        tables: the bank's tables, one for each dtype.
+    """
+
+    def __init__(
+        self, ys: Sequence[Tensor], x: Tensor, segments: Segments, plan: Tensor, tables: Sequence[TableRows]
+    ) -> None:
+        self.can_run = takes(ys, x, tables)
+        self._x = x.shape, x.dtype, x.stride()
+        self._ys = [(y.dtype, y.shape[-1]) for y in ys]
+        self._plan = plan
+        self._products: list[tuple[Product, Tensor]] = []
+        if self.can_run:
+            rows = _rows(x)
+            longest = segments.longest * segments.rows_per_entry(len(x)) * (rows.numel() // (len(x) * x.shape[-1]))
+            self._products = [
+                (product(ys, rows, segments.num_segments, longest, table), table.rows)
+                for table in tables
+                if table.rank and rows.numel()
+            ]
+
+    def fit(self, ys: Sequence[Tensor], x: Tensor) -> bool:
+        """Whether tensors are like those that the products were made for."""
+        return (x.shape, x.dtype, x.stride()) == self._x and [(y.dtype, y.shape[-1]) for y in ys] == self._ys
+
+    def __call__(self, ys: Sequence[Tensor], x: Tensor, workspaces: dict[tuple[int, int], Tensor]) -> None:
+        """Add the deltas of ``x`` to ``ys``."""
+        x = _rows(x)
+        for each, table in self._products:
+            each(ys, x, self._plan, table, workspaces)
+
+
+def add_(
+    ys: Sequence[Tensor], x: Tensor, plan: Tensor, tables: Sequence[TableRows], launch: Launch | None = None
+) -> None:
+    """Add the deltas of ``x`` to ``ys``, under whatever plan stands in a buffer when the kernels run.
+
+    Launches are as many as the buffer's largest plan may need, and no number in them depends on the plan. Arguments as
+    in ``product``.
+    """
+    if not x.numel():
+        return
+    x = _rows(x)
+    num_rows = x.numel() // x.shape[-1]
+    num_segments = min((plan.numel() - HEADER - 2) // 3, num_rows)
+    longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, 64))
+    for table in tables:
+        if table.rank:
+            product(ys, x, num_segments, longest, table, launch)(ys, x, plan, table.rows)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor that kernels can read row by row: itself wherever possible."""
+    if x.is_contiguous():
+        return x
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels run on the device of a tensor."""
+    return x.is_cuda or INTERPRETED
+
+
+def is_capturing() -> bool:
+    """Whether launches are being captured in a CUDA graph."""
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 def padded(rank: int) -> int:
@@ -196,9 +330,14 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def takes(ys: Sequence[Tensor], x: Tensor, table: TableRows) -> bool:
-    """Whether the kernels have all these dtypes: float64 and adapters of different dtypes are left to torch."""
-    return table.dtype in DTYPES and x.dtype in DTYPES and len({y.dtype for y in ys}) == 1 and ys[0].dtype in DTYPES
+def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
+    """Whether the kernels have all these dtypes: float64, and weights that aren't contiguous, are left to torch."""
+    return (
+        all(table.dtype in DTYPES for table in tables)
+        and x.dtype in DTYPES
+        and ys[0].dtype in DTYPES
+        and all(y.dtype == ys[0].dtype for y in ys)
+    )
 
 
 def _processors(device: torch.device) -> int:

@@ -1,0 +1,316 @@
+"""Models whose batches run on the Triton kernels: through the interpreter on a CPU, and on a real GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from models import left_padded, lora_configs, peft_model, row_by_row
+from tolerances import assert_close
+
+import peft_multibatch
+
+
+triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+)
+gpu = pytest.mark.gpu
+
+NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
+MIXES = [
+    [0, 0, 1, 1, 2, 2],
+    [0, 0, 0, 0, 0, 1],  # two segments of six samples
+    [2, 0, 1, 2, 0, 1],
+    [-1, -1, -1, -1, -1, -1],
+    [0, -1, 2, -1, 1, -1],
+    [1] * 6,
+]
+
+
+def inputs(rows=6, length=9):
+    return {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
+
+
+def enabled(**options):
+    """A model on the kernels; counts their launches."""
+    model = peft_model(**options).to(DEVICE)
+    mb = peft_multibatch.enable(model, backend="triton")
+    assert mb.report().backend == "triton"
+    return model, mb
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many products ran: a test in which none did proves nothing."""
+    count = []
+    original = triton_backend.Product.__call__
+
+    def counted(self, *args):
+        count.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(triton_backend.Product, "__call__", counted)
+    return count
+
+
+def logits(model, names=NAMES, rows=6, **kwargs):
+    with torch.no_grad():
+        ids = {"adapter_ids": names} if names is not None else {}
+        return model(**inputs(rows), **ids, **kwargs).logits
+
+
+def expected(model, names=NAMES):
+    with torch.no_grad():
+        return torch.cat(row_by_row(model, names, inputs(len(names)), lambda row: model(**row).logits))
+
+
+def test_every_row_is_its_own_adapters(launches):
+    model, _ = enabled()
+    for names in (NAMES, [*NAMES[:2]], ["__base__", "__base__"], ["four", "four", "three"]):
+        assert_close(logits(model, names, len(names)), expected(model, names))
+    # of three calls with adapters: q/k/v, o, gate/up and down of two layers; none where no row has an adapter
+    assert len(launches) == 3 * 2 * 4
+    model.get_base_model().config.use_cache = False
+    for _ in range(2):
+        logits(model)
+    assert len(launches) == 5 * 2 * 4
+
+
+def test_adapters_of_different_dtypes(launches):
+    model, _ = enabled()
+    for name, parameter in model.named_parameters():
+        if ".four." in name:
+            parameter.data = parameter.data.half()
+    assert_close(logits(model), expected(model), torch.float16)
+    assert launches
+    for name, parameter in model.named_parameters():
+        if ".four." in name:
+            parameter.data = parameter.data.float()
+    assert_close(logits(model), expected(model))
+
+
+def test_changes_are_seen():
+    model, _ = enabled()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    before = logits(model)
+
+    def truncate():
+        layer.lora_A["eight"].weight.data = layer.lora_A["eight"].weight.data[:5]  # at the same address
+        layer.lora_B["eight"].weight.data = layer.lora_B["eight"].weight.data[:, :5].contiguous()
+
+    for change in (
+        lambda: layer.lora_B["three"].weight.data.mul_(2),
+        lambda: layer.set_scale("eight", 5.0),
+        lambda: setattr(layer.lora_A["three"].weight, "data", torch.randn_like(layer.lora_A["three"].weight)),
+        truncate,
+        lambda: setattr(layer.lora_B["eight"], "weight", torch.nn.Parameter(layer.lora_B["eight"].weight * 2)),
+    ):
+        change()
+        after = logits(model)
+        assert not torch.allclose(before, after, atol=1e-5)
+        assert_close(after, expected(model))
+        before = after
+
+
+def test_more_adapters_than_a_table_holds():
+    model, _ = enabled()
+    first = logits(model)
+    for index in range(20):
+        model.add_adapter(f"more{index}", lora_configs()["three"])
+    names = [f"more{index}" for index in (0, 19, 7)]
+    model = model.to(DEVICE)
+    assert_close(logits(model, names, 3), expected(model, names))
+    assert_close(logits(model), first)
+
+
+def test_weights_on_another_device_are_refused():
+    model, _ = enabled()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    other = torch.device("meta")
+    layer.lora_A["three"].to(other)
+    with pytest.raises(peft_multibatch.ModelStateError, match="adapter 'three' are on the meta device"):
+        logits(model)
+
+
+def test_generate(launches):
+    model, _ = enabled()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    tokens = model.generate(**inputs(), adapter_ids=NAMES, **options)
+    rows = row_by_row(model, NAMES, inputs(), lambda row: model.generate(**row, **options))
+    assert torch.equal(tokens, torch.cat(rows))
+    assert launches
+
+
+@pytest.fixture
+def compiled():
+    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
+    torch._dynamo.reset()
+    model, mb = enabled()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        if DEVICE == "cuda":
+            return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    return model, mb, torch.compile(model.get_base_model(), fullgraph=True, backend=backend), graphs
+
+
+def test_one_graph_for_any_mix(compiled, launches):
+    model, mb, fast, graphs = compiled
+    for mix in MIXES:
+        with mb.batch(mix):
+            actual = logits(fast, None, use_cache=False)
+        assert_close(actual, logits(model, mix, use_cache=False))
+    assert len(graphs) == 1
+    assert sum("add_" in str(node.target) and "multibatch" in str(node.target) for node in graphs[0].graph.nodes) == 8
+    assert launches
+
+
+def test_a_graph_sees_changes(compiled):
+    model, mb, fast, graphs = compiled
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for change in (
+        lambda: None,
+        lambda: layer.lora_B["three"].weight.data.mul_(2),
+        lambda: layer.set_scale("eight", 5.0),
+        lambda: setattr(layer.lora_A["three"].weight, "data", torch.randn_like(layer.lora_A["three"].weight)),
+    ):
+        change()
+        with mb.batch(MIXES[2]):
+            actual = logits(fast, None, use_cache=False)
+        assert_close(actual, logits(model, MIXES[2], use_cache=False))
+    assert len(graphs) == 1
+    model.add_adapter("new", lora_configs()["eight"])
+    for index in range(20):  # more than the tables hold
+        model.add_adapter(f"more{index}", lora_configs()["three"])
+    model.to(DEVICE)
+    with mb.batch([3, 22, 3, 1, 2, -1]):
+        actual = logits(fast, None, use_cache=False)
+    assert_close(actual, logits(model, [3, 22, 3, 1, 2, -1], use_cache=False))
+
+
+def test_a_batch_of_another_size_is_not_served_by_the_same_plan(compiled):
+    _, mb, fast, _ = compiled
+    with mb.batch([0, 1, 2]):
+        logits(fast, None, rows=3, use_cache=False)
+        with pytest.raises(Exception, match="adapter_ids has 3 entries for a batch of 6 samples"):
+            logits(fast, None, rows=6, use_cache=False)
+
+
+def test_larger_batches(compiled):
+    model, mb, fast, _ = compiled
+    for rows in (2, 6, 20, 6):
+        ids = [row % 4 - 1 for row in range(rows)]
+        with mb.batch(ids):
+            actual = logits(fast, None, rows, use_cache=False)
+        assert_close(actual, logits(model, ids, rows, use_cache=False))
+
+
+def test_threads_with_different_ids_never_share_a_plan(compiled):
+    model, mb, fast, _ = compiled
+    both, done = threading.Barrier(2), threading.Event()
+    wants = {index: logits(model, MIXES[index], use_cache=False) for index in (0, 2)}
+    with mb.batch(MIXES[0]):
+        logits(fast, None, use_cache=False)
+    outcomes = {}
+
+    def work(index):
+        with mb.batch(MIXES[index]):
+            both.wait(60)
+            if index == 0:
+                try:
+                    outcomes[0] = logits(fast, None, use_cache=False)
+                except Exception as error:
+                    outcomes[0] = error
+                done.set()
+            done.wait(60)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "several threads" in str(outcomes[0]), outcomes
+    for index in (0, 2):
+        with mb.batch(MIXES[index]):
+            assert_close(logits(fast, None, use_cache=False), wants[index])
+
+
+def test_gradients_in_a_graph(compiled):
+    model, mb, fast, _ = compiled
+    model.set_requires_grad(["three", "four", "eight"])
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+
+    def gradients(run):
+        grads = torch.autograd.grad(run().logits.square().mean(), weights)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def compiled_run():
+        with mb.batch(MIXES[0]):
+            return fast(**inputs(), use_cache=False)
+
+    assert_close(gradients(compiled_run), gradients(lambda: model(**inputs(), use_cache=False, adapter_ids=MIXES[0])))
+
+
+@gpu
+def test_static_cache_with_one_graph_for_twenty_mixes(launches):
+    """transformers compiles the decode step, with CUDA graphs: the tokens of PEFT one adapter at a time."""
+    torch._dynamo.reset()
+    model, _ = enabled()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    torch._dynamo.utils.counters.clear()
+    for index in range(20):
+        names = [["three", "four", "eight", "__base__"][(index * row + row // 2) % 4] for row in range(6)]
+        tokens = model.generate(**inputs(), adapter_ids=names, cache_implementation="static", **options)
+        rows = row_by_row(model, names, inputs(), lambda row: model.generate(**row, **options))
+        assert torch.equal(tokens, torch.cat(rows)), names
+        if index == 0:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@gpu
+def test_a_graph_captured_by_the_user():
+    model, mb = enabled()
+    batch = inputs()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), mb.batch([0] * 6):
+        model(**batch, use_cache=False)
+        with torch.cuda.graph(graph):
+            out = model(**batch, use_cache=False).logits
+    for mix in MIXES:
+        with mb.batch(mix):
+            graph.replay()
+            actual = out.clone()
+        assert_close(actual, logits(model, mix, use_cache=False))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_B["three"].weight.data = torch.randn_like(layer.lora_B["three"].weight)
+    with mb.batch(MIXES[0]):
+        graph.replay()
+        assert_close(out, logits(model, MIXES[0], use_cache=False))
+    config = lora_configs()["eight"]
+    config.r = 64
+    model.add_adapter("large", config)
+    with pytest.raises(peft_multibatch.ModelStateError, match="a CUDA graph was captured"), mb.batch([3] * 6):
+        pass
+    with mb.batch(MIXES[2]):
+        graph.replay()
+        assert_close(out, logits(model, MIXES[2], use_cache=False))
+
+
+@gpu
+def test_a_capture_without_a_call_before_is_refused():
+    model, mb = enabled()
+    batch = inputs()
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+        refused = pytest.raises(peft_multibatch.ModelStateError, match="a call of the model")
+        with mb.batch([0] * 6), refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(**batch, use_cache=False)

@@ -220,7 +220,7 @@ def main(
     out: Path = RESULTS / "end_to_end.csv",
     commit: str = "",
 ) -> None:
-    """Measure every point BATCH:ADAPTERS; without --slow, PEFT's mixed batch and one adapter at a time are left out."""
+    """Measure every point BATCH:ADAPTERS; --no-slow leaves out PEFT's mixed batch and one adapter at a time."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     base, model = build(max(adapters for _, adapters in pairs), rank, layers)
     commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout

@@ -137,6 +137,7 @@ class Bank:
         # What graphs of kernels read. Written by `hold`.
         self.held: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, Table]] = {}
+        self._slots = 0
 
     def weights(self, adapter: Adapter) -> SlotWeights:
         """An adapter's parts as torch's products take them: transposed, still PEFT's own memory."""
@@ -182,7 +183,12 @@ class Bank:
                     )
         tables = self._tables.setdefault(device, {})
         dtypes = {_dtype(part) for parts in read.values() for part in parts if part}
-        for dtype in {*tables, *dtypes}:
+        present = set()
+        if self._slots != slots:  # tables also for those that aren't in use now: a captured graph can get no new ones
+            self._slots = slots
+            modules = [module for layer in self.layers for module in layer.lora_A._modules.values()]
+            present = {weight.dtype for module in modules if (weight := module._parameters.get("weight")) is not None}
+        for dtype in {*tables, *dtypes, *present}:
             if dtype not in tables or len(tables[dtype].rows) < slots:
                 tables[dtype] = Table(dtype, 1 << max(slots - 1, 15).bit_length(), len(self.layers), device)
         for table in tables.values():  # those of other dtypes as well: a graph may read them

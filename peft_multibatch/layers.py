@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,10 +82,11 @@ def check_state(name: str, layer: Any) -> None:
 
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``lora.Linear``: the base layer's output plus every row's own delta; siblings that read the same run as one."""
-    patch = getattr(self, STATE)
+    patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
-    call = patch.router.current()
+    router = patch.router
+    call = router.current()
     if call is None:
         return patch.original(x, *args, **kwargs)
     if self.merged_adapters or self._disable_adapters:
@@ -92,7 +94,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
 
-    group, router = patch.group, patch.router
+    group = patch.group
     if group is None or args or kwargs:
         return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
@@ -103,7 +105,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if source is x and waiting[patch.index] is not None:
         y = waiting[patch.index]
         waiting[patch.index] = None
-        if all(other is None for other in waiting):
+        if patch.index == len(waiting) - 1:
             del call.stash[group]
         return y
     if isinstance(call, Call) and source is not None and source is not x:
@@ -114,9 +116,14 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer gives without adapters, in a tensor that nobody else holds."""
     base = layer.base_layer
-    y = base(x, *args, **kwargs)
-    # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
-    return y.clone() if base._forward_hooks or "forward" in base.__dict__ else y
+    if "forward" in base.__dict__ or base._forward_hooks:
+        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
+        return base(x, *args, **kwargs).clone()
+    hooked = base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if type(base) is not nn.Linear or hooked or args or kwargs or nn.modules.module._has_any_global_hook():
+        return base(x, *args, **kwargs)
+    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
+    return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def _uses_dropout(layer: LoraLayer) -> bool:
@@ -128,24 +135,27 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
     if isinstance(call, Graph):
         return _add_in_graph(call, router, bank, ys, x)
     mix, kernels = call.mix, router.kernels
-    mix.segments.rows_per_entry(len(x))  # dimension 0 has to map to samples, not just all rows together
     if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
+        mix.segments.rows_per_entry(len(x))
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
-    ys = [y if y.is_contiguous() else y.contiguous() for y in ys]
     if kernels is not None and kernels.runs_on(x):
         if kernels.is_capturing():
-            plan, tables = router.graph.capture(call, bank, x.device)
-            kernels.add_(ys, x, plan, tables)
+            ys = [y.contiguous() for y in ys]
+            kernels.add_(ys, x, *router.graph.capture(call, bank, x.device))
             return ys
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
+            mix.segments.rows_per_entry(len(x))
+            ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
             products = kernels.Products(ys, x, mix.segments, mix.plan(x.device), mix.tables(bank, x.device))
             mix.products[bank] = products
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
+    mix.segments.rows_per_entry(len(x))  # dimension 0 has to map to samples, not just all rows together
     if mix.adapters:
+        ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         with _without_autocast(x.device.type):
             ops.torch_backend.apply_(outputs, rows, mix.segments, mix.weights(bank))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.bank import Adapter
-from peft_multibatch.errors import ModelStateError, RowMappingError
+from peft_multibatch.errors import ModelStateError, RowMappingError, UnsupportedError
 from peft_multibatch.segments import BASE, SegmentBuffer, Segments
 
 
@@ -120,7 +120,7 @@ class Call:
         self.inside = False
         self.ended = False
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
-        self.workspaces: dict[tuple[int, int], Tensor] = {}
+        self.workspaces: dict[tuple, Tensor] = {}
         self._rows: int | None = None
 
     def check_rows(self, rows: int | None) -> None:
@@ -246,6 +246,12 @@ class Graph:
     def plan(self, size: int) -> Tensor:
         """The plan of the thread that asks, ``[size]``, with zeros behind it."""
         call = self._router.call.get()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "
+                "their plan on the host: expected the kernels, without gradients. Pass backend='auto' to enable, and "
+                "capture under torch.no_grad()."
+            )
         if call is None:
             raise ModelStateError(
                 "a compiled model was called without ids on one thread while ids are in force on another: expected "

@@ -8,10 +8,8 @@ import pytest
 import torch
 from models import left_padded, lora_configs, peft_model
 from tolerances import assert_close
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_multibatch
-from peft_multibatch.layers import _add_deltas
 
 
 MIXES = [
@@ -144,13 +142,3 @@ def test_training_through_aot_autograd():
             return fast(**left_padded(), use_cache=False)
 
     assert_close(gradients(compiled_run), gradients(lambda: model(**left_padded(), adapter_ids=MIXES[0])))
-
-
-def test_compiled_models_on_a_gpu_are_refused():
-    """Graphs run without host code there, which is where they ask for the plan."""
-    mb = peft_multibatch.enable(peft_model())
-    bank = mb._groups[0].bank
-    with FakeTensorMode():
-        x, ys = torch.zeros(6, 3, 48, device="cuda"), [torch.zeros(6, 3, 48, device="cuda")]
-        with pytest.raises(peft_multibatch.UnsupportedError, match="Pass disable_compile=True to generate"):
-            _add_deltas(mb._router.graph, None, bank, ys, x)

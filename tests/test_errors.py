@@ -206,7 +206,8 @@ def test_backends_that_are_not_there():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton can run here")
-def test_triton_where_it_can_not_run_is_an_error_and_no_fallback():
+def test_triton_where_it_can_not_run_is_an_error_and_no_fallback(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(errors.BackendUnavailableError) as caught:
         peft_multibatch.enable(peft_model(), backend="triton")
     assert str(caught.value) == (

@@ -15,9 +15,10 @@ import peft_multibatch
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # tokens are compared in full float32
+]
 gpu = pytest.mark.gpu
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]

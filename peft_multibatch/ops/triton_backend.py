@@ -146,25 +146,32 @@ class Product:
             table: the rows of the bank's table.
             workspaces: where to keep the memory for ``h``, which the next product on the same stream may use again.
         """
-        bare = self._bare
-        addresses = [y.data_ptr() for y in ys]
+        y0 = ys[0].data_ptr()
+        y1 = ys[1].data_ptr() if len(ys) > 1 else y0
+        y2 = ys[2].data_ptr() if len(ys) > 2 else y0
         x_address = x.data_ptr()
-        if bare is None or any(address & 15 for address in addresses) or x_address & 15:
+        if self._bare is None or (x_address | y0 | y1 | y2) & 15:
             self._launch(ys, x, plan, table)
-            return
-        addresses += addresses[:1] * self._missing
-        device = self._device.index
-        with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
-            get_stream, (shrink, *shrink_handles), (expand, *expand_handles) = bare
-            stream = get_stream(device)
-            workspace = workspaces.get((device, stream)) if workspaces is not None else None
-            if workspace is None or workspace.numel() < self._h_bytes:
-                workspace = torch.empty(self._h_bytes, dtype=torch.uint8, device=self._device)
-                if workspaces is not None and self._h_bytes <= _LARGEST_WORKSPACE:
-                    workspaces[device, stream] = workspace
-            h, plan_address, rows = workspace.data_ptr(), plan.data_ptr(), table.data_ptr()
-            shrink(*self._shrink_grid, stream, *shrink_handles, h, x_address, plan_address, rows, *self._shrink_args)
-            expand(*self._expand_grid, stream, *expand_handles, *addresses, h, plan_address, rows, *self._expand_args)
+        elif self._device.index == torch.cuda.current_device():
+            self._launch_bare((y0, y1, y2), x_address, plan.data_ptr(), table.data_ptr(), workspaces)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch_bare((y0, y1, y2), x_address, plan.data_ptr(), table.data_ptr(), workspaces)
+
+    def _launch_bare(
+        self, ys: tuple[int, int, int], x: int, plan: int, table: int, workspaces: dict[tuple, Tensor] | None
+    ) -> None:
+        assert self._bare is not None
+        get_stream, (shrink, *shrink_handles), (expand, *expand_handles) = self._bare
+        stream = get_stream(self._device.index)
+        workspace = workspaces.get((self._device, stream)) if workspaces is not None else None
+        if workspace is None or workspace.numel() < self._h_bytes:
+            workspace = torch.empty(self._h_bytes, dtype=torch.uint8, device=self._device)
+            if workspaces is not None and self._h_bytes <= _LARGEST_WORKSPACE:
+                workspaces[self._device, stream] = workspace
+        h = workspace.data_ptr()
+        shrink(*self._shrink_grid, stream, *shrink_handles, h, x, plan, table, *self._shrink_args)
+        expand(*self._expand_grid, stream, *expand_handles, *ys, h, plan, table, *self._expand_args)
 
     def _launch(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor) -> None:
         """Through Triton's launcher, which compiles what isn't compiled yet for these alignments."""
@@ -264,24 +271,31 @@ class Products:
         self, ys: Sequence[Tensor], x: Tensor, segments: Segments, plan: Tensor, tables: Sequence[TableRows]
     ) -> None:
         self.can_run = takes(ys, x, tables)
-        self._x = x.shape, x.dtype, x.stride()
-        self._ys = [(y.dtype, y.shape[-1]) for y in ys]
+        self._shape = x.shape
+        self._dtypes = [x.dtype, *(y.dtype for y in ys)]
         self._plan = plan
         self._products: list[tuple[Product, Tensor]] = []
-        if self.can_run:
+        self._is_contiguous = x.is_contiguous()
+        if self.can_run and x.numel():
             rows = _rows(x)
-            longest = segments.longest * segments.rows_per_entry(len(x)) * (rows.numel() // (len(x) * x.shape[-1]))
+            longest = segments.longest * (rows.numel() // rows.shape[-1] // segments.num_entries)
             self._products = [
                 (product(ys, rows, segments.num_segments, longest, table), table.rows)
                 for table in tables
-                if table.rank and rows.numel()
+                if table.rank
             ]
 
     def fit(self, ys: Sequence[Tensor], x: Tensor) -> bool:
-        """Whether tensors are like those that the products were made for."""
-        return (x.shape, x.dtype, x.stride()) == self._x and [(y.dtype, y.shape[-1]) for y in ys] == self._ys
+        """Whether tensors are like those that the products were made for, and contiguous."""
+        return (
+            x.shape == self._shape
+            and [x.dtype, *[y.dtype for y in ys]] == self._dtypes
+            and x.is_contiguous()
+            and all(map(Tensor.is_contiguous, ys))
+            and self._is_contiguous
+        )
 
-    def __call__(self, ys: Sequence[Tensor], x: Tensor, workspaces: dict[tuple[int, int], Tensor]) -> None:
+    def __call__(self, ys: Sequence[Tensor], x: Tensor, workspaces: dict[tuple, Tensor]) -> None:
         """Add the deltas of ``x`` to ``ys``."""
         x = _rows(x)
         for each, table in self._products:

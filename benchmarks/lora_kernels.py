@@ -2,6 +2,7 @@
 
     python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
     python benchmarks/lora_kernels.py --sweep               # also tries other launches than the chosen one
+    python benchmarks/lora_kernels.py --grid                # results/lora_kernels_grid.csv: many more points
 
 Every point is compared with float64 before it is timed. One graph runs the point over as many copies of the weights as
 fill the cache twice, so that every reading of a weight is a reading of memory; x and y stay hot, as they are in a
@@ -66,6 +67,20 @@ POINTS = [
     Point(4096, 8, 4096, QKV, 16, 50),
     Point(4096, 8, 4096, QKV, 64, 58),
     Point(8192, 32, 4096, (4096,), 64, 80),
+]
+# The rest of a Llama-8B layer at two decode points.
+REST = [
+    Point(rows, rows, inputs, widths, 16, None)
+    for rows in (32, 64)
+    for inputs, widths in ((4096, (14336, 14336)), (14336, (4096,)))
+]
+GRID = [
+    Point(rows, adapters, hidden, (hidden,), rank, None)
+    for hidden in (576, 2048, 8192)
+    for rank in (8, 64)
+    for rows in (1, 16, 64, 1024, 8192)
+    for adapters in (1, 8, 64)
+    if adapters <= rows
 ]
 
 
@@ -153,20 +168,22 @@ def shrink_launches(chosen: triton_backend.Launch, point: Point) -> list[triton_
     """Other ways to cut K and rows."""
     per_adapter = triton.cdiv(point.rows, point.adapters)
     tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (32, 64, 128)}
-    blocks = (128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (64, 128)
+    blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
     return [
         triton_backend.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
         for t in tiles
         for k in blocks
-        for warps in (2, 4, 8)
-        for splits in (1, 2, 4, 8, 16, 32)
-        if splits <= triton.cdiv(point.inputs, k) and (t == 16 or splits <= 4)
+        for warps in (1, 2, 4, 8)
+        for splits in {1, 2, 4, 8, 16, 32, triton.cdiv(point.inputs, k)}
+        if splits <= triton.cdiv(point.inputs, k) and (t == 16 or (splits <= 4 and warps >= 2))
     ]
 
 
 def expand_launches(chosen: triton_backend.Launch) -> list[triton_backend.Launch]:
     """Other ways to cut columns."""
-    return [chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512) for warps in (1, 2, 4, 8)]
+    return [
+        chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512, 1024) for warps in (1, 2, 4, 8)
+    ]
 
 
 def compile_all(job: tuple[Point, list[triton_backend.Launch]]) -> None:
@@ -193,13 +210,15 @@ def best_of(
     return found[1]
 
 
-def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: str = "") -> None:
+def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | None = None, commit: str = "") -> None:
     """Check and time every point; with --sweep, look for better launches as well."""
+    out = out or RESULTS / ("lora_kernels_grid.csv" if grid else "lora_kernels.csv")
+    points = [point for point in (GRID if grid else POINTS + REST) if only in str(point)]
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
     records, table = [], Rows("point", "floor", "target", "ours", "p20", "p80", "best of sweep", "launch")
-    for point in track([p for p in POINTS if only in str(p)], description="points", console=console):
+    for point in track(points, description="points", console=console):
         torch.manual_seed(0)
         case = Case(point)
         rank = triton_backend.padded(point.rank)
@@ -222,14 +241,17 @@ def main(sweep: bool = False, out: Path = RESULTS / "lora_kernels.csv", only: st
         floor = case.bytes / bandwidth
         shown = "" if best_launch == chosen else str(tuple(best_launch))
         table.add_row(
-            str(point), *(f"{v:.1f}" for v in (floor, point.target, p50, p20, p80, best)), f"{tuple(chosen)} {shown}"
+            str(point),
+            *(f"{v:.1f}" if v else "" for v in (floor, point.target, p50, p20, p80, best)),
+            f"{tuple(chosen)} {shown}",
         )
+        console.print(f"{point}: {p50:.2f}, {best:.2f} with {tuple(best_launch)}" if sweep else f"{point}: {p50:.2f}")
         records.append({
             "point": str(point), "floor_us": round(floor, 2), "target_us": point.target,
             "p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2),
             "sweep_us": round(best, 2) if sweep else "", "error": f"{error:.1e}",
             "copy_TB_s": round(bandwidth / 1e6, 2), "gpu": gpu, "torch": torch.__version__,
-            "triton": triton.__version__, "commit": commit, "launch": " ".join(map(str, chosen)),
+            "triton": triton.__version__, "commit": commit.strip(), "launch": " ".join(map(str, chosen)),
             "best_launch": " ".join(map(str, best_launch)),
         })  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

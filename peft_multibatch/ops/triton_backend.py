@@ -65,13 +65,16 @@ def choose(
     if longest <= 64:
         block_t, tiles = 16, triton.cdiv(longest, 32)
         programs = num_segments * tiles
-        few = programs < 32
-        block_k = 64 if rank > 32 else 256 if few else 128
-        shortest = 512 if few else 256  # columns of x in a part
-        splits = min(8 * processors // (programs * len(widths)), num_inputs // shortest)
-        shrink_warps, expand_warps = 2 if programs > 32 else 4, 8 if rank > 32 else 4
-        block_n = 256
-        while block_n > 64 and programs * sum(triton.cdiv(width, block_n) for width in widths) < processors:
+        columns = programs * sum(widths)
+        if programs < 32:
+            block_k, part, shrink_warps = 256, 512, 4
+        else:
+            block_k, part, shrink_warps = 128, 512 if len(widths) > 1 else 256, 2
+        if rank > 32:
+            block_k, shrink_warps = 64, 4
+        splits = min(8 * processors // (programs * len(widths)), num_inputs // part)
+        block_n, expand_warps = (512, 8) if programs >= 32 and rank <= 32 else (256, 8 if rank > 32 else 4)
+        while block_n > 64 and columns < block_n * processors:
             block_n //= 2
     else:
         block_t = 32 if num_segments * longest <= 1024 else 64
@@ -119,19 +122,20 @@ class Product:
         self._device = key.device
         self._missing = 3 - len(widths)
         shared = DTYPES[key.weights], key.is_aligned, dependent
+        options = {"launch_pdl": True} if dependent else {}
         self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
         self._shrink_args = (
             num_rows, num_inputs, key.stride_x, launch.split_blocks, launch.tiles,
-            len(widths), rank, launch.block_t, launch.block_k, *shared,
+            len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
-        self._shrink_options = {"num_warps": launch.shrink_warps}
+        self._shrink_options = {"num_warps": launch.shrink_warps, **options}
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
         self._expand_grid = key.num_segments * launch.tiles, columns, 1
         self._expand_args = (
             num_rows, *[*widths, *[widths[0]] * self._missing], *[*key.strides, *[key.strides[0]] * self._missing],
             launch.tiles, len(widths), rank, launch.block_t, launch.block_n, launch.splits, *shared,
         )  # fmt: skip
-        self._expand_options = {"num_warps": launch.expand_warps, **({"launch_pdl": True} if dependent else {})}
+        self._expand_options = {"num_warps": launch.expand_warps, **options}
         self._bare: tuple | None = None
 
     def __call__(

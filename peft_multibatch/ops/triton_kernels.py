@@ -41,6 +41,25 @@ def _rows(position, mask, is_permuted, permutation, per_entry):
     return rows
 
 
+@triton.jit
+def _end(PDL: tl.constexpr):
+    """What a program without work does: it must not end before the kernel that precedes it, or one that follows could
+    begin too early.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _a_tile(lora_a, rank, ranks, k, num_inputs):
+    # compared with num_inputs, of whose divisors the compiler knows, so that loads can be wide
+    return tl.load(
+        lora_a + ranks.to(tl.int64)[:, None] * num_inputs + k[None, :],
+        mask=(ranks < rank)[:, None] & (k < num_inputs)[None, :],
+        other=0.0,
+    )
+
+
 # Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
 @triton.jit(do_not_specialize=["num_rows", "split_blocks", "tiles"])
 def shrink_kernel(
@@ -57,45 +76,54 @@ def shrink_kernel(
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (segments × tiles, splits of K, slices)."""
+    """Grid: (segments × tiles, splits of K, slices).
+
+    With ``ONE_BLOCK`` a split is one block, whose weights are on their way before the kernel that precedes has ended.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     split, i = tl.program_id(1), tl.program_id(2)
     num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
     if slot < 0:
+        _end(PDL)
         return
     row = table + (slot.to(tl.int64) * SLICES + i) * 4
     lora_a = tl.load(row).to(tl.pointer_type(WEIGHTS))
     rank = tl.load(row + 2).to(tl.int32)
     if rank == 0:
+        _end(PDL)
         return
     if ALIGNED:
         lora_a = tl.multiple_of(lora_a, 16)
     per_entry = num_rows // num_entries
     ranks = tl.arange(0, R)
     ks = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        k = split * BLOCK_K + ks
+        a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
         position = first + tl.arange(0, BLOCK_T)
         live = position < stop * per_entry
         rows = _rows(position, live, is_permuted, permutation, per_entry)
         x_rows = x + rows[:, None] * stride_x
         total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
-        for block in range(split * split_blocks, (split + 1) * split_blocks):
-            # compared with num_inputs, of whose divisors the compiler knows, so that loads can be wide
-            k = block * BLOCK_K + ks
-            inside = k < num_inputs
-            x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-            a_tile = tl.load(
-                lora_a + ranks.to(tl.int64)[:, None] * num_inputs + k[None, :],
-                mask=(ranks < rank)[:, None] & inside[None, :],
-                other=0.0,
-            )
+        if ONE_BLOCK:
+            x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
             total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
+        else:
+            for block in range(split * split_blocks, (split + 1) * split_blocks):
+                k = block * BLOCK_K + ks
+                x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
+                a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
+                total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
         place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
         tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
 
@@ -130,6 +158,7 @@ def expand_kernel(
     block = tl.program_id(1)
     num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
     if slot < 0:
+        _end(PDL)
         return
     i, y, width, stride = 0, y0, width0, stride0
     if SLICES > 1:
@@ -147,6 +176,7 @@ def expand_kernel(
     rank = tl.load(row + 2).to(tl.int32)
     scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True)
     if rank == 0:
+        _end(PDL)
         return
     if ALIGNED:
         lora_b = tl.multiple_of(lora_b, 16)
@@ -170,7 +200,7 @@ def expand_kernel(
         before = tl.load(y_tile, mask=mask, other=0.0)
         place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
         sums = tl.load(place, mask=live[:, None], other=0.0)
-        for split in range(1, SPLITS):
+        for split in range(1, SPLITS):  # unrolled, it is slower by a third
             plane = split * num_rows.to(tl.int64) * (SLICES * R)
             sums += tl.load(place + plane, mask=live[:, None], other=0.0)
         delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")

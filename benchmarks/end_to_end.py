@@ -39,8 +39,8 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MEASURES = ("decode_ms", "generate32_s", "prefill512_ms")
-BASE, OURS, ONE, NAMES, ALONE = "base", "peft_multibatch", "PEFT, one adapter", "PEFT adapter_names", "one at a time"
-COMPILED = {BASE: "base, compiled", OURS: "peft_multibatch, compiled"}
+BASE, OURS, FUSED = "base", "peft_multibatch", "peft_multibatch fuse='weights'"
+ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a time"
 console = Console(width=150)
 
 
@@ -141,16 +141,19 @@ class Timings:
         self.batch, self.adapters = batch, adapters
         self.records: list[dict] = []
 
-    def measure(self, ways: dict[str, dict[str, Callable[[], float]]], base: str, rounds: int) -> None:
-        measures = list(ways[base])
+    def measure(self, ways: dict[str, dict[str, Callable[[], float]]], rounds: int, warm_up: bool = True) -> None:
+        """Time ways, of which the first is what the others are compared with; what has a record gets no other."""
+        base, measures = next(iter(ways)), list(next(iter(ways.values())))
         times = {(way, measure): [] for way in ways for measure in measures}
-        for index in track(range(rounds + 1), description=f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]):
+        what = f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]
+        for index in track(range(rounds + warm_up), description=what, console=console):
             for measure in measures:
                 for way, runs in ways.items():
                     took = runs[measure]()
-                    if index:  # the first round warms up
+                    if index >= warm_up:
                         times[way, measure].append(took)
-        for way in ways:
+        known = {record["way"] for record in self.records}
+        for way in [way for way in ways if way not in known]:
             record = {"batch": self.batch, "adapters": self.adapters, "way": way}
             for measure in measures:
                 mine, theirs = times[way, measure], times[base, measure]
@@ -209,48 +212,7 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-@torch.inference_mode()
-def main(
-    layers: int = 8,
-    rank: int = 16,
-    points: str = "8:8,32:1,32:8,32:32,64:64",
-    rounds: int = 5,
-    slow: bool = True,
-    compiled: str = "32:32,64:64",
-    out: Path = RESULTS / "end_to_end.csv",
-    commit: str = "",
-) -> None:
-    """Measure every point BATCH:ADAPTERS; --no-slow leaves out PEFT's mixed batch and one adapter at a time."""
-    pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
-    base, model = build(max(adapters for _, adapters in pairs), rank, layers)
-    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    records = []
-    for batch, adapters in pairs:
-        torch._dynamo.reset()
-        names = [f"adapter{row * adapters // batch}" for row in range(batch)]
-        prompt = torch.randint(1, 128000, (batch, 128), device="cuda")
-        wide = torch.randint(1, 128000, (batch, 512), device="cuda")
-        error, effect = correct(base, model, prompt, names)
-        console.print(f"{batch}:{adapters}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
-        if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
-            raise SystemExit("nothing is timed")
-        timings = Timings(batch, adapters)
-        used = memory(base, model, prompt, names)
-        peft_multibatch.enable(model)
-        ways = {BASE: calls(base, prompt, wide), OURS: calls(model, prompt, wide, adapter_ids=names)}
-        timings.measure({**ways, ONE: calls(model, prompt, wide)}, BASE, rounds)
-        if f"{batch}:{adapters}" in compiled.split(","):
-            pair = {BASE: compiled_calls(base, prompt), OURS: compiled_calls(model, prompt, adapter_ids=names)}
-            timings.measure({COMPILED[way]: runs for way, runs in pair.items()}, COMPILED[BASE], rounds)
-        peft_multibatch.disable(model)
-        if slow:
-            slowly = {BASE: ways[BASE], NAMES: calls(model, prompt, wide, adapter_names=names)}
-            slowly[ALONE] = alone_calls(model, names, prompt, wide)
-            known = len(timings.records)
-            timings.measure(slowly, BASE, 1)
-            del timings.records[known]  # the base model again
-        timings.records[1] |= used | {"error": round(error, 4)}
-        records += timings.records
+def write(records: list[dict], out: Path, commit: str) -> None:
     versions = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -266,6 +228,59 @@ def main(
         writer.writeheader()
         writer.writerows(record | versions for record in records)
     plot(records, out.with_suffix(".png"))
+
+
+@torch.inference_mode()
+def main(
+    layers: int = 8,
+    rank: int = 16,
+    points: str = "8:8,32:1,32:8,32:32,64:64",
+    rounds: int = 5,
+    slow: str = "32:32,64:64",
+    alone: str = "32:32",
+    compiled: str = "32:32,64:64",
+    out: Path = RESULTS / "end_to_end.csv",
+    commit: str = "",
+) -> None:
+    """Measure every point BATCH:ADAPTERS; PEFT's mixed batch, one adapter at a time and compiled ways only at some."""
+    pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
+    base, model = build(max(adapters for _, adapters in pairs), rank, layers)
+    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    found: list[Timings] = []
+    batches = []
+    for batch, adapters in pairs:
+        point = f"{batch}:{adapters}"
+        torch._dynamo.reset()
+        names = [f"adapter{row * adapters // batch}" for row in range(batch)]
+        prompt = torch.randint(1, 128000, (batch, 128), device="cuda")
+        wide = torch.randint(1, 128000, (batch, 512), device="cuda")
+        error, effect = correct(base, model, prompt, names)
+        console.print(f"{point}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
+        if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
+            raise SystemExit("nothing is timed")
+        timings = Timings(batch, adapters)
+        found.append(timings)
+        batches.append((point, names, prompt, wide))
+        used = memory(base, model, prompt, names)
+        plain = calls(base, prompt, wide)
+        for way, fuse in ((OURS, True), (FUSED, "weights")):
+            peft_multibatch.enable(model, fuse=fuse)
+            timings.measure({BASE: plain, way: calls(model, prompt, wide, adapter_ids=names)}, rounds)
+            if point in compiled.split(","):
+                ours = compiled_calls(model, prompt, adapter_ids=names)
+                timings.measure({f"{BASE}, compiled": compiled_calls(base, prompt), f"{way}, compiled": ours}, rounds)
+            peft_multibatch.disable(model)
+        timings.measure({BASE: plain, ONE: calls(model, prompt, wide)}, rounds)
+        timings.records[1] |= used | {"error": round(error, 4)}
+        write([record for each in found for record in each.records], out, commit)
+    for timings, (point, names, prompt, wide) in zip(found, batches):
+        if point in slow.split(","):
+            plain = calls(base, prompt, wide)
+            timings.measure({BASE: plain, NAMES: calls(model, prompt, wide, adapter_names=names)}, 1, warm_up=False)
+        if point in alone.split(","):
+            timings.measure({BASE: plain, ALONE: alone_calls(model, names, prompt, wide)}, 1, warm_up=False)
+        write([record for each in found for record in each.records], out, commit)
+    records = [record for each in found for record in each.records]
     table = Table("batch", "adapters", "way", *(column for measure in MEASURES for column in (measure, "× base")))
     for record in records:
         cells = [str(record.get(key, "")) for measure in MEASURES for key in (measure, f"{measure} × base")]

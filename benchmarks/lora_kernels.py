@@ -120,7 +120,9 @@ class Case:
         self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]
 
     def run(self, table: TableRows, ys, launch=None) -> None:
-        product = triton_backend.product(ys, self.x, self.segments.num_segments, self.segments.longest, table, launch)
+        product = triton_backend.product(
+            ys, self.x, self.point.widths, self.segments.num_segments, self.segments.longest, table, launch
+        )
         product(ys, self.x, self.plan, table.rows)
 
     def check(self, launch=None) -> float:

@@ -31,7 +31,7 @@ from peft_multibatch.routing import Call, Router
 logger = logging.get_logger(__name__)
 
 
-def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multibatch:
+def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> Multibatch:
     """Let a model's ``forward`` and ``generate`` take ``adapter_ids``, one for every sample.
 
     Parameters keep their names, their values and their places in memory; calls without ids run as PEFT runs them.
@@ -42,7 +42,9 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
         backend: ``"triton"``, kernels for CUDA devices; ``"torch"``, torch's own matrix products; ``"auto"`` takes
             triton where there is a CUDA device. Tensors on a CPU and gradients always run on torch. To debug, Triton's
             interpreter (``TRITON_INTERPRET=1``) runs the kernels on a CPU where ``"triton"`` is asked for.
-        fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor.
+        fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor. With
+            ``"weights"`` their base weights become one as well, and base parameters views of it, which saves matrix
+            products for calls with ids; where that can't be, ``report()`` says why.
 
     Returns:
         The handle. A model that is enabled already gives back the handle it has.
@@ -62,6 +64,8 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
             "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the "
             "adapters with PeftModel."
         )
+    if fuse not in (True, False, "weights"):
+        raise UnsupportedError(f"enable was called with fuse={fuse!r}: expected True, False or 'weights'.")
     inner = _inner_model(model)
     if not isinstance(inner, nn.Module) or not (isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config")):
         raise UnsupportedError(
@@ -75,8 +79,8 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool = True) -> Multib
         return Multibatch(model, inner, backend, fuse)
     if (backend, fuse) not in (("auto", True), (present._asked_backend, present._fuse)):
         raise ModelStateError(
-            f"enable was called with backend={backend!r} and fuse={fuse} on a model that is enabled with "
-            f"backend={present._asked_backend!r} and fuse={present._fuse}: expected the same options. Call disable "
+            f"enable was called with backend={backend!r} and fuse={fuse!r} on a model that is enabled with "
+            f"backend={present._asked_backend!r} and fuse={present._fuse!r}: expected the same options. Call disable "
             "first."
         )
     present._attach(model)
@@ -102,7 +106,7 @@ class Multibatch:
             An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module, backend: str, fuse: bool) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, backend: str, fuse: bool | str) -> None:
         self._asked_backend = backend
         self._backend, self._backend_reason, kernels = _choose_backend(backend)
         logger.info(f"backend {self._backend}: {self._backend_reason}")
@@ -163,7 +167,7 @@ class Multibatch:
             how, reason = handlers.PER_SEGMENT, place.reason
             if place.handler is handlers.linear:
                 group = groups.get(place.module)
-                how = handlers.SEGMENTED if group is None or group.reason else group.label
+                how = handlers.SEGMENTED if group is None or group.is_split else group.label
                 reason = group.reason if group is not None else reason
             entries.append(LayerReport(place.name, how, reason))
         return Report(tuple(entries), self._backend, self._backend_reason)
@@ -174,6 +178,8 @@ class Multibatch:
             self._is_enabled = False
             for place in self._places.values():
                 place.restore()
+            for group in self._groups:
+                group.part_weights()
             for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
                 undo()
             # let go of the model
@@ -218,6 +224,8 @@ class Multibatch:
     def _check_state(self) -> None:
         for place in self._places.values():
             handlers.check_state(place.name, place.module)
+        for group in self._groups:
+            group.check_weights()
         if (
             self._inner.training
             and torch.is_grad_enabled()
@@ -291,13 +299,18 @@ class Multibatch:
         known = {group.layers: group for group in self._groups}
         found = find_groups(segmented) if self._fuse else []
         self._groups = [known.get(group.layers, group) for group in found]
+        for group in known.values():
+            if group not in self._groups:
+                group.part_weights()
         grouped = {layer for group in self._groups for layer in group.layers}
         for layer in segmented.values():
             if layer not in grouped:
                 layer.__dict__[STATE].group = None
         for group in self._groups:
-            if not group.reason:
+            if not group.is_split:
                 group.join()
+            if self._fuse == "weights" and group not in known.values():
+                group.join_weights()
         banks = [layer.__dict__[STATE].bank for layer in segmented.values()]
         self._router.graph.banks = banks + [group.bank for group in self._groups]
 

@@ -128,7 +128,8 @@ class Bank:
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.key = next(_keys)
         self.layers = tuple(layers)
-        self.slice_offsets = [0, *accumulate(layer.out_features for layer in layers)]
+        self.widths = [layer.out_features for layer in layers]
+        self.slice_offsets = [0, *accumulate(self.widths)]
         # What graphs of ops read. Written by `sync`: PEFT's tensors slot by slot, and their ranks and scalings.
         self.lora_a: list[Tensor] = []
         self.lora_b: list[Tensor] = []

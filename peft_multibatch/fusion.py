@@ -3,6 +3,9 @@
 The first layer of a group computes all of them, and the others hand out what it computed. They check that they were
 given the very tensor that the first one saw, so that a model in which they aren't siblings after all is slower, not
 wrong.
+
+On request the base weights of a group stand side by side in one tensor as well, so that one matrix product takes the
+place of three. PEFT's and transformers' parameters become views of it: names, values and saved files stay the same.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from peft_multibatch.bank import Bank
@@ -43,6 +49,7 @@ class Group:
         layers: in the order of their slices.
         bank: their weights, one slice a layer.
         label: how ``report()`` names it, such as "fused qkv".
+        reason: why the layers, or their base weights, don't run as one although they were meant to.
     """
 
     def __init__(self, name: str, layers: dict[str, LoraLayer]) -> None:
@@ -51,6 +58,10 @@ class Group:
         self.bank = Bank(self.layers)
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
+        self.is_split = False
+        self._weight: Tensor | None = None  # of all base layers, side by side
+        self._bias: Tensor | None = None
+        self._addresses: list[int] = []
 
     def join(self) -> None:
         """Let the layers run as one."""
@@ -59,11 +70,83 @@ class Group:
 
     def split(self, reason: str) -> None:
         """Let every layer run by itself from now on."""
-        if not self.reason:
+        if not self.is_split:
             logger.warning_once(f"{self.name}: not fused, because {reason}.")
-        self.reason = f"not fused, because {reason}"
+        self.is_split, self.reason = True, f"not fused, because {reason}"
+        self.part_weights()
         for layer in self.layers:
             layer._multibatch.group = None
+
+    def join_weights(self) -> None:
+        """Put the base weights side by side in one tensor, of which the parameters become views."""
+        bases = [layer.base_layer for layer in self.layers]
+        biases = [base._parameters.get("bias") for base in bases]
+        if any(type(base) is not nn.Linear or _is_hooked(base) for base in bases):
+            self.reason = "base weights apart: not all are plain linear layers"
+        elif len({(base.weight.dtype, base.weight.device, bias is None) for base, bias in zip(bases, biases)}) > 1:
+            self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
+        elif any(base.weight.is_meta for base in bases):
+            self.reason = "base weights apart: they are offloaded"
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight = _side_by_side([base.weight for base in bases])
+                self._bias = None if biases[0] is None else _side_by_side(biases)
+            self._addresses = self._find()
+            self.label = self.label.replace("fused", "fused with base weights", 1)
+
+    def part_weights(self, reason: str = "") -> None:
+        """Give every base layer memory of its own again."""
+        if self._weight is None:
+            return
+        shared = {each.untyped_storage().data_ptr() for each in (self._weight, self._bias) if each is not None}
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self.layers:
+                for parameter in layer.base_layer._parameters.values():
+                    if parameter is not None and parameter.untyped_storage().data_ptr() in shared:
+                        parameter.data = parameter.data.clone()
+        self._weight = self._bias = None
+        self.label = self.label.replace("fused with base weights", "fused", 1)
+        self.reason = self.reason or reason
+
+    def check_weights(self) -> None:
+        """Part base weights that aren't what was put side by side any more, or that somebody wants to hook."""
+        if self._weight is not None and (
+            self._find() != self._addresses or any(_is_hooked(layer.base_layer) for layer in self.layers)
+        ):
+            self.part_weights("base weights apart: something moved, replaced or hooked them")
+
+    def base_output(self, x: Tensor) -> Tensor | None:
+        """The base layers' outputs side by side, ``[..., ΣN]``, or None where they have to run apart."""
+        if self._weight is None:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for layer in self.layers for p in _parameters(layer)):
+            return None
+        return F.linear(x, self._weight, self._bias)
+
+    def _find(self) -> list[int]:
+        return [parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)]
+
+
+def _parameters(layer: LoraLayer) -> list[Tensor]:
+    return [parameter for parameter in layer.base_layer._parameters.values() if parameter is not None]
+
+
+def _is_hooked(base: nn.Module) -> bool:
+    return bool(
+        "forward" in base.__dict__
+        or base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def _side_by_side(parameters: list[Tensor]) -> Tensor:
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
+        parameter.data = part
+    return whole
 
 
 def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:

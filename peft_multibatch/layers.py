@@ -98,7 +98,11 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if group is None or args or kwargs:
         return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
-        ys = _add_deltas(call, router, group.bank, [_base_output(layer, x) for layer in group.layers], x)
+        whole = group.base_output(x)
+        ys = [whole] if whole is not None else [_base_output(layer, x) for layer in group.layers]
+        ys = _add_deltas(call, router, group.bank, ys, x)
+        if whole is not None:
+            ys = list(ys[0].split(group.bank.widths, dim=-1))
         call.stash[group] = x, [None, *ys[1:]]
         return ys[0]
     source, waiting = call.stash.get(group, (None, []))
@@ -131,7 +135,10 @@ def _uses_dropout(layer: LoraLayer) -> bool:
 
 
 def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
-    """Add to each slice's output ``[..., N]`` the deltas of ``x`` ``[..., K]``, row by row; in place for inference."""
+    """Add to every slice's output the deltas of ``x`` ``[..., K]``, row by row; in place for inference.
+
+    ``ys`` is one tensor ``[..., N]`` for each slice, or one with all slices side by side; so is the result.
+    """
     if isinstance(call, Graph):
         return _add_in_graph(call, router, bank, ys, x)
     mix, kernels = call.mix, router.kernels
@@ -140,16 +147,17 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
     if kernels is not None and kernels.runs_on(x):
         if kernels.is_capturing():
+            plan, tables = router.graph.capture(call, bank, x.device)
             ys = [y.contiguous() for y in ys]
-            kernels.add_(ys, x, *router.graph.capture(call, bank, x.device))
+            kernels.add_(ys, x, bank.widths, plan, tables)
             return ys
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
             mix.segments.rows_per_entry(len(x))
             ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
-            products = kernels.Products(ys, x, mix.segments, mix.plan(x.device), mix.tables(bank, x.device))
-            mix.products[bank] = products
+            plan, tables = mix.plan(x.device), mix.tables(bank, x.device)
+            products = mix.products[bank] = kernels.Products(ys, x, bank.widths, mix.segments, plan, tables)
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
@@ -157,8 +165,9 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
     if mix.adapters:
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
+        slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
         with _without_autocast(x.device.type):
-            ops.torch_backend.apply_(outputs, rows, mix.segments, mix.weights(bank))
+            ops.torch_backend.apply_(slices, rows, mix.segments, mix.weights(bank))
     return ys
 
 
@@ -182,7 +191,8 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
                 f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "
                 "bfloat16 or float32, and contiguous weights. Convert the adapters, or run without torch.compile."
             )
-        ops.add_(ys, x, graph.buffers[str(x.device)].packed, table.rows, table.rank, table.is_aligned, table.dtype)
+        plan = graph.buffers[str(x.device)].packed
+        ops.add_(ys, x, bank.widths, plan, table.rows, table.rank, table.is_aligned, table.dtype)
     return ys
 
 

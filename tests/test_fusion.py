@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import left_padded, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tolerances import assert_close
 from torch import nn
 
@@ -110,3 +113,114 @@ def test_nothing_of_a_call_is_kept_after_it():
         model(x, order="q")  # k and v were computed for nobody
     assert mb._router.call.get() is None
     assert mb._router.graph.stash == {}
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(**left_padded(), **kwargs).logits
+
+
+def base_weights(model):
+    return {name: p for name, p in model.named_parameters() if "base_layer" in name}
+
+
+def test_base_weights_side_by_side():
+    model = peft_model("qwen2")  # whose q/k/v have biases
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    identities = {name: id(p) for name, p in model.named_parameters()}
+    plain, expected = (
+        logits(model),
+        torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: logits_of(model, row))),
+    )
+    mb = peft_multibatch.enable(model, fuse="weights")
+    labels = {entry.how for entry in mb.report()}
+    assert "fused with base weights q_proj/k_proj/v_proj" in labels
+    assert "fused with base weights gate_proj/up_proj" in labels
+    assert_close(logits(model, adapter_ids=NAMES), expected)
+    assert torch.equal(logits(model), plain)
+    assert {name: id(p) for name, p in model.named_parameters()} == identities
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    q, k = (base_weights(model)[f"base_model.model.model.layers.0.self_attn.{x}_proj.base_layer.weight"] for x in "qk")
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    mb.disable()
+    storages = [p.untyped_storage().data_ptr() for p in base_weights(model).values()]
+    assert len(set(storages)) == len(storages)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), plain)
+
+
+def logits_of(model, row):
+    with torch.no_grad():
+        return model(**row).logits
+
+
+def test_saving_with_base_weights_side_by_side(tmp_path):
+    model = peft_model()
+    plain = peft_model().get_base_model()
+    peft_multibatch.enable(model, fuse="weights")
+    model.save_pretrained(tmp_path / "adapters")
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    plain.save_pretrained(tmp_path / "plain")
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "plain"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: setattr(attention(model).k_proj.base_layer, "weight", torch.nn.Parameter(torch.randn(24, 48))),
+        lambda model: attention(model).k_proj.base_layer.register_forward_hook(lambda *args: None),
+    ],
+    ids=["double", "replaced", "hooked"],
+)
+def test_base_weights_that_change_places_run_apart(change):
+    model = peft_model()
+    mb = peft_multibatch.enable(model, fuse="weights")
+    logits(model, adapter_ids=NAMES)
+    change(model)
+    expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: logits_of(model, row)))
+    assert_close(logits(model, adapter_ids=NAMES), expected, torch.float32)
+    apart = {entry.reason for entry in mb.report() if entry.name.endswith("0.self_attn.k_proj")}
+    assert apart == {"base weights apart: something moved, replaced or hooked them"}
+
+
+def attention(model):
+    return model.base_model.model.model.layers[0].self_attn
+
+
+def test_in_place_changes_and_merging_reach_base_weights_side_by_side():
+    model = peft_model()
+    peft_multibatch.enable(model, fuse="weights")
+    logits(model, adapter_ids=NAMES)
+    attention(model).k_proj.base_layer.weight.data.mul_(2)
+    model.merge_adapter(["eight"])
+    model.unmerge_adapter()
+    expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: logits_of(model, row)))
+    assert_close(logits(model, adapter_ids=NAMES), expected)
+
+
+def test_gradients_with_base_weights_side_by_side():
+    def gradients(model, **kwargs):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = model(**left_padded(), **kwargs).logits.square().mean()
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+
+    for train_base in (False, True):
+        results = []
+        for fuse in (False, "weights"):
+            model = peft_model()
+            model.set_requires_grad(["three", "four", "eight"])
+            for parameter in base_weights(model).values():
+                parameter.requires_grad_(train_base)
+            peft_multibatch.enable(model, fuse=fuse)
+            results.append(gradients(model, adapter_ids=NAMES))
+        assert_close(*results)
+
+
+def test_an_unknown_way_to_fuse():
+    with pytest.raises(peft_multibatch.UnsupportedError, match="fuse='all': expected True, False or 'weights'"):
+        peft_multibatch.enable(peft_model(), fuse="all")

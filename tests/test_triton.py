@@ -69,7 +69,7 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
 
     def run(outputs):
         if x.numel() and table.rank:
-            product = triton_backend.product(outputs, x, plan.num_segments, longest, table, launch)
+            product = triton_backend.product(outputs, x, widths, plan.num_segments, longest, table, launch)
             product(outputs, x, plan.pack().to(DEVICE), table.rows)
 
     again = [y.clone() for y in ys]
@@ -103,13 +103,13 @@ def test_two_adapters_three_samples_three_slices(path):
             expected[row, 3 * i : 3 * i + 3] += scaling * (b @ (a @ x[row]))
     ys = list(y.split(3, dim=1))
     if path == "eager":
-        product = triton_backend.product(ys, x, plan.num_segments, plan.longest, table)
+        product = triton_backend.product(ys, x, [3, 3, 3], plan.num_segments, plan.longest, table)
         product(ys, x, plan.pack().to(DEVICE), table.rows)
     else:  # a buffer full of what other calls left
         buffer = SegmentBuffer(8, DEVICE)
         buffer.packed.fill_(1_234_567)
         buffer.update(plan)
-        triton_backend.add_(ys, x, buffer.packed, [table])
+        triton_backend.add_(ys, x, [3, 3, 3], buffer.packed, [table])
     assert_close(y, expected)
 
 
@@ -209,10 +209,10 @@ def test_a_graph_serves_every_mix():
     buffer.update(Segments.from_ids([0] * 6))
     x = torch.randn(6, 320, device="cuda", dtype=torch.bfloat16)
     ys = [torch.empty(6, width, device="cuda", dtype=torch.bfloat16) for width in (96, 64)]
-    triton_backend.add_(ys, x, buffer.packed, [table.describe(parts)])
+    triton_backend.add_(ys, x, [96, 64], buffer.packed, [table.describe(parts)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        triton_backend.add_(ys, x, buffer.packed, [table.describe(parts)])
+        triton_backend.add_(ys, x, [96, 64], buffer.packed, [table.describe(parts)])
     for mix in ([0, 0, 1, 1, 2, 2], [2, 1, 0, -1, 1, 0], [-1] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]):
         if mix[0] == 1:
             a, b, _ = parts[1][0]

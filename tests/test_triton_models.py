@@ -36,10 +36,10 @@ def inputs(rows=6, length=9):
     return {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
 
 
-def enabled(**options):
-    """A model on the kernels; counts their launches."""
-    model = peft_model(**options).to(DEVICE)
-    mb = peft_multibatch.enable(model, backend="triton")
+def enabled(fuse=True):
+    """A model on the kernels."""
+    model = peft_model().to(DEVICE)
+    mb = peft_multibatch.enable(model, backend="triton", fuse=fuse)
     assert mb.report().backend == "triton"
     return model, mb
 
@@ -69,8 +69,9 @@ def expected(model, names=NAMES):
         return torch.cat(row_by_row(model, names, inputs(len(names)), lambda row: model(**row).logits))
 
 
-def test_every_row_is_its_own_adapters(launches):
-    model, _ = enabled()
+@pytest.mark.parametrize("fuse", [True, "weights"])
+def test_every_row_is_its_own_adapters(launches, fuse):
+    model, _ = enabled(fuse)
     for names in (NAMES, [*NAMES[:2]], ["__base__", "__base__"], ["four", "four", "three"]):
         assert_close(logits(model, names, len(names)), expected(model, names))
     # of three calls with adapters: q/k/v, o, gate/up and down of two layers; none where no row has an adapter
@@ -147,10 +148,10 @@ def test_generate(launches):
 
 
 @pytest.fixture
-def compiled():
+def compiled(request):
     """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
     torch._dynamo.reset()
-    model, mb = enabled()
+    model, mb = enabled(getattr(request, "param", True))
     graphs = []
 
     def backend(graph, example_inputs):
@@ -162,6 +163,7 @@ def compiled():
     return model, mb, torch.compile(model.get_base_model(), fullgraph=True, backend=backend), graphs
 
 
+@pytest.mark.parametrize("compiled", [True, "weights"], indirect=True)
 def test_one_graph_for_any_mix(compiled, launches):
     model, mb, fast, graphs = compiled
     for mix in MIXES:
@@ -260,10 +262,12 @@ def test_gradients_in_a_graph(compiled):
 
 
 @gpu
-def test_static_cache_with_one_graph_for_twenty_mixes(launches):
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures one to begin with
+@pytest.mark.parametrize("fuse", [True, "weights"])
+def test_static_cache_with_one_graph_for_twenty_mixes(launches, fuse):
     """transformers compiles the decode step, with CUDA graphs: the tokens of PEFT one adapter at a time."""
     torch._dynamo.reset()
-    model, _ = enabled()
+    model, _ = enabled(fuse)
     options = {"max_new_tokens": 6, "do_sample": False}
     torch._dynamo.utils.counters.clear()
     for index in range(20):

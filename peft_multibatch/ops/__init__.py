@@ -84,15 +84,24 @@ def _(h, weights, plan, ranks, scalings, slice_offsets):
 
 @torch.library.custom_op("peft_multibatch::add_", mutates_args=("ys",))
 def add_(
-    ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor, rank: int, is_aligned: bool, dtype: torch.dtype
+    ys: Sequence[Tensor],
+    x: Tensor,
+    widths: Sequence[int],
+    plan: Tensor,
+    table: Tensor,
+    rank: int,
+    is_aligned: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Add every row's delta to the outputs of a projection group, by kernels, under the plan that a buffer holds.
 
     Nothing that depends on the plan is read on the host, so that a captured graph serves every plan that fits.
 
     Args:
-        ys: the base layer's output ``[..., N]`` of each slice, one to three, contiguous.
+        ys: the base layer's output ``[..., N]`` of each slice, one to three, or one tensor with all slices side by
+            side; contiguous.
         x: what all slices read, ``[..., K]``.
+        widths: ``N`` of each slice.
         plan: int32, what a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds, on the device.
         table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
         rank: largest rank in the table.
@@ -102,11 +111,11 @@ def add_(
     from peft_multibatch.bank import TableRows
     from peft_multibatch.ops import triton_backend  # not before there is a GPU
 
-    triton_backend.add_(ys, x, plan, [TableRows(table, dtype, rank, is_aligned)])
+    triton_backend.add_(ys, x, widths, plan, [TableRows(table, dtype, rank, is_aligned)])
 
 
 @add_.register_fake
-def _(ys, x, plan, table, rank, is_aligned, dtype):
+def _(ys, x, widths, plan, table, rank, is_aligned, dtype):
     return None
 
 

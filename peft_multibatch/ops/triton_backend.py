@@ -121,6 +121,10 @@ class Product:
         self._h_bytes = math.prod(self._h_shape) * self._h_dtype.itemsize
         self._device = key.device
         self._missing = 3 - len(widths)
+        self._widths = widths
+        self._is_whole = key.is_whole
+        size = key.y_dtype.itemsize
+        self._offset1, self._offset2 = (sum(widths[:i]) * size if i < len(widths) else 0 for i in (1, 2))
         shared = DTYPES[key.weights], key.is_aligned, dependent
         options = {"launch_pdl": True} if dependent else {}
         self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
@@ -151,8 +155,11 @@ class Product:
             workspaces: where to keep the memory for ``h``, which the next product on the same stream may use again.
         """
         y0 = ys[0].data_ptr()
-        y1 = ys[1].data_ptr() if len(ys) > 1 else y0
-        y2 = ys[2].data_ptr() if len(ys) > 2 else y0
+        if self._is_whole:
+            y1, y2 = y0 + self._offset1, y0 + self._offset2
+        else:
+            y1 = ys[1].data_ptr() if len(ys) > 1 else y0
+            y2 = ys[2].data_ptr() if len(ys) > 2 else y0
         x_address = x.data_ptr()
         if self._bare is None or (x_address | y0 | y1 | y2) & 15:
             self._launch(ys, x, plan, table)
@@ -179,6 +186,8 @@ class Product:
 
     def _launch(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor) -> None:
         """Through Triton's launcher, which compiles what isn't compiled yet for these alignments."""
+        if self._is_whole:
+            ys = ys[0].split(self._widths, dim=-1)
         addresses = [x.data_ptr(), *(y.data_ptr() for y in ys)]
         h = torch.empty(self._h_shape, dtype=self._h_dtype, device=x.device)
         y3 = [*ys, *[ys[0]] * self._missing]
@@ -205,7 +214,8 @@ class ProductKey(NamedTuple):
         num_inputs: ``K``.
         stride_x: elements between two rows of ``x``.
         widths: ``N`` of each slice.
-        strides: elements between two rows of each of ``ys``.
+        strides: elements between two rows of each slice.
+        is_whole: whether all slices stand side by side in one tensor.
         num_segments: segments of the plan, or more.
         longest: rows of the longest segment, or more; only speed depends on it.
         weights: dtype of the weights.
@@ -221,6 +231,7 @@ class ProductKey(NamedTuple):
     stride_x: int
     widths: tuple[int, ...]
     strides: tuple[int, ...]
+    is_whole: bool
     num_segments: int
     longest: int
     weights: torch.dtype
@@ -233,22 +244,32 @@ _MOST_PRODUCTS = 4096  # shapes that are kept; prompts of ever new lengths must 
 
 
 def product(
-    ys: Sequence[Tensor], x: Tensor, num_segments: int, longest: int, table: TableRows, launch: Launch | None = None
+    ys: Sequence[Tensor],
+    x: Tensor,
+    widths: Sequence[int],
+    num_segments: int,
+    longest: int,
+    table: TableRows,
+    launch: Launch | None = None,
 ) -> Product:
     """The product for tensors of these shapes.
 
     Args:
-        ys: the base layer's outputs, one to three, ``[..., N]``; contiguous, or ``[T, N]`` with columns of stride 1.
+        ys: the base layer's outputs, one to three, ``[..., N]``, or one with all slices side by side; contiguous, or
+            ``[T, N]`` with columns of stride 1.
         x: what all slices read, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
+        widths: ``N`` of each slice.
         num_segments: segments of the plan, or more.
         longest: rows of the longest segment, or more; only speed depends on it.
         table: the bank's rows for kernels.
         launch: how to cut the product; chosen where it isn't given.
     """
     assert table.dtype is not None
+    is_whole = len(ys) < len(widths)
+    strides = [ys[0].stride(-2)] * len(widths) if is_whole else [y.stride(-2) for y in ys]
     key = ProductKey(
         x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], x.stride(-2),
-        tuple(y.shape[-1] for y in ys), tuple(y.stride(-2) for y in ys),
+        tuple(widths), tuple(strides), is_whole,
         num_segments, longest, table.dtype, padded(table.rank), table.is_aligned,
     )  # fmt: skip
     found = _products.get((key, launch))
@@ -264,15 +285,22 @@ class Products:
     """What a bank runs for one plan and one shape of its input: a product for each dtype of its weights.
 
     Args:
-        ys: the base layer's outputs, ``[..., N]``, contiguous.
+        ys: the base layer's outputs as in ``product``, contiguous.
         x: what all slices read, ``[..., K]``.
+        widths: ``N`` of each slice.
         segments: the plan.
         plan: the plan, packed, on the device.
         tables: the bank's tables, one for each dtype.
     """
 
     def __init__(
-        self, ys: Sequence[Tensor], x: Tensor, segments: Segments, plan: Tensor, tables: Sequence[TableRows]
+        self,
+        ys: Sequence[Tensor],
+        x: Tensor,
+        widths: Sequence[int],
+        segments: Segments,
+        plan: Tensor,
+        tables: Sequence[TableRows],
     ) -> None:
         self.can_run = takes(ys, x, tables)
         self._shape = x.shape
@@ -284,7 +312,7 @@ class Products:
             rows = _rows(x)
             longest = segments.longest * (rows.numel() // rows.shape[-1] // segments.num_entries)
             self._products = [
-                (product(ys, rows, segments.num_segments, longest, table), table.rows)
+                (product(ys, rows, widths, segments.num_segments, longest, table), table.rows)
                 for table in tables
                 if table.rank
             ]
@@ -306,9 +334,7 @@ class Products:
             each(ys, x, self._plan, table, workspaces)
 
 
-def add_(
-    ys: Sequence[Tensor], x: Tensor, plan: Tensor, tables: Sequence[TableRows], launch: Launch | None = None
-) -> None:
+def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, tables: Sequence[TableRows]) -> None:
     """Add the deltas of ``x`` to ``ys``, under whatever plan stands in a buffer when the kernels run.
 
     Launches are as many as the buffer's largest plan may need, and no number in them depends on the plan. Arguments as
@@ -322,7 +348,7 @@ def add_(
     longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, 64))
     for table in tables:
         if table.rank:
-            product(ys, x, num_segments, longest, table, launch)(ys, x, plan, table.rows)
+            product(ys, x, widths, num_segments, longest, table)(ys, x, plan, table.rows)
 
 
 def _rows(x: Tensor) -> Tensor:

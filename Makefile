@@ -7,13 +7,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= auto
 
-.PHONY: demo test lint types docs bench check clean help
+.PHONY: demo test test-triton-oldest lint types docs bench check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# The kernels through the interpreter of the oldest Triton, which comes with torch 2.11 and needs an older numpy.
+test-triton-oldest: .venv/triton-oldest
+	PYTHONPATH=$< $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | test | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+	@echo "make demo | test | test-triton-oldest | lint | types | docs | bench | check (lint, types, test, docs) | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,4 +48,8 @@ help:
 
 .venv/dev: .venv/demo
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/triton-oldest: .venv/dev
+	$(PIP) install --no-deps --target $@ "triton==3.6.0" "numpy==2.2.6"
 	touch $@

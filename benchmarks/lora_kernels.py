@@ -21,6 +21,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import torch
 import triton
 import typer
@@ -31,6 +32,10 @@ from rich.table import Table as Rows
 from peft_multibatch import Segments
 from peft_multibatch.bank import Part, Table, TableRows
 from peft_multibatch.ops import torch_backend, triton_backend
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -212,6 +217,24 @@ def best_of(
     return found[1]
 
 
+def plot(records: list[dict], path: Path) -> None:
+    """Bars for the floor, this version and the aim of every point."""
+    figure, axis = plt.subplots(figsize=(9, 0.45 * len(records) + 1))
+    series = {"bytes floor": "floor_us", "peft_multibatch": "p50_us", "aim": "target_us"}
+    for index, (label, key) in enumerate(series.items()):
+        places = [row + 0.27 * (index - 1) for row in range(len(records))]
+        axis.barh(places, [float(record[key] or 0) for record in records], height=0.27, label=label)
+    axis.set_yticks(range(len(records)), [record["point"] for record in records], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel(
+        f"µs, shrink and expand, weights cold in cache; {records[0]['gpu']}, commit {records[0]['commit']}"
+    )
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | None = None, commit: str = "") -> None:
     """Check and time every point; with --sweep, look for better launches as well."""
     out = out or RESULTS / ("lora_kernels_grid.csv" if grid else "lora_kernels.csv")
@@ -261,6 +284,7 @@ def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | No
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
         writer.writerows(records)
+    plot(records, out.with_suffix(".png"))
     console.print(f"{gpu}, copy {bandwidth / 1e6:.2f} TB/s; µs")
     console.print(table)
 

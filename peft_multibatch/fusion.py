@@ -83,14 +83,13 @@ class Group:
         biases = [base._parameters.get("bias") for base in bases]
         if any(type(base) is not nn.Linear or _is_hooked(base) for base in bases):
             self.reason = "base weights apart: not all are plain linear layers"
-        elif len({(base.weight.dtype, base.weight.device, bias is None) for base, bias in zip(bases, biases)}) > 1:
+        elif len({_kind(base.weight, bias) for base, bias in zip(bases, biases)}) > 1:
             self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
         elif any(base.weight.is_meta for base in bases):
             self.reason = "base weights apart: they are offloaded"
         else:
-            with torch.inference_mode(False), torch.no_grad():
-                self._weight = _side_by_side([base.weight for base in bases])
-                self._bias = None if biases[0] is None else _side_by_side(biases)
+            self._weight = _side_by_side([base.weight for base in bases])
+            self._bias = None if biases[0] is None else _side_by_side(biases)
             self._addresses = self._find()
             self.label = self.label.replace("fused", "fused with base weights", 1)
 
@@ -99,10 +98,10 @@ class Group:
         if self._weight is None:
             return
         shared = {each.untyped_storage().data_ptr() for each in (self._weight, self._bias) if each is not None}
-        with torch.inference_mode(False), torch.no_grad():
-            for layer in self.layers:
-                for parameter in layer.base_layer._parameters.values():
-                    if parameter is not None and parameter.untyped_storage().data_ptr() in shared:
+        for layer in self.layers:
+            for parameter in _parameters(layer):
+                if parameter.untyped_storage().data_ptr() in shared:
+                    with torch.inference_mode(parameter.is_inference()):
                         parameter.data = parameter.data.clone()
         self._weight = self._bias = None
         self.label = self.label.replace("fused with base weights", "fused", 1)
@@ -131,6 +130,10 @@ def _parameters(layer: LoraLayer) -> list[Tensor]:
     return [parameter for parameter in layer.base_layer._parameters.values() if parameter is not None]
 
 
+def _kind(weight: Tensor, bias: Tensor | None) -> tuple:
+    return weight.dtype, weight.device, weight.is_inference(), bias is None
+
+
 def _is_hooked(base: nn.Module) -> bool:
     return bool(
         "forward" in base.__dict__
@@ -143,9 +146,11 @@ def _is_hooked(base: nn.Module) -> bool:
 
 
 def _side_by_side(parameters: list[Tensor]) -> Tensor:
-    whole = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
-        parameter.data = part
+    # what was made in inference mode must stay a tensor of that kind
+    with torch.inference_mode(parameters[0].is_inference()):
+        whole = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
+            parameter.data = part
     return whole
 
 

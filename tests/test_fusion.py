@@ -168,6 +168,17 @@ def test_saving_with_base_weights_side_by_side(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters()))
 
 
+def test_base_weights_of_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = peft_model()
+        expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: model(**row).logits))
+        mb = peft_multibatch.enable(model, fuse="weights")
+        assert_close(model(**left_padded(), adapter_ids=NAMES).logits, expected)
+        mb.disable()
+        again = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: model(**row).logits))
+    assert torch.equal(again, expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -32,7 +32,7 @@ MIXES = [
 ]
 
 
-def inputs(rows=6, length=9):
+def inputs(rows=6, length=4):
     return {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
 
 

@@ -59,11 +59,6 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
         model.generate(**inputs, adapter_ids=[0, -1, 1])
         ```
     """
-    if isinstance(model, PeftMixedModel):
-        raise UnsupportedError(
-            "enable got a PeftMixedModel, which mixes tuners: expected a PeftModel of LoRA adapters. Load the "
-            "adapters with PeftModel."
-        )
     if fuse not in (True, False, "weights"):
         raise UnsupportedError(f"enable was called with fuse={fuse!r}: expected True, False or 'weights'.")
     inner = _inner_model(model)
@@ -72,7 +67,7 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
             f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model to "
             "which adapters are added with add_adapter() or load_adapter()."
         )
-    if isinstance(model, PeftModel):
+    if isinstance(model, (PeftModel, PeftMixedModel)):
         _check_configs(model.peft_config)
     present = inner.__dict__.get(STATE)
     if present is None:
@@ -345,15 +340,17 @@ def _choose_backend(backend: str) -> tuple[str, str, ModuleType | None]:
 
 def _inner_model(model: Any) -> Any:
     """The model that holds the layers: what a ``PeftModel`` wraps."""
-    if isinstance(model, PeftModel):
+    if isinstance(model, (PeftModel, PeftMixedModel)):
         model = model.base_model
     return model.model if isinstance(model, BaseTuner) else model
 
 
 def _check_configs(configs: dict[str, Any]) -> None:
     for name, config in configs.items():
-        if getattr(config.peft_type, "value", config.peft_type) != "LORA":
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind.lower() not in handlers.TUNERS:
             raise UnsupportedError(
-                f"adapter {name!r} is of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected "
-                "LoRA adapters only. Delete it, or run the adapters one at a time without adapter_ids."
+                f"adapter {name!r} is of the type {kind}: expected LoRA, or a tuner whose layers compute a row from "
+                "nothing but the row and the adapter. Delete it, or run the adapters one at a time without "
+                "adapter_ids."
             )

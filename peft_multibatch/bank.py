@@ -147,6 +147,37 @@ class Bank:
             part and (part.lora_a.data.t(), part.lora_b.data.t(), part.scaling) for part in adapter.parts(self.layers)
         ]
 
+    def has_variants(self) -> bool:
+        """Whether any adapter here is a DoRA adapter, the one variant that banks know."""
+        return any(layer.lora_variant for layer in self.layers)
+
+    def dora_scales(self, adapters: Mapping[int, Adapter]) -> list[Tensor | None]:
+        """For each slice what DoRA multiplies outputs with, ``[S + 1, N]``, the last row for the base model alone.
+
+        The magnitudes over the norms of the adapted weights, 1 for adapters without DoRA; None where nobody has it.
+        Computed anew from the weights as they are, because nothing shows that they were written in place.
+        """
+        found: list[Tensor | None] = []
+        for layer in self.layers:
+            if not any(adapter.name in layer.lora_variant for adapter in adapters.values()):
+                found.append(None)
+                continue
+            weight = layer.base_layer.weight
+            weight = weight.t() if layer.fan_in_fan_out else weight
+            rows = []
+            for adapter in adapters.values():
+                (part,) = adapter.parts([layer])
+                if part is None or adapter.name not in layer.lora_variant:
+                    rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
+                    continue
+                with torch.no_grad():  # the norm counts as a constant in DoRA's gradients
+                    delta = (part.lora_b @ part.lora_a).to(weight.dtype) * part.scaling
+                    norm = torch.linalg.norm(weight + delta, dim=1).to(weight.dtype)
+                rows.append(layer.lora_magnitude_vector[adapter.name].weight / norm)
+            rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
+            found.append(torch.stack(rows))
+        return found
+
     def gather(self, adapters: Iterable[Adapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What the ops take for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from peft_multibatch import ops
@@ -98,7 +98,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if group is None or args or kwargs:
         return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
-        whole = group.base_output(x)
+        whole = group.base_output(x) if not group.bank.has_variants() else None
         ys = [whole] if whole is not None else [_base_output(layer, x) for layer in group.layers]
         ys = _add_deltas(call, router, group.bank, ys, x)
         if whole is not None:
@@ -141,6 +141,13 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
     """
     if isinstance(call, Graph):
         return _add_in_graph(call, router, bank, ys, x)
+    ys = _add(call, router, bank, ys, x)
+    if bank.has_variants():
+        ys = _scale(call, bank, ys)
+    return ys
+
+
+def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     mix, kernels = call.mix, router.kernels
     if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
         mix.segments.rows_per_entry(len(x))
@@ -171,8 +178,33 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
     return ys
 
 
+def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
+    """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights."""
+    scales = call.dora_scales.get(bank)
+    if scales is None:
+        scales = bank.dora_scales(call.mix.adapters)
+        if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
+            call.dora_scales[bank] = scales
+    index = {slot: position for position, slot in enumerate(call.mix.adapters)}
+    found = []
+    for layer, y, scale in zip(bank.layers, ys, scales):
+        if scale is not None:
+            rows = torch.tensor([index.get(slot, len(index)) for slot in call.mix.ids], device=y.device)
+            bias = layer.base_layer.bias
+            start = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
+            grouped = y.reshape(len(rows), -1, y.shape[-1])
+            y = torch.lerp(start.expand_as(grouped), grouped, scale[rows].to(y.dtype)[:, None]).view(y.shape)
+        found.append(y)
+    return found
+
+
 def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
+    if bank.has_variants():
+        raise UnsupportedError(
+            "a model was compiled with DoRA adapters, whose norms are computed when a call begins: expected adapters "
+            "without variants. Run it without torch.compile, or pass disable_compile=True to generate."
+        )
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
         plan = take_plan(graph.buffer.packed, graph.key)
@@ -229,6 +261,9 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
             "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
         )
     check_state(patch.name, self)
+    entries = call.mix.segments.num_entries
+    if len(x) == 1 < entries and isinstance(get_base(self), nn.Embedding):
+        x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
     outputs, order = [], []
     for slot, rows in call.mix.segments.rows(len(x), x.device):
         view = single_adapter_view(self, None if slot == BASE else patch.router.names[slot])
@@ -260,7 +295,18 @@ def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
     view: Any = copy.copy(layer)
     view._disable_adapters = name is None
     view._active_adapter = [name] if name is not None else []
+    if isinstance(layer, TrainableTokensWrapper):  # what does the work has a state of its own, and may lack the name
+        tokens = layer.token_adapter
+        own = single_adapter_view(tokens, name if name in tokens.trainable_tokens_delta else None)
+        view._modules = {**layer._modules, "token_adapter": own}
     return view
+
+
+def get_base(layer: Any) -> nn.Module:
+    """The module of the base model that a PEFT layer stands for."""
+    while isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    return layer
 
 
 for _handler in (linear, per_segment):
@@ -276,9 +322,18 @@ HANDLERS: dict[type, Callable[..., Tensor] | None] = {
     lora.ParamWrapper: None,  # swaps parameters of experts, whose rows are gathered from all samples
     LoraLayer: per_segment,
     ModulesToSaveWrapper: per_segment,
+    TrainableTokensWrapper: per_segment,
     AuxiliaryTrainingWrapper: None,
-    BaseTunerLayer: None,  # another tuner than LoRA
+    BaseTunerLayer: per_segment,  # another tuner than LoRA: see TUNERS
 }
+
+# Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
+# compared with PEFT one adapter at a time (tests/test_tuners.py); whoever isn't here is refused.
+TUNERS = (
+    "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
+    "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora", "road", "shira",
+    "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
+)  # fmt: skip
 
 # Variants whose forward depends on more than the rows and the adapter: positions in the sequence, other adapters.
 CONTEXT_VARIANTS = ("ALora", "Arrow")
@@ -309,7 +364,8 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
     expected = "expected LoRA layers that see the rows of each sample together"
     advice = "Remove the adapters from it, or run the adapters one at a time without adapter_ids."
     handler = next((HANDLERS[cls] for cls in type(layer).__mro__ if cls in HANDLERS), None)
-    if handler is None:
+    tuner = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
+    if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
     if getattr(config, "model_type", None) in OTHER_ORDER:
         raise UnsupportedError(
@@ -325,11 +381,18 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
             f"{name} is inside the vision part of a model that also reads text, and sees images or patches, not "
             f"samples: {expected}. {advice}"
         )
-    if not isinstance(layer, LoraLayer):
+    if isinstance(layer, BaseTunerLayer) and isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
+        raise UnsupportedError(
+            f"{name} is a {kind} around a {type(layer.base_layer).__name__}, two tuners on one layer: {expected}. "
+            f"{advice}"
+        )
+    if isinstance(layer, ModulesToSaveWrapper):
         inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
-        return handler, f"{kind} runs PEFT's own code"
+    if not isinstance(layer, LoraLayer):
+        what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
+        return handler, f"{what} runs PEFT's own code"
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
     variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
@@ -340,7 +403,7 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         return handler, f"{kind} runs PEFT's own code"
     if type(layer) is not lora.Linear:
         return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
-    if variants:
+    if variants - {"DoraLinearVariant"}:
         return per_segment, f"an adapter is of the variant {', '.join(sorted(variants))}"
     if any(layer.lora_bias.values()):
         return per_segment, "an adapter has a bias (lora_bias)"

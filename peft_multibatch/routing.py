@@ -111,7 +111,9 @@ class Call:
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
         stash: for each fused group, what its first layer computed for the others.
+        dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
+        rows: rows of the model's last forward inside ``generate``.
     """
 
     def __init__(self, mix: Mix, expands: bool) -> None:
@@ -120,8 +122,9 @@ class Call:
         self.inside = False
         self.ended = False
         self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
+        self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
-        self._rows: int | None = None
+        self.rows: int | None = None
 
     def check_rows(self, rows: int | None) -> None:
         """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
@@ -131,13 +134,13 @@ class Call:
         """
         if not self.expands or rows is None:
             return
-        if self._rows is not None and rows < self._rows:
+        if self.rows is not None and rows < self.rows:
             raise RowMappingError(
-                f"generate went on with {rows} rows after {self._rows}, and can't tell which rows belong to which "
+                f"generate went on with {rows} rows after {self.rows}, and can't tell which rows belong to which "
                 "sample: expected the same rows at every step. Whisper does so with long audio; generate for one "
                 "adapter at a time there."
             )
-        self._rows = rows
+        self.rows = rows
 
 
 class Graph:

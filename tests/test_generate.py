@@ -164,3 +164,19 @@ def test_logits_on_a_gpu(dtype):
         assert relative_error(mixed[real], reference[real]) <= 1.1 * relative_error(alone[real], reference[real])
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["three"].weight.data.mul_(3)
         assert not torch.allclose(model(**inputs, adapter_ids=NAMES).logits, mixed, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_dora_beside_other_adapters(options):
+    model = peft_model()
+    config = lora_configs()["eight"]
+    config.use_dora = True
+    model.add_adapter("dora", config)
+    for key, parameter in model.named_parameters():
+        if "magnitude" in key:
+            parameter.data *= torch.rand_like(parameter) + 0.5
+    names = [*NAMES[:-2], "dora", "dora"]
+    expected = torch.cat(row_by_row(model, names, left_padded(), tokens(model, **options)))
+    mb = peft_multibatch.enable(model)
+    assert "per segment" not in {entry.how for entry in mb.report()}
+    assert torch.equal(model.generate(**left_padded(), **GREEDY, **options, adapter_ids=names), expected)

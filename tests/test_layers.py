@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from models import alone, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
@@ -81,8 +82,8 @@ def test_other_layers_run_peft_per_segment(layer):
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "mica"}],
-    ids=["DoRA", "lora_bias", "MiCA"],
+    [{"lora_bias": True}, {"init_lora_weights": "mica"}],
+    ids=["lora_bias", "MiCA"],
 )
 def test_linear_variants_run_peft_per_segment(options):
     model = build(second=options)
@@ -91,6 +92,39 @@ def test_linear_variants_run_peft_per_segment(options):
             nn.init.normal_(parameter)
     mb = check(model, "linear", make_input("linear"), PER_SEGMENT)
     assert mb.report()[0].reason
+
+
+def randomize(model):
+    """DoRA begins with magnitudes that change nothing, and PEFT leaves one matrix at zero."""
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = torch.rand_like(parameter) + 0.5 if "magnitude" in key else torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [False, True], ids=["one of two adapters", "both"])
+def test_dora(first, dtype):
+    """Beside the segmented product, a factor for each row: adapters with and without DoRA in one batch."""
+    model = randomize(build(use_dora=first, second={"use_dora": True}, dtype=dtype))
+    check(model, "linear", make_input("linear", dtype=dtype), SEGMENTED, dtype)
+
+
+def test_dora_sees_changes_in_place():
+    model, x = randomize(build(use_dora=True)), make_input("linear")
+    peft_multibatch.enable(model)
+    layer = model.base_model.model.linear
+    for change in (
+        lambda: layer.lora_magnitude_vector["one"].weight.data.mul_(2),
+        lambda: layer.lora_B["two"].weight.data.mul_(3),
+        lambda: layer.base_layer.weight.data.add_(0.5),
+        lambda: layer.set_scale("one", 4.0),
+    ):
+        before = model(layer="linear", x=x, adapter_ids=NAMES)
+        change()
+        after = model(layer="linear", x=x, adapter_ids=NAMES)
+        assert not torch.allclose(before, after)
+        assert_close(after, oracle(model, "linear", x))
 
 
 def test_variants_that_need_more_than_their_rows_are_refused():
@@ -149,10 +183,13 @@ def test_autocast():
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding"])
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "dora"])
 def test_gradients(layer):
     """Of the input and of every adapter's weights, as PEFT computes them one adapter at a time."""
-    model = build(layer)
+    if layer == "dora":
+        layer, model = "linear", randomize(build("linear", second={"use_dora": True}))
+    else:
+        model = build(layer)
     model.set_requires_grad(["one", "two"])
     x = make_input(layer)
     weights = [p for name, p in model.named_parameters() if "lora_" in name]
@@ -215,6 +252,50 @@ def test_modules_to_save_are_each_adapters_own():
     peft_multibatch.enable(model)
     assert_close(model(layer="head", x=x, adapter_ids=NAMES), expected)
     assert (head.active_adapters, head.disable_adapters) == (["one"], False)
+
+
+def test_trainable_tokens_are_each_adapters_own():
+    """Two adapters with tokens of their own, one without any, and the base model alone."""
+    model = build("linear", trainable_token_indices={"embedding": [1, 2, 3]}, second={"trainable_token_indices": None})
+    third = LoraConfig(r=2, target_modules=["linear"], trainable_token_indices={"embedding": [3, 4]})
+    model.add_adapter("three", third)
+    for key, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in key:
+            nn.init.normal_(parameter)
+    names, x = ["one", "three", "two", "__base__", "three"], torch.randint(0, 6, (5, 7))
+    expected = torch.cat(
+        row_by_row(
+            model, ["one", "three", "__base__", "__base__", "three"], {"x": x}, lambda r: model("embedding", r["x"])
+        )
+    )
+    peft_multibatch.enable(model)
+    assert_close(model(layer="embedding", x=x, adapter_ids=names), expected)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "Bert"])
+def test_position_embeddings(architecture):
+    """They see one row of positions for all samples."""
+    sizes = {"GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}, "Bert": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "max_position_embeddings": 12,
+    }}[architecture]  # fmt: skip
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=30, bos_token_id=1, eos_token_id=None, **sizes)
+    kind = {"GPT2": transformers.GPT2LMHeadModel, "Bert": transformers.BertModel}[architecture]
+    targets = {"GPT2": ["wte", "wpe"], "Bert": ["word_embeddings", "position_embeddings"]}[architecture]
+    model = get_peft_model(kind(config), LoraConfig(r=3, target_modules=targets), "one")
+    model.add_adapter("two", LoraConfig(r=2, target_modules=targets))
+    randomize(model.eval())
+    ids = torch.randint(2, 30, (5, 6))
+    with torch.no_grad():
+        expected = torch.cat(row_by_row(model, NAMES, {"x": ids}, lambda row: model(input_ids=row["x"])[0]))
+        mb = peft_multibatch.enable(model)
+        assert_close(model(input_ids=ids, adapter_ids=NAMES)[0], expected)
+        if architecture == "GPT2":
+            options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+            tokens = model.generate(input_ids=ids, adapter_ids=NAMES, **options)
+            mb.disable()
+            rows = row_by_row(model, NAMES, {"input_ids": ids}, lambda row: model.generate(**row, **options))
+            assert torch.equal(tokens, torch.cat(rows))
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,25 @@ def test_more_adapters_than_a_table_holds():
     assert_close(logits(model), first)
 
 
+def add_dora(model):
+    config = lora_configs()["eight"]
+    config.use_dora = True
+    model.add_adapter("dora", config)
+    for key, parameter in model.named_parameters():
+        if "magnitude" in key and ".dora." in key:
+            parameter.data *= torch.rand_like(parameter) + 0.5
+    return [*NAMES[:4], "dora", "dora"]
+
+
+@pytest.mark.parametrize("fuse", [True, "weights"])
+def test_dora(launches, fuse):
+    model, _ = enabled(fuse)
+    names = add_dora(model)
+    model.to(DEVICE)
+    assert_close(logits(model, names), expected(model, names))
+    assert launches
+
+
 def test_weights_on_another_device_are_refused():
     model, _ = enabled()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -243,6 +262,13 @@ def test_threads_with_different_ids_never_share_a_plan(compiled):
     for index in (0, 2):
         with mb.batch(MIXES[index]):
             assert_close(logits(fast, None, use_cache=False), wants[index])
+
+
+def test_dora_in_a_graph_is_refused(compiled):
+    model, mb, fast, _ = compiled
+    names = add_dora(model)
+    with mb.batch(names), pytest.raises(Exception, match="compiled with DoRA adapters"):
+        logits(fast, None, use_cache=False)
 
 
 def test_gradients_in_a_graph(compiled):

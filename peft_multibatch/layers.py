@@ -6,7 +6,7 @@ A handler is a function in the place of the layer's ``forward``. Without a call 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -241,45 +241,124 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
-    call = patch.router.current()
+    call = _current_call(patch, self)
     if call is None:
         return patch.original(x, *args, **kwargs)
+    entries = call.mix.segments.num_entries
+    if len(x) == 1 < entries and isinstance(get_base(self), nn.Embedding):
+        x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
+    others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # experts get their routing beside the hidden states, token by token
+    is_routed = isinstance(self, lora.ParamWrapper) and all(len(value) == len(x) for value in others)
+    if others and not is_routed:
+        raise UnsupportedError(
+            f"{type(self).__name__} was called with more than one tensor, and only the first can be split by samples: "
+            "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
+        )
+    if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and not others:
+        raise UnsupportedError(
+            f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "
+            "samples: expected hidden states and routing with the same rows. Remove the adapters from these "
+            "parameters, or run them one at a time."
+        )
+
+    def run(view: Any, rows: slice | Tensor) -> Any:
+        def own(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) else value
+
+        return type(self).forward(view, x[rows], *map(own, args), **{key: own(value) for key, value in kwargs.items()})
+
+    return _for_each_segment(call, patch, self, len(x), x.device, run)
+
+
+def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``lora.MultiheadAttention``: as ``per_segment``; samples are in dimension 1 where ``batch_first`` isn't set."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, query, key, value, *args, **kwargs)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(query, key, value, *args, **kwargs)
+    if query.dim() != 3 or args:
+        raise UnsupportedError(
+            f"{patch.name} was called with a query of {query.dim()} dimensions and {len(args)} positional arguments "
+            "behind the value: expected a batch, and masks by their names. Call it so, or run the adapters one at a "
+            "time."
+        )
+    base: Any = self.base_layer
+    batch = 0 if base.batch_first else 1
+
+    def run(view: Any, rows: slice | Tensor) -> Any:
+        index: Any = rows if batch == 0 else (slice(None), rows)
+        own = dict(kwargs)
+        if kwargs.get("key_padding_mask") is not None:
+            own["key_padding_mask"] = kwargs["key_padding_mask"][rows]
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dim() == 3:  # [samples × heads, targets, sources]
+            own["attn_mask"] = mask.unflatten(0, (-1, base.num_heads))[rows].flatten(0, 1)
+        return type(self).forward(view, query[index], key[index], value[index], **own)
+
+    # the output has samples where the query has them, the attention weights in dimension 0
+    return _for_each_segment(call, patch, self, query.shape[batch], query.device, run, dims=(batch, 0))
+
+
+def _current_call(patch: Patch, layer: Any) -> Call | None:
+    call = patch.router.current()
     if isinstance(call, Graph):
         raise UnsupportedError(
             f"{patch.name} runs PEFT's own code per segment, because of its class or because it trains with dropout, "
             "and the segments of a batch aren't known while a graph is compiled: expected a model all of whose "
             "adapters run segmented, see mb.report(). Run it without torch.compile."
         )
-    if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
-        raise UnsupportedError(
-            f"{type(self).__name__} was called with more than one tensor, and only the first can be split by samples: "
-            "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
-        )
-    check_state(patch.name, self)
-    entries = call.mix.segments.num_entries
-    if len(x) == 1 < entries and isinstance(get_base(self), nn.Embedding):
-        x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
+    if call is not None:
+        check_state(patch.name, layer)
+    return call
+
+
+def _for_each_segment(
+    call: Call,
+    patch: Patch,
+    layer: Any,
+    num_rows: int,
+    device: torch.device,
+    run: Callable[[Any, slice | Tensor], Any],
+    dims: Sequence[int] | None = None,
+) -> Any:
+    """Run a layer once per segment and put its outputs together: a tensor, or a tuple of tensors and None.
+
+    Args:
+        run: called with a view of the layer and the rows of a segment.
+        dims: where the rows are in each output of a tuple; in dimension 0 where it isn't given.
+    """
     outputs, order = [], []
-    for slot, rows in call.mix.segments.rows(len(x), x.device):
-        view = single_adapter_view(self, None if slot == BASE else patch.router.names[slot])
-        outputs.append(type(self).forward(view, x[rows], *args, **kwargs))
+    for slot, rows in call.mix.segments.rows(num_rows, device):
+        outputs.append(run(single_adapter_view(layer, None if slot == BASE else patch.router.names[slot]), rows))
         order.append(rows)
     if not outputs:
-        return type(self).forward(single_adapter_view(self, None), x, *args, **kwargs)
-    if not all(isinstance(output, Tensor) for output in outputs):
-        raise UnsupportedError(
-            f"{patch.name} returned a {type(outputs[0]).__name__}, which can't be put together from segments: "
-            "expected a tensor. Remove the adapters from this layer, or run them one at a time."
-        )
-    result = torch.cat(outputs)
-    if call.mix.segments.permutation is None:
-        return result
-    return result[torch.cat(order).argsort()]
+        return run(single_adapter_view(layer, None), slice(0, 0))
+    positions = None
+    if call.mix.segments.permutation is not None:
+        positions = torch.cat([rows for rows in order if isinstance(rows, Tensor)]).argsort()
+
+    def join(parts: Sequence[Any], dim: int) -> Any:
+        if all(part is None for part in parts):
+            return None
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise UnsupportedError(
+                f"{patch.name} returned a {type(parts[0]).__name__}, which can't be put together from segments: "
+                "expected a tensor. Remove the adapters from this layer, or run them one at a time."
+            )
+        result = torch.cat(list(parts), dim)
+        return result if positions is None else result.index_select(dim, positions)
+
+    if isinstance(outputs[0], tuple):
+        return tuple(join(parts, dims[i] if dims else 0) for i, parts in enumerate(zip(*outputs)))
+    return join(outputs, 0)
 
 
 def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
@@ -299,7 +378,30 @@ def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
         tokens = layer.token_adapter
         own = single_adapter_view(tokens, name if name in tokens.trainable_tokens_delta else None)
         view._modules = {**layer._modules, "token_adapter": own}
+    # these two put weights into the base module while they run: into a copy of it, here
+    elif isinstance(layer, lora.ParamWrapper):
+        is_nested = isinstance(layer.base_layer, lora.ParamWrapper)
+        base = single_adapter_view(layer.base_layer, name) if is_nested else _copy_of(layer.base_layer)
+        view._modules = {**layer._modules, "base_layer": base}
+    elif isinstance(layer, lora.MultiheadAttention):
+        base, out_proj = _copy_of(layer.base_layer), single_adapter_view(layer.base_layer.out_proj, name)
+        out_proj._modules = {**out_proj._modules, "base_layer": _copy_of(out_proj.base_layer)}
+        base._modules["out_proj"] = out_proj
+        view._modules = {**layer._modules, "base_layer": base}
+        view.merged_adapters, out_proj.merged_adapters = [], []
     return view
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A module with the same parameters that may be replaced without touching the original's."""
+    copied = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[name] = dict(module.__dict__[name])
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.requires_grad:
+            # with a version counter of its own: parametrizations count as changes, which autograd would complain of
+            copied._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
+    return copied
 
 
 def get_base(layer: Any) -> nn.Module:
@@ -309,7 +411,7 @@ def get_base(layer: Any) -> nn.Module:
     return layer
 
 
-for _handler in (linear, per_segment):
+for _handler in (linear, per_segment, attention):
     _handler.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's forward
 
 PER_SEGMENT = "per segment"
@@ -318,8 +420,7 @@ SEGMENTED = "segmented"
 # The first match in a layer class's method resolution order counts. None: rows routed through it would not be right.
 HANDLERS: dict[type, Callable[..., Tensor] | None] = {
     lora.Linear: linear,
-    lora.MultiheadAttention: None,  # merges weights into the module while it runs; rows may be dimension 1
-    lora.ParamWrapper: None,  # swaps parameters of experts, whose rows are gathered from all samples
+    lora.MultiheadAttention: attention,
     LoraLayer: per_segment,
     ModulesToSaveWrapper: per_segment,
     TrainableTokensWrapper: per_segment,
@@ -374,17 +475,17 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         )
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():
-        if part in parts:
+        if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
     if hasattr(config, "vision_config") and any(word in part for part in parts for word in VISION_PARTS):
         raise UnsupportedError(
             f"{name} is inside the vision part of a model that also reads text, and sees images or patches, not "
             f"samples: {expected}. {advice}"
         )
-    if isinstance(layer, BaseTunerLayer) and isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
+    base = getattr(layer, "base_layer", None)
+    if isinstance(base, BaseTunerLayer) and not (isinstance(layer, lora.ParamWrapper) and type(base) is type(layer)):
         raise UnsupportedError(
-            f"{name} is a {kind} around a {type(layer.base_layer).__name__}, two tuners on one layer: {expected}. "
-            f"{advice}"
+            f"{name} is a {kind} around a {type(base).__name__}, two tuners on one layer: {expected}. {advice}"
         )
     if isinstance(layer, ModulesToSaveWrapper):
         inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -7,7 +7,7 @@ import torch
 import transformers
 from models import alone, row_by_row
 from peft import LoraConfig, get_peft_model
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 from torch import nn
 
 import peft_multibatch
@@ -298,24 +298,134 @@ def test_position_embeddings(architecture):
             assert torch.equal(tokens, torch.cat(rows))
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"target_modules": ["0"]}, "experts.0 is inside a mixture of experts"),
-        ({"target_parameters": ["inner.weights"]}, "ParamWrapper"),
-    ],
-    ids=["expert modules", "target_parameters"],
-)
-def test_what_can_not_be_right_is_refused(options, match):
-    class Mixture(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(4, 4)])
-            self.block = nn.Module()
-            self.block.inner = nn.Module()
-            self.block.inner.weights = nn.Parameter(torch.zeros(2, 4, 4))
+class Attention(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
 
-    model = get_peft_model(Mixture(), LoraConfig(r=2, **options), "one")
-    with pytest.raises(peft_multibatch.UnsupportedError, match=match):
+    def forward(self, x, y, **masks):
+        if self.batch_first:
+            return self.attention(x, y, y, **masks)
+        output, weights = self.attention(x.transpose(0, 1), y.transpose(0, 1), y.transpose(0, 1), **masks)
+        return output.transpose(0, 1), weights
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention(batch_first):
+    """The module that keeps q, k and v in one parameter: with its masks, in either order of dimensions."""
+    config = LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
+    model = get_peft_model(Attention(batch_first), config, "one")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["attention"], init_lora_weights=False))
+    model.eval()
+    x, y = torch.randn(5, 4, 8), torch.randn(5, 6, 8)
+    padding = torch.zeros(5, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    mask = torch.zeros(10, 4, 6).masked_fill(torch.rand(10, 4, 6) < 0.3, -5.0)
+
+    def call(rows, **kwargs):
+        heads = mask.unflatten(0, (5, 2))[rows].flatten(0, 1)
+        return model(x[rows], y[rows], key_padding_mask=padding[rows].float() * -1e9, attn_mask=heads, **kwargs)
+
+    expected = [
+        torch.cat(parts)
+        for parts in zip(*(alone(model, name, lambda i=i: call(slice(i, i + 1))) for i, name in enumerate(NAMES)))
+    ]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    mb = peft_multibatch.enable(model)
+    assert [entry.how for entry in mb.report()] == [PER_SEGMENT]
+    for actual, wanted in zip(call(slice(None), adapter_ids=NAMES), expected):
+        assert_close(actual, wanted)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def experts_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=30, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    shared = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "init_lora_weights": False}
+    model = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(r=2, **shared), "one")
+    model.add_adapter("two", LoraConfig(r=2, **shared))
+    return model.eval()
+
+
+def test_experts_meet_the_adapter_of_each_tokens_sample():
+    model = experts_model()
+    ids = torch.randint(1, 30, (5, 6))
+    with torch.no_grad():
+        expected = torch.cat(row_by_row(model, NAMES, {"x": ids}, lambda row: model(input_ids=row["x"]).logits))
+        first, second = (alone(model, name, lambda: model(input_ids=ids).logits) for name in ("one", "two"))
+        assert relative_error(first, second) > 0.01
+        mb = peft_multibatch.enable(model)
+        assert "ParamWrapper" in mb.report()[-1].reason
+        assert_close(model(input_ids=ids, adapter_ids=NAMES).logits, expected)
+        options = {"max_new_tokens": 3, "do_sample": False}
+        tokens = model.generate(input_ids=ids, adapter_ids=NAMES, **options)
+        assert "parametrizations" not in "".join(key for key, _ in model.named_modules())
+        mb.disable()
+        rows = row_by_row(model, NAMES, {"input_ids": ids}, lambda row: model.generate(**row, **options))
+    assert torch.equal(tokens, torch.cat(rows))
+
+
+def test_gradients_of_experts():
+    model, ids = experts_model(), torch.randint(1, 30, (5, 6))
+    model.set_requires_grad(["one", "two"])
+    weights = [p for key, p in model.named_parameters() if "lora_" in key]
+
+    def one_at_a_time():
+        total = 0
+        for row, name in enumerate(NAMES):
+            total = (
+                total + alone(model, name, lambda row=row: model(input_ids=ids[row : row + 1]).logits).square().sum()
+            )
+            model.set_requires_grad(["one", "two"])
+        return total
+
+    expected = torch.autograd.grad(one_at_a_time(), weights, materialize_grads=True)
+    peft_multibatch.enable(model)
+    actual = torch.autograd.grad(
+        model(input_ids=ids, adapter_ids=NAMES).logits.square().sum(), weights, materialize_grads=True
+    )
+    for mine, theirs in zip(actual, expected):
+        assert_close(mine, theirs)
+
+
+class Mixture(nn.Module):
+    """Experts of both kinds: modules that see gathered rows, and one parameter for all, called without routing."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4)])
+        self.block = nn.Module()
+        self.block.inner = Unrouted()
+
+    def forward(self, x):
+        return self.block.inner(x)
+
+
+class Unrouted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(2, 4, 4))
+
+    def forward(self, x):
+        return torch.bmm(x.view(2, -1, 4), self.weights).view(-1, 4)
+
+
+def test_experts_that_see_gathered_rows_are_refused():
+    model = get_peft_model(Mixture(), LoraConfig(r=2, target_modules=["0"]), "one")
+    with pytest.raises(peft_multibatch.UnsupportedError, match=r"experts.0 is inside a mixture of experts"):
         peft_multibatch.enable(model)
     assert "forward" not in model.__dict__  # nothing is left behind
+
+
+def test_experts_without_routing_are_refused():
+    model = get_peft_model(Mixture(), LoraConfig(r=2, target_parameters=["inner.weights"]), "one")
+    peft_multibatch.enable(model)
+    with pytest.raises(peft_multibatch.UnsupportedError, match="inner has experts that were called without routing"):
+        model(torch.randn(4, 4), adapter_ids=["one", "__base__", "one", "one"])

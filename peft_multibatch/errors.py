@@ -8,8 +8,7 @@
     ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
     │   ├── NotEnabledError                     `enable` was not called on this very model
     │   ├── NoAdaptersError                     no adapter was added yet
-    │   ├── MergedAdaptersError                 an adapter is merged into the base weights
-    │   └── AdaptersDisabledError               adapters are switched off
+    │   └── MergedAdaptersError (ValueError)    an adapter is merged into the base weights
     ├── UnsupportedError (TypeError)        this model, tuner or layer is not supported
     ├── RowMappingError (ValueError)        a layer's rows can't be mapped to samples
     ├── BackendUnavailableError (RuntimeError)
@@ -51,12 +50,8 @@ class NoAdaptersError(ModelStateError):
     """The model has no adapters."""
 
 
-class MergedAdaptersError(ModelStateError):
+class MergedAdaptersError(ModelStateError, ValueError):
     """An adapter is merged into the base weights, so that no row could be without it."""
-
-
-class AdaptersDisabledError(ModelStateError):
-    """Ids were passed while the model's adapters are switched off."""
 
 
 class UnsupportedError(MultibatchError, TypeError):

@@ -6,7 +6,8 @@ A handler is a function in the place of the layer's ``forward``. Without a call 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from peft_multibatch import ops
-from peft_multibatch.errors import AdaptersDisabledError, MergedAdaptersError, ModelStateError, UnsupportedError
+from peft_multibatch.errors import MergedAdaptersError, ModelStateError, UnsupportedError
 from peft_multibatch.routing import Call, Graph, take_plan
 from peft_multibatch.segments import BASE
 
@@ -65,18 +66,11 @@ def check_state(name: str, layer: Any) -> None:
 
     Raises:
         MergedAdaptersError: an adapter is merged into the base weights.
-        AdaptersDisabledError: the adapters are switched off.
     """
-    if layer.merged_adapters:
+    if layer.merged_adapters and not layer._disable_adapters:
         raise MergedAdaptersError(
             f"adapter_ids was passed while {layer.merged_adapters} is merged into the base weights of {name}: "
             "expected unmerged adapters. Call model.unmerge_adapter() first."
-        )
-    if layer._disable_adapters:
-        raise AdaptersDisabledError(
-            f"adapter_ids was passed while the adapters of {name} are disabled: expected enabled adapters. Leave "
-            "model.disable_adapter(), or call model.enable_adapters(), first; for single rows of the base model pass "
-            "the id -1."
         )
 
 
@@ -87,9 +81,9 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
     call = router.current()
-    if call is None:
+    if call is None or self._disable_adapters:
         return patch.original(x, *args, **kwargs)
-    if self.merged_adapters or self._disable_adapters:
+    if self.merged_adapters:
         check_state(patch.name, self)
     if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
@@ -273,7 +267,9 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
         return type(self).forward(view, x[rows], *map(own, args), **{key: own(value) for key, value in kwargs.items()})
 
-    return _for_each_segment(call, patch, self, len(x), x.device, run)
+    # routers return several tensors, all of them token by token; what other layers return beside needn't be so
+    dims = itertools.repeat(0) if isinstance(self, lora.ParamWrapper) else ()
+    return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
 
 
 def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -308,7 +304,7 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _current_call(patch: Patch, layer: Any) -> Call | None:
-    call = patch.router.current()
+    call = None if layer._disable_adapters else patch.router.current()
     if isinstance(call, Graph):
         raise UnsupportedError(
             f"{patch.name} runs PEFT's own code per segment, because of its class or because it trains with dropout, "
@@ -327,13 +323,13 @@ def _for_each_segment(
     num_rows: int,
     device: torch.device,
     run: Callable[[Any, slice | Tensor], Any],
-    dims: Sequence[int] | None = None,
+    dims: Iterable[int],
 ) -> Any:
     """Run a layer once per segment and put its outputs together: a tensor, or a tuple of tensors and None.
 
     Args:
         run: called with a view of the layer and the rows of a segment.
-        dims: where the rows are in each output of a tuple; in dimension 0 where it isn't given.
+        dims: where the rows are in each output of a tuple; empty where that isn't known.
     """
     outputs, order = [], []
     for slot, rows in call.mix.segments.rows(num_rows, device):
@@ -356,8 +352,8 @@ def _for_each_segment(
         result = torch.cat(list(parts), dim)
         return result if positions is None else result.index_select(dim, positions)
 
-    if isinstance(outputs[0], tuple):
-        return tuple(join(parts, dims[i] if dims else 0) for i, parts in enumerate(zip(*outputs)))
+    if isinstance(outputs[0], tuple) and dims:
+        return tuple(join(parts, dim) for parts, dim in zip(zip(*outputs), dims))
     return join(outputs, 0)
 
 

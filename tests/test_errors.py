@@ -141,18 +141,6 @@ def test_merged_adapters():
     model(**left_padded(), adapter_ids=[0] * 6)
 
 
-def test_disabled_adapters():
-    model = peft_model()
-    peft_multibatch.enable(model)
-    with model.disable_adapter(), pytest.raises(errors.AdaptersDisabledError) as caught:
-        model(**left_padded(), adapter_ids=[0] * 6)
-    assert str(caught.value) == (
-        "adapter_ids was passed while the adapters of model.layers.0.self_attn.q_proj are disabled: expected enabled "
-        "adapters. Leave model.disable_adapter(), or call model.enable_adapters(), first; for single rows of the base "
-        "model pass the id -1."
-    )
-
-
 def test_no_adapters():
     model = base_model()
     peft_multibatch.enable(model)

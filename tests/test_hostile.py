@@ -98,10 +98,6 @@ def test_adding_adapters_while_other_threads_run(monkeypatch):
     assert wrong == []
 
 
-def disable_adapters(model):
-    return model.disable_adapter()
-
-
 def merge(model):
     model.set_adapter("eight")
     model.merge_adapter(["eight"])
@@ -115,7 +111,6 @@ def delete(model):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (disable_adapters, errors.AdaptersDisabledError),
         (merge, errors.MergedAdaptersError),
         (delete, errors.UnknownAdapterError),
     ],
@@ -127,12 +122,19 @@ def test_changes_inside_a_block_are_noticed(change, error, through):
     with torch.no_grad(), mb.batch(NAMES):
         call(**left_padded())
         with pytest.raises(error):
-            if change is disable_adapters:
-                with model.disable_adapter():
-                    call(**left_padded())
-            else:
-                change(model)
-                call(**left_padded())
+            change(model)
+            call(**left_padded())
+
+
+def test_disabled_adapters_come_before_ids_as_in_peft():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    mixed = logits(model, adapter_ids=NAMES)
+    with model.disable_adapter():
+        plain = logits(model)
+        assert torch.equal(logits(model, adapter_ids=NAMES), plain)
+    assert not torch.equal(mixed, plain)
+    assert torch.equal(logits(model, adapter_ids=NAMES), mixed)
 
 
 def test_an_adapter_added_inside_a_block_adds_nothing_to_other_rows():

@@ -339,6 +339,23 @@ def test_multihead_attention(batch_first):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_layers_that_return_more_than_one_tensor_are_refused():
+    """A GRU's second output has its samples in dimension 1, which nobody can know."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.recurrent = nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.recurrent(self.linear(x))[0]
+
+    model = get_peft_model(Recurrent(), LoraConfig(target_modules=["linear"], modules_to_save=["recurrent"]), "one")
+    peft_multibatch.enable(model)
+    with pytest.raises(peft_multibatch.UnsupportedError, match="recurrent returned a tuple"):
+        model(torch.randn(2, 3, 4), adapter_ids=["one", "__base__"])
+
+
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 

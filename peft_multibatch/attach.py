@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_multibatch import layers as handlers
-from peft_multibatch.calls import check_length, refuse, wrap
+from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, refuse, wrap
 from peft_multibatch.errors import BackendUnavailableError, ModelStateError, NotEnabledError, UnsupportedError
 from peft_multibatch.fusion import Group, find_groups
 from peft_multibatch.ids import check_live, resolve
@@ -175,6 +175,9 @@ class Multibatch:
                 place.restore()
             for group in self._groups:
                 group.part_weights()
+            for module in self._inner.modules():
+                if isinstance(module.__dict__.get(CHECKPOINT), WithIds):
+                    module.__dict__[CHECKPOINT] = module.__dict__[CHECKPOINT].original
             for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
                 undo()
             # let go of the model
@@ -221,16 +224,11 @@ class Multibatch:
             handlers.check_state(place.name, place.module)
         for group in self._groups:
             group.check_weights()
-        if (
-            self._inner.training
-            and torch.is_grad_enabled()
-            and any(getattr(module, "gradient_checkpointing", False) for module in self._inner.modules())
-        ):
-            raise UnsupportedError(
-                "adapter_ids was passed to a model that trains with gradient checkpointing, which runs layers again "
-                "after the ids are gone: expected a model without it. Call model.gradient_checkpointing_disable() "
-                "first."
-            )
+        if self._inner.training and torch.is_grad_enabled():
+            for module in self._inner.modules():
+                checkpoint = module.__dict__.get(CHECKPOINT)
+                if checkpoint is not None and not isinstance(checkpoint, WithIds):
+                    module.__dict__[CHECKPOINT] = WithIds(self._router, checkpoint)
 
     def _refresh(self) -> None:
         """Patch what was added since the last call, and let go of what is no longer part of the model.

@@ -19,6 +19,7 @@ from peft_multibatch.places import replace
 
 if TYPE_CHECKING:
     from peft_multibatch.attach import Multibatch
+    from peft_multibatch.routing import Router
 
 # Arguments that may carry the samples, in the order in which they are looked for.
 INPUTS = (
@@ -30,6 +31,46 @@ INPUTS = (
     "pixel_values",
     "decoder_input_ids",
 )
+
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Attribute with which transformers' layers run themselves so that ``backward`` runs them once more."""
+
+
+class WithIds:
+    """A checkpointing function that runs layers again under the ids under which they ran first.
+
+    ``backward`` comes after the call, when its ids are no longer in force, and on a GPU in a thread of its own.
+
+    Args:
+        router: holds the ids.
+        original: transformers' own checkpointing function.
+    """
+
+    def __init__(self, router: Router, original: Callable[..., Any]) -> None:
+        self.router = router
+        self.original = original
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.router.call.get()
+        if call is None:
+            return self.original(function, *args, **kwargs)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            token = self.router.call.set(call)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.router.call.reset(token)
+
+        return self.original(again, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:  # a copy or a pickle of the model has what was there before
+        return _same, (self.original,)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def wrap(module: nn.Module, method: str) -> Callable[[], None]:

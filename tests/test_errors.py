@@ -200,16 +200,6 @@ def test_other_options_on_an_enabled_model(model):
     )
 
 
-def test_gradient_checkpointing_is_refused_in_training():
-    model = peft_model()
-    peft_multibatch.enable(model)
-    model.get_base_model().gradient_checkpointing_enable()
-    model(**left_padded(), adapter_ids=[0] * 6)  # not in training: nothing is run again
-    model.train()
-    with pytest.raises(errors.UnsupportedError, match="trains with gradient checkpointing, which runs layers again"):
-        model(**left_padded(), adapter_ids=[0] * 6)
-
-
 def test_rows_that_can_not_be_mapped():
     model = peft_model()
     mb = peft_multibatch.enable(model)

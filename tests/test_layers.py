@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
-from models import alone, row_by_row
+from models import alone, left_padded, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close, relative_error
 from torch import nn
@@ -235,6 +238,33 @@ def test_dropout_in_training_is_each_adapters_own():
     assert not torch.equal(first[rows_of_one], second[rows_of_one])
     assert torch.equal(first[~rows_of_one], second[~rows_of_one])
     mb.disable()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_gradient_checkpointing(reentrant):
+    """`backward` runs layers again after the ids are gone."""
+
+    def gradients(checkpoint):
+        model = peft_model()
+        model.set_requires_grad(["three", "four", "eight"])
+        inner = model.get_base_model().train()
+        if checkpoint:
+            inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        peft_multibatch.enable(model)
+        before = inner.model.layers[0]._gradient_checkpointing_func if checkpoint else None
+        names = ["three", "eight", "__base__", "four", "three", "eight"]
+        loss = model(**left_padded(), use_cache=False, adapter_ids=names).logits.square().mean()
+        loss.backward()
+        copied = copy.deepcopy(model) if checkpoint else None
+        pickle.dumps(model.get_base_model().model.layers[0]._gradient_checkpointing_func if checkpoint else None)
+        peft_multibatch.disable(model)
+        if checkpoint:
+            assert inner.model.layers[0]._gradient_checkpointing_func is before
+            assert type(copied.get_base_model().model.layers[0]._gradient_checkpointing_func) is type(before)
+        return torch.cat([p.grad.flatten() for key, p in model.named_parameters() if "lora_" in key])
+
+    assert_close(gradients(True), gradients(False))
 
 
 def test_modules_to_save_are_each_adapters_own():

@@ -1,0 +1,172 @@
+"""Runs every case of docs/support.md against PEFT, one adapter at a time, and writes what happened.
+
+    python docs/support.py            # docs/support.md
+    python docs/support.py --check    # fails where docs/support.md says something else
+
+tests/test_support.py runs it with --check, so the page can't say what isn't so.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+import peft  # noqa: E402
+import test_tuners  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from models import left_padded, row_by_row  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from tolerances import RELATIVE_ERROR, relative_error  # noqa: E402
+from torch import nn  # noqa: E402
+
+import peft_multibatch  # noqa: E402
+from peft_multibatch.layers import TUNERS  # noqa: E402
+
+
+NAMES = ["one", "two", "__base__", "two", "one"]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+PAGE = HERE / "support.md"
+Case = tuple[Any, Callable[[Any, dict], torch.Tensor], dict[str, torch.Tensor]]
+
+
+def language_model(options: dict, second: dict | None = None, kind: str = "Llama", **sizes: Any) -> Case:
+    """A small decoder with two adapters."""
+    torch.manual_seed(0)
+    arguments = {"vocab_size": 160, "pad_token_id": 0, **(sizes or {**SMALL, "num_key_value_heads": 1})}
+    config = getattr(transformers, f"{kind}Config")(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    shared = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(model, LoraConfig(**shared), "one")
+    model.add_adapter("two", LoraConfig(**{**shared, "r": 3, **(second or {})}))
+    test_tuners.perturb(model.eval())
+    return model, lambda model, inputs, **ids: model(**inputs, **ids).logits, left_padded(len(NAMES), 6)
+
+
+class One(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layer, nn.MultiheadAttention) or hasattr(self.layer, "out_proj"):
+            return self.layer(x, x, x)[0]
+        return self.layer(x)
+
+
+def one_layer(layer: nn.Module, x: torch.Tensor) -> Case:
+    torch.manual_seed(0)
+    model = get_peft_model(One(layer), LoraConfig(r=4, target_modules=["layer"]), "one")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["layer"]))
+    test_tuners.perturb(model.eval())
+    return model, lambda model, inputs, **ids: model(x=inputs["x"], **ids), {"x": x}
+
+
+def tuner(name: str) -> Case:
+    return test_tuners.build(name), lambda model, inputs, **ids: model(**inputs, **ids).logits, left_padded(5)
+
+
+def unbuilt(reason: str) -> Case:
+    raise NotImplementedError(reason)
+
+
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+MIXTRAL = {**SMALL, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "r": 4}
+CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "Layers": {
+        "Linear": lambda: language_model({}),
+        "GPT-2's Conv1D": lambda: language_model({"target_modules": ["c_attn"]}, None, "GPT2", **GPT2),
+        "Embedding of tokens": lambda: language_model({"target_modules": ["embed_tokens"]}),
+        "Embedding of positions": lambda: language_model({"target_modules": ["wpe"]}, None, "GPT2", **GPT2),
+        "lm_head": lambda: language_model({"target_modules": ["lm_head"]}),
+        "Conv1d": lambda: one_layer(nn.Conv1d(3, 6, 3), torch.randn(5, 3, 9)),
+        "Conv2d": lambda: one_layer(nn.Conv2d(3, 6, 3), torch.randn(5, 3, 8, 8)),
+        "Conv3d": lambda: one_layer(nn.Conv3d(3, 6, 3), torch.randn(5, 3, 5, 5, 5)),
+        "MultiheadAttention": lambda: one_layer(nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(5, 3, 8)),
+        "target_parameters: experts": lambda: language_model(EXPERTS, {"r": 4}, "Mixtral", **MIXTRAL),
+        "Linear on OPT's flattened rows": lambda: language_model(
+            {"target_modules": ["q_proj", "fc1"]}, None, "OPT", hidden_size=16, ffn_dim=24, num_hidden_layers=1,
+            num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=32,
+        ),
+    },
+    "Variants and options of LoRA": {
+        "DoRA": lambda: language_model({"use_dora": True}, {"use_dora": False}),
+        "rsLoRA": lambda: language_model({"use_rslora": True}),
+        "rank_pattern, alpha_pattern": lambda: language_model(
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
+        ),
+        "lora_bias": lambda: language_model({"target_modules": ["c_attn"], "lora_bias": True}, None, "GPT2", **GPT2),
+        "PiSSA": lambda: language_model({"init_lora_weights": "pissa"}, {"init_lora_weights": True}),
+        "OLoRA": lambda: language_model({"init_lora_weights": "olora"}, {"init_lora_weights": True}),
+        "MiCA": lambda: language_model({"init_lora_weights": "mica"}),
+        "BD-LoRA": lambda: language_model({"use_bdlora": peft.BdLoraConfig(["q_proj"], ["v_proj"], 2)}, {"r": 4}),
+        "VeLoRA": lambda: language_model({"velora_config": peft.VeloraConfig()}),
+        "MonteCLoRA": lambda: language_model({"monteclora_config": peft.MontecloraConfig()}),
+        "KaSA": lambda: language_model({"kasa_config": peft.KasaConfig()}),
+        "aLoRA": lambda: language_model({"alora_invocation_tokens": [5, 6]}),
+        "modules_to_save": lambda: language_model({"modules_to_save": ["lm_head"]}, {"modules_to_save": None}),
+        "trainable_token_indices": lambda: language_model(
+            {"trainable_token_indices": {"embed_tokens": [3, 5]}}, {"trainable_token_indices": None}
+        ),
+    },
+    "Other tuners": {name: (lambda name=name: tuner(name)) for name in TUNERS if name != "lora"},
+    "Quantized base models": {
+        name: (lambda: unbuilt("needs a GPU and a package that CI doesn't have"))
+        for name in ("bitsandbytes 8-bit", "bitsandbytes 4-bit", "GPTQ", "AWQ", "HQQ", "torchao", "EETQ", "AQLM")
+    },
+}  # fmt: skip
+
+
+def run(case: Callable[[], Case]) -> tuple[str, str]:
+    """How a case runs, and why not faster where that is so."""
+    try:
+        model, call, inputs = case()
+    except NotImplementedError as error:
+        return "not run", str(error)
+    with torch.no_grad():
+        expected = torch.cat(row_by_row(model, NAMES, inputs, lambda row: call(model, row)))
+        try:
+            mb = peft_multibatch.enable(model)
+            actual = call(model, inputs, adapter_ids=NAMES)
+        except peft_multibatch.MultibatchError as error:
+            return "refused", str(error).split(":")[0].split(", which")[0]
+    error = relative_error(actual, expected)
+    if not error <= RELATIVE_ERROR[actual.dtype]:
+        raise SystemExit(f"relative error {error:.1e}")
+    slow = [entry for entry in mb.report() if entry.how == "per segment"]
+    return ("per segment", slow[0].reason) if slow else ("fast", "")
+
+
+def page() -> str:
+    lines = [
+        "# What is supported",
+        "",
+        "Written by `docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one adapter",
+        f"at a time, in float32; here with peft {peft.__version__} and transformers {transformers.__version__}.",
+        "*Fast* is one product for the whole batch; *per segment* is PEFT's own module, once for every adapter in",
+        "the batch: right, and slower; *refused* raises an error that says why.",
+    ]
+    for section, cases in CASES.items():
+        lines += ["", f"## {section}", "", "| | how it runs | |", "|---|---|---|"]
+        for name, case in cases.items():
+            how, why = run(case)
+            lines.append(f"| {name} | {how} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found = page()
+    if "--check" in sys.argv:
+        sys.exit(0 if found == PAGE.read_text() else f"{PAGE} says something else than:\n{found}")
+    PAGE.write_text(found)

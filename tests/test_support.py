@@ -1,0 +1,23 @@
+"""The page on what is supported says what happens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "support.py"
+VERSIONS = f"peft {peft.__version__} and transformers {transformers.__version__}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="written on a CPU")
+@pytest.mark.skipif(VERSIONS not in SCRIPT.with_suffix(".md").read_text(), reason="written with other versions")
+def test_the_page_says_what_happens():
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from peft_multibatch.errors import (
 )
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.segments import SegmentBuffer, Segments
+from peft_multibatch.versions import check as _check_versions
 
 
 __version__ = "0.1.0"
@@ -46,3 +47,5 @@ __all__ = [
     "disable",
     "enable",
 ]
+
+_check_versions()

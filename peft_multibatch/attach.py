@@ -110,7 +110,7 @@ class Multibatch:
         self._names: list[str | None] = []
         self._ever: dict[str, None] = {}  # every name that ever had an id, in the order of the ids
         self._configs: list[tuple[str, Any]] = []
-        self._router = Router(kernels, self._names)
+        self._router = Router(kernels, self._names, self._check)
         self._groups: list[Group] = []
         self._survey: Survey | None = None
         self._places: dict[nn.Module, Place] = {}
@@ -183,7 +183,8 @@ class Multibatch:
             # let go of the model
             self._places, self._groups, self._configs, self._attached = {}, [], [], {}
             self._survey = None
-            self._router = Router(None, [])
+            self._router.is_enabled = False
+            self._router = Router(None, [], self._check)
             self._inner = nn.Module()
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
@@ -224,7 +225,7 @@ class Multibatch:
             handlers.check_state(place.name, place.module)
         for group in self._groups:
             group.check_weights()
-        if self._inner.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             for module in self._inner.modules():
                 checkpoint = module.__dict__.get(CHECKPOINT)
                 if checkpoint is not None and not isinstance(checkpoint, WithIds):
@@ -251,6 +252,7 @@ class Multibatch:
             found = survey.layers
             if same_configs and found.keys() == self._places.keys():
                 self._survey = survey
+                self._router.forget()
                 return
             _check_configs(dict(configs))
             if not configs and any(layer._get_available_adapters() for layer in found):

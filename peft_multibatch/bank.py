@@ -10,6 +10,7 @@ docs/explanation/bank.md says why weights aren't stacked.
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_multibatch.errors import ModelStateError
+from peft_multibatch.errors import ModelStateError, UnsupportedError
 
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Adapter:
         self._scalings: list[float] = []
         self._lacking: list[dict] = []  # of layers where this adapter has no weights
         self._parameter_dicts: list[dict] = []  # of lora_A and lora_B in turn
+        self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
         self._sizes: list[int] = []  # of every lora_A: with the address, they tell the rank
         self._memory: list[torch.UntypedStorage] = []  # while it is held, nothing else gets these addresses
@@ -82,6 +84,7 @@ class Adapter:
                 not self._is_volatile
                 and list(map(self._get, self._module_dicts)) == self._modules
                 and list(map(self._get, self._scaling_dicts)) == self._scalings
+                and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
                 and list(map(Tensor.data_ptr, tensors)) == self._addresses
                 and list(map(Tensor.numel, tensors[::2])) == self._sizes
                 and not any(self.name in modules for modules in self._lacking)
@@ -98,7 +101,18 @@ class Adapter:
                 self._parts[layer] = None
                 return None
             module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
-            a, b = _weight(module_a._parameters), _weight(module_b._parameters)
+            a, b = module_a._parameters.get("weight"), module_b._parameters.get("weight")
+            if a is None or b is None:
+                raise UnsupportedError(
+                    f"the weights of adapter {name!r} are computed anew when they are read, as pruning and other "
+                    "parametrizations do: expected plain parameters. Remove the parametrization, or run the adapters "
+                    "one at a time."
+                )
+            if module_b._parameters.get("bias") is not None or _is_other_variant(layer.lora_variant, name):
+                raise ModelStateError(
+                    f"adapter {name!r} got a bias or another variant since enable chose how to run its layers: "
+                    "expected it to stay as it was. Call disable and enable again."
+                )
             if a.is_meta or b.is_meta:
                 raise ModelStateError(
                     f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between "
@@ -107,6 +121,7 @@ class Adapter:
             self._module_dicts += modules_a, modules_b
             self._modules += module_a, module_b
             self._parameter_dicts += module_a._parameters, module_b._parameters
+            self._tensors += a, b
             self._addresses += a.data_ptr(), b.data_ptr()
             self._sizes.append(a.numel())
             self._memory += a.untyped_storage(), b.untyped_storage()
@@ -116,6 +131,10 @@ class Adapter:
                 self._is_volatile = True
             part = self._parts[layer] = Part(a, b, float(scaling))
         return part
+
+
+def _is_other_variant(variants: Mapping[str, Any], name: str) -> bool:
+    return name in variants and type(variants[name]).__name__ != "DoraLinearVariant"
 
 
 class Bank:

@@ -57,7 +57,12 @@ class WithIds:
             return self.original(function, *args, **kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            token = self.router.call.set(call)
+            if not self.router.is_enabled:
+                raise NotEnabledError(
+                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
+                    "to stay enabled until then. Call backward first."
+                )
+            token = self.router.call.set(call.again())
             try:
                 return function(*args, **kwargs)
             finally:
@@ -102,7 +107,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
                 "peft_multibatch.enable was called."
             )
-        call = handle._router.call.get() if handle is not None else None
+        call = handle._router.in_force() if handle is not None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)

@@ -85,6 +85,10 @@ class Group:
             self.reason = "base weights apart: not all are plain linear layers"
         elif len({_kind(base.weight, bias) for base, bias in zip(bases, biases)}) > 1:
             self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
+        elif len({parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)}) < len(
+            self._find()
+        ):
+            self.reason = "base weights apart: layers share a parameter"
         elif any(base.weight.is_meta for base in bases):
             self.reason = "base weights apart: they are offloaded"
         else:

@@ -97,10 +97,10 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ys = _add_deltas(call, router, group.bank, ys, x)
         if whole is not None:
             ys = list(ys[0].split(group.bank.widths, dim=-1))
-        call.stash[group] = x, [None, *ys[1:]]
+        call.stash[group] = x, _version(call, x), [None, *ys[1:]]
         return ys[0]
-    source, waiting = call.stash.get(group, (None, []))
-    if source is x and waiting[patch.index] is not None:
+    source, version, waiting = call.stash.get(group, (None, 0, []))
+    if source is x and version == _version(call, x) and waiting[patch.index] is not None:
         y = waiting[patch.index]
         waiting[patch.index] = None
         if patch.index == len(waiting) - 1:
@@ -109,6 +109,11 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(call, Call) and source is not None and source is not x:
         group.split("its projections read different tensors")
     return _add_deltas(call, router, patch.bank, [_base_output(self, x)], x)[0]
+
+
+def _version(call: Call | Graph, x: Tensor) -> int:
+    """Tells whether a tensor was written in place; graphs don't let that happen, and inference tensors don't count."""
+    return 0 if isinstance(call, Graph) or x.is_inference() else x._version
 
 
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -174,7 +179,7 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
 
 def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
     """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights."""
-    scales = call.dora_scales.get(bank)
+    scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
     if scales is None:
         scales = bank.dora_scales(call.mix.adapters)
         if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
@@ -244,7 +249,7 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if call is None:
         return patch.original(x, *args, **kwargs)
     entries = call.mix.segments.num_entries
-    if len(x) == 1 < entries and isinstance(get_base(self), nn.Embedding):
+    if len(x) == 1 < entries and call.inside and isinstance(get_base(self), nn.Embedding):
         x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
     others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     # experts get their routing beside the hidden states, token by token
@@ -407,7 +412,8 @@ def get_base(layer: Any) -> nn.Module:
     return layer
 
 
-for _handler in (linear, per_segment, attention):
+ALL = (linear, per_segment, attention)
+for _handler in ALL:
     _handler.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's forward
 
 PER_SEGMENT = "per segment"
@@ -440,10 +446,14 @@ OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
-VISION_PARTS = ("vision", "visual", "image_encoder", "image_tower")
+MEDIA_PARTS = (
+    "vision", "visual", "image_", "audio", "projector", "connector", "aligner", "resampler", "perceiver", "merger",
+)  # fmt: skip
 
 # Models whose layers see positions first and samples second, or whose rows are tiled.
-OTHER_ORDER = ("dia", "fsmt", "led", "longformer", "musicgen", "musicgen_melody", "xlnet")
+OTHER_ORDER = (
+    "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_melody", "oneformer", "xlnet",
+)  # fmt: skip
 
 
 def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tensor], str]:
@@ -473,10 +483,11 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
     for part, what in OTHER_ROWS.items():
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
-    if hasattr(config, "vision_config") and any(word in part for part in parts for word in VISION_PARTS):
+    has_media = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+    if has_media and any(word in part for part in parts for word in MEDIA_PARTS):
         raise UnsupportedError(
-            f"{name} is inside the vision part of a model that also reads text, and sees images or patches, not "
-            f"samples: {expected}. {advice}"
+            f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
+            f"frames, not samples: {expected}. {advice}"
         )
     base = getattr(layer, "base_layer", None)
     if isinstance(base, BaseTunerLayer) and not (isinstance(layer, lora.ParamWrapper) and type(base) is type(layer)):
@@ -502,6 +513,9 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
     if variants - {"DoraLinearVariant"}:
         return per_segment, f"an adapter is of the variant {', '.join(sorted(variants))}"
+    submodules = [module for modules in (layer.lora_A, layer.lora_B) for module in modules._modules.values()]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in submodules):
+        return per_segment, "somebody hooked its lora_A or lora_B"
     if any(layer.lora_bias.values()):
         return per_segment, "an adapter has a bias (lora_bias)"
     return linear, ""

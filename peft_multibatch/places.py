@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -29,10 +31,21 @@ class Survey:
         self._dicts: list[dict] = []  # of the children of all modules that aren't PEFT layers
         self._children: list[tuple] = []
         self._visit(model, "")
+        self._held = self._read()
 
     def holds(self) -> bool:
-        """Whether all modules still have the children that they had."""
-        return list(map(tuple, map(dict.values, self._dicts))) == self._children
+        """Whether all modules still have the children that they had, and LoRA layers the dictionaries."""
+        return list(map(tuple, map(dict.values, self._dicts))) == self._children and all(
+            map(operator.is_, self._read(), self._held)
+        )
+
+    def _read(self) -> list[Any]:
+        return [
+            held
+            for layer in self.layers
+            if isinstance(layer, LoraLayer)
+            for held in (layer._modules.get("lora_A"), layer._modules.get("lora_B"), layer.__dict__.get("scaling"))
+        ]
 
     def _visit(self, module: nn.Module, prefix: str) -> None:
         self._dicts.append(module._modules)
@@ -86,6 +99,8 @@ class Place:
     def patch(self, router: Router) -> None:
         """Put the handler in the place of the layer's forward."""
         attributes = self.module.__dict__
+        if getattr(attributes.get("forward"), "__func__", None) in handlers.ALL and attributes.get(STATE) is None:
+            del attributes["forward"]  # of a copy: what was put there belongs to the original
         # accelerate's hooks call the forward that they found, under this name, after moving inputs and weights
         attribute = "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
         bank = Bank([self.module]) if self.handler is handlers.linear else None

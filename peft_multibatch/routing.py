@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -121,10 +121,16 @@ class Call:
         self.expands = expands
         self.inside = False
         self.ended = False
-        self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
+        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
+
+    def again(self) -> Call:
+        """The same ids for layers that ``backward`` runs once more after the call has ended."""
+        again = Call(self.mix, self.expands)
+        again.inside, again.rows = True, self.rows
+        return again
 
     def check_rows(self, rows: int | None) -> None:
         """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
@@ -167,7 +173,7 @@ class Graph:
         self.samples = 0
         self.buffer = SegmentBuffer(capacity=0)
         self.buffers: dict[str, SegmentBuffer] = {}
-        self.stash: dict[Any, tuple[Tensor, list[Tensor | None]]] = {}
+        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._router = router
         self._in_force: list[Call] = []  # of several that are nested on one thread, the innermost
@@ -335,13 +341,18 @@ class Router:
     Attributes:
         kernels: the module ``ops.triton_backend``, for tensors on a GPU, or None.
         names: adapter names by slot; None where an adapter was deleted.
+        is_enabled: False once the model was disabled.
         call: the call in force on the thread or task that asks.
         graph: what compiled code sees instead.
     """
 
-    def __init__(self, kernels: ModuleType | None, names: list[str | None]) -> None:
+    def __init__(
+        self, kernels: ModuleType | None, names: list[str | None], check: Callable[[Iterable[int]], None]
+    ) -> None:
         self.kernels = kernels
         self.names = names
+        self.is_enabled = True
+        self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.graph = Graph(self)
         self._adapters: dict[int, Adapter] = {}
@@ -351,7 +362,31 @@ class Router:
         """The call in force for the code that asks, or None where the model runs as PEFT alone would run it."""
         if torch.compiler.is_compiling():
             return self.graph if self.graph.active else None
-        return self.call.get()
+        call = self.call.get()
+        if call is not None and not call.inside:
+            return self._outside(call)
+        return call
+
+    def in_force(self) -> Call | None:
+        """The call in force.
+
+        Raises:
+            ModelStateError: it ended, and was inherited by a task that goes on.
+        """
+        call = self.call.get()
+        if call is not None and call.ended:
+            raise ModelStateError(
+                "a model was called in a task that was started inside mb.batch(...), after that block had ended: "
+                "expected the task to end first. Wait for it inside the block, or pass adapter_ids to the call."
+            )
+        return call
+
+    def _outside(self, call: Call) -> Call:
+        """A layer is called by itself inside a block, with no model around it that checked the call."""
+        self.in_force()
+        self._check(call.mix.adapters)
+        call.mix = self.mix(call.mix.ids)
+        return call
 
     def adapters(self) -> dict[int, Adapter]:
         """All adapters as PEFT holds them now, by slot."""

@@ -230,7 +230,7 @@ def test_vision_towers_are_refused():
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
     model = get_peft_model(transformers.CLIPModel(config), LoraConfig(target_modules=["q_proj"]), "one")
-    with pytest.raises(errors.UnsupportedError, match="vision part of a model that also reads text"):
+    with pytest.raises(errors.UnsupportedError, match="vision or audio part of a model that also reads text"):
         peft_multibatch.enable(model)
 
 

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import peft_multibatch
+from peft_multibatch import versions
 
 
 def run(code):
@@ -40,3 +43,15 @@ def test_public_names():
     }  # fmt: skip
     for name in peft_multibatch.__all__:
         assert getattr(peft_multibatch, name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("installed", "warned"), [("0.20.9", True), ("0.21.0", False), ("0.21.7", False), ("0.22.0.dev0", True)]
+)
+def test_versions_outside_of_what_was_tested(monkeypatch, installed, warned):
+    warnings = []
+    found = {"peft": installed, "transformers": "5.17.0", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(versions, "version", found.get)
+    monkeypatch.setattr(versions.logger, "warning", warnings.append)
+    versions.check()
+    assert [f"and {installed} is installed" in warning for warning in warnings] == [True] * warned

@@ -56,6 +56,8 @@ def load_model(
 
     path = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    if tokenizer.pad_token is None:  # transformers 5.17 doesn't take it from the file
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     # The weights are plain tensors by now; without these three marks transformers and PEFT treat the model as one.
     model.hf_quantizer = None

@@ -77,6 +77,20 @@ def test_rows_without_padding_and_alone_in_their_batch(demo):
         assert mixed[row].tolist() == single[0, -8:].tolist()
 
 
+@pytest.mark.gpu
+def test_greedy_tokens_on_a_gpu():
+    """Through the kernels, in float32; eager, and with the decode step that transformers compiles."""
+    demo = Demo(device="cuda")
+    outcome = demo.run(new_tokens=16, repeats=1)
+    assert [row.equal for row in outcome.rows] == [True] * len(PROMPTS)
+    mb = peft_multibatch.enable(demo.model)
+    assert mb.report().backend == "triton"
+    options = {"max_new_tokens": 16, "do_sample": False, "adapter_ids": demo.names}
+    eager = demo.model.generate(**demo.inputs, **options)
+    assert torch.equal(demo.model.generate(**demo.inputs, **options, cache_implementation="static"), eager)
+    mb.disable()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names the backend of a machine without a GPU")
 def test_report_of_the_real_model(demo):
     report = peft_multibatch.enable(demo.model).report()

@@ -408,7 +408,12 @@ class Router:
     def _adapter(self, slot: int) -> Adapter:
         known, name = self._adapters.get(slot), self.names[slot]
         assert name is not None
-        if known is None or known.name != name or not known.holds():
+        if known is not None and not known.holds():
+            # let go of the memory of all that moved, not only of those in use
+            self._adapters = {slot: adapter for slot, adapter in self._adapters.items() if adapter.holds()}
+            self._last = None
+            known = None
+        if known is None:
             known = self._adapters[slot] = Adapter(name)
         return known
 

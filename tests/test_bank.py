@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -211,3 +212,17 @@ def test_memory_is_not_doubled():
         for name in ("three", "four", "eight")
     )
     assert bytes_held() - before < smallest / 4
+
+
+def test_memory_of_adapters_that_moved_is_let_go():
+    """Also of those that the next call doesn't use."""
+    model = peft_model()
+    peft_multibatch.enable(model)
+    logits(model)
+    before = [weakref.ref(p.untyped_storage()) for name, p in model.named_parameters() if ".four." in name]
+    gc.collect()
+    assert all(ref() is not None for ref in before)
+    model.double()
+    logits(model, ["three"] * 6)
+    gc.collect()
+    assert [ref() for ref in before] == [None] * len(before)

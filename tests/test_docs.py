@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,18 @@ def test_snippets_run(page, capsys):
     names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(compile(snippet, str(page), "exec"), names)
+
+
+# train_adapters.py downloads texts and trains for minutes
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "train_adapters"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path):
+    """Each compares every row with PEFT and fails where they differ."""
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "as PEFT says" in done.stdout
 
 
 def test_the_readme_is_short():

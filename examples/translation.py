@@ -2,7 +2,7 @@
 
     python examples/translation.py
 
-A small T5 with random weights stands for yours. The encoder sees one row for every sample, the decoder one for every beam.
+A small T5 with random weights stands for yours. The encoder sees one row a sample, the decoder one a beam.
 """
 
 import torch

@@ -133,8 +133,12 @@ class Adapter:
         return part
 
 
+KNOWN_VARIANTS = {"DoraLinearVariant"}
+"""Variants of LoRA that a bank's products cover."""
+
+
 def _is_other_variant(variants: Mapping[str, Any], name: str) -> bool:
-    return name in variants and type(variants[name]).__name__ != "DoraLinearVariant"
+    return name in variants and type(variants[name]).__name__ not in KNOWN_VARIANTS
 
 
 class Bank:
@@ -167,7 +171,7 @@ class Bank:
         ]
 
     def has_variants(self) -> bool:
-        """Whether any adapter here is a DoRA adapter, the one variant that banks know."""
+        """Whether any adapter here is a DoRA adapter, the one of `KNOWN_VARIANTS`."""
         return any(layer.lora_variant for layer in self.layers)
 
     def dora_scales(self, adapters: Mapping[int, Adapter]) -> list[Tensor | None]:

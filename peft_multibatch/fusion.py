@@ -120,7 +120,7 @@ class Group:
 
     def base_output(self, x: Tensor) -> Tensor | None:
         """The base layers' outputs side by side, ``[..., ΣN]``, or None where they have to run apart."""
-        if self._weight is None:
+        if self._weight is None or self.bank.has_variants():
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for layer in self.layers for p in _parameters(layer)):
             return None

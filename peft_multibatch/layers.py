@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from peft_multibatch import ops
+from peft_multibatch.bank import KNOWN_VARIANTS
 from peft_multibatch.errors import MergedAdaptersError, ModelStateError, UnsupportedError
 from peft_multibatch.routing import Call, Graph, take_plan
 from peft_multibatch.segments import BASE
@@ -92,7 +93,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if group is None or args or kwargs:
         return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
     if patch.index == 0:
-        whole = group.base_output(x) if not group.bank.has_variants() else None
+        whole = group.base_output(x)
         ys = [whole] if whole is not None else [_base_output(layer, x) for layer in group.layers]
         ys = _add_deltas(call, router, group.bank, ys, x)
         if whole is not None:
@@ -184,11 +185,10 @@ def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
         scales = bank.dora_scales(call.mix.adapters)
         if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
             call.dora_scales[bank] = scales
-    index = {slot: position for position, slot in enumerate(call.mix.adapters)}
     found = []
     for layer, y, scale in zip(bank.layers, ys, scales):
         if scale is not None:
-            rows = torch.tensor([index.get(slot, len(index)) for slot in call.mix.ids], device=y.device)
+            rows = call.mix.positions(y.device)  # the base model's -1 is the last row of the scales
             bias = layer.base_layer.bias
             start = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
             grouped = y.reshape(len(rows), -1, y.shape[-1])
@@ -511,7 +511,7 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         return handler, f"{kind} runs PEFT's own code"
     if type(layer) is not lora.Linear:
         return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
-    if variants - {"DoraLinearVariant"}:
+    if not variants <= KNOWN_VARIANTS:
         return per_segment, f"an adapter is of the variant {', '.join(sorted(variants))}"
     submodules = [module for modules in (layer.lora_A, layer.lora_B) for module in modules._modules.values()]
     if any(module._forward_hooks or module._forward_pre_hooks for module in submodules):

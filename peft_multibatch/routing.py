@@ -54,6 +54,9 @@ class Mix:
         self._tables: dict[tuple[Bank, torch.device], tuple[TableRows, ...]] = {}
         self._plans: dict[torch.device, Tensor] = {}
         self._dense_plan: Tensor | None = None
+        index = {slot: position for position, slot in enumerate(adapters)}
+        self._positions = [index.get(slot, BASE) for slot in ids]
+        self._positions_on: dict[torch.device, Tensor] = {}
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """Weights for torch's products."""
@@ -79,6 +82,14 @@ class Mix:
                 found = self._plans[device] = self.segments.pack().to(device, non_blocking=True)
         return found
 
+    def positions(self, device: torch.device) -> Tensor:
+        """int64 ``[E]``: where each entry's adapter stands among those in use, ``-1`` for the base model alone."""
+        found = self._positions_on.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._positions_on[device] = torch.tensor(self._positions, device=device)
+        return found
+
     def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
         """Tables for kernels, one for each dtype."""
         found = self._tables.get((bank, device))
@@ -94,11 +105,7 @@ class Mix:
         """Plan, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
         with torch.inference_mode(False):  # autograd will save them
             if self._dense_plan is None:
-                segments, dense = self.segments, torch.full_like(self.segments.weight_indices, BASE)
-                index = {slot: i for i, slot in enumerate(self.adapters)}
-                for position, slot in enumerate(segments.weight_indices.tolist()):
-                    dense[position] = index.get(slot, BASE)
-                self._dense_plan = Segments(dense, segments.seg_indptr, segments.permutation).pack()
+                self._dense_plan = Segments.from_ids(self._positions).pack()
             return self._dense_plan, *bank.gather(self.adapters.values())
 
 
@@ -272,12 +279,12 @@ class Graph:
 
     def _change(self) -> None:
         calls = self._in_force
+        self.active = bool(calls)
         self.contended = any(call.mix is not calls[0].mix for call in calls)
         if calls and not self.contended:
             self.samples = 0 if calls[0].expands else calls[0].mix.segments.num_entries
             if (self._runs_ops or self._held) and self._written is not calls[0].mix:
                 self._write(calls[0].mix)
-        self.active = bool(calls)
 
     def _write(self, mix: Mix) -> None:
         entries = mix.segments.num_entries
@@ -410,7 +417,7 @@ class Router:
         assert name is not None
         if known is not None and not known.holds():
             # let go of the memory of all that moved, not only of those in use
-            self._adapters = {slot: adapter for slot, adapter in self._adapters.items() if adapter.holds()}
+            self._adapters = {slot: adapter for slot, adapter in list(self._adapters.items()) if adapter.holds()}
             self._last = None
             known = None
         if known is None:
@@ -430,8 +437,7 @@ class Router:
             self.graph.enter(call, outer)
             yield call
         finally:
-            self.graph.leave(call, outer)
-            try:
+            try:  # first of all, whatever fails after it
                 self.call.reset(token)
             except ValueError:
                 raise ModelStateError(
@@ -439,3 +445,5 @@ class Router:
                     "may have run without them: expected both on the same one. A generator that holds mb.batch() open "
                     "must not be passed between threads; pass adapter_ids to each call instead."
                 ) from None
+            finally:
+                self.graph.leave(call, outer)

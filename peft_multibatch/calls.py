@@ -98,7 +98,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 )
             if handle is not None and self is handle._inner:
                 graph = handle._router.graph
-                if graph.active and graph.samples and not graph.contended:
+                if graph.here.thread.active and graph.samples and not graph.contended:
                     check_length(graph.samples, _num_samples(args, kwargs))
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None

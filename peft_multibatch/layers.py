@@ -208,11 +208,11 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         graph.arm()
         plan = take_plan(graph.buffer.packed, graph.key)
         return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
-    if graph.contended:
+    if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(
-            "a compiled model was called on a GPU while calls with different ids are in force on several threads or "
-            "tasks: expected one at a time, because a graph reads its plan at one place. Run the calls after each "
-            "other, or pass disable_compile=True to generate."
+            "a compiled model was called on a GPU while other ids, or ids at all, are in force on another thread or "
+            "task: expected one at a time, because a graph reads its plan at one place. Run the calls after each "
+            "other, put ids in force on the thread that calls, or pass disable_compile=True to generate."
         )
     graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]

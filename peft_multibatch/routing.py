@@ -117,6 +117,7 @@ class Call:
         expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
+        thread: the thread on which it began.
         stash: for each fused group, what its first layer computed for the others.
         dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
@@ -128,6 +129,7 @@ class Call:
         self.expands = expands
         self.inside = False
         self.ended = False
+        self.thread: InForce | None = None
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
@@ -156,12 +158,33 @@ class Call:
         self.rows = rows
 
 
+class InForce:
+    """How many calls are in force on one thread, on all of its tasks, and whether there are any."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.active = False  # all that compiled code reads, so that another count makes no new graph
+
+    def add(self, difference: int) -> None:
+        """Count a call that begins or ends."""
+        self.count += difference
+        self.active = self.count > 0
+
+
+class Here(threading.local):
+    """Gives every thread, compiled code included, what is in force on that thread."""
+
+    def __init__(self) -> None:
+        self.thread = InForce()
+
+
 class Graph:
     """What compiled and captured code sees instead of a ``Call``.
 
     Attributes:
         key: tells ``take_plan`` which graph asks.
-        active: whether ids are in force; compiled code has one version for each value.
+        active: whether ids are in force on any thread; compiled code has one version for each value.
+        here: whether they are on the thread that asks.
         contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
             no single plan can stand at the fixed place.
         samples: entries of the plan in force; 0 inside ``generate``, which multiplies rows.
@@ -176,6 +199,7 @@ class Graph:
         self.key = next(_keys)
         _graphs[self.key] = self
         self.active = False
+        self.here = Here()
         self.contended = False
         self.samples = 0
         self.buffer = SegmentBuffer(capacity=0)
@@ -247,12 +271,17 @@ class Graph:
         """A call begins, inside another one or not."""
         with self._lock:
             self._in_force = [*(each for each in self._in_force if each is not outer), call]
+            call.thread = self.here.thread
+            call.thread.add(1)
             self._change()
 
     def leave(self, call: Call, outer: Call | None) -> None:
         """A call ends, and the one around it is in force again."""
         with self._lock:
             call.ended = True
+            if call.thread is not None:
+                call.thread.add(-1)
+                call.thread = None
             self._in_force = [each for each in self._in_force if each is not call]
             if outer is not None and not outer.ended:
                 self._in_force.append(outer)
@@ -261,7 +290,7 @@ class Graph:
 
     def plan(self, size: int) -> Tensor:
         """The plan of the thread that asks, ``[size]``, with zeros behind it."""
-        call = self._router.call.get()
+        call = self._router.in_force()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "

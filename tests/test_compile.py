@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from models import left_padded, lora_configs, peft_model
 from tolerances import assert_close
 
 import peft_multibatch
+from peft_multibatch import ModelStateError
 
 
 MIXES = [
@@ -123,6 +126,20 @@ def test_threads_take_turns(compiled):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_thread_runs_under_its_own_ids_or_under_none(compiled):
+    model, mb, fast, _ = compiled
+    plain, want = logits(model), logits(model, adapter_ids=MIXES[0])
+    assert_close(logits(fast), plain)
+    with ThreadPoolExecutor(1) as other:
+        with mb.batch(MIXES[0]):
+            assert_close(logits(fast), want)
+            with pytest.raises(ModelStateError, match="without ids on one thread"):
+                other.submit(logits, fast).result()
+            assert_close(other.submit(contextvars.copy_context().run, logits, fast).result(), want)
+            assert_close(logits(fast), want)
+        assert_close(other.submit(logits, fast).result(), plain)
 
 
 def test_training_through_aot_autograd():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -258,10 +259,28 @@ def test_threads_with_different_ids_never_share_a_plan(compiled):
         thread.start()
     for thread in threads:
         thread.join()
-    assert "several threads" in str(outcomes[0]), outcomes
+    assert "on another thread" in str(outcomes[0]), outcomes
     for index in (0, 2):
         with mb.batch(MIXES[index]):
             assert_close(logits(fast, None, use_cache=False), wants[index])
+
+
+def test_a_thread_without_ids_never_runs_under_those_of_another(compiled):
+    model, mb, fast, _ = compiled
+    plain = logits(fast, None, use_cache=False)
+    want = logits(model, MIXES[0], use_cache=False)
+
+    def work():
+        with pytest.raises(Exception, match="ids at all, are in force on another thread"):
+            logits(fast, None, use_cache=False)
+        return True
+
+    with ThreadPoolExecutor(1) as other:
+        with mb.batch(MIXES[0]):
+            assert_close(logits(fast, None, use_cache=False), want)
+            assert other.submit(work).result()
+            assert_close(logits(fast, None, use_cache=False), want)
+        assert_close(other.submit(logits, fast, None, use_cache=False).result(), plain)
 
 
 def test_dora_in_a_graph_is_refused(compiled):

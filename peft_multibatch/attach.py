@@ -6,9 +6,9 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_multibatch import layers as handlers
-from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, refuse, wrap
+from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, with_requests, wrap
 from peft_multibatch.errors import BackendUnavailableError, ModelStateError, NotEnabledError, UnsupportedError
 from peft_multibatch.fusion import Group, find_groups
 from peft_multibatch.ids import check_live, resolve
@@ -27,6 +27,9 @@ from peft_multibatch.places import Place, Survey
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.routing import Call, Router
 
+
+if TYPE_CHECKING:
+    from peft_multibatch.continuous import AdapterBatchingManager
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +156,27 @@ class Multibatch:
         with self._routing(adapter_ids, expands=False):
             yield
 
+    def continuous_batching(self, **options: Any) -> AbstractContextManager[AdapterBatchingManager]:
+        """transformers' ``continuous_batching_context_manager`` with an adapter per request.
+
+        Args:
+            **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup`` and more.
+
+        Returns:
+            A context manager that gives an ``AdapterBatchingManager``, whose ``add_request`` takes ``adapter_id``.
+
+        Example:
+            ```python
+            with mb.continuous_batching(generation_config=GenerationConfig(max_new_tokens=32)) as manager:
+                manager.add_request(tokenizer("LOVE, n.").input_ids, adapter_id="devil")
+                print(manager.get_result().generated_tokens)
+            ```
+        """
+        from peft_multibatch.continuous import Batching  # not before it is asked for: it needs much of transformers
+
+        self._refresh()
+        return Batching(self).continuous_batching_context_manager(**options)
+
     def report(self) -> Report:
         """How every patched layer runs, and why. Printed, a summary; a sequence of ``LayerReport`` otherwise."""
         self._refresh()
@@ -194,11 +218,7 @@ class Multibatch:
         model.__dict__[STATE] = self
         undos: list[Callable[[], object]] = [lambda: model.__dict__.pop(STATE, None)]
         undos.extend(wrap(model, method) for method in methods)
-        undos.append(
-            refuse(
-                model, "generate_batch", "expected no ids. Continuous batching runs all requests under one adapter."
-            )
-        )
+        undos.append(with_requests(model))
         self._attached[model] = undos
 
     @contextmanager

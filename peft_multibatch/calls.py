@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
+from peft_multibatch.ids import resolve
 from peft_multibatch.layers import STATE
 from peft_multibatch.places import replace
 
@@ -137,19 +138,32 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     return replace(module, method, types.MethodType(wrapper, module))
 
 
-def refuse(module: nn.Module, method: str, advice: str) -> Callable[[], None]:
-    """Let a method raise where it would ignore ids, and return what undoes it."""
-    if not hasattr(type(module), method):
+def with_requests(module: nn.Module) -> Callable[[], None]:
+    """Let ``generate_batch``, continuous batching, take an adapter for every request, and return what undoes it."""
+    if not hasattr(type(module), "generate_batch"):
         return lambda: None
 
-    def wrapper(self, *args, **kwargs):
+    def generate_batch(self, inputs, *args, **kwargs):
         handle: Multibatch | None = getattr(self, STATE, None)
-        if "adapter_ids" in kwargs or "adapter_names" in kwargs or (handle and handle._router.call.get()):
-            raise UnsupportedError(f"{method} was called with ids, which it can't take: {advice}")
-        return getattr(type(self), method)(self, *args, **kwargs)
+        adapter_ids = _pop_ids(kwargs)
+        if handle is not None and handle._router.call.get() is not None:
+            raise UnsupportedError(
+                "generate_batch was called inside mb.batch(...), whose ids are those of samples: expected ids for "
+                "requests. Call it outside of the block, as generate_batch(inputs, adapter_ids=[...])."
+            )
+        if adapter_ids is None:
+            return type(self).generate_batch(self, inputs, *args, **kwargs)
+        if handle is None:
+            raise NotEnabledError(
+                "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
+                "peft_multibatch.enable was called."
+            )
+        from peft_multibatch.continuous import Batching
 
-    wrapper.__name__ = method
-    return replace(module, method, types.MethodType(wrapper, module))
+        handle._refresh()
+        return Batching(handle, resolve(adapter_ids, handle._names)).generate_batch(inputs, *args, **kwargs)
+
+    return replace(module, "generate_batch", types.MethodType(generate_batch, module))
 
 
 def check_length(entries: int, samples: int | None) -> None:

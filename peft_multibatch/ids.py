@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +16,23 @@ from peft_multibatch.segments import BASE
 BASE_NAME = "__base__"
 """Name of a row without adapter, as in PEFT's own ``adapter_names``."""
 
+Entry = int | tuple[tuple[int, float], ...]
+"""What one sample runs under: a slot, or a mixture of several, each with its weight, in the order of the slots."""
 
-def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
+
+def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[Entry]:
     """Turn adapter ids into slots.
 
     Args:
-        adapter_ids: a list or tuple of ids and names, a 1-D integer tensor or array; ``-1`` and ``"__base__"`` stand
-            for the base model alone.
+        adapter_ids: a list or tuple of ids, names and mixtures, a 1-D integer tensor or array; ``-1`` and
+            ``"__base__"`` stand for the base model alone, ``{"sql": 0.7, "poet": 0.3}`` for a weighted sum.
         names: adapter names by slot; None where an adapter was deleted.
 
     Returns:
-        One slot per sample.
+        One entry per sample.
 
     Raises:
-        AdapterIdsTypeError: something else was passed, or an entry is neither an integer nor a string.
+        AdapterIdsTypeError: something else was passed, or an entry is neither an integer nor a string nor a mixture.
         UnknownAdapterError: no adapter has this id or name.
         NoAdaptersError: there is no adapter at all.
     """
@@ -52,7 +56,33 @@ def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[int]:
             "model.add_adapter(...)."
         )
     slots = {name: slot for slot, name in enumerate(names) if name is not None} | {BASE_NAME: BASE}
-    return [_slot(entry, index, slots, names) for index, entry in enumerate(adapter_ids)]
+    return [
+        _mixture(entry, index, slots, names) if isinstance(entry, Mapping) else _slot(entry, index, slots, names)
+        for index, entry in enumerate(adapter_ids)
+    ]
+
+
+def terms(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]]:
+    """Take mixtures apart: the n-th term has the slot and the weight of every entry's n-th adapter.
+
+    Without mixtures that is one term, whose weights are None.
+    """
+    mixtures = [entry for entry in entries if isinstance(entry, tuple)]
+    if not mixtures:
+        return [(list(entries), None)]  # type: ignore[arg-type]
+    parts = [entry if isinstance(entry, tuple) else ((entry, 1.0),) for entry in entries]
+    found: list[tuple[list[int], list[float] | None]] = []
+    for index in range(max(map(len, mixtures))):
+        pairs = [part[index] if index < len(part) else (BASE, 1.0) for part in parts]
+        found.append(([slot for slot, _ in pairs], [weight for _, weight in pairs]))
+    return found
+
+
+def slots_of(entry: Entry) -> tuple[int, ...]:
+    """The slots of an entry's adapters; none for the base model alone."""
+    if isinstance(entry, tuple):
+        return tuple(slot for slot, _ in entry)
+    return () if entry == BASE else (entry,)
 
 
 def check_live(slots: Iterable[int], names: Sequence[str | None]) -> None:
@@ -69,6 +99,40 @@ def check_live(slots: Iterable[int], names: Sequence[str | None]) -> None:
             )
 
 
+def _mixture(entry: Mapping[Any, Any], index: int, slots: dict[str, int], names: Sequence[str | None]) -> Entry:
+    weights: dict[int, float] = {}
+    for key, weight in entry.items():
+        slot = _slot(key, index, slots, names)
+        try:
+            value = math.nan if isinstance(weight, (bool, str)) else float(weight)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise AdapterIdsTypeError(
+                f"adapter_ids[{index}] gives {key!r} the weight {_show(weight)}: expected a finite number, as in "
+                "{'sql': 0.7, 'poet': 0.3}."
+            )
+        if slot == BASE:
+            raise AdapterIdsTypeError(
+                f"adapter_ids[{index}] gives the base model a weight: expected adapters alone, because a row is the "
+                "base model's output plus the weighted sum of its adapters' deltas. Leave it out."
+            )
+        if slot in weights:
+            raise AdapterIdsTypeError(
+                f"adapter_ids[{index}] names {names[slot]!r} twice: expected each adapter once, by its id or its name."
+            )
+        weights[slot] = value
+    if not weights:
+        raise AdapterIdsTypeError(
+            f"adapter_ids[{index}] is an empty mixture: expected at least one adapter, as in {{'sql': 0.7, "
+            f"'poet': 0.3}}, or '{BASE_NAME}'."
+        )
+    pairs = tuple((slot, weight) for slot, weight in sorted(weights.items()) if weight)
+    if not pairs:
+        return BASE
+    return pairs[0][0] if len(pairs) == 1 and pairs[0][1] == 1 else pairs
+
+
 def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | None]) -> int:
     if isinstance(entry, str):
         if entry not in slots:
@@ -82,8 +146,8 @@ def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | N
         slot = None
     if slot is None or isinstance(entry, bool):
         raise AdapterIdsTypeError(
-            f"adapter_ids[{index}] is {_show(entry)}: expected an integer id or an adapter's name, or -1 or "
-            f"'{BASE_NAME}' for the base model alone."
+            f"adapter_ids[{index}] is {_show(entry)}: expected an integer id or an adapter's name, -1 or "
+            f"'{BASE_NAME}' for the base model alone, or a mixture such as {{'sql': 0.7, 'poet': 0.3}}."
         )
     if slot != BASE and (not 0 <= slot < len(names) or names[slot] is None):
         gone = " (any more: it was deleted)" if 0 <= slot < len(names) else ""

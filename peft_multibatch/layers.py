@@ -6,7 +6,9 @@ A handler is a function in the place of the layer's ``forward``. Without a call 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from peft_multibatch import ops
 from peft_multibatch.bank import KNOWN_VARIANTS
 from peft_multibatch.errors import MergedAdaptersError, ModelStateError, UnsupportedError
+from peft_multibatch.ids import Entry
 from peft_multibatch.routing import Call, Graph, take_plan
 from peft_multibatch.segments import BASE
 
@@ -150,36 +153,50 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
 def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     mix, kernels = call.mix, router.kernels
     if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
-        mix.segments.rows_per_entry(len(x))
+        call.num_rows(x)
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
     if kernels is not None and kernels.runs_on(x):
         if kernels.is_capturing():
-            plan, tables = router.graph.capture(call, bank, x.device)
+            plans, tables = router.graph.capture(call, bank, x.device)
             ys = [y.contiguous() for y in ys]
-            kernels.add_(ys, x, bank.widths, plan, tables)
+            for plan in plans:
+                kernels.add_(ys, x, bank.widths, plan, tables)
             return ys
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
-            mix.segments.rows_per_entry(len(x))
+            call.num_rows(x)
             ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
-            plan, tables = mix.plan(x.device), mix.tables(bank, x.device)
-            products = mix.products[bank] = kernels.Products(ys, x, bank.widths, mix.segments, plan, tables)
+            plans, tables = mix.plans(x.device), mix.tables(bank, x.device)
+            products = mix.products[bank] = kernels.Products(ys, x, bank.widths, mix.terms, plans, tables)
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
-    mix.segments.rows_per_entry(len(x))  # dimension 0 has to map to samples, not just all rows together
+    call.num_rows(x)  # dimension 0 has to map to samples, not just all rows together
+    _check_not_capturing(x)
     if mix.adapters:
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
         with _without_autocast(x.device.type):
-            ops.torch_backend.apply_(slices, rows, mix.segments, mix.weights(bank))
+            for term in mix.terms:
+                ops.torch_backend.apply_(slices, rows, term, mix.weights(bank))
     return ys
 
 
 def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
-    """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights."""
+    """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights.
+
+    Raises:
+        UnsupportedError: a mixture of DoRA adapters.
+    """
+    _check_not_capturing(ys[0])
+    for name in [call.mix.adapters[slot].name for slot in call.mix.mixed]:
+        if any(name in layer.lora_variant for layer in bank.layers):
+            raise UnsupportedError(
+                f"a mixture names {name!r}, a DoRA adapter, whose output isn't a delta that can be weighted: expected "
+                "plain LoRA. Give the row that adapter alone, or leave it out of mixtures."
+            )
     scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
     if scales is None:
         scales = bank.dora_scales(call.mix.adapters)
@@ -197,6 +214,15 @@ def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def _check_not_capturing(x: Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
+            "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "
+            "and no DoRA or layers that run per segment, see mb.report(). Run it without CUDA graphs."
+        )
+
+
 def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
     if bank.has_variants():
@@ -206,8 +232,8 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         )
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plan = take_plan(graph.buffer.packed, graph.key)
-        return _add_through_ops((plan, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
+        plans = [take_plan(graph.buffer.packed, graph.key, index) for index in range(graph.terms)]
+        return _add_through_ops((plans, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(
             "a compiled model was called on a GPU while other ids, or ids at all, are in force on another thread or "
@@ -222,16 +248,20 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
                 f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "
                 "bfloat16 or float32, and contiguous weights. Convert the adapters, or run without torch.compile."
             )
-        plan = graph.buffers[str(x.device)].packed
-        ops.add_(ys, x, bank.widths, plan, table.rows, table.rank, table.is_aligned, table.dtype)
+        for buffer in graph.buffers[str(x.device)]:
+            ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)
     return ys
 
 
 def _add_through_ops(inputs: tuple, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
-    plan, lora_a, lora_b, ranks, scalings = inputs
+    plans, lora_a, lora_b, ranks, scalings = inputs
     with _without_autocast(x.device.type):
-        h = ops.shrink(x.reshape(-1, x.shape[-1]), lora_a, plan, ranks)
-        delta = ops.expand(h, lora_b, plan, ranks, scalings, bank.slice_offsets)
+        rows = x.reshape(-1, x.shape[-1])
+        deltas = [
+            ops.expand(ops.shrink(rows, lora_a, plan, ranks), lora_b, plan, ranks, scalings, bank.slice_offsets)
+            for plan in plans
+        ]
+        delta = functools.reduce(operator.add, deltas)
     parts = delta.split([y.shape[-1] for y in ys], dim=-1)
     return [(y + part.view(y.shape)).to(y.dtype) for y, part in zip(ys, parts)]
 
@@ -248,6 +278,14 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     call = _current_call(patch, self)
     if call is None:
         return patch.original(x, *args, **kwargs)
+    if call.packed:  # the tokens of all requests in one row
+        flat = x.flatten(0, 1)
+        call.mix.segments.rows_per_entry(len(flat))
+        return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, x.shape[:2])
+    return _run_per_segment(self, call, patch, x, *args, **kwargs)
+
+
+def _run_per_segment(self: nn.Module, call: Call, patch: Patch, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     entries = call.mix.segments.num_entries
     if len(x) == 1 < entries and call.inside and isinstance(get_base(self), nn.Embedding):
         x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
@@ -337,13 +375,16 @@ def _for_each_segment(
         dims: where the rows are in each output of a tuple; empty where that isn't known.
     """
     outputs, order = [], []
-    for slot, rows in call.mix.segments.rows(num_rows, device):
-        outputs.append(run(single_adapter_view(layer, None if slot == BASE else patch.router.names[slot]), rows))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _check_not_capturing(next(layer.parameters()))
+    segments, entries = call.mix.runs
+    for index, rows in segments.rows(num_rows, device):
+        outputs.append(run(view_for(layer, entries[index], patch), rows))
         order.append(rows)
     if not outputs:
         return run(single_adapter_view(layer, None), slice(0, 0))
     positions = None
-    if call.mix.segments.permutation is not None:
+    if segments.permutation is not None:
         positions = torch.cat([rows for rows in order if isinstance(rows, Tensor)]).argsort()
 
     def join(parts: Sequence[Any], dim: int) -> Any:
@@ -362,10 +403,46 @@ def _for_each_segment(
     return join(outputs, 0)
 
 
-def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
+def view_for(layer: Any, entry: Entry, patch: Patch) -> Any:
+    """The same layer with what one entry names active: an adapter, several with their weights, or none.
+
+    Raises:
+        UnsupportedError: a mixture of adapters whose outputs here aren't sums of deltas.
+    """
+    names = patch.router.names
+    if not isinstance(entry, tuple):
+        return single_adapter_view(layer, None if entry == BASE else names[entry])
+    weights = {str(names[slot]): weight for slot, weight in entry}
+    if isinstance(layer, LoraLayer) and not layer.lora_variant.keys() & weights.keys():
+        return single_adapter_view(layer, list(weights), weights)
+    present = sorted(adapters_of(layer) & weights.keys())
+    if present:
+        raise UnsupportedError(
+            f"a mixture names adapter {present[0]!r}, and in {patch.name} what it gives isn't a delta that can be "
+            f"weighted ({type(layer).__name__}): expected plain LoRA, without variants, copies of modules and trained "
+            "tokens. Give the row one adapter alone, or leave that adapter out of mixtures."
+        )
+    return single_adapter_view(layer, None)
+
+
+def adapters_of(layer: Any) -> set[str]:
+    """Names of the adapters that a PEFT layer has something for."""
+    if isinstance(layer, BaseTunerLayer):
+        return set(layer._get_available_adapters())
+    if isinstance(layer, TrainableTokensWrapper):
+        return set(layer.token_adapter.trainable_tokens_delta)
+    return set(layer.modules_to_save)
+
+
+def single_adapter_view(layer: nn.Module, name: str | list[str] | None, weights: dict | None = None) -> Any:
     """The same layer, its modules and parameters shared, with one adapter active, or with none.
 
     The layer's own attributes stay untouched, because other threads may be using them.
+
+    Args:
+        layer: the layer.
+        name: the adapter, or the adapters of a mixture.
+        weights: of a mixture, what each adapter counts beside its scaling.
     """
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ModelStateError(
@@ -374,7 +451,9 @@ def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
         )
     view: Any = copy.copy(layer)
     view._disable_adapters = name is None
-    view._active_adapter = [name] if name is not None else []
+    view._active_adapter = name if isinstance(name, list) else [name] if name is not None else []
+    if weights is not None:
+        view.scaling = {key: scaling * weights.get(key, 1.0) for key, scaling in view.scaling.items()}
     if isinstance(layer, TrainableTokensWrapper):  # what does the work has a state of its own, and may lack the name
         tokens = layer.token_adapter
         own = single_adapter_view(tokens, name if name in tokens.trainable_tokens_delta else None)
@@ -382,10 +461,10 @@ def single_adapter_view(layer: nn.Module, name: str | None) -> Any:
     # these two put weights into the base module while they run: into a copy of it, here
     elif isinstance(layer, lora.ParamWrapper):
         is_nested = isinstance(layer.base_layer, lora.ParamWrapper)
-        base = single_adapter_view(layer.base_layer, name) if is_nested else _copy_of(layer.base_layer)
+        base = single_adapter_view(layer.base_layer, name, weights) if is_nested else _copy_of(layer.base_layer)
         view._modules = {**layer._modules, "base_layer": base}
     elif isinstance(layer, lora.MultiheadAttention):
-        base, out_proj = _copy_of(layer.base_layer), single_adapter_view(layer.base_layer.out_proj, name)
+        base, out_proj = _copy_of(layer.base_layer), single_adapter_view(layer.base_layer.out_proj, name, weights)
         out_proj._modules = {**out_proj._modules, "base_layer": _copy_of(out_proj.base_layer)}
         base._modules["out_proj"] = out_proj
         view._modules = {**layer._modules, "base_layer": base}

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from peft_multibatch.bank import Adapter
 from peft_multibatch.errors import ModelStateError, RowMappingError, UnsupportedError
+from peft_multibatch.ids import Entry, slots_of, terms
 from peft_multibatch.segments import BASE, SegmentBuffer, Segments
 
 
@@ -30,33 +32,37 @@ if TYPE_CHECKING:
 
 
 class Mix:
-    """A plan, the adapters that it needs, and what was made from both.
+    """Who serves which sample, the adapters in use, and what was made from both.
 
     Calls with the same ids share one for as long as PEFT holds the same weights, so that a decode step makes nothing
     anew.
 
     Attributes:
-        ids: the slot of every entry, as it was asked for.
-        segments: the plan.
+        ids: what every sample runs under, as it was asked for.
+        terms: a plan for every adapter that a sample may have: one, and more where samples have mixtures.
+        segments: the first of them.
         adapters: those in use, by slot.
         slots: how many slots there are, in use or not.
+        mixed: those that are part of a mixture.
         products: for each bank what the backend for kernels prepared.
     """
 
-    def __init__(self, ids: Sequence[int], adapters: dict[int, Adapter], slots: int) -> None:
+    def __init__(self, ids: Sequence[Entry], adapters: dict[int, Adapter], slots: int) -> None:
         self.ids = ids
         with torch.inference_mode(False):  # kept for other calls, which may want gradients
-            self.segments = Segments.from_ids(ids)
+            self.terms = [Segments.from_ids(slots, weights=weights) for slots, weights in terms(ids)]
+        self.segments = self.terms[0]
         self.adapters = adapters
         self.slots = slots
         self.products: dict[Bank, Any] = {}
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
         self._tables: dict[tuple[Bank, torch.device], tuple[TableRows, ...]] = {}
-        self._plans: dict[torch.device, Tensor] = {}
-        self._dense_plan: Tensor | None = None
-        index = {slot: position for position, slot in enumerate(adapters)}
-        self._positions = [index.get(slot, BASE) for slot in ids]
-        self._positions_on: dict[torch.device, Tensor] = {}
+        self._plans: dict[torch.device, list[Tensor]] = {}
+        self._dense_plans: list[Tensor] | None = None
+        self._index = {slot: position for position, slot in enumerate(adapters)}
+        self._positions: dict[torch.device, Tensor] = {}
+        self._kinds = list(dict.fromkeys(ids))
+        self.mixed = {slot for entry in self._kinds if isinstance(entry, tuple) for slot in slots_of(entry)}
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """Weights for torch's products."""
@@ -74,21 +80,32 @@ class Mix:
             if part
         )
 
-    def plan(self, device: torch.device) -> Tensor:
-        """The packed plan on a device."""
+    def plans(self, device: torch.device) -> list[Tensor]:
+        """The packed plans on a device."""
         found = self._plans.get(device)
         if found is None:
             with torch.inference_mode(False):
-                found = self._plans[device] = self.segments.pack().to(device, non_blocking=True)
+                found = self._plans[device] = [term.pack().to(device, non_blocking=True) for term in self.terms]
         return found
 
     def positions(self, device: torch.device) -> Tensor:
-        """int64 ``[E]``: where each entry's adapter stands among those in use, ``-1`` for the base model alone."""
-        found = self._positions_on.get(device)
+        """int64 ``[E]``: where each entry's adapter stands among those in use, ``-1`` for the base model alone.
+
+        Mixtures have ``-1`` as well.
+        """
+        found = self._positions.get(device)
         if found is None:
+            positions = [BASE if isinstance(entry, tuple) else self._index.get(entry, BASE) for entry in self.ids]
             with torch.inference_mode(False):
-                found = self._positions_on[device] = torch.tensor(self._positions, device=device)
+                found = self._positions[device] = torch.tensor(positions, device=device)
         return found
+
+    @cached_property
+    def runs(self) -> tuple[Segments, list[Entry]]:
+        """A plan that keeps mixtures whole, for layers that run them whole, and what its slots stand for."""
+        slots = {entry: slot for slot, entry in enumerate(self._kinds)}
+        with torch.inference_mode(False):
+            return Segments.from_ids([slots[entry] for entry in self.ids]), self._kinds
 
     def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
         """Tables for kernels, one for each dtype."""
@@ -101,12 +118,15 @@ class Mix:
         """Whether ``tables`` would only look them up."""
         return (bank, device) in self._tables
 
-    def op_inputs(self, bank: Bank) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Plan, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
+    def op_inputs(self, bank: Bank) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Plans, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
         with torch.inference_mode(False):  # autograd will save them
-            if self._dense_plan is None:
-                self._dense_plan = Segments.from_ids(self._positions).pack()
-            return self._dense_plan, *bank.gather(self.adapters.values())
+            if self._dense_plans is None:
+                self._dense_plans = [
+                    Segments.from_ids([self._index.get(slot, BASE) for slot in slots], weights=weights).pack()
+                    for slots, weights in terms(self.ids)
+                ]
+            return self._dense_plans, *bank.gather(self.adapters.values())
 
 
 class Call:
@@ -115,6 +135,7 @@ class Call:
     Attributes:
         mix: the plan and its adapters.
         expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
+        packed: True where entries are tokens, all in one row, as in continuous batching.
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
         thread: the thread on which it began.
@@ -124,9 +145,10 @@ class Call:
         rows: rows of the model's last forward inside ``generate``.
     """
 
-    def __init__(self, mix: Mix, expands: bool) -> None:
+    def __init__(self, mix: Mix, expands: bool, packed: bool = False) -> None:
         self.mix = mix
         self.expands = expands
+        self.packed = packed
         self.inside = False
         self.ended = False
         self.thread: InForce | None = None
@@ -137,9 +159,19 @@ class Call:
 
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
-        again = Call(self.mix, self.expands)
+        again = Call(self.mix, self.expands, self.packed)
         again.inside, again.rows = True, self.rows
         return again
+
+    def num_rows(self, x: Tensor) -> int:
+        """Rows of a layer's input ``[..., K]`` that belong to entries.
+
+        Raises:
+            RowMappingError: they are no multiple of the entries.
+        """
+        rows = x.numel() // x.shape[-1] if self.packed else len(x)
+        self.mix.segments.rows_per_entry(rows)
+        return rows
 
     def check_rows(self, rows: int | None) -> None:
         """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
@@ -188,11 +220,13 @@ class Graph:
         contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
             no single plan can stand at the fixed place.
         samples: entries of the plan in force; 0 inside ``generate``, which multiplies rows.
+        terms: plans that graphs read one after the other, as many as a sample of any call had adapters.
         buffer: the plan of the last call that began, at a fixed place on the CPU; a graph takes its size from it, and
             is compiled again where a batch is larger than any before.
-        buffers: the same for kernels, by their device.
+        buffers: the same for kernels, by their device, one for each term.
         stash: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
+        is_captured: whether a CUDA graph was captured that reads them.
     """
 
     def __init__(self, router: Router) -> None:
@@ -202,8 +236,9 @@ class Graph:
         self.here = Here()
         self.contended = False
         self.samples = 0
+        self.terms = 1
         self.buffer = SegmentBuffer(capacity=0)
-        self.buffers: dict[str, SegmentBuffer] = {}
+        self.buffers: dict[str, list[SegmentBuffer]] = {}
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._router = router
@@ -211,8 +246,8 @@ class Graph:
         self._written: Mix | None = None
         self._runs_ops = False
         self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
-        self._outgrown: list[SegmentBuffer] = []  # which captured graphs may still read
-        self._is_captured = False
+        self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
+        self.is_captured = False
         self._lock = threading.RLock()
 
     @torch._dynamo.assume_constant_result  # runs while the graph is traced, and is no part of it
@@ -250,8 +285,8 @@ class Graph:
             if not self.contended and self._written is not call.mix:
                 self._write(call.mix)
 
-    def capture(self, call: Call, bank: Bank, device: torch.device) -> tuple[Tensor, tuple[TableRows, ...]]:
-        """Plan and tables that stay, for kernels that are being captured in a CUDA graph.
+    def capture(self, call: Call, bank: Bank, device: torch.device) -> tuple[list[Tensor], tuple[TableRows, ...]]:
+        """Plans and tables that stay, for kernels that are being captured in a CUDA graph.
 
         Raises:
             ModelStateError: they would have to be made first, and during a capture nothing can be.
@@ -264,8 +299,8 @@ class Graph:
         with self._lock:
             bank.hold(self._router.adapters(), device)
             self._held[bank] = device
-            self._is_captured = True
-        return self.buffers[str(device)].packed, bank.held
+            self.is_captured = True
+        return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
 
     def enter(self, call: Call, outer: Call | None) -> None:
         """A call begins, inside another one or not."""
@@ -288,8 +323,8 @@ class Graph:
             self._change()
         self.stash.clear()
 
-    def plan(self, size: int) -> Tensor:
-        """The plan of the thread that asks, ``[size]``, with zeros behind it."""
+    def plan(self, size: int, index: int) -> Tensor:
+        """A plan of the thread that asks, that of one term, ``[size]``, with zeros behind it."""
         call = self._router.in_force()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
@@ -303,13 +338,14 @@ class Graph:
                 "that calls with and without ids of one compiled model don't overlap. Pass ids of -1 instead of none, "
                 "or run the calls after each other."
             )
-        packed = call.mix.segments.pack()
+        packed = _term(call.mix, index).pack()
         return torch.nn.functional.pad(packed, (0, size - packed.numel()))
 
     def _change(self) -> None:
         calls = self._in_force
         self.active = bool(calls)
         self.contended = any(call.mix is not calls[0].mix for call in calls)
+        self.terms = max([self.terms, *(len(call.mix.terms) for call in calls)])
         if calls and not self.contended:
             self.samples = 0 if calls[0].expands else calls[0].mix.segments.num_entries
             if (self._runs_ops or self._held) and self._written is not calls[0].mix:
@@ -322,13 +358,12 @@ class Graph:
             if self._runs_ops:
                 if entries > self.buffer.capacity:
                     self.buffer = SegmentBuffer(_capacity(entries))
-                self.buffer.update(mix.segments)
                 adapters = self._router.adapters()
                 for bank in self.banks:
                     bank.sync([adapters.get(slot) for slot in range(mix.slots)])
             for bank, device in self._held.items():
                 mix.tables(bank, device)
-                if bank.hold(mix.adapters, device) and self._is_captured:
+                if bank.hold(mix.adapters, device) and self.is_captured:
                     raise ModelStateError(
                         "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
                         "another dtype, than it can serve: expected adapters like those that were there when it was "
@@ -336,19 +371,33 @@ class Graph:
                     )
                 for table in bank.held:
                     torch._dynamo.mark_static_address(table.rows)
-            for buffer in list(self.buffers.values()):
-                if entries > buffer.capacity:
-                    self._outgrown.append(buffer)
-                    self._grow(buffer.packed.device, entries)
-            for buffer in (*self.buffers.values(), *self._outgrown):
-                if entries <= buffer.capacity:
-                    buffer.update(mix.segments)
+            for buffers in list(self.buffers.values()):
+                if self.is_captured and len(mix.terms) > len(buffers):
+                    raise ModelStateError(
+                        f"a CUDA graph was captured under ids that gave a sample {len(buffers)} adapters at most, and "
+                        f"now a mixture has {len(mix.terms)}: expected mixtures as long as those that were in force "
+                        "when it was captured. Call disable and enable, and capture it again."
+                    )
+                if entries > buffers[0].capacity or len(mix.terms) > len(buffers):
+                    self._outgrown.append(buffers)
+                    self._grow(buffers[0].packed.device, max(entries, buffers[0].capacity))
+            for buffers in (*self.buffers.values(), *self._outgrown):
+                if entries <= buffers[0].capacity:
+                    for index, buffer in enumerate(buffers):
+                        buffer.update(_term(mix, index))
             self._written = mix
 
     def _grow(self, device: torch.device, entries: int) -> None:
         with torch.inference_mode(False):
-            buffer = self.buffers[str(device)] = SegmentBuffer(_capacity(entries), device)
-        torch._dynamo.mark_static_address(buffer.packed)
+            buffers = [SegmentBuffer(_capacity(entries), device) for _ in range(self.terms)]
+        self.buffers[str(device)] = buffers
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer.packed)
+
+
+def _term(mix: Mix, index: int) -> Segments:
+    """The plan of one term, for which no sample of a mix need have an adapter."""
+    return mix.terms[index] if index < len(mix.terms) else Segments.from_ids([BASE] * mix.segments.num_entries)
 
 
 def _capacity(entries: int) -> int:
@@ -361,13 +410,13 @@ _graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
 
 
 @torch.library.custom_op("peft_multibatch::take_plan", mutates_args=())
-def take_plan(buffer: Tensor, key: int) -> Tensor:
-    """The packed plan of the call that runs the graph: int32, as long as the graph's buffer."""
-    return _graphs[key].plan(buffer.numel())
+def take_plan(buffer: Tensor, key: int, index: int) -> Tensor:
+    """The packed plan of the call that runs the graph, that of one term: int32, as long as the graph's buffer."""
+    return _graphs[key].plan(buffer.numel(), index)
 
 
 @take_plan.register_fake
-def _(buffer, key):
+def _(buffer, key, index):
     return torch.empty_like(buffer)
 
 
@@ -428,10 +477,11 @@ class Router:
         """All adapters as PEFT holds them now, by slot."""
         return {slot: self._adapter(slot) for slot, name in enumerate(self.names) if name is not None}
 
-    def mix(self, ids: Sequence[int]) -> Mix:
-        """The plan for these ids, a slot for every sample, and the adapters as PEFT holds them now."""
+    def mix(self, ids: Sequence[Entry]) -> Mix:
+        """The plans for these ids, an entry for every sample, and the adapters as PEFT holds them now."""
         last = self._last if self._last is not None and self._last.ids == ids else None
-        adapters = {slot: self._adapter(slot) for slot in (last.adapters if last else sorted({*ids} - {BASE}))}
+        used = last.adapters if last else sorted({slot for entry in {*ids} for slot in slots_of(entry)})
+        adapters = {slot: self._adapter(slot) for slot in used}
         if last is None or last.slots != len(self.names) or last.adapters != adapters:
             last = self._last = Mix(ids, adapters, len(self.names))
         return last
@@ -454,13 +504,13 @@ class Router:
         return known
 
     @contextmanager
-    def routing(self, ids: Sequence[int], expands: bool) -> Iterator[Call]:
+    def routing(self, ids: Sequence[Entry], expands: bool, packed: bool = False) -> Iterator[Call]:
         """Put ids in force for this thread or task; what was in force before is again afterwards.
 
         Raises:
             ModelStateError: the block is left on another thread or task than it was entered on.
         """
-        outer, call = self.call.get(), Call(self.mix(ids), expands)
+        outer, call = self.call.get(), Call(self.mix(ids), expands, packed)
         token = self.call.set(call)
         try:
             self.graph.enter(call, outer)

@@ -37,40 +37,56 @@ class Segments:
         seg_indptr: int32 ``[G + 1]`` on the CPU. Segment ``g`` has the positions ``seg_indptr[g]:seg_indptr[g + 1]``.
         permutation: int32 ``[E]`` on the CPU, or None where entries stand in adapter order as they came. The entry at
             each position: ids ``[0, 1, 0, 1]`` are two segments over the positions of ``[0, 2, 1, 3]``.
+        weights: float32 ``[G]`` on the CPU. What each segment's adapter counts, beside its own scaling; None where all
+            count in full.
     """
 
     weight_indices: Tensor
     seg_indptr: Tensor
     permutation: Tensor | None = None
+    weights: Tensor | None = None
 
     @classmethod
-    def from_ids(cls, slots: Sequence[int] | Tensor, lens: Sequence[int] | Tensor | None = None) -> Segments:
+    def from_ids(
+        cls,
+        slots: Sequence[int] | Tensor,
+        lens: Sequence[int] | Tensor | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Segments:
         """Compress the slots of a call's entries.
 
         Args:
             slots: one slot per entry, ``-1`` for the base model alone; a sequence or an integer tensor ``[E]``.
             lens: for packed inputs, the number of tokens of each entry; the plan then has an entry per token.
+            weights: what each entry's adapter counts; 1 for all where it isn't given.
 
         Returns:
-            Segments whose slots are all different: interleaved ids are put in adapter order first.
+            Segments whose slots, or pairs of slot and weight, are all different: interleaved ids are put in adapter
+            order first.
 
         Example:
             >>> plan = Segments.from_ids([0, 0, 1])
             >>> plan.num_entries, plan.num_segments, plan.seg_lens.tolist()
             (3, 2, [2, 1])
         """
-        slots = torch.as_tensor(slots, dtype=torch.int32, device="cpu")
+        keys = torch.as_tensor(slots, dtype=torch.int32, device="cpu")
+        if weights is not None:  # a slot and a weight are one number, whose upper half is the slot
+            bits = torch.as_tensor(weights, dtype=torch.float32, device="cpu").view(torch.int32)
+            keys = torch.stack([bits, keys], dim=1).view(torch.int64).flatten()
         if lens is not None:
-            slots = slots.repeat_interleave(torch.as_tensor(lens, device="cpu"))
-        weight_indices, seg_lens = torch.unique_consecutive(slots, return_counts=True)
+            keys = keys.repeat_interleave(torch.as_tensor(lens, device="cpu"))
+        distinct, seg_lens = torch.unique_consecutive(keys, return_counts=True)
         permutation = None
-        if weight_indices.unique().numel() < weight_indices.numel():
-            ordered, order = torch.sort(slots, stable=True)
-            weight_indices, seg_lens = torch.unique_consecutive(ordered, return_counts=True)
+        if distinct.unique().numel() < distinct.numel():
+            ordered, order = torch.sort(keys, stable=True)
+            distinct, seg_lens = torch.unique_consecutive(ordered, return_counts=True)
             permutation = order.to(torch.int32)
         seg_indptr = torch.zeros(seg_lens.numel() + 1, dtype=torch.int32, device="cpu")
         torch.cumsum(seg_lens, 0, out=seg_indptr[1:])
-        return cls(weight_indices, seg_indptr, permutation)
+        if weights is None:
+            return cls(distinct, seg_indptr, permutation)
+        bits, weight_indices = distinct.view(-1, 1).view(torch.int32).t().contiguous()
+        return cls(weight_indices, seg_indptr, permutation, bits.view(torch.float32))
 
     @property
     def num_segments(self) -> int:
@@ -92,6 +108,11 @@ class Segments:
         """(slot, first position, position after the last) of each segment, as plain numbers."""
         bounds = self.seg_indptr.tolist()
         return list(zip(self.weight_indices.tolist(), bounds, bounds[1:]))
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """What each segment's adapter counts, as plain numbers."""
+        return [1.0] * self.num_segments if self.weights is None else self.weights.tolist()
 
     @cached_property
     def longest(self) -> int:
@@ -159,26 +180,30 @@ class Segments:
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
 
-        ``[num_entries, num_segments, is_permuted, 0 | slot and first position of each segment | -1, E |
-        permutation]``. A kernel finds a segment's slot and bounds at places that depend on nothing else. Without the
-        permutation the length depends on the number of segments alone.
+        ``[num_entries, num_segments, is_permuted, 0 | slot, first position and bits of the float32 weight of each
+        segment | -1, E, 0 | permutation]``. A kernel finds a segment's slot and bounds at places that depend on
+        nothing else. Without the permutation the length depends on the number of segments alone.
         """
         is_permuted = self.permutation is not None
         header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
-        slots = torch.cat([self.weight_indices, torch.tensor([BASE], dtype=torch.int32, device="cpu")])
-        pairs = torch.stack([slots, self.seg_indptr], dim=1)
+        weights = torch.ones(self.num_segments, device="cpu") if self.weights is None else self.weights
+        triples = torch.zeros(self.num_segments + 1, 3, dtype=torch.int32, device="cpu")
+        triples[:-1, 0], triples[-1, 0] = self.weight_indices, BASE
+        triples[:, 1] = self.seg_indptr
+        triples[:-1, 2] = weights.view(torch.int32)
         permutation = [] if self.permutation is None else [self.permutation]
-        return torch.cat([header, pairs.flatten(), *permutation])
+        return torch.cat([header, triples.flatten(), *permutation])
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Segments:
         """Read a plan back from the beginning of what [`pack`][peft_multibatch.Segments.pack] wrote."""
         num_entries, num_segments, is_permuted, _ = packed[:HEADER].tolist()
-        sizes = [HEADER, 2 * (num_segments + 1), num_entries * is_permuted]
+        sizes = [HEADER, 3 * (num_segments + 1), num_entries * is_permuted]
         # cloned, because a plan must not change when persistent buffers are written for the next call
-        _, pairs, permutation = packed[: sum(sizes)].cpu().clone().split(sizes)
-        slots, bounds = pairs.view(-1, 2).t().contiguous()
-        return cls(slots[:-1], bounds, permutation if is_permuted else None)
+        _, triples, permutation = packed[: sum(sizes)].cpu().clone().split(sizes)
+        slots, bounds, bits = triples.view(-1, 3).t().contiguous()
+        weights = bits[:-1].view(torch.float32)
+        return cls(slots[:-1], bounds, permutation if is_permuted else None, None if (weights == 1).all() else weights)
 
 
 class SegmentBuffer:
@@ -194,7 +219,7 @@ class SegmentBuffer:
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
-        self.packed = torch.zeros(HEADER + 3 * capacity + 2, dtype=torch.int32, device=device)
+        self.packed = torch.zeros(HEADER + 4 * capacity + 3, dtype=torch.int32, device=device)
 
     def update(self, segments: Segments) -> None:
         """Write a plan into the buffer: one copy, of the length of the compressed plan.

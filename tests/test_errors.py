@@ -62,20 +62,20 @@ BAD_IDS = {
     "a float": (
         [0, 1.0, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
-        "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, or -1 or '__base__' for "
-        "the base model alone.",
+        "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, -1 or '__base__' for "
+        "the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "a bool": (
         [True] * 6,
         errors.AdapterIdsTypeError,
-        "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, or -1 or '__base__' for "
-        "the base model alone.",
+        "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, -1 or '__base__' for "
+        "the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "None for a row": (
         [0, None, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
-        "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, or -1 or '__base__' "
-        "for the base model alone.",
+        "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, -1 or '__base__' "
+        "for the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "a tensor of floats": (
         torch.zeros(6),

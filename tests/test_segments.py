@@ -42,7 +42,8 @@ def test_two_segments_of_three_samples(make):
     assert plan.seg_lens.tolist() == [2, 1]
     assert plan.seg_indptr.tolist() == [0, 2, 3]
     assert plan.permutation is None
-    assert plan.pack().tolist() == [3, 2, 0, 0, 0, 0, 1, 2, -1, 3]  # a pair per segment and one, nothing per sample
+    one = 0x3F800000  # the bits of 1.0
+    assert plan.pack().tolist() == [3, 2, 0, 0, 0, 0, one, 1, 2, one, -1, 3, 0]  # nothing per sample
 
 
 @both_paths

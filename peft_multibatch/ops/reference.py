@@ -17,7 +17,7 @@ def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) ->
     """Reference of [`peft_multibatch.ops.shrink`][]; returns float64."""
     num_slices = ranks.shape[1]
     h = x.new_zeros(len(x), num_slices, max_rank(weights, dim=0), dtype=torch.float64)
-    for row, slot in enumerate(_row_slots(plan, len(x))):
+    for row, (slot, _) in enumerate(_row_slots(plan, len(x))):
         for i in range(num_slices if slot != BASE else 0):
             rank = int(ranks[slot, i])
             h[row, i, :rank] = weights[slot * num_slices + i][:rank].double() @ x[row].double()
@@ -30,11 +30,11 @@ def expand(
     """Reference of [`peft_multibatch.ops.expand`][]; returns float64."""
     num_slices = ranks.shape[1]
     delta = h.new_zeros(len(h), slice_offsets[-1], dtype=torch.float64)
-    for row, slot in enumerate(_row_slots(plan, len(h))):
+    for row, (slot, weight) in enumerate(_row_slots(plan, len(h))):
         for i in range(num_slices if slot != BASE else 0):
             rank = int(ranks[slot, i])
             out = weights[slot * num_slices + i][:, :rank].double() @ h[row, i, :rank].double()
-            delta[row, slice_offsets[i] : slice_offsets[i + 1]] = scalings[slot, i].double() * out
+            delta[row, slice_offsets[i] : slice_offsets[i + 1]] = scalings[slot, i].double() * weight * out
     return delta
 
 
@@ -43,6 +43,10 @@ def max_rank(weights: Sequence[Tensor], dim: int) -> int:
     return max((weight.shape[dim] for weight in weights), default=0)
 
 
-def _row_slots(plan: Tensor, rows: int) -> list[int]:
-    slots = Segments.unpack(plan).slots
-    return [slot for slot in slots for _ in range(rows // len(slots))]
+def _row_slots(plan: Tensor, rows: int) -> list[tuple[int, float]]:
+    """Slot and weight of every row."""
+    segments = Segments.unpack(plan)
+    found: dict[int, tuple[int, float]] = {}
+    for (slot, own), weight in zip(segments.rows(rows, torch.device("cpu")), segments.scales):
+        found |= dict.fromkeys(torch.arange(rows)[own].tolist(), (slot, weight))
+    return [found[row] for row in range(rows)]

@@ -37,7 +37,7 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
         segments: the call's plan; ``T`` is a multiple of its entries.
         weights: for each slot of the plan its adapter's weights; a slot may be absent.
     """
-    for slot, rows in segments.rows(len(x), x.device):
+    for (slot, rows), weight in zip(segments.rows(len(x), x.device), segments.scales):
         slices = weights.get(slot)
         if slices is None:
             continue
@@ -45,7 +45,7 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
         for y, projection in zip(ys, slices):
             if projection is None:
                 continue
-            a, b, scaling = projection
+            a, b, scaling = projection[0], projection[1], projection[2] * weight
             acc = accumulator(x, a)
             if x_rows.dtype == a.dtype == y.dtype == acc and isinstance(rows, slice):
                 y[rows].addmm_(torch.mm(x_rows, a), b, alpha=scaling)
@@ -59,7 +59,7 @@ def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) ->
     """Implementation of [`peft_multibatch.ops.shrink`][]."""
     acc = accumulator(x, *weights)
     h = x.new_zeros(len(x), ranks.shape[1], max_rank(weights, dim=0), dtype=acc)
-    for index, i, rank, rows in _live(plan, ranks, len(x), x.device):
+    for index, i, rank, rows, _ in _live(plan, ranks, len(x), x.device):
         a = weights[index][:rank]
         h[rows, i, :rank] = torch.mm(x[rows].to(a.dtype).to(acc), a.t().to(acc))
     return h
@@ -71,10 +71,10 @@ def expand(
     """Implementation of [`peft_multibatch.ops.expand`][]."""
     delta = h.new_zeros(len(h), slice_offsets[-1])
     scale = scalings.tolist()
-    for index, i, rank, rows in _live(plan, ranks, len(h), h.device):
+    for index, i, rank, rows, weight in _live(plan, ranks, len(h), h.device):
         b = weights[index][:, :rank]
         out = torch.mm(h[rows, i, :rank], b.t().to(h.dtype))
-        delta[rows, slice_offsets[i] : slice_offsets[i + 1]] = out * scale[index // ranks.shape[1]][i]
+        delta[rows, slice_offsets[i] : slice_offsets[i + 1]] = out * (scale[index // ranks.shape[1]][i] * weight)
     return delta
 
 
@@ -84,10 +84,10 @@ def shrink_backward(
     """Gradients of ``shrink``'s ``x`` and ``weights``."""
     grad_x = torch.zeros_like(x, dtype=grad.dtype)
     grad_weights = [torch.zeros_like(weight) for weight in weights]
-    for index, i, rank, rows in _live(plan, ranks, len(x), x.device):
+    for index, i, rank, rows, _ in _live(plan, ranks, len(x), x.device):
         a, grad_rows = weights[index], grad[rows, i, :rank]
         grad_x[rows] += torch.mm(grad_rows, a[:rank].to(grad.dtype))
-        grad_weights[index][:rank] = torch.mm(grad_rows.t(), x[rows].to(a.dtype).to(grad.dtype))
+        grad_weights[index][:rank] += torch.mm(grad_rows.t(), x[rows].to(a.dtype).to(grad.dtype))
     return grad_x.to(x.dtype), grad_weights
 
 
@@ -104,20 +104,22 @@ def expand_backward(
     grad_h = torch.zeros_like(h)
     grad_weights = [torch.zeros_like(weight) for weight in weights]
     scale = scalings.tolist()
-    for index, i, rank, rows in _live(plan, ranks, len(h), h.device):
+    for index, i, rank, rows, weight in _live(plan, ranks, len(h), h.device):
         b = weights[index]
-        grad_rows = grad[rows, slice_offsets[i] : slice_offsets[i + 1]].to(h.dtype) * scale[index // ranks.shape[1]][i]
+        factor = scale[index // ranks.shape[1]][i] * weight
+        grad_rows = grad[rows, slice_offsets[i] : slice_offsets[i + 1]].to(h.dtype) * factor
         grad_h[rows, i, :rank] = torch.mm(grad_rows, b[:, :rank].to(h.dtype))
-        grad_weights[index][:, :rank] = torch.mm(grad_rows.t(), h[rows, i, :rank])
+        grad_weights[index][:, :rank] += torch.mm(grad_rows.t(), h[rows, i, :rank])
     return grad_h, grad_weights
 
 
 def _live(
     plan: Tensor, ranks: Tensor, num_rows: int, device: torch.device
-) -> Iterator[tuple[int, int, int, slice | Tensor]]:
-    """(index into the weights, slice, rank, rows) of every segment and slice that has something to do."""
+) -> Iterator[tuple[int, int, int, slice | Tensor, float]]:
+    """(index into the weights, slice, rank, rows, weight) of every segment and slice that has something to do."""
     num_slices, rank = ranks.shape[1], ranks.tolist()
-    for slot, rows in Segments.unpack(plan).rows(num_rows, device):
+    segments = Segments.unpack(plan)
+    for (slot, rows), weight in zip(segments.rows(num_rows, device), segments.scales):
         for i in range(num_slices if slot != BASE else 0):
             if rank[slot][i] > 0:
-                yield slot * num_slices + i, i, rank[slot][i], rows
+                yield slot * num_slices + i, i, rank[slot][i], rows, weight

@@ -282,14 +282,14 @@ def product(
 
 
 class Products:
-    """What a bank runs for one plan and one shape of its input: a product for each dtype of its weights.
+    """What a bank runs for one mix and one shape of its input: a product for each plan and each dtype of its weights.
 
     Args:
         ys: the base layer's outputs as in ``product``, contiguous.
         x: what all slices read, ``[..., K]``.
         widths: ``N`` of each slice.
-        segments: the plan.
-        plan: the plan, packed, on the device.
+        terms: the plans.
+        plans: the same, packed, on the device.
         tables: the bank's tables, one for each dtype.
     """
 
@@ -298,21 +298,21 @@ class Products:
         ys: Sequence[Tensor],
         x: Tensor,
         widths: Sequence[int],
-        segments: Segments,
-        plan: Tensor,
+        terms: Sequence[Segments],
+        plans: Sequence[Tensor],
         tables: Sequence[TableRows],
     ) -> None:
         self.can_run = takes(ys, x, tables)
         self._shape = x.shape
         self._dtypes = [x.dtype, *(y.dtype for y in ys)]
-        self._plan = plan
-        self._products: list[tuple[Product, Tensor]] = []
+        self._products: list[tuple[Product, Tensor, Tensor]] = []
         self._is_contiguous = x.is_contiguous()
         if self.can_run and x.numel():
             rows = _rows(x)
-            longest = segments.longest * (rows.numel() // rows.shape[-1] // segments.num_entries)
+            per_entry = rows.numel() // rows.shape[-1] // terms[0].num_entries
             self._products = [
-                (product(ys, rows, widths, segments.num_segments, longest, table), table.rows)
+                (product(ys, rows, widths, term.num_segments, term.longest * per_entry, table), plan, table.rows)
+                for term, plan in zip(terms, plans)
                 for table in tables
                 if table.rank
             ]
@@ -330,8 +330,8 @@ class Products:
     def __call__(self, ys: Sequence[Tensor], x: Tensor, workspaces: dict[tuple, Tensor]) -> None:
         """Add the deltas of ``x`` to ``ys``."""
         x = _rows(x)
-        for each, table in self._products:
-            each(ys, x, self._plan, table, workspaces)
+        for each, plan, table in self._products:
+            each(ys, x, plan, table, workspaces)
 
 
 def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, tables: Sequence[TableRows]) -> None:
@@ -344,7 +344,7 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
         return
     x = _rows(x)
     num_rows = x.numel() // x.shape[-1]
-    num_segments = min((plan.numel() - HEADER - 2) // 3, num_rows)
+    num_segments = min((plan.numel() - HEADER - 3) // 4, num_rows)
     longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, 64))
     for table in tables:
         if table.rank:

@@ -16,19 +16,20 @@ import triton.language as tl
 
 @triton.jit
 def _segment(plan, index):
-    """Entries of the plan, its permutation or not, and this segment's slot and bounds; slot -1 where there is
+    """Entries of the plan, its permutation or not, and this segment's slot, bounds and weight; slot -1 where there is
     nothing.
     """
     num_entries = tl.load(plan)
     num_segments = tl.load(plan + 1)
     is_permuted = tl.load(plan + 2)
-    pair = plan + 4 + 2 * index
-    slot = tl.load(pair)
-    start = tl.load(pair + 1)
-    stop = tl.load(pair + 3)
-    permutation = plan + 6 + 2 * num_segments
+    triple = plan + 4 + 3 * index
+    slot = tl.load(triple)
+    start = tl.load(triple + 1)
+    weight = tl.load(triple + 2).to(tl.float32, bitcast=True)
+    stop = tl.load(triple + 4)
+    permutation = plan + 7 + 3 * num_segments
     slot = tl.where(index < num_segments, slot, -1)
-    return num_entries, is_permuted, permutation, slot, start, stop
+    return num_entries, is_permuted, permutation, slot, start, stop, weight
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def shrink_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     split, i = tl.program_id(1), tl.program_id(2)
-    num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
+    num_entries, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     if slot < 0:
         _end(PDL)
         return
@@ -156,7 +157,7 @@ def expand_kernel(
     """Grid: (segments × tiles, blocks of columns of all slices together)."""
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     block = tl.program_id(1)
-    num_entries, is_permuted, permutation, slot, start, stop = _segment(plan, index)
+    num_entries, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if slot < 0:
         _end(PDL)
         return
@@ -174,7 +175,7 @@ def expand_kernel(
     row = table + (slot.to(tl.int64) * SLICES + i) * 4
     lora_b = tl.load(row + 1).to(tl.pointer_type(WEIGHTS))
     rank = tl.load(row + 2).to(tl.int32)
-    scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True) * weight
     if rank == 0:
         _end(PDL)
         return

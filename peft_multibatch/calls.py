@@ -161,7 +161,12 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         from peft_multibatch.continuous import Batching
 
         handle._refresh()
-        return Batching(handle, resolve(adapter_ids, handle._names)).generate_batch(inputs, *args, **kwargs)
+        entries = resolve(adapter_ids, handle._names)
+        if len(entries) != len(inputs):
+            raise AdapterIdsLengthError(
+                f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
+            )
+        return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
     return replace(module, "generate_batch", types.MethodType(generate_batch, module))
 

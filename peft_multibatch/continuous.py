@@ -1,0 +1,432 @@
+"""Continuous batching with an adapter per request, on top of transformers' own manager.
+
+transformers schedules requests, keeps their cache in pages and runs them packed: one row that holds the tokens of all
+requests. Here every request has its adapter, and what depends on it:
+
+- the packed row runs under one entry per token;
+- cached prefixes are shared under one adapter, and one version of it, alone;
+- requests wait in the order of what their adapters were served, so that a flood for one doesn't starve the others;
+- adapters change between steps, when no request that began with the old weights is under way.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
+from transformers.generation.continuous_batching import ContinuousBatchingManager, model_runner
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+from peft_multibatch import layers as handlers
+from peft_multibatch.errors import AdapterIdsLengthError, ModelStateError, MultibatchError, UnsupportedError
+from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
+from peft_multibatch.layers import get_base
+from peft_multibatch.segments import BASE
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.attach import Multibatch
+
+KEY = "adapter_id"
+"""Where a request's entry travels: among its arguments for logits processors, which forks and evictions copy."""
+
+
+class AdapterBatchingManager(ContinuousBatchingManager):
+    """transformers' manager of continuous batching, whose requests name their adapters.
+
+    What it does beside: ``add_request(..., adapter_id=...)``, ``changing(...)``, ``served`` and ``prefix_hits``. A
+    request that can't run ends with an error of its own, in the output where its tokens would have been.
+
+    Attributes:
+        served: tokens that ran for each adapter, by name; for a mixture, the names and their weights.
+        prefix_hits: tokens whose cache was found instead of computed.
+    """
+
+    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), **options: Any) -> None:
+        super().__init__(model=handle._inner, **options)
+        self.logit_processor.supported_keys[KEY] = object
+        self.served: defaultdict[str, int] = defaultdict(int)
+        self.prefix_hits = 0
+        self._handle = handle
+        self._router = handle._router
+        self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
+        self._queue = FairQueue()
+        self._versions: defaultdict[int, int] = defaultdict(int)
+        self._salts: dict[tuple, int] = {}
+        self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
+        self._changes = 0
+        self._longest = 0  # tokens of a request that fits into the cache
+        self._held: set[int] = set()  # slots whose requests may not begin
+
+    # What users call.
+
+    def add_request(self, input_ids: list[int], *args: Any, adapter_id: Any = BASE_NAME, **kwargs: Any) -> str | None:
+        """Add a request.
+
+        Args:
+            input_ids: the prompt's tokens.
+            *args: as in transformers' ``ContinuousBatchingManager.add_request``.
+            adapter_id: an id, a name or a mixture such as ``{"sql": 0.7, "poet": 0.3}``; the base model alone where it
+                isn't given.
+            **kwargs: as in transformers.
+
+        Returns:
+            The request's id. A request that can't run (a prompt that is empty, too long or has tokens which the model
+            doesn't know; an adapter that isn't there) gives an output with an error, and no tokens.
+        """
+        error: Exception | None = None
+        entry: Entry = BASE
+        try:
+            self._handle._refresh()
+            entry = adapter_id if isinstance(adapter_id, tuple) else self._resolve(adapter_id)
+            self._check_prompt(input_ids)
+        except MultibatchError as caught:
+            error = caught
+        if error is None:
+            return super().add_request(input_ids, *args, **kwargs, **{KEY: entry})
+        with self._request_lock:
+            request_id = kwargs.get("request_id") or f"req_{self._request_counter}"
+            self._request_counter += "request_id" not in kwargs or kwargs["request_id"] is None
+        self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
+        return request_id
+
+    def add_requests(self, inputs: list[list[int]], *args: Any, adapter_ids: Any = None, **kwargs: Any) -> list[str]:
+        """Add several requests.
+
+        Args:
+            inputs: their prompts.
+            *args: as in transformers.
+            adapter_ids: one entry for every prompt, as in ``generate``; the base model alone where it isn't given.
+            **kwargs: as in transformers.
+
+        Raises:
+            AdapterIdsLengthError: there are more prompts than ids, or fewer.
+        """
+        entries = list(self._waiting_ids or adapter_ids or [BASE_NAME] * len(inputs))
+        if len(entries) != len(inputs):
+            raise AdapterIdsLengthError(
+                f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
+            )
+        eos = self.generation_config.eos_token_id
+        eos = self.model.config.get_text_config().eos_token_id if eos is None else eos
+        kwargs.setdefault("eos_token_id", -1 if eos is None else eos)
+        with self._request_lock:
+            names = [f"req_{self._request_counter + index}" for index in range(len(inputs))]
+            self._request_counter += len(inputs)
+        order: Iterable[int] = range(len(inputs))
+        if self._use_prefix_sharing:  # prompts that begin alike one after the other
+            order = sorted(order, key=lambda index: inputs[index], reverse=True)
+        for index in order:
+            self.add_request(inputs[index], names[index], *args, adapter_id=entries[index], **kwargs)
+        return names
+
+    @contextmanager
+    def changing(self, *adapter_ids: Any) -> Iterator[None]:
+        """Change adapters while requests run: load, delete, hot-swap or write them inside the block.
+
+        Requests that have begun under these adapters end first, with the weights they began with; later ones wait
+        until the block ends, and all others go on. Inside the block no step runs.
+
+        Args:
+            *adapter_ids: ids or names of the adapters that change; none where adapters are only added.
+
+        Example:
+            ```python
+            with manager.changing("sql"):
+                hotswap_adapter(model, "new/sql", adapter_name="sql")
+            ```
+        """
+        self._changes += 1
+        try:
+            with self._gate:
+                slots = {slot for each in adapter_ids for slot in slots_of(self._resolve(each))}
+                self._held |= slots
+                try:
+                    self._gate.wait_for(lambda: not self.is_running() or not self._has_begun(slots))
+                    if self.model.device.type == "cuda":
+                        torch.cuda.synchronize(self.model.device)
+                    yield
+                finally:
+                    for slot in slots:
+                        self._versions[slot] += 1
+                    self._held -= slots
+                    self._forget_graphs()
+        finally:
+            self._changes -= 1
+            if hasattr(self, "_wake_up_loop"):  # older transformers look for themselves
+                self._wake_up_loop.set()
+
+    # What runs in the loop's thread.
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        with self._gate:
+            if self._changes:
+                self._gate.notify_all()
+                self._gate.wait(0.001)  # a lock that is let go of and taken again at once is nobody else's
+            self._fail_hopeless(batch_processor)
+            return super()._generation_loop_body(batch_processor, bootstrapping)
+
+    def _create_batch_processor(self) -> Any:
+        is_new = self.batch_processor is None
+        processor = super()._create_batch_processor()
+        if is_new:
+            self._check_layers(processor)
+            infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
+            self._longest = infer(processor.cache) if infer else processor.cache.num_pages
+            runner, scheduler, cache = processor.model_runner, processor.scheduler, processor.cache
+            runner.compute_batch = self._with_ids(processor, runner.compute_batch)
+            scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
+            cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
+            for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
+                if hasattr(cache, name):
+                    setattr(cache, name, self._salted_mark(getattr(cache, name)))
+        return processor
+
+    def _with_ids(self, processor: Any, compute: Callable[..., None]) -> Callable[..., None]:
+        io = processor.inputs_and_outputs
+        uses_graphs = processor.model_runner.use_cuda_graph_varlen or processor.model_runner.use_cuda_graph_decode
+
+        def compute_batch(model: Any, batch_data: dict) -> None:
+            packed = io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io
+            entries: list[Entry] = []
+            for future in packed.requests_in_batch:
+                entry = _entry(future.state)
+                entries += [entry] * future.query_length
+                self._queue.charge(entry, future.query_length)
+                self.served[self._label(entry)] += future.query_length
+            entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
+            while True:
+                # plans are copied in the order of the stream that computes
+                with _on(io.compute_stream), self._router.routing(entries, expands=False, packed=True) as call:
+                    if not (uses_graphs and self._router.graph.contended):
+                        call.inside = True
+                        return compute(model, batch_data)
+                time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
+
+        return compute_batch
+
+    def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
+        def in_turn() -> list[RequestState]:
+            running = {_entry(state) for state in scheduler.active_requests.values()}
+            there = [state for state in candidates() if self._why_not(state) is None]
+            found = self._queue.order(there, running)
+            return [state for state in found if _has_begun(state) or not self._held & {*slots_of(_entry(state))}]
+
+        return in_turn
+
+    def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
+        def salted_search(request_id: str, prompt_ids: list[int]) -> int:
+            state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
+            found = search(request_id, self._salted(prompt_ids, _entry(state)))
+            self.prefix_hits += found
+            return found
+
+        return salted_search
+
+    def _salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
+        def salted_mark(state: RequestState, *args: Any) -> None:
+            salted = copy.copy(state)
+            salted.initial_tokens = self._salted(state.initial_tokens, _entry(state))
+            mark(salted, *args)
+
+        return salted_mark
+
+    def _salted(self, tokens: list[int], entry: Entry) -> list[int]:
+        """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
+        if entry == BASE or len(tokens) < 2:  # no block is that short
+            return tokens
+        versions = tuple(self._versions[slot] for slot in slots_of(entry))
+        salt = self._salts.setdefault((entry, versions), len(self._salts) + 1)
+        vocabulary = self._vocabulary()
+        high, low = divmod(salt, (2**31 - 1) // vocabulary - 1)
+        return [tokens[0] + vocabulary * low, tokens[1] + vocabulary * high, *tokens[2:]]
+
+    def _has_begun(self, slots: set[int]) -> bool:
+        """Whether a request that has begun needs one of these slots."""
+        if self.batch_processor is None:
+            return False
+        scheduler = self.batch_processor.scheduler
+        states = itertools.chain(
+            scheduler.active_requests.values(), filter(_has_begun, scheduler.waiting_requests.values())
+        )
+        return any(slots & {*slots_of(_entry(state))} for state in states)
+
+    def _fail_hopeless(self, processor: Any) -> None:
+        """End requests that can't run, or can't any more, before they stop the loop."""
+        self._handle._refresh()
+        scheduler = processor.scheduler
+        for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
+            error = self._why_not(state)
+            if error is not None:
+                scheduler.set_request_cancellation(state.request_id)
+                processor._handle_request_error(error, state)
+        scheduler.clear_cancelled_requests()
+
+    def _why_not(self, state: RequestState) -> Exception | None:
+        gone = [slot for slot in slots_of(_entry(state)) if self._handle._names[slot] is None]
+        if gone:
+            return ModelStateError(
+                f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
+                "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
+                "to another one."
+            )
+        tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
+        if tokens > self._longest:
+            return UnsupportedError(
+                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
+                f"{state.max_new_tokens}, and the cache holds {self._longest}: expected fewer. Pass a "
+                "continuous_batching_config with more blocks."
+            )
+        return None
+
+    def _forget_graphs(self) -> None:
+        """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""
+        if self.batch_processor is None or not self._router.graph.is_captured:
+            return
+        io = self.batch_processor.inputs_and_outputs
+        pairs = [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]
+        for each in pairs:
+            each.graphs = type(each.graphs)()
+        self._router.graph.is_captured = False
+
+    # What is checked.
+
+    def _resolve(self, adapter_id: Any) -> Entry:
+        return resolve([adapter_id], self._handle._names)[0]
+
+    def _vocabulary(self) -> int:
+        embedding: Any = get_base(self.model.get_input_embeddings())
+        return embedding.num_embeddings
+
+    def _check_prompt(self, input_ids: Sequence[int]) -> None:
+        vocabulary = self._vocabulary()
+        wrong = [token for token in input_ids if not 0 <= token < vocabulary]
+        if wrong or not len(input_ids):
+            raise UnsupportedError(
+                f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
+                f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
+            )
+
+    def _check_layers(self, processor: Any) -> None:
+        head = self.model.get_output_embeddings()
+        graphs = processor.model_runner.use_cuda_graph_varlen or processor.model_runner.use_cuda_graph_decode
+        for place in self._handle._places.values():
+            if place.module is head:
+                raise UnsupportedError(
+                    f"{place.name} has adapters, and continuous batching gives it the last token of every request "
+                    "alone, without telling which: expected adapters on other layers. Use generate for these."
+                )
+            if graphs and place.handler is not handlers.linear:
+                raise UnsupportedError(
+                    f"{place.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
+                    "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
+                )
+
+    def _label(self, entry: Entry) -> str:
+        names = self._handle._names
+        if isinstance(entry, tuple):
+            return " + ".join(f"{weight:g} {names[slot]}" for slot, weight in entry)
+        return BASE_NAME if entry == BASE else str(names[entry])
+
+
+class FairQueue:
+    """Whose request begins next: that of the adapter which was served least, among those that have requests.
+
+    Every token that runs counts for its adapter. One that had no requests for a while doesn't save up: it begins with
+    the count of the least served one. Within an adapter, requests begin in the order in which they came.
+
+    Source:
+        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Entry, float] = {}
+
+    def charge(self, entry: Entry, tokens: int) -> None:
+        """Count tokens that run for an entry."""
+        self._counts[entry] = self._counts.get(entry, 0) + tokens
+
+    def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
+        """Requests in the order in which they should begin; those that have begun already come first.
+
+        Args:
+            waiting: requests in the order in which they came.
+            running: entries of the requests that are under way.
+        """
+        begun = [state for state in waiting if _has_begun(state)]
+        queues: dict[Entry, deque[RequestState]] = {}
+        for state in waiting:
+            if not _has_begun(state):
+                queues.setdefault(_entry(state), deque()).append(state)
+        busy = {*queues, *running}
+        self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
+        least = min(self._counts.values(), default=0)
+        for entry in queues:
+            self._counts.setdefault(entry, least)
+        counts = {entry: self._counts[entry] for entry in queues}
+        ordered = []
+        while queues:
+            entry = min(queues, key=lambda each: counts[each])
+            state = queues[entry].popleft()
+            counts[entry] += len(state.initial_tokens)
+            ordered.append(state)
+            if not queues[entry]:
+                del queues[entry]
+        return begun + ordered
+
+
+class Batching(ContinuousMixin):
+    """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
+
+    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Any] = ()) -> None:
+        self._model = handle._inner
+        self._handle = handle
+        self._waiting_ids = waiting_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @torch.no_grad()
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **options: Any,
+    ) -> AdapterBatchingManager:
+        config: Any = copy.copy(generation_config or self._model.generation_config)
+        if config.eos_token_id is None:
+            config.eos_token_id = -1
+        return AdapterBatchingManager(
+            self._handle,
+            self._waiting_ids,
+            generation_config=config,
+            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            **options,
+        )
+
+
+def _entry(state: RequestState) -> Entry:
+    return state.logit_processor_kwargs.get(KEY, BASE)
+
+
+def _has_begun(state: RequestState) -> bool:
+    """Whether a request ran before: it is under way, or was evicted."""
+    return bool(
+        state.status not in (RequestStatus.PENDING,)
+        or state.generated_tokens
+        or state._true_initial_tokens
+        or getattr(state, "is_cpu_offloaded", False)
+    )
+
+
+def _on(stream: Any) -> AbstractContextManager:
+    return torch.cuda.stream(stream) if stream is not None else nullcontext()

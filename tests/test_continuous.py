@@ -1,0 +1,306 @@
+"""Continuous batching with an adapter per request, against `generate` row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+from models import base_model, lora_configs, peft_model
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestState
+
+import peft_multibatch
+from peft_multibatch import errors
+from peft_multibatch.continuous import FairQueue
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENTRIES = ["three", "__base__", "eight", {"four": 0.7, "eight": 0.3}, "four", "three"]
+
+
+def settings(blocks=48, **options):
+    """A cache of blocks of 16 tokens; the field has another name in newer transformers."""
+    fields = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    size = {"page_size" if "page_size" in fields else "block_size": 16}
+    if "auto_switch_to_flash" in fields:
+        options["auto_switch_to_flash"] = False
+    return ContinuousBatchingConfig(
+        **size, num_blocks=blocks, max_batch_tokens=64, **{"use_cuda_graph": False} | options
+    )
+
+
+def generation(**options):
+    return GenerationConfig(
+        **{"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
+    )
+
+
+def prompts(number, longest=40):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (number,), generator=generator).tolist()
+    return [torch.randint(2, 160, (length,), generator=generator).tolist() for length in lengths]
+
+
+def row_by_row(model, inputs, entries, tokens=8):
+    """What `generate` gives every prompt by itself; tests/test_generate.py compares that with PEFT."""
+    return [
+        model.generate(
+            input_ids=torch.tensor([prompt], device=DEVICE),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=DEVICE),
+            adapter_ids=[entry],
+            generation_config=generation(max_new_tokens=tokens),
+        )[0, len(prompt) :].tolist()
+        for prompt, entry in zip(inputs, entries)
+    ]
+
+
+@pytest.fixture
+def enabled():
+    model = peft_model().to(DEVICE)
+    mb = peft_multibatch.enable(model)
+    yield model, mb
+    mb.disable()
+
+
+def results(manager, number, timeout=60):
+    """The last output of each of that many requests."""
+    found, end = {}, time.monotonic() + timeout
+    while len(found) < number and time.monotonic() < end:
+        output = manager.get_result(timeout=1)
+        if output is not None and output.is_finished():
+            found[output.request_id] = output
+    assert len(found) == number, found
+    return found
+
+
+def test_fifty_requests_that_share_prefixes_in_a_cache_that_evicts_them(enabled, monkeypatch):
+    model, mb = enabled
+    evicted, original = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or original(self)
+    )
+    shared = prompts(1, 2)[0] + [7] * 34
+    inputs = [shared + prompt if index % 3 else prompt for index, prompt in enumerate(prompts(54))]
+    entries = [ENTRIES[index % len(ENTRIES)] for index in range(len(inputs))]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings(14)) as manager:
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, len(inputs), timeout=300)
+        hits, served = manager.prefix_hits, dict(manager.served)
+    assert evicted
+    assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
+    assert hits >= 32  # prompts under one adapter share their prefix
+    assert set(served) == {"three", "__base__", "eight", "0.7 four + 0.3 eight", "four"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_on_a_gpu(enabled, graphs, asynchronous):
+    model, mb = enabled
+    inputs = [[7] * 34 + prompt if index % 3 else prompt for index, prompt in enumerate(prompts(54))]
+    entries = [ENTRIES[index % len(ENTRIES)] for index in range(len(inputs))]
+    if graphs:  # a graph has as many plans as its longest mixture has adapters: one here
+        entries = [entry if isinstance(entry, str) else "four" for entry in entries]
+    want = row_by_row(model, inputs, entries)
+    config = settings(40, use_cuda_graph=graphs, use_async_batching=asynchronous)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
+        for _ in range(2):
+            names = manager.add_requests(inputs, adapter_ids=entries)
+            found = results(manager, len(inputs), timeout=120)
+            assert [found[name].generated_tokens for name in names] == want
+        assert mb._router.graph.is_captured == graphs
+        with manager.changing("eight"):
+            for name, module in model.named_modules():
+                if name.endswith("lora_B.eight"):
+                    module.weight = torch.nn.Parameter(module.weight * -2)
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, len(inputs), timeout=120)
+    assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
+
+
+def test_generate_batch(enabled):
+    model, mb = enabled
+    inputs, entries = prompts(9), (ENTRIES * 2)[:9]
+    outputs = model.generate_batch(
+        inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=entries
+    )
+    assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs, entries)
+    plain = model.generate_batch(inputs, generation_config=generation(), continuous_batching_config=settings())
+    assert [output.generated_tokens for output in plain.values()] == row_by_row(model, inputs, ["three"] * 9)
+    with pytest.raises(errors.AdapterIdsLengthError, match="3 entries for 9 prompts"):
+        model.generate_batch(
+            inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=[0, 1, 2]
+        )
+    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match=r"inside mb\.batch"):
+        model.generate_batch(inputs, generation_config=generation())
+
+
+def test_a_prefix_is_not_shared_between_adapters(enabled):
+    model, mb = enabled
+    prompt = prompts(1, 2)[0] + [9] * 40
+    entries = ["three", "eight", "__base__", {"four": 1.0, "eight": 0.5}]
+    want = row_by_row(model, [prompt] * 4, entries)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        for entry, tokens in zip(entries, want):
+            manager.add_request(prompt, adapter_id=entry)
+            (first,) = results(manager, 1).values()
+            assert first.generated_tokens == tokens
+        assert manager.prefix_hits == 0
+        manager.add_request(prompt, adapter_id="eight")
+        (second,) = results(manager, 1).values()
+        assert manager.prefix_hits == 32  # two blocks of sixteen
+        assert second.generated_tokens == want[1]
+
+
+def test_forks(enabled):
+    model, _ = enabled
+    config = generation(num_return_sequences=3, do_sample=True, top_k=1)
+    inputs, entries = prompts(4), ENTRIES[:4]
+    outputs = model.generate_batch(
+        inputs, generation_config=config, continuous_batching_config=settings(), adapter_ids=entries
+    )
+    copies = 3 if hasattr(ContinuousBatchingManager, "pause") else 1  # older transformers hand out the first alone
+    want = [tokens for tokens in row_by_row(model, inputs, entries) for _ in range(copies)]
+    assert [output.generated_tokens for output in outputs.values()] == want
+
+
+def test_streams_and_cancelled_requests(enabled):
+    _, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(
+        generation_config=generation(max_new_tokens=200), continuous_batching_config=settings()
+    ) as manager:
+        endless = manager.add_request(prompt, adapter_id="three", streaming=True)
+        assert manager.get_result(timeout=60).request_id == endless
+        manager.cancel_request(endless)
+        name = manager.add_request(prompt, adapter_id="eight", streaming=True, max_new_tokens=4)
+        lengths = [len(output.generated_tokens) for output in manager.request_id_iter(name)]
+    assert lengths == [1, 2, 3, 4]
+
+
+def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        good = manager.add_request(prompt, adapter_id="eight")
+        bad = {
+            manager.add_request([3, 160], adapter_id="eight"): "among them 160",
+            manager.add_request([], adapter_id="eight"): "has 0 tokens",
+            manager.add_request([3] * 5000, adapter_id="eight"): "and the cache holds",
+            manager.add_request(prompt, adapter_id="nine"): "no adapter has this name",
+            manager.add_request(prompt, adapter_id=17): "no adapter has this id",
+            manager.add_request(prompt, adapter_id={"three": "much"}): "expected a finite number",
+        }
+        last = manager.add_request(prompt, adapter_id="three")
+        found = results(manager, len(bad) + 2)
+    for name, message in bad.items():
+        assert message in found[name].error
+        assert found[name].generated_tokens == []
+    want = row_by_row(model, [prompt] * 2, ["eight", "three"])
+    assert [found[good].generated_tokens, found[last].generated_tokens] == want
+
+
+def test_an_adapter_changes_while_requests_run(enabled):
+    model, mb = enabled
+    layers = [module for name, module in model.named_modules() if name.endswith("lora_B.eight")]
+    prompt = prompts(1, 2)[0] + [9] * 40
+    before = row_by_row(model, [prompt], ["eight"], 40)[0]
+    with mb.continuous_batching(
+        generation_config=generation(max_new_tokens=40), continuous_batching_config=settings()
+    ) as manager:
+        old = manager.add_request(prompt, adapter_id="eight", streaming=True)
+        others = manager.add_requests(prompts(4), adapter_ids=["three"] * 4, max_new_tokens=20)
+        assert manager.get_result(timeout=60) is not None  # under way
+        late = []
+
+        def ask():
+            time.sleep(0.05)  # while the change waits
+            late.append(manager.add_request(prompt, adapter_id="eight"))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with manager.changing("eight"):
+            asking.join()
+            for layer in layers:
+                layer.weight.data.mul_(-2)  # in place, as hot-swapping does
+        found = results(manager, 6)
+        hits = manager.prefix_hits
+    after = row_by_row(model, [prompt], ["eight"], 40)[0]
+    assert before != after
+    assert found[old].generated_tokens == before
+    assert found[late[0]].generated_tokens == after
+    assert hits == 0  # what was cached under the old weights isn't used under the new ones
+    want = row_by_row(model, prompts(4), ["three"] * 4, 20)
+    assert [found[name].generated_tokens for name in others] == want
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+def test_an_adapter_is_deleted_and_another_one_added_while_requests_run(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with manager.changing("four"):
+            waiting = manager.add_request(prompt, adapter_id="four")
+            other = manager.add_request(prompt, adapter_id="eight")
+            model.delete_adapter("four")
+            model.add_adapter("new", lora_configs()["three"])
+            model.to(DEVICE)
+        new = manager.add_request(prompt, adapter_id="new")
+        found = results(manager, 3)
+    assert "the adapter with the id 1 was deleted" in found[waiting].error
+    assert [found[name].generated_tokens for name in (other, new)] == row_by_row(model, [prompt] * 2, ["eight", "new"])
+
+
+def test_layers_that_run_per_segment():
+    torch.manual_seed(0)
+    shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base_model(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **shared), "one")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["v_proj"], use_dora=True, **shared))
+    for name, parameter in model.named_parameters():
+        if "lora_embedding" in name:
+            torch.nn.init.normal_(parameter)
+    model.eval().to(DEVICE)
+    peft_multibatch.enable(model)
+    inputs, entries = prompts(6), ["one", "two", "__base__"] * 2
+    outputs = model.generate_batch(
+        inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=entries
+    )
+    assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs, entries)
+
+
+def test_adapters_on_the_head_are_refused():
+    config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base_model(), config, "one").eval()
+    mb = peft_multibatch.enable(model)
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    with pytest.raises(errors.UnsupportedError, match="lm_head has adapters"), mb.continuous_batching(**options):
+        pass
+
+
+def test_a_flood_for_one_adapter_does_not_starve_the_others():
+    """Simulated: two adapters, of which one has a hundred requests before the other's ten come."""
+
+    class Request:
+        def __init__(self, entry):
+            self.logit_processor_kwargs = {"adapter_id": entry}
+            self.initial_tokens = [1] * 10
+            self.status, self.generated_tokens, self._true_initial_tokens = 0, [], 0
+
+    queue, waiting, begun = FairQueue(), [Request(0) for _ in range(100)], []
+    for step in range(110):
+        if step == 20:
+            waiting += [Request(1) for _ in range(10)]
+        state = queue.order(waiting, set())[0]
+        waiting.remove(state)
+        begun.append(state.logit_processor_kwargs["adapter_id"])
+        queue.charge(begun[-1], 10)
+    assert begun[:20] == [0] * 20
+    # one of each in turn, from when they came: neither does the late one have to wait, nor does it take all
+    assert Counter(begun[20:40]) == {0: 10, 1: 10}

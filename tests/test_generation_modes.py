@@ -540,6 +540,37 @@ def test_adapters_where_images_are_seen_are_refused_by_name(kind, part):
         peft_multibatch.enable(model)
 
 
+def blip() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.Blip2Config(
+        text_config={**SIZES, "model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 48},
+        vision_config={**VISION, "image_size": 8, "patch_size": 4},
+        qformer_config={**sizes, "encoder_hidden_size": 32, "cross_attention_frequency": 1, "vocab_size": 50},
+    )
+    return transformers.Blip2ForConditionalGeneration(config)
+
+
+def speech() -> Any:
+    config = transformers.GraniteSpeechConfig(
+        text_config={**SIZES, "model_type": "granite"},
+        encoder_config={"hidden_dim": 32, "num_layers": 2, "num_heads": 2, "dim_head": 16, "input_dim": 16},
+        projector_config={**VISION, "model_type": "blip_2_qformer", "encoder_hidden_size": 32},
+        has_lora_adapter=False,
+    )
+    return transformers.GraniteSpeechForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "part"),
+    [(blip, r"qformer.*attention\.query"), (blip, "language_projection"), (speech, r"encoder\.layers.*to_q")],
+)
+def test_adapters_between_images_or_sound_and_words_are_refused_by_name(build, part):
+    """As many images as prompts, but not one each, would get each other's adapters."""
+    model = two_adapters(build(), rf".*({part}|q_proj)")
+    with pytest.raises(errors.UnsupportedError, match=rf"{part}.* is inside the vision or audio part"):
+        peft_multibatch.enable(model)
+
+
 def test_adapters_where_images_are_seen_inside_another_model():
     vision = {**VISION, "image_size": 8, "patch_size": 4, "projection_dim": 32}
     inside = transformers.PaliGemmaConfig(

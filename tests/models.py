@@ -51,7 +51,7 @@ BART_SIZES = {
     for size, number in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 80))
 }
 OPT_SIZES = {"ffn_dim": 80, "word_embed_proj_dim": 48}
-BLOOM_SIZES = {"hidden_size": 48, "n_layer": 2, "n_head": 4, "vocab_size": 160}
+BLOOM_SIZES = {"hidden_size": 48, "n_layer": 2, "n_head": 4, "vocab_size": 160, "initializer_range": 0.1}
 MIXTRAL_SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK_SIZES = {**LATENT_SIZES, **EXPERT_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 24}
 NO_END = {"eos_token_id": None, "pad_token_id": 0}

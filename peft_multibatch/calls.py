@@ -112,8 +112,14 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)
-        if method == "generate" and samples is None:
-            samples = 1  # what transformers begins with where it is given nothing
+        if method == "generate":
+            if kwargs.get("generation_mode") == "image":
+                raise UnsupportedError(
+                    "generate was called with ids and generation_mode='image', for which Janus puts its rows without "
+                    "a prompt behind those with one: expected every sample's rows side by side. Generate images for "
+                    "one adapter at a time, without ids."
+                )
+            samples = 1 if samples is None else samples  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
                 own_call.inside = True

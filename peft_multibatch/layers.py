@@ -526,13 +526,24 @@ OTHER_ROWS = {
     "relative_attention_bias": "sees positions, not samples",
 }
 MEDIA_PARTS = (
-    "vision", "visual", "image_", "audio", "projector", "connector", "aligner", "resampler", "perceiver", "merger",
+    "aligner", "audio", "codec", "connector", "image_", "language_projection", "merger", "perceiver", "projector",
+    "qformer", "resampler", "talker", "token2wav", "tokenizer_encoder", "video_tower", "vision", "visual",
+)  # fmt: skip
+MEDIA_CONFIGS = (
+    "acoustic_tokenizer_encoder_config", "audio_config", "codec_config", "projector_config", "vision_config",
 )  # fmt: skip
 
 # Models whose layers see positions first and samples second, or whose rows are tiled.
 OTHER_ORDER = (
-    "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_melody", "oneformer", "xlnet",
+    "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_decoder", "musicgen_melody",
+    "musicgen_melody_decoder", "oneformer", "vibevoice", "xlnet",
 )  # fmt: skip
+
+
+def _has_media(config: Any) -> bool:
+    """Whether a configuration, or one inside it, is of a model that reads pictures or sound beside its text."""
+    inner = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
+    return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
 def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tensor], str]:
@@ -562,8 +573,8 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
     for part, what in OTHER_ROWS.items():
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
-    has_media = hasattr(config, "vision_config") or hasattr(config, "audio_config")
-    if has_media and any(word in part for part in parts for word in MEDIA_PARTS):
+    words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
+    if _has_media(config) and any(word in part for part in parts for word in words):
         raise UnsupportedError(
             f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
             f"frames, not samples: {expected}. {advice}"

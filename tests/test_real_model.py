@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import alone
+from models import alone, draws_by_row, row_by_row
 from safetensors.torch import load_file
 
 import peft_multibatch
@@ -75,6 +75,31 @@ def test_rows_without_padding_and_alone_in_their_batch(demo):
         call = partial(demo.model.generate, **inputs, max_new_tokens=8, do_sample=False)
         single = alone(demo.model, name, call)
         assert mixed[row].tolist() == single[0, -8:].tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "num_return_sequences": 2},
+        {"do_sample": False, "num_beams": 2},
+        {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["sampled sequences", "beams", "static cache"],
+)
+def test_modes_that_users_use(demo, options):
+    inputs = {key: value[:4] for key, value in demo.inputs.items()}
+    copies = options.get("num_return_sequences", 1)
+
+    def call(inputs, **ids):
+        with draws_by_row(copies):
+            return demo.model.generate(**inputs, max_new_tokens=5, **options, **ids)
+
+    expected = torch.cat(row_by_row(demo.model, demo.names[:4], inputs, call))
+    peft_multibatch.enable(demo.model)
+    try:
+        assert torch.equal(call(inputs, adapter_ids=demo.names[:4]), expected)
+    finally:
+        peft_multibatch.disable(demo.model)
 
 
 @pytest.mark.gpu

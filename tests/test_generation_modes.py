@@ -1,0 +1,585 @@
+"""Every way to generate: a mixed batch against PEFT, one row at a time under its own adapter, token for token."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import EVERY_ARCHITECTURE, SIZES, alone, draws_by_row, left_padded, peft_model
+from peft import LoraConfig, get_peft_model
+from tolerances import assert_close
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import peft_multibatch
+from peft_multibatch import errors
+
+
+NAMES = ["three", "__base__", "eight", "four", "eight", "three"]
+SHORT = {"max_new_tokens": 6}
+
+
+class OnlyEven(LogitsProcessor):
+    """A row whose tokens have an even sum may only say an even one."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        is_odd = torch.arange(scores.shape[1]) % 2 == 1
+        return scores.masked_fill(is_odd & (input_ids.sum(1, keepdim=True) % 2 == 0), float("-inf"))
+
+
+class StopsAtMultiplesOfThree(StoppingCriteria):
+    eos_token_id = 0  # transformers pads rows that stopped only where there is an end to stop at
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids[:, -1] % 3 == 0
+
+
+def settings(form: str) -> Callable[..., Tensor]:
+    """`generate` with beams that come from a configuration or from the model's own one."""
+    beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0, **SHORT}
+    beams["decoder_start_token_id"] = 0
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        if form == "config":
+            return model.generate(**inputs, generation_config=GenerationConfig(**beams), **ids)
+        if form == "positional config":
+            return model.get_base_model().generate(
+                inputs["input_ids"],
+                GenerationConfig(**beams),
+                attention_mask=inputs["attention_mask"],
+                **ids,
+            )
+        inner = model.get_base_model()
+        before, inner.generation_config = inner.generation_config, GenerationConfig(**beams)
+        try:
+            return model.generate(**inputs, **ids)
+        finally:
+            inner.generation_config = before
+
+    return call
+
+
+def options(copies: int = 1, **chosen: Any) -> Callable[..., Tensor]:
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        with draws_by_row(copies):
+            return model.generate(**inputs, **{"do_sample": False, **SHORT, **chosen}, **ids)
+
+    return call
+
+
+def embedded(model: Any, inputs: dict, **ids: Any) -> Tensor:
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    return model.generate(
+        inputs_embeds=embeds, attention_mask=inputs["attention_mask"], do_sample=False, **SHORT, **ids
+    )
+
+
+def processed(model: Any, inputs: dict, **ids: Any) -> Tensor:
+    return model.generate(
+        **inputs, do_sample=False, **SHORT, logits_processor=LogitsProcessorList([OnlyEven()]), **ids
+    )
+
+
+def stopped(model: Any, inputs: dict, **ids: Any) -> Tensor:
+    found = model.generate(
+        **inputs, do_sample=False, max_new_tokens=12, stopping_criteria=[StopsAtMultiplesOfThree()], **ids
+    )
+    return torch.nn.functional.pad(found, (0, 30 - found.shape[1]))
+
+
+def turns(model: Any, inputs: dict, **ids: Any) -> Tensor:
+    """Two turns: the second brings the answer, two more tokens and what is cached of the first."""
+    options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, **ids}
+    first = model.generate(**inputs, **options)
+    said = torch.cat([first.sequences, first.sequences[:, :2] * 0 + 7], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(said[:, inputs["attention_mask"].shape[1] :])], dim=1)
+    second = model.generate(input_ids=said, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    return second.sequences
+
+
+def scored(model: Any, inputs: dict, **ids: Any) -> Tensor:
+    """Logits of all positions that a prefill computes, whose number `logits_to_keep` says."""
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=3, **ids).logits
+    assert logits.shape[1] == 3
+    return logits.argmax(-1)
+
+
+SAMPLING = {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "top_k": 40}
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+COMMON = {
+    "greedy": options(),
+    "sampling": options(**SAMPLING),
+    "beams": options(num_beams=3),
+    "no cache": options(use_cache=False),
+}
+MODES = {
+    "sampled sequences": options(copies=3, **SAMPLING, num_return_sequences=3),
+    "sampling beams": options(copies=1, **SAMPLING, num_beams=3),
+    "beams and returned sequences": options(num_beams=4, num_return_sequences=2, length_penalty=0.5),
+    "settings of a configuration": settings("config"),
+    "settings of a positional configuration": settings("positional config"),
+    "settings of the model": settings("model"),
+    "embeddings": embedded,
+    "static cache": options(**STATIC),
+    "static cache and beams": options(**STATIC, num_beams=3),
+    "chunked prefill": options(prefill_chunk_size=4),
+    "chunked prefill and static cache": options(prefill_chunk_size=4, **STATIC),
+    "logits to keep": scored,
+    "logits processor": processed,
+    "stopping criterion": stopped,
+    "turns": turns,
+    "guidance": options(guidance_scale=1.7),
+    "guidance and beams": options(guidance_scale=1.7, num_beams=3),
+    "repetition penalty": options(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=3),
+}
+# what transformers itself has for decoders alone
+DECODERS_ONLY = (
+    "chunked prefill", "chunked prefill and static cache", "guidance", "guidance and beams", "logits to keep", "turns",
+)  # fmt: skip
+
+
+def one_row(inputs: dict, row: int) -> dict:
+    return {key: value[row : row + 1] for key, value in inputs.items()}
+
+
+def ours_and_peft(
+    model: Any,
+    inputs: dict,
+    call: Callable[..., Tensor],
+    names: list[str] = NAMES,
+    rows: Callable[[dict, int], dict] = one_row,
+) -> None:
+    """Ids as an argument and ids in force: what PEFT says for every row by itself."""
+    expected = torch.cat(
+        [alone(model, name, lambda row=row: call(model, rows(inputs, row))) for row, name in enumerate(names)]
+    )
+    mb = peft_multibatch.enable(model)
+    try:
+        assert torch.equal(call(model, inputs, adapter_ids=names), expected)
+        with mb.batch(names):
+            assert torch.equal(call(model, inputs), expected)
+        # what would say the same under other adapters is no test
+        others = call(model, inputs, adapter_ids=[*names[1:], names[0]])
+        assert (others != expected).unflatten(0, (len(names), -1)).flatten(1).any(1).sum() >= len(names) // 2
+    finally:
+        mb.disable()
+
+
+@pytest.fixture(scope="module", params=EVERY_ARCHITECTURE)
+def model(request):
+    return peft_model(request.param)
+
+
+@pytest.mark.parametrize("mode", COMMON)
+def test_every_architecture(model, mode):
+    ours_and_peft(model, left_padded(), COMMON[mode])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return peft_model("llama")
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return peft_model("t5")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode(llama, mode):
+    ours_and_peft(llama, left_padded(), MODES[mode])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in DECODERS_ONLY])
+def test_every_mode_of_an_encoder_decoder(t5, mode):
+    ours_and_peft(t5, left_padded(), MODES[mode])
+
+
+@pytest.mark.parametrize("mode", ["static cache", "static cache and beams", "chunked prefill"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
+def test_sliding_windows(architecture, mode):
+    """Prompts are longer than the windows, and so is what is generated."""
+    ours_and_peft(peft_model(architecture), left_padded(), MODES[mode])
+
+
+@pytest.mark.parametrize("chosen", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_negative_prompts(llama, chosen):
+    """The forward without guidance has prompts of its own, and the same ids."""
+    copies = chosen.get("num_beams", 1)
+    negative = left_padded(length=5)["input_ids"].clamp_min(2).repeat_interleave(copies, 0)
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        return options(guidance_scale=1.7, negative_prompt_ids=inputs["negative"], **chosen)(model, prompts, **ids)
+
+    def rows(inputs: dict, row: int) -> dict:
+        return one_row(left_padded(), row) | {"negative": inputs["negative"][row * copies : (row + 1) * copies]}
+
+    ours_and_peft(llama, left_padded() | {"negative": negative}, call, rows=rows)
+
+
+@pytest.mark.parametrize("kind", ["quanto", "hqq"])
+def test_quantized_cache(llama, kind):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[kind])
+    settings = {"backend": kind, "nbits": 4, "residual_length": 4, "q_group_size": 12}
+    if kind == "hqq":
+        settings |= {"axis_key": 1, "axis_value": 1}
+    ours_and_peft(llama, left_padded(), options(cache_implementation="quantized", cache_config=settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_offloaded_cache(mode):
+    inputs = {key: value.cuda() for key, value in left_padded().items()}
+    beams = {"num_beams": 3} if mode == "beams" else {}
+    ours_and_peft(peft_model("llama").cuda(), inputs, options(cache_implementation="offloaded", **beams))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}],
+    ids=["prompt lookup", "early exit"],
+)
+def test_drafts_of_the_model_itself(llama, chosen):
+    """As many forwards as with PEFT: the drafts are those of the row's own adapter as well."""
+    forwards = []
+    hook = llama.get_base_model().lm_head.register_forward_hook(lambda *_: forwards.append(1))
+    inputs = one_row(left_padded(), 0)
+    inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
+    inputs["attention_mask"] = inputs["attention_mask"].repeat(1, 2)
+    try:
+        expected = alone(llama, "eight", lambda: options(**chosen)(llama, inputs))
+        wanted = len(forwards)
+        forwards.clear()
+        llama.set_adapter("four")
+        peft_multibatch.enable(llama)
+        assert torch.equal(options(**chosen)(llama, inputs, adapter_ids=["eight"]), expected)
+        assert len(forwards) == wanted
+    finally:
+        peft_multibatch.disable(llama)
+        llama.set_adapter("three")
+        hook.remove()
+
+
+@pytest.mark.parametrize("assistant_ids", ["not enabled", None, ["three"]], ids=str)
+def test_an_assistant_has_ids_of_its_own(llama, assistant_ids):
+    """Those of the model that it assists don't reach it: without its own, it runs under its active adapter."""
+    assistant = peft_model("llama")
+    drafts = []
+    assistant.get_base_model().lm_head.register_forward_hook(lambda _, __, logits: drafts.append(logits.clone()))
+    inputs = one_row(left_padded(), 0)
+    call = options(assistant_model=assistant.get_base_model())
+    assistant.set_adapter("three" if isinstance(assistant_ids, list) else "four")
+    expected = alone(llama, "eight", lambda: call(llama, inputs))
+    wanted = list(drafts)
+    drafts.clear()
+    assistant.set_adapter("four")
+    peft_multibatch.enable(llama)
+    try:
+        ids = contextlib.nullcontext()
+        if assistant_ids != "not enabled":
+            mb = peft_multibatch.enable(assistant)
+            ids = mb.batch(assistant_ids) if assistant_ids else ids
+        with ids:
+            assert torch.equal(call(llama, inputs, adapter_ids=["eight"]), expected)
+    finally:
+        peft_multibatch.disable(llama)
+    assert len(drafts) == len(wanted) > 1
+    for mine, theirs in zip(drafts, wanted):
+        assert_close(mine, theirs)
+
+
+class Kept(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens.append(value.reshape(6, -1))
+
+    def end(self) -> None:
+        self.tokens = [torch.cat(self.tokens, dim=1)]
+
+
+def test_a_streamer_in_a_thread(llama):
+    """A thread has no ids of the block that it was started in: the call that it makes brings its own."""
+    expected = torch.cat([alone(llama, name, lambda row=row: options()(llama, one_row(left_padded(), row)))
+                          for row, name in enumerate(NAMES)])  # fmt: skip
+    peft_multibatch.enable(llama)
+    streamer = Kept()
+    chosen = {**left_padded(), **SHORT, "do_sample": False, "streamer": streamer, "adapter_ids": NAMES}
+    thread = threading.Thread(target=llama.generate, kwargs=chosen)
+    thread.start()
+    thread.join(timeout=60)
+    peft_multibatch.disable(llama)
+    assert torch.equal(streamer.tokens[0], expected)
+
+
+def looks_ahead(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+    """As contrastive search does: two continuations of every row, side by side in one forward."""
+    logits = model(input_ids=input_ids, attention_mask=(input_ids > 0).long()).logits[:, -1]
+    for _ in range(4):
+        tokens = logits.topk(2).indices.flatten()
+        longer = torch.cat([input_ids.repeat_interleave(2, 0), tokens[:, None]], dim=1)
+        ahead = model(input_ids=longer, attention_mask=(longer > 0).long()).logits[:, -1].unflatten(0, (-1, 2))
+        best = ahead.amax(-1).argmax(-1, keepdim=True)
+        input_ids = longer.unflatten(0, (-1, 2)).take_along_dim(best[..., None], 1).squeeze(1)
+        logits = ahead.take_along_dim(best[..., None], 1).squeeze(1)
+    return input_ids
+
+
+def test_custom_generate(llama):
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        return model.generate(**inputs, custom_generate=looks_ahead, **SHORT, **ids)
+
+    ours_and_peft(llama, left_padded(), call)
+
+
+def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
+    """It gets every argument of `generate` but the ids, which are in force already."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "def generate(model, input_ids, attention_mask, num_beams=None, **kwargs):\n"
+        "    assert 'adapter_ids' not in kwargs\n"
+        "    return model.generate(input_ids, attention_mask=attention_mask, num_beams=num_beams, max_new_tokens=5)\n"
+    )
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        return model.generate(**inputs, custom_generate=str(tmp_path), trust_remote_code=True, num_beams=2, **ids)
+
+    ours_and_peft(llama, left_padded(), call)
+
+
+def test_continuous_batching_through_generate_is_refused(llama):
+    mb = peft_multibatch.enable(llama)
+    inner = llama.get_base_model()
+    with pytest.raises(errors.UnsupportedError, match="generate_batch was called with ids"):
+        inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
+    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="generate_batch was called with ids"):
+        inner.generate(**left_padded(), cache_implementation="paged")
+    mb.disable()
+
+
+def two_adapters(model: Any, targets: Any) -> Any:
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(model.eval(), config, "one")
+    model.add_adapter("two", config)
+    return model.eval()
+
+
+FEW = ["one", "two", "__base__", "two"]
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+        "decoder_attention_heads": 2, "decoder_ffn_dim": 32}  # fmt: skip
+
+
+def whisper() -> Any:
+    config = transformers.WhisperConfig(
+        **TINY, vocab_size=60, num_mel_bins=8, max_source_positions=20, max_target_positions=40, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+    )  # fmt: skip
+    model = two_adapters(transformers.WhisperForConditionalGeneration(config), ["q_proj", "v_proj", "fc1"])
+    model.get_base_model().generation_config.no_timestamps_token_id = 58
+    return model
+
+
+@pytest.mark.parametrize("chosen", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_whisper_hears_short_audio(chosen):
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        said = model.generate(**inputs, do_sample=False, max_new_tokens=6, **chosen, **ids)
+        return torch.nn.functional.pad(said, (0, 12 - said.shape[1]))
+
+    ours_and_peft(whisper(), {"input_features": torch.randn(4, 8, 40)}, call, FEW)
+
+
+def test_whisper_with_long_audio_is_refused():
+    """Samples that are done are dropped from the batch."""
+    mask = torch.ones(4, 160, dtype=torch.long)
+    mask[1, 40:] = 0
+    peft_multibatch.enable(model := whisper())
+    inner = model.get_base_model()
+    with pytest.raises(errors.RowMappingError, match=r"received . rows for 4 adapter ids"):
+        inner.generate(
+            torch.randn(4, 8, 160), attention_mask=mask, return_timestamps=True, adapter_ids=FEW, max_new_tokens=6
+        )
+
+
+def musicgen_decoder() -> Any:
+    return transformers.MusicgenDecoderConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, num_codebooks=2
+    )
+
+
+def musicgen() -> Any:
+    text = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
+    audio = transformers.EncodecConfig(
+        hidden_size=8, num_filters=4, codebook_size=64, codebook_dim=8, upsampling_ratios=[2, 2], num_lstm_layers=1
+    )
+    config = transformers.MusicgenConfig(text_encoder=text, audio_encoder=audio, decoder=musicgen_decoder())
+    return transformers.MusicgenForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "build", [musicgen, lambda: transformers.MusicgenForCausalLM(musicgen_decoder())], ids=["whole", "decoder"]
+)
+def test_musicgen_is_refused(build):
+    model = two_adapters(build(), ["q_proj"])
+    with pytest.raises(errors.UnsupportedError, match=r"of the type 'musicgen.*', whose rows aren't in the order"):
+        peft_multibatch.enable(model)
+
+
+def janus() -> Any:
+    config = transformers.JanusConfig(
+        text_config={**SIZES, "hidden_size": 32, "model_type": "llama"},
+        vision_config={**VISION, "image_size": 8, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 1.0},
+        vq_config={
+            "embed_dim": 8, "num_embeddings": 20, "latent_channels": 8, "base_channels": 32, "num_patches": 4,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32,
+        },
+        image_token_id=9,
+    )  # fmt: skip
+    return two_adapters(
+        transformers.JanusForConditionalGeneration(config), r".*language_model.*(q_proj|v_proj|down_proj)"
+    )
+
+
+def test_janus_says_words_and_paints_for_one_adapter_at_a_time():
+    """An image is made from rows with and without the prompt, all of the ones behind all of the others."""
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, bos_token_id=1)
+        return model.get_base_model().generate(**inputs, generation_config=config, **ids)
+
+    inputs = {"inputs": left_padded(4)["input_ids"], "attention_mask": left_padded(4)["attention_mask"]}
+    model = janus()
+    ours_and_peft(model, inputs, call, FEW)
+    mb = peft_multibatch.enable(model)
+    for ids, block in (({"adapter_ids": FEW}, contextlib.nullcontext()), ({}, mb.batch(FEW))):
+        with block, pytest.raises(errors.UnsupportedError, match="one adapter at a time"):
+            call(model, inputs, generation_mode="image", **ids)
+
+
+def llava() -> Any:
+    vision = transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4)
+    text = transformers.LlamaConfig(**SIZES)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=9, image_seq_length=4)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def qwen_vl(kind: str) -> Any:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
+    more = {
+        "Qwen2VL": {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 1},
+        "Qwen2_5_VL": {"intermediate_size": 32, "out_hidden_size": 48, "window_size": 16},
+    }
+    ropes = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**SIZES, "rope_parameters": ropes}, vision_config=vision | more[kind], image_token_id=9,
+        video_token_id=8, vision_start_token_id=7, vision_end_token_id=6,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+IMAGES = [2, 0, 1, 1]  # of every sample
+
+
+def pictures(kind: str) -> dict[str, Tensor]:
+    """Four prompts with as many images in all, but not one each."""
+    input_ids = torch.randint(10, 160, (4, 14), generator=torch.Generator().manual_seed(3))
+    tokens = 4 if kind == "Llava" else 1
+    for row, number in enumerate(IMAGES):
+        for image in range(number):
+            start = 1 + image * (tokens + 2)
+            input_ids[row, start : start + tokens + 2] = torch.tensor([7, *[9] * tokens, 6])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if kind == "Llava":
+        return inputs | {"pixel_values": torch.randn(4, 3, 8, 8)}
+    patches = {"pixel_values": torch.randn(4 * 4, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 2, 2]] * 4)}
+    return inputs | patches | {"mm_token_type_ids": (input_ids == 9).long()}
+
+
+def with_its_pictures(inputs: dict, row: int) -> dict:
+    own = {key: value[row : row + 1] for key, value in inputs.items() if value.shape[:2] == (4, 14)}
+    first, number = sum(IMAGES[:row]), IMAGES[row]
+    if number:
+        for key in inputs.keys() - own.keys():
+            of_one = len(inputs[key]) // 4
+            own[key] = inputs[key][first * of_one : (first + number) * of_one]
+    return own
+
+
+SEEING = {"Llava": llava, "Qwen2VL": lambda: qwen_vl("Qwen2VL"), "Qwen2_5_VL": lambda: qwen_vl("Qwen2_5_VL")}
+
+
+@pytest.mark.parametrize("chosen", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("kind", SEEING)
+def test_models_that_see(kind, chosen):
+    """Ids belong to the prompts, however many images each of them has."""
+    model = two_adapters(SEEING[kind](), r".*language_model.*(q_proj|v_proj|down_proj)")
+    ours_and_peft(model, pictures(kind), options(**chosen), FEW, with_its_pictures)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("Llava", r"vision_tower.*q_proj"),
+        ("Llava", r"multi_modal_projector\.linear_1"),
+        ("Qwen2VL", r"visual.*qkv"),
+        ("Qwen2VL", r"merger\.mlp\.0"),
+        ("Qwen2_5_VL", r"visual.*qkv"),
+        ("Qwen2_5_VL", r"merger\.mlp\.0"),
+    ],
+)
+def test_adapters_where_images_are_seen_are_refused_by_name(kind, part):
+    model = two_adapters(SEEING[kind](), rf".*({part}|language_model.*q_proj)")
+    with pytest.raises(errors.UnsupportedError, match=rf"{part} is inside the vision or audio part"):
+        peft_multibatch.enable(model)
+
+
+def blip() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.Blip2Config(
+        text_config={**SIZES, "model_type": "opt", "ffn_dim": 80, "word_embed_proj_dim": 48},
+        vision_config={**VISION, "image_size": 8, "patch_size": 4},
+        qformer_config={**sizes, "encoder_hidden_size": 32, "cross_attention_frequency": 1, "vocab_size": 50},
+    )
+    return transformers.Blip2ForConditionalGeneration(config)
+
+
+def speech() -> Any:
+    config = transformers.GraniteSpeechConfig(
+        text_config={**SIZES, "model_type": "granite"},
+        encoder_config={"hidden_dim": 32, "num_layers": 2, "num_heads": 2, "dim_head": 16, "input_dim": 16},
+        projector_config={**VISION, "model_type": "blip_2_qformer", "encoder_hidden_size": 32},
+        has_lora_adapter=False,
+    )
+    return transformers.GraniteSpeechForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "part"),
+    [(blip, r"qformer.*attention\.query"), (blip, "language_projection"), (speech, r"encoder\.layers.*to_q")],
+)
+def test_adapters_between_images_or_sound_and_words_are_refused_by_name(build, part):
+    """As many images as prompts, but not one each, would get each other's adapters."""
+    model = two_adapters(build(), rf".*({part}|q_proj)")
+    with pytest.raises(errors.UnsupportedError, match=rf"{part}.* is inside the vision or audio part"):
+        peft_multibatch.enable(model)
+
+
+def test_adapters_where_images_are_seen_inside_another_model():
+    vision = {**VISION, "image_size": 8, "patch_size": 4, "projection_dim": 32}
+    inside = transformers.PaliGemmaConfig(
+        text_config={**SIZES, "model_type": "gemma", "head_dim": 12}, vision_config=vision, projection_dim=48
+    )
+    model = transformers.ColPaliForRetrieval(transformers.ColPaliConfig(vlm_config=inside, embedding_dim=8))
+    with pytest.raises(errors.UnsupportedError, match=r"vision_tower.*q_proj is inside the vision or audio part"):
+        peft_multibatch.enable(two_adapters(model, r".*vision_tower.*q_proj"))

@@ -154,8 +154,9 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         adapter_ids = _pop_ids(kwargs)
         if handle is not None and handle._router.call.get() is not None:
             raise UnsupportedError(
-                "generate_batch was called inside mb.batch(...), whose ids are those of samples: expected ids for "
-                "requests. Call it outside of the block, as generate_batch(inputs, adapter_ids=[...])."
+                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate with "
+                "cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
+                "adapter_ids=[...]) by itself."
             )
         if adapter_ids is None:
             return type(self).generate_batch(self, inputs, *args, **kwargs)

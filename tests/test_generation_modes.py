@@ -361,9 +361,9 @@ def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
 def test_continuous_batching_through_generate_is_refused(llama):
     mb = peft_multibatch.enable(llama)
     inner = llama.get_base_model()
-    with pytest.raises(errors.UnsupportedError, match="generate_batch was called with ids"):
+    with pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
         inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
-    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="generate_batch was called with ids"):
+    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
         inner.generate(**left_padded(), cache_implementation="paged")
     mb.disable()
 

@@ -162,6 +162,9 @@ class Bank:
         self.held: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, Table]] = {}
         self._slots = 0
+        # What `tables` and `hold` were last called for, and what tables gave: mixes differ more often than adapters.
+        self._last: dict[torch.device, tuple[dict[int, Adapter], int, tuple[TableRows, ...]]] = {}
+        self._held_for: dict[torch.device, dict[int, Adapter]] = {}
 
     def weights(self, adapter: Adapter) -> SlotWeights:
         """An adapter's parts as torch's products take them: transposed, still PEFT's own memory."""
@@ -227,6 +230,9 @@ class Bank:
         Raises:
             ModelStateError: an adapter is on another device.
         """
+        last = self._last.get(device)
+        if last is not None and last[0] == adapters and last[1] == slots:
+            return last[2]
         read = self._read(adapters)
         for slot, parts in read.items():
             for part in parts:
@@ -248,7 +254,10 @@ class Bank:
                 tables[dtype] = Table(dtype, 1 << max(slots - 1, 15).bit_length(), len(self.layers), device)
         for table in tables.values():  # those of other dtypes as well: a graph may read them
             table.update(read)
-        return tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
+        found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
+        self._last[device] = dict(adapters), slots, found
+        self._held_for.pop(device, None)
+        return found
 
     def hold(self, adapters: Mapping[int, Adapter], device: torch.device) -> bool:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that it held before.
@@ -258,6 +267,8 @@ class Bank:
         Returns:
             Whether something changed that graphs have as a constant.
         """
+        if self._held_for.get(device) == adapters:
+            return False
         read = self._read(adapters)
         before = {id(table.rows): table for table in self.held}
         found = []
@@ -270,7 +281,13 @@ class Bank:
         )
         if not is_same:
             self.held = tuple(found)
+        self._held_for[device] = dict(adapters)
         return not is_same
+
+    def forget(self) -> None:
+        """Let go of the adapters that were described last, and of their memory."""
+        self._last.clear()
+        self._held_for.clear()
 
     def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[Part | None]]:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}

@@ -154,8 +154,8 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         adapter_ids = _pop_ids(kwargs)
         if handle is not None and handle._router.call.get() is not None:
             raise UnsupportedError(
-                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate with "
-                "cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
+                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
+                "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
                 "adapter_ids=[...]) by itself."
             )
         if adapter_ids is None:

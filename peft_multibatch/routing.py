@@ -490,6 +490,8 @@ class Router:
         """Let go of everything that was read: adapters came or went."""
         self._adapters.clear()
         self._last = None
+        for bank in self.graph.banks:
+            bank.forget()
 
     def _adapter(self, slot: int) -> Adapter:
         known, name = self._adapters.get(slot), self.names[slot]

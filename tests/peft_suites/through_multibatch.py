@@ -28,6 +28,9 @@ import peft_multibatch  # noqa: E402
 from peft_multibatch.routing import Router  # noqa: E402
 
 
+# Parts of the ids of the tests that run mixed batches.
+SELECTED = ("TestMixedAdapterBatches", "mixed_adapter_batches", "mixed_batch", "mixed_forward")
+
 batches = 0
 models: weakref.WeakSet[PeftModel] = weakref.WeakSet()
 
@@ -104,6 +107,9 @@ def count_batches() -> None:
 def pytest_collection_modifyitems(config, items):
     if not items:
         return  # files that couldn't be imported, which pytest reports
+    mixed = [item for item in items if any(name in item.nodeid for name in SELECTED)]
+    config.hook.pytest_deselected(items=set(items) - set(mixed))
+    items[:] = mixed
     # nothing is asked of the hub for models that PEFT's tests believe to have loaded before
     sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = dict.fromkeys(MODELS, 1)
     if config.getoption("--peft-alone"):

@@ -277,6 +277,28 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
 
 
+def tiled_experts(self: Any, x: Tensor) -> Tensor:
+    """``lora.ParamWrapper`` where every expert gets the rows of all samples: as ``per_segment``, expert by expert."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, x)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(x)
+
+    def rows_first(tiles: Tensor) -> Tensor:
+        return tiles.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
+
+    def experts_first(tiles: Tensor) -> Tensor:
+        return tiles.transpose(0, 1).flatten(0, 1)
+
+    def run(view: Any, rows: slice | Tensor) -> Tensor:
+        return rows_first(type(self).forward(view, experts_first(tiles[rows])))
+
+    tiles = rows_first(x)
+    return experts_first(_for_each_segment(call, patch, self, len(tiles), x.device, run, dims=()))
+
+
 def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``lora.MultiheadAttention``: as ``per_segment``; samples are in dimension 1 where ``batch_first`` isn't set."""
     patch = getattr(self, STATE)
@@ -412,7 +434,7 @@ def get_base(layer: Any) -> nn.Module:
     return layer
 
 
-ALL = (linear, per_segment, attention)
+ALL = (linear, per_segment, tiled_experts, attention)
 for _handler in ALL:
     _handler.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's forward
 
@@ -446,6 +468,9 @@ OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
+# Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
+TILED_EXPERTS = ("Llama4TextExperts",)
+
 MEDIA_PARTS = (
     "vision", "visual", "image_", "audio", "projector", "connector", "aligner", "resampler", "perceiver", "merger",
 )  # fmt: skip
@@ -503,6 +528,8 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         return handler, f"{what} runs PEFT's own code"
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
+    if isinstance(layer, lora.ParamWrapper) and type(get_base(layer)).__name__ in TILED_EXPERTS:
+        handler = tiled_experts
     variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
     for variant in variants:
         if variant.startswith(CONTEXT_VARIANTS):

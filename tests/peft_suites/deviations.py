@@ -28,23 +28,12 @@ PARAMETERS = "test_target_parameters.py::TestDecoderModelsTargetParameters::test
 DEVIATIONS = {
     f"{CUSTOM}_training_mode_raises": (LIFTED, "mixed batches run in training mode"),
     f"{CUSTOM}_lora_with_dora_raises": (LIFTED, "DoRA runs"),
-    f"{PARAMETERS}_mixed_adapter_batches[trl-internal-testing/tiny-GptOss": (LIFTED, "experts as parameters run"),
-    f"{PARAMETERS}_generate_with_mixed_adapter_batches[trl-internal-testing/tiny-GptOss": (
-        LIFTED,
-        "experts as parameters run",
-    ),
+    f"{PARAMETERS}_mixed_adapter_batches": (LIFTED, "experts as parameters run"),
+    f"{PARAMETERS}_generate_with_mixed_adapter_batches": (LIFTED, "experts as parameters run"),
     f"{CUSTOM}_length_mismatch_raises": (REWORDED, "AdapterIdsLengthError"),
     f"{CUSTOM}_merged_raises": (REWORDED, "MergedAdaptersError"),
     f"{CUSTOM}_lora_wrong_adapter_name_raises": (REWORDED, "UnknownAdapterError"),
     f"{CUSTOM}_unsupported_layer_raises": (REWORDED, "a GRU in modules_to_save, which returns a tuple"),
     f"{CUSTOM}_mha_raises": (REWORDED, "attention over the samples of the batch: MultiheadAttention without a batch"),
     f"{DECODER}[LoraConfig-config_kwargs17-": (REFUSED, "aLoRA"),
-    f"{PARAMETERS}_mixed_adapter_batches[trl-internal-testing/tiny-Llama4": (
-        REFUSED,
-        "Llama 4 gives experts all rows",
-    ),
-    f"{PARAMETERS}_generate_with_mixed_adapter_batches[trl-internal-testing/tiny-Llama4": (
-        REFUSED,
-        "Llama 4 gives experts all rows",
-    ),
 }

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 STATE = "_multibatch"
 """Attribute of a patched module that holds its ``Patch``."""
 
+ALORA_OFFSETS = "alora_offsets"
+"""Argument with which PEFT's hooks tell layers where aLoRA adapters begin."""
+
 
 class Patch:
     """What a patched layer needs to know. A copy or a pickle of the layer has None in its place, and is plain PEFT.
@@ -86,6 +89,8 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return patch.original(x, *args, **kwargs)
     if self.merged_adapters:
         check_state(patch.name, self)
+    if kwargs:
+        kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
     if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
 
@@ -248,6 +253,7 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     call = _current_call(patch, self)
     if call is None:
         return patch.original(x, *args, **kwargs)
+    kwargs.pop(ALORA_OFFSETS, None)
     entries = call.mix.segments.num_entries
     if len(x) == 1 < entries and call.inside and isinstance(get_base(self), nn.Embedding):
         x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
@@ -266,7 +272,14 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             "parameters, or run them one at a time."
         )
 
+    offsets = None
+    if isinstance(self, lora.Linear) and any(map(_is_alora, self.lora_variant.values())):
+        offsets = _offsets(call, patch, x, entries)
+
     def run(view: Any, rows: slice | Tensor) -> Any:
+        if offsets is not None:
+            kwargs[ALORA_OFFSETS] = [offsets[row] for row in torch.arange(len(x))[rows].tolist()]
+
         def own(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) else value
 
@@ -275,6 +288,23 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     # routers return several tensors, all of them token by token; what other layers return beside needn't be so
     dims = itertools.repeat(0) if isinstance(self, lora.ParamWrapper) else ()
     return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
+
+
+def _is_alora(variant: Any) -> bool:
+    return type(variant).__name__.startswith("ALora")
+
+
+def _offsets(call: Call, patch: Patch, x: Tensor, entries: int) -> Sequence[int | None] | None:
+    """For each row where an aLoRA adapter begins in it; None where no adapter of the batch is one."""
+    if call.invocations is None:
+        return None
+    if len(x) != entries or x.dim() != 3 or x.shape[1] != call.invocations.tokens:
+        raise UnsupportedError(
+            f"{patch.name} has an aLoRA adapter and received rows of the shape {list(x.shape)} for {entries} samples "
+            f"of {call.invocations.tokens} tokens: expected [samples, tokens, features]. Generate without beams and "
+            "with one sequence for every prompt, or remove the adapter from this layer."
+        )
+    return call.invocations.offsets
 
 
 def tiled_experts(self: Any, x: Tensor) -> Tensor:
@@ -460,8 +490,8 @@ TUNERS = (
     "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
 )  # fmt: skip
 
-# Variants whose forward depends on more than the rows and the adapter: positions in the sequence, other adapters.
-CONTEXT_VARIANTS = ("ALora", "Arrow")
+# Variants whose forward depends on more than the rows and the adapter: other adapters.
+CONTEXT_VARIANTS = ("Arrow",)
 
 # Parts of a layer's name whose rows aren't those of the samples, and what they are.
 OTHER_ROWS = {

@@ -130,7 +130,8 @@ def test_dora_sees_changes_in_place():
         assert_close(after, oracle(model, "linear", x))
 
 
-def test_variants_that_need_more_than_their_rows_are_refused():
+def test_variants_that_need_more_than_their_rows_are_refused(monkeypatch):
+    monkeypatch.setattr("peft_multibatch.layers.CONTEXT_VARIANTS", ("ALora",))
     model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
     with pytest.raises(peft_multibatch.UnsupportedError, match="linear has an adapter of the variant ALora"):
         peft_multibatch.enable(model)

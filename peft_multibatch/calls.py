@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor, nn
 
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
 from peft_multibatch.ids import resolve
 from peft_multibatch.layers import STATE
 from peft_multibatch.places import replace
+from peft_multibatch.routing import Call, Invocations
+from peft_multibatch.segments import BASE
 
 
 if TYPE_CHECKING:
@@ -123,11 +126,14 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
                 own_call.inside = True
+                own_call.invocations = _invocations(handle, own_call, args, kwargs)
                 return original(*args, **kwargs)
         assert call is not None
         if call.inside:
             if self is handle._inner:
                 call.check_rows(samples)
+                if call.invocations is not None and method == "forward":
+                    call.invocations.step(*_num_tokens(args, kwargs))
             return original(*args, **kwargs)
         # a block of `batch()` is open, and much may have happened to the model since it began
         handle._check(call.mix.adapters)
@@ -136,6 +142,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_length(len(call.mix.ids), samples)
         with handle._router.routing(call.mix.ids, method == "generate") as own_call:
             own_call.inside = True
+            own_call.invocations = _invocations(handle, own_call, args, kwargs)
             return original(*args, **kwargs)
 
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__
@@ -189,6 +196,34 @@ def check_length(entries: int, samples: int | None) -> None:
             f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every "
             "sample, -1 for the base model alone."
         )
+
+
+def _invocations(handle: Multibatch, call: Call, args: tuple, kwargs: dict[str, Any]) -> Invocations | None:
+    """Where aLoRA adapters begin in a call that brings ``input_ids``; None where none of its adapters is one."""
+    configs: Any = handle._inner.peft_config
+    # mixtures of variants are refused where layers run
+    names = [None if isinstance(entry, tuple) or entry == BASE else handle._names[entry] for entry in call.mix.ids]
+    if not any(name and getattr(configs[name], "alora_invocation_tokens", None) for name in names):
+        return None
+    given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args]
+    input_ids = next((value for value in given if isinstance(value, Tensor) and not value.is_floating_point()), None)
+    if input_ids is None or input_ids.dim() != 2:
+        raise UnsupportedError(
+            "an aLoRA adapter was asked for in a call without input_ids, in which it would look for its invocation "
+            "tokens: expected input_ids of shape [samples, tokens]. Pass them instead of inputs_embeds."
+        )
+    offsets = kwargs.get("alora_offsets")
+    if offsets is None:
+        known = [name or "__base__" for name in names]
+        offsets = calculate_alora_offsets(configs, known[0], input_ids, adapter_names=known)
+    return Invocations(offsets, input_ids.shape[1], call.expands)
+
+
+def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of a forward, and tokens in its cache."""
+    tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), kwargs.get("past_key_values")
+    assert tensor is not None
+    return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
 
 
 def _pop_ids(kwargs: dict[str, Any]) -> Any:

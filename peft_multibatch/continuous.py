@@ -51,8 +51,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         prefix_hits: tokens whose cache was found instead of computed.
     """
 
-    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), **options: Any) -> None:
+    def __init__(
+        self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), mixtures: int = 1, **options: Any
+    ) -> None:
         super().__init__(model=handle._inner, **options)
+        longest = max((len(entry) for entry in waiting_ids if isinstance(entry, tuple)), default=1)
+        handle._router.graph.terms = max(handle._router.graph.terms, mixtures, longest)
         self.logit_processor.supported_keys[KEY] = object
         self.served: defaultdict[str, int] = defaultdict(int)
         self.prefix_hits = 0
@@ -64,16 +68,25 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._salts: dict[tuple, int] = {}
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
+        self._uses_graphs = False
         self._longest = 0  # tokens of a request that fits into the cache
         self._held: set[int] = set()  # slots whose requests may not begin
 
     # What users call.
 
-    def add_request(self, input_ids: list[int], *args: Any, adapter_id: Any = BASE_NAME, **kwargs: Any) -> str | None:
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        *args: Any,
+        adapter_id: Any = BASE_NAME,
+        **kwargs: Any,
+    ) -> str | None:
         """Add a request.
 
         Args:
             input_ids: the prompt's tokens.
+            request_id: a name for it, made up where it isn't given.
             *args: as in transformers' ``ContinuousBatchingManager.add_request``.
             adapter_id: an id, a name or a mixture such as ``{"sql": 0.7, "poet": 0.3}``; the base model alone where it
                 isn't given.
@@ -88,14 +101,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         try:
             self._handle._refresh()
             entry = adapter_id if isinstance(adapter_id, tuple) else self._resolve(adapter_id)
+            self._check_entry(entry)
             self._check_prompt(input_ids)
         except MultibatchError as caught:
             error = caught
         if error is None:
-            return super().add_request(input_ids, *args, **kwargs, **{KEY: entry})
-        with self._request_lock:
-            request_id = kwargs.get("request_id") or f"req_{self._request_counter}"
-            self._request_counter += "request_id" not in kwargs or kwargs["request_id"] is None
+            return super().add_request(input_ids, request_id, *args, **kwargs, **{KEY: entry})
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
         self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
         return request_id
 
@@ -179,10 +194,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         is_new = self.batch_processor is None
         processor = super()._create_batch_processor()
         if is_new:
-            self._check_layers(processor)
+            runner = processor.model_runner
+            self._uses_graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
+            self._check_layers()
             infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
             self._longest = infer(processor.cache) if infer else processor.cache.num_pages
-            runner, scheduler, cache = processor.model_runner, processor.scheduler, processor.cache
+            scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
             scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
             cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
@@ -193,7 +210,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _with_ids(self, processor: Any, compute: Callable[..., None]) -> Callable[..., None]:
         io = processor.inputs_and_outputs
-        uses_graphs = processor.model_runner.use_cuda_graph_varlen or processor.model_runner.use_cuda_graph_decode
 
         def compute_batch(model: Any, batch_data: dict) -> None:
             packed = io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io
@@ -207,7 +223,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             while True:
                 # plans are copied in the order of the stream that computes
                 with _on(io.compute_stream), self._router.routing(entries, expands=False, packed=True) as call:
-                    if not (uses_graphs and self._router.graph.contended):
+                    if not (self._uses_graphs and self._router.graph.contended):
                         call.inside = True
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
@@ -307,6 +323,25 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         embedding: Any = get_base(self.model.get_input_embeddings())
         return embedding.num_embeddings
 
+    def _check_entry(self, entry: Entry) -> None:
+        names = self._handle._names
+        configs: Any = self._handle._inner.peft_config
+        for name in [names[slot] for slot in slots_of(entry)]:
+            if getattr(configs[name], "alora_invocation_tokens", None):
+                raise UnsupportedError(
+                    f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
+                    "another one, because continuous batching cuts prompts. Use generate for it."
+                )
+        if not isinstance(entry, tuple):
+            return
+        if self._uses_graphs and len(entry) > self._router.graph.terms:
+            raise UnsupportedError(
+                f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {self._router.graph.terms}: "
+                "expected no more. Pass mixtures=... to mb.continuous_batching."
+            )
+        for place in self._handle._places.values():
+            handlers.view_for(place.module, entry, getattr(place.module, handlers.STATE))
+
     def _check_prompt(self, input_ids: Sequence[int]) -> None:
         vocabulary = self._vocabulary()
         wrong = [token for token in input_ids if not 0 <= token < vocabulary]
@@ -316,16 +351,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
             )
 
-    def _check_layers(self, processor: Any) -> None:
+    def _check_layers(self) -> None:
         head = self.model.get_output_embeddings()
-        graphs = processor.model_runner.use_cuda_graph_varlen or processor.model_runner.use_cuda_graph_decode
         for place in self._handle._places.values():
             if place.module is head:
                 raise UnsupportedError(
                     f"{place.name} has adapters, and continuous batching gives it the last token of every request "
                     "alone, without telling which: expected adapters on other layers. Use generate for these."
                 )
-            if graphs and place.handler is not handlers.linear:
+            if self._uses_graphs and place.handler is not handlers.linear:
                 raise UnsupportedError(
                     f"{place.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
                     "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
@@ -387,10 +421,11 @@ class FairQueue:
 class Batching(ContinuousMixin):
     """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
 
-    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Any] = ()) -> None:
+    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), mixtures: int = 1) -> None:
         self._model = handle._inner
         self._handle = handle
         self._waiting_ids = waiting_ids
+        self._mixtures = mixtures
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -408,6 +443,7 @@ class Batching(ContinuousMixin):
         return AdapterBatchingManager(
             self._handle,
             self._waiting_ids,
+            self._mixtures,
             generation_config=config,
             continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
             **options,

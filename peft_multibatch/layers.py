@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 STATE = "_multibatch"
 """Attribute of a patched module that holds its ``Patch``."""
 
+ALORA_OFFSETS = "alora_offsets"
+"""Argument with which PEFT's hooks tell layers where aLoRA adapters begin."""
+
 
 class Patch:
     """What a patched layer needs to know. A copy or a pickle of the layer has None in its place, and is plain PEFT.
@@ -89,6 +92,8 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return patch.original(x, *args, **kwargs)
     if self.merged_adapters:
         check_state(patch.name, self)
+    if kwargs:
+        kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
     if self.training and _uses_dropout(self):
         return per_segment(self, x, *args, **kwargs)
 
@@ -278,6 +283,7 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     call = _current_call(patch, self)
     if call is None:
         return patch.original(x, *args, **kwargs)
+    kwargs.pop(ALORA_OFFSETS, None)
     if call.packed:  # the tokens of all requests in one row
         flat = x.flatten(0, 1)
         call.mix.segments.rows_per_entry(len(flat))
@@ -304,7 +310,14 @@ def _run_per_segment(self: nn.Module, call: Call, patch: Patch, x: Tensor, *args
             "parameters, or run them one at a time."
         )
 
+    offsets = None
+    if isinstance(self, lora.Linear) and any(map(_is_alora, self.lora_variant.values())):
+        offsets = _offsets(self, call, patch, x, entries)
+
     def run(view: Any, rows: slice | Tensor) -> Any:
+        if offsets is not None:
+            kwargs[ALORA_OFFSETS] = [offsets[row] for row in torch.arange(len(x))[rows].tolist()]
+
         def own(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) else value
 
@@ -313,6 +326,52 @@ def _run_per_segment(self: nn.Module, call: Call, patch: Patch, x: Tensor, *args
     # routers return several tensors, all of them token by token; what other layers return beside needn't be so
     dims = itertools.repeat(0) if isinstance(self, lora.ParamWrapper) else ()
     return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
+
+
+def _is_alora(variant: Any) -> bool:
+    return type(variant).__name__.startswith("ALora")
+
+
+def _offsets(layer: lora.Linear, call: Call, patch: Patch, x: Tensor, entries: int) -> Sequence[int | None] | None:
+    """For each row where an aLoRA adapter begins in it; None where no adapter of the batch is one."""
+    if call.invocations is None:
+        used = [adapter.name for adapter in call.mix.adapters.values() if adapter.name in layer.lora_variant]
+        if any(_is_alora(layer.lora_variant[name]) for name in used):
+            raise UnsupportedError(
+                f"{patch.name} ran under the aLoRA adapter {used[0]!r} without a call of the model, which looks for "
+                "the invocation tokens: expected model(input_ids, ...) or generate. Layers by themselves, and "
+                "continuous batching, can't run aLoRA."
+            )
+        return None
+    if len(x) != entries or x.dim() != 3 or x.shape[1] != call.invocations.tokens:
+        raise UnsupportedError(
+            f"{patch.name} has an aLoRA adapter and received rows of the shape {list(x.shape)} for {entries} samples "
+            f"of {call.invocations.tokens} tokens: expected [samples, tokens, features]. Generate without beams and "
+            "with one sequence for every prompt, or remove the adapter from this layer."
+        )
+    return call.invocations.offsets
+
+
+def tiled_experts(self: Any, x: Tensor) -> Tensor:
+    """``lora.ParamWrapper`` where every expert gets the rows of all samples: as ``per_segment``, expert by expert."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, x)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(x)
+
+    def rows_first(tiles: Tensor) -> Tensor:
+        return tiles.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
+
+    def experts_first(tiles: Tensor) -> Tensor:
+        return tiles.transpose(0, 1).flatten(0, 1)
+
+    def run(view: Any, rows: slice | Tensor) -> Tensor:
+        return rows_first(type(self).forward(view, experts_first(tiles[rows])))
+
+    tiles = rows_first(x)
+    return experts_first(_for_each_segment(call, patch, self, len(tiles), x.device, run, dims=()))
 
 
 def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -491,7 +550,7 @@ def get_base(layer: Any) -> nn.Module:
     return layer
 
 
-ALL = (linear, per_segment, attention)
+ALL = (linear, per_segment, tiled_experts, attention)
 for _handler in ALL:
     _handler.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's forward
 
@@ -517,14 +576,17 @@ TUNERS = (
     "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
 )  # fmt: skip
 
-# Variants whose forward depends on more than the rows and the adapter: positions in the sequence, other adapters.
-CONTEXT_VARIANTS = ("ALora", "Arrow")
+# Variants whose forward depends on more than the rows and the adapter: other adapters.
+CONTEXT_VARIANTS = ("Arrow",)
 
 # Parts of a layer's name whose rows aren't those of the samples, and what they are.
 OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
+# Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
+TILED_EXPERTS = ("Llama4TextExperts",)
+
 MEDIA_PARTS = (
     "aligner", "audio", "codec", "connector", "image_", "language_projection", "merger", "perceiver", "projector",
     "qformer", "resampler", "talker", "token2wav", "tokenizer_encoder", "video_tower", "vision", "visual",
@@ -593,6 +655,8 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         return handler, f"{what} runs PEFT's own code"
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
+    if isinstance(layer, lora.ParamWrapper) and type(get_base(layer)).__name__ in TILED_EXPERTS:
+        handler = tiled_experts
     variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
     for variant in variants:
         if variant.startswith(CONTEXT_VARIANTS):

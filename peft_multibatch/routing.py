@@ -129,6 +129,39 @@ class Mix:
             return self._dense_plans, *bank.gather(self.adapters.values())
 
 
+class Invocations:
+    """Where aLoRA adapters begin in each sample, counted from its end, as PEFT counts when a call begins.
+
+    Args:
+        offsets: for each sample the number of tokens from its invocation on; None where there is none.
+        tokens: length of the samples.
+        expands: True for ``generate``, whose steps are checked against what the offsets mean.
+    """
+
+    def __init__(self, offsets: Sequence[int | None], tokens: int, expands: bool) -> None:
+        self.offsets = offsets
+        self.tokens = tokens  # of the forward under way
+        self._total = 0 if expands else None  # tokens that the model has seen; None outside of generate
+        self._prompt = tokens
+
+    def step(self, tokens: int, before: int) -> None:
+        """A forward inside ``generate`` begins: the whole prompt first, then one token after the other.
+
+        Raises:
+            UnsupportedError: it isn't, and offsets from the end would point elsewhere.
+        """
+        if self._total is None:
+            return
+        first = self._total == 0
+        if before + tokens != (self._prompt if first else self._total + 1) or not (first or tokens == 1):
+            raise UnsupportedError(
+                "generate with an aLoRA adapter ran the model on other tokens than the prompt and then one at a time, "
+                "and aLoRA counts tokens from the prompt's end: expected a cache, and no chunked prefill, guidance or "
+                "assisted decoding. Leave these options out."
+            )
+        self._total, self.tokens = before + tokens, tokens
+
+
 class Call:
     """A mixed batch in force on one thread or task.
 
@@ -143,6 +176,7 @@ class Call:
         dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
         rows: rows of the model's last forward inside ``generate``.
+        invocations: where aLoRA adapters begin; None where no adapter in use is one.
     """
 
     def __init__(self, mix: Mix, expands: bool, packed: bool = False) -> None:
@@ -156,11 +190,12 @@ class Call:
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
+        self.invocations: Invocations | None = None
 
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.mix, self.expands, self.packed)
-        again.inside, again.rows = True, self.rows
+        again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 
     def num_rows(self, x: Tensor) -> int:

@@ -106,11 +106,10 @@ def test_on_a_gpu(enabled, graphs, asynchronous):
     model, mb = enabled
     inputs = [[7] * 34 + prompt if index % 3 else prompt for index, prompt in enumerate(prompts(54))]
     entries = [ENTRIES[index % len(ENTRIES)] for index in range(len(inputs))]
-    if graphs:  # a graph has as many plans as its longest mixture has adapters: one here
-        entries = [entry if isinstance(entry, str) else "four" for entry in entries]
     want = row_by_row(model, inputs, entries)
     config = settings(40, use_cuda_graph=graphs, use_async_batching=asynchronous)
-    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
+    options = {"generation_config": generation(), "continuous_batching_config": config}
+    with mb.continuous_batching(mixtures=2, **options) as manager:  # graphs have that many plans
         for _ in range(2):
             names = manager.add_requests(inputs, adapter_ids=entries)
             found = results(manager, len(inputs), timeout=120)
@@ -273,6 +272,15 @@ def test_layers_that_run_per_segment():
         inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=entries
     )
     assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs, entries)
+    outputs = model.generate_batch(
+        inputs[:2],
+        generation_config=generation(),
+        continuous_batching_config=settings(),
+        adapter_ids=["one", {"one": 0.5, "two": 0.5}],
+    )
+    good, bad = outputs.values()
+    assert [good.generated_tokens] == row_by_row(model, inputs[:1], ["one"])
+    assert "isn't a delta that can be weighted" in bad.error
 
 
 def test_adapters_on_the_head_are_refused():

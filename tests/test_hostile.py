@@ -56,7 +56,8 @@ def logits_of(model, inputs):
         return model(**inputs).logits
 
 
-def test_a_refusal_is_repeated_and_changes_nothing():
+def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr("peft_multibatch.layers.CONTEXT_VARIANTS", ("ALora",))
     model = peft_model()
     mb = peft_multibatch.enable(model)
     mixed = logits(model, adapter_ids=NAMES)

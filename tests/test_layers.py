@@ -130,7 +130,8 @@ def test_dora_sees_changes_in_place():
         assert_close(after, oracle(model, "linear", x))
 
 
-def test_variants_that_need_more_than_their_rows_are_refused():
+def test_variants_that_need_more_than_their_rows_are_refused(monkeypatch):
+    monkeypatch.setattr("peft_multibatch.layers.CONTEXT_VARIANTS", ("ALora",))
     model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
     with pytest.raises(peft_multibatch.UnsupportedError, match="linear has an adapter of the variant ALora"):
         peft_multibatch.enable(model)
@@ -386,23 +387,25 @@ def test_layers_that_return_more_than_one_tensor_are_refused():
         model(torch.randn(2, 3, 4), adapter_ids=["one", "__base__"])
 
 
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def experts_model():
+def experts_model(kind="Mixtral"):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.MixtralConfig(
+    model_class = getattr(transformers, f"{kind}ForCausalLM")
+    config = model_class.config_class(
         vocab_size=30, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, **sizes
     )
     torch.manual_seed(0)
     shared = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "init_lora_weights": False}
-    model = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(r=2, **shared), "one")
+    model = get_peft_model(model_class(config), LoraConfig(r=2, **shared), "one")
     model.add_adapter("two", LoraConfig(r=2, **shared))
     return model.eval()
 
 
-def test_experts_meet_the_adapter_of_each_tokens_sample():
-    model = experts_model()
+@pytest.mark.parametrize("kind", ["Mixtral", "Llama4"])  # routed rows; all rows, one expert after the other
+def test_experts_meet_the_adapter_of_each_tokens_sample(kind):
+    model = experts_model(kind)
     ids = torch.randint(1, 30, (5, 6))
     with torch.no_grad():
         expected = torch.cat(row_by_row(model, NAMES, {"x": ids}, lambda row: model(input_ids=row["x"]).logits))
@@ -419,8 +422,9 @@ def test_experts_meet_the_adapter_of_each_tokens_sample():
     assert torch.equal(tokens, torch.cat(rows))
 
 
-def test_gradients_of_experts():
-    model, ids = experts_model(), torch.randint(1, 30, (5, 6))
+@pytest.mark.parametrize("kind", ["Mixtral", "Llama4"])
+def test_gradients_of_experts(kind):
+    model, ids = experts_model(kind), torch.randint(1, 30, (5, 6))
     model.set_requires_grad(["one", "two"])
     weights = [p for key, p in model.named_parameters() if "lora_" in key]
 

@@ -172,7 +172,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that none of th
 
 
 def dtype_of(kind: str) -> torch.dtype:
-    """What the layers compute in, whatever they are given: LLM.int8() and the layers of gptqmodel in half precision."""
+    """What the layers compute in, whatever they are given."""
     return torch.float16 if KINDS[kind][0] == "gptqmodel" or kind == "bitsandbytes 8-bit" else torch.float32
 
 

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import peft  # noqa: E402
+import test_quantized  # noqa: E402
 import test_tuners  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -74,6 +75,18 @@ def tuner(name: str) -> Case:
     return test_tuners.build(name), lambda model, inputs, **ids: model(**inputs, **ids).logits, left_padded(5)
 
 
+def quantized(kind: str) -> Case:
+    package = test_quantized.KINDS[kind][0]
+    if not test_quantized.is_installed(package):
+        raise ModuleNotFoundError(f"needs the package {package}")
+    dtype = test_quantized.dtype_of(kind)  # in which its layers compute
+    return (
+        test_quantized.build(kind),
+        lambda model, inputs, **ids: model(**inputs, **ids).logits.to(dtype),
+        left_padded(5),
+    )
+
+
 def unbuilt(reason: str) -> Case:
     raise NotImplementedError(reason)
 
@@ -122,8 +135,10 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     },
     "Other tuners": {name: (lambda name=name: tuner(name)) for name in TUNERS if name != "lora"},
     "Quantized base models": {
-        name: (lambda: unbuilt("needs a GPU and a package that CI doesn't have"))
-        for name in ("bitsandbytes 8-bit", "bitsandbytes 4-bit", "GPTQ", "AWQ", "HQQ", "torchao", "EETQ", "AQLM")
+        **{kind: (lambda kind=kind: quantized(kind)) for kind in test_quantized.KINDS},
+        "EETQ": lambda: unbuilt("needs a GPU, and a package without wheels"),
+        "Intel Neural Compressor": lambda: unbuilt("needs a Gaudi accelerator"),
+        "Transformer Engine": lambda: unbuilt("needs a GPU; PEFT's class was run around a plain layer"),
     },
 }  # fmt: skip
 
@@ -138,6 +153,14 @@ remaining 11 find the refusal that they ask for in other words. Each deviation i
 `tests/peft_suites/deviations.py`, and any other way to fail, or to pass without a batch through this package,
 fails the run.
 """
+
+
+NOTES = {
+    "Quantized base models": """\
+The base layer runs once for the whole batch, however it keeps its weights. LLM.int8() looks for outliers in all rows,
+as it does without adapters, so that a row may be rounded otherwise than in a batch of its own. Rows of the table whose
+package isn't installed where the script runs stay as they were."""
+}
 
 
 def run(case: Callable[[], Case]) -> tuple[str, str]:
@@ -170,11 +193,17 @@ def page() -> str:
         "the batch: right, and slower; *refused* raises an error that says why. `examples/` has scripts for",
         "classifiers, images, encoder-decoders and experts.",
     ]
+    written = {line.split(" | ")[0]: line for line in PAGE.read_text().splitlines()}
     for section, cases in CASES.items():
-        lines += ["", f"## {section}", "", "| | how it runs | |", "|---|---|---|"]
+        note = [NOTES[section], ""] if section in NOTES else []
+        lines += ["", f"## {section}", "", *note, "| | how it runs | |", "|---|---|---|"]
         for name, case in cases.items():
-            how, why = run(case)
-            lines.append(f"| {name} | {how} | {why} |")
+            try:
+                how, why = run(case)
+            except ModuleNotFoundError as error:
+                lines.append(written.get(f"| {name}", f"| {name} | not run | {error} |"))
+            else:
+                lines.append(f"| {name} | {how} | {why} |")
     return "\n".join(lines) + "\n" + PEFT_SUITES
 
 

@@ -18,6 +18,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from peft_multibatch.errors import ModelStateError, UnsupportedError
@@ -188,7 +189,7 @@ class Bank:
             if not any(adapter.name in layer.lora_variant for adapter in adapters.values()):
                 found.append(None)
                 continue
-            weight = layer.base_layer.weight
+            weight = dequantize_module_weight(layer.base_layer)
             weight = weight.t() if layer.fan_in_fan_out else weight
             rows = []
             for adapter in adapters.values():
@@ -197,8 +198,8 @@ class Bank:
                     rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
                     continue
                 with torch.no_grad():  # the norm counts as a constant in DoRA's gradients
-                    delta = (part.lora_b @ part.lora_a).to(weight.dtype) * part.scaling
-                    norm = torch.linalg.norm(weight + delta, dim=1).to(weight.dtype)
+                    delta = part.lora_b @ part.lora_a * part.scaling
+                    norm = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
                 rows.append(layer.lora_magnitude_vector[adapter.name].weight / norm)
             rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
             found.append(torch.stack(rows))
@@ -303,8 +304,14 @@ class Bank:
 
     @staticmethod
     def _absent(layer: LoraLayer) -> Part:
-        weight = layer.get_base_layer().weight
-        return Part(weight.new_empty(0, layer.in_features), weight.new_empty(layer.out_features, 0), 0.0)
+        a = torch.zeros(0, layer.in_features, device=base_device(layer))
+        return Part(a, a.new_zeros(layer.out_features, 0), 0.0)
+
+
+def base_device(layer: LoraLayer) -> torch.device:
+    """Where the base layer's weights are, whatever they are called and however they are kept."""
+    base = layer.get_base_layer()
+    return next(itertools.chain(base.parameters(), base.buffers())).device
 
 
 _keys = itertools.count()

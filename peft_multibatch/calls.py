@@ -41,6 +41,10 @@ CHECKPOINT = "_gradient_checkpointing_func"
 """Attribute with which transformers' layers run themselves so that ``backward`` runs them once more."""
 
 
+UNPREPARED = "_original_forward"
+"""Attribute in which accelerate's prepare keeps a model's forward, until its unwrap_model gives it back."""
+
+
 class WithIds:
     """A checkpointing function that runs layers again under the ids under which they ran first.
 
@@ -88,11 +92,16 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     if function is None:
         return lambda: None
     own, owner = module.__dict__.get(method), weakref.ref(module)
+    unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
     def wrapper(self, *args, **kwargs):
         handle: Multibatch | None = getattr(self, STATE, None)
         # in a copy of the model, what the original had as an attribute of its own belongs to the original
         original = functools.partial(function, self) if own is None or owner() is not self else own
+        if unprepared is not None and UNPREPARED not in self.__dict__ and owner() is self:
+            original = unprepared
+        if args and args[0] is self:  # accelerate's unwrap_model binds what it finds, bound or not
+            args = args[1:]
         passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
         if torch.compiler.is_compiling():
             if passed:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_multibatch.bank import Bank
+from peft_multibatch.bank import Bank, base_device
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Group:
         """Put the base weights side by side in one tensor, of which the parameters become views."""
         bases = [layer.base_layer for layer in self.layers]
         biases = [base._parameters.get("bias") for base in bases]
-        if any(type(base) is not nn.Linear or _is_hooked(base) for base in bases):
+        if any(type(base) is not nn.Linear or _is_hooked(base) or _is_quantized(base) for base in bases):
             self.reason = "base weights apart: not all are plain linear layers"
         elif len({_kind(base.weight, bias) for base, bias in zip(bases, biases)}) > 1:
             self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
@@ -138,6 +138,10 @@ def _kind(weight: Tensor, bias: Tensor | None) -> tuple:
     return weight.dtype, weight.device, weight.is_inference(), bias is None
 
 
+def _is_quantized(base: nn.Module) -> bool:
+    return any(type(parameter.data) is not Tensor for parameter in base._parameters.values() if parameter is not None)
+
+
 def _is_hooked(base: nn.Module) -> bool:
     return bool(
         "forward" in base.__dict__
@@ -178,7 +182,7 @@ def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
 def _alike(layers: Iterable[LoraLayer]) -> bool:
     """Whether layers take the same input, on one device and without hooks that have to run at the layer's own turn."""
     described = {
-        (layer.in_features, layer.weight.device, hasattr(layer, "_hf_hook"), bool(layer._forward_pre_hooks))
+        (layer.in_features, base_device(layer), hasattr(layer, "_hf_hook"), bool(layer._forward_pre_hooks))
         for layer in layers
     }
     return len(described) == 1 and described.pop()[2:] == (False, False)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def check_state(name: str, layer: Any) -> None:
 
 
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``lora.Linear``: the base layer's output plus every row's own delta; siblings that read the same run as one."""
+    """``lora.Linear`` and its like: the base layer's output plus every row's own delta; siblings run as one."""
     patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
@@ -561,12 +562,24 @@ SEGMENTED = "segmented"
 HANDLERS: dict[type, Callable[..., Tensor] | None] = {
     lora.Linear: linear,
     lora.MultiheadAttention: attention,
+    LoraParallelLinear: None,  # Megatron's rows are positions first
     LoraLayer: per_segment,
     ModulesToSaveWrapper: per_segment,
     TrainableTokensWrapper: per_segment,
     AuxiliaryTrainingWrapper: None,
     BaseTunerLayer: per_segment,  # another tuner than LoRA: see TUNERS
 }
+
+# Classes whose forward is nothing but the base layer's output plus the delta; what a subclass does nobody knows. By
+# name, because importing them imports the packages that they are for.
+BASE_PLUS_DELTA = {
+    f"peft.tuners.lora.{name}"
+    for name in (
+        "layer.Linear", "aqlm.AqlmLoraLinear", "awq.AwqLoraLinear", "bnb.Linear4bit", "bnb.Linear8bitLt",
+        "eetq.EetqLoraLinear", "gptq.GPTQLoraLinear", "hqq.HqqLoraLinear", "inc.IncLoraLinear", "te.TeLinear",
+        "torchao.TorchaoLoraLinear",
+    )
+}  # fmt: skip
 
 # Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
 # compared with PEFT one adapter at a time (tests/test_tuners.py); whoever isn't here is refused.
@@ -661,10 +674,10 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
     for variant in variants:
         if variant.startswith(CONTEXT_VARIANTS):
             raise UnsupportedError(f"{name} has an adapter of the variant {variant}, which is not supported. {advice}")
-    if handler is not linear:
+    if f"{type(layer).__module__}.{kind}" not in BASE_PLUS_DELTA:
+        if handler is linear:
+            return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
         return handler, f"{kind} runs PEFT's own code"
-    if type(layer) is not lora.Linear:
-        return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
     if not variants <= KNOWN_VARIANTS:
         return per_segment, f"an adapter is of the variant {', '.join(sorted(variants))}"
     submodules = [module for modules in (layer.lora_A, layer.lora_B) for module in modules._modules.values()]

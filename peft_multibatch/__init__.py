@@ -5,6 +5,7 @@ model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
 from peft_multibatch.attach import Multibatch, disable, enable
+from peft_multibatch.compat import check as _check_versions
 from peft_multibatch.errors import (
     AdapterIdsError,
     AdapterIdsLengthError,
@@ -21,7 +22,6 @@ from peft_multibatch.errors import (
 )
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.segments import SegmentBuffer, Segments
-from peft_multibatch.versions import check as _check_versions
 
 
 __version__ = "0.1.0"

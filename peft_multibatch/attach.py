@@ -11,21 +11,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peft_multibatch import layers as handlers
 from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, with_requests, wrap
+from peft_multibatch.compat import BaseTuner, PeftMixedModel, PeftModel
 from peft_multibatch.errors import BackendUnavailableError, ModelStateError, NotEnabledError, UnsupportedError
 from peft_multibatch.fusion import Group, find_groups
 from peft_multibatch.ids import check_live, resolve
-from peft_multibatch.layers import STATE
+from peft_multibatch.mix import Call
+from peft_multibatch.patch import STATE, check_state
 from peft_multibatch.places import Place, Survey
 from peft_multibatch.report import LayerReport, Report
-from peft_multibatch.routing import Call, Router
+from peft_multibatch.routing import Router
 
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class Multibatch:
 
     def _check_state(self) -> None:
         for place in self._places.values():
-            handlers.check_state(place.name, place.module)
+            check_state(place.name, place.module)
         for group in self._groups:
             group.check_weights()
         if torch.is_grad_enabled():

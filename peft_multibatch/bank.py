@@ -18,15 +18,14 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
+from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
+    from peft_multibatch.compat import LoraLayer
     from peft_multibatch.ops.torch_backend import SlotWeights
 
 

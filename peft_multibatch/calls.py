@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor, nn
 
+from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
 from peft_multibatch.ids import resolve
-from peft_multibatch.layers import STATE
+from peft_multibatch.mix import Call, Invocations
+from peft_multibatch.patch import STATE
 from peft_multibatch.places import replace
-from peft_multibatch.routing import Call, Invocations
 from peft_multibatch.segments import BASE
 
 

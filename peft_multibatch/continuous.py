@@ -29,8 +29,9 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from peft_multibatch import layers as handlers
 from peft_multibatch.errors import AdapterIdsLengthError, ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
-from peft_multibatch.layers import get_base
+from peft_multibatch.patch import STATE
 from peft_multibatch.segments import BASE
+from peft_multibatch.views import get_base, view_for
 
 
 if TYPE_CHECKING:
@@ -340,7 +341,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "expected no more. Pass mixtures=... to mb.continuous_batching."
             )
         for place in self._handle._places.values():
-            handlers.view_for(place.module, entry, getattr(place.module, handlers.STATE))
+            view_for(place.module, entry, getattr(place.module, STATE))
 
     def _check_prompt(self, input_ids: Sequence[int]) -> None:
         vocabulary = self._vocabulary()

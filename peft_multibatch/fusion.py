@@ -22,7 +22,7 @@ from peft_multibatch.bank import Bank, base_device
 
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+    from peft_multibatch.compat import LoraLayer
 
 logger = logging.get_logger(__name__)
 

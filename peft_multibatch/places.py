@@ -7,14 +7,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_multibatch import layers as handlers
 from peft_multibatch.bank import Bank
-from peft_multibatch.layers import STATE, Patch
+from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer
+from peft_multibatch.patch import STATE, Patch
 from peft_multibatch.routing import Router
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import peft_multibatch
-from peft_multibatch import versions
+from peft_multibatch import compat
 
 
 def run(code):
@@ -51,7 +51,13 @@ def test_public_names():
 def test_versions_outside_of_what_was_tested(monkeypatch, installed, warned):
     warnings = []
     found = {"peft": installed, "transformers": "5.17.0", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr(versions, "version", found.get)
-    monkeypatch.setattr(versions.logger, "warning", warnings.append)
-    versions.check()
+    monkeypatch.setattr(compat, "version", found.get)
+    monkeypatch.setattr(compat.logger, "warning", warnings.append)
+    compat.check()
     assert [f"and {installed} is installed" in warning for warning in warnings] == [True] * warned
+
+
+def test_a_peft_whose_layers_changed_is_named(monkeypatch):
+    monkeypatch.setattr(compat, "ATTRIBUTES", ("lora_A", "lora_C"))
+    with pytest.raises(ImportError, match="whose layers have no lora_C: expected peft 0.21.0 to"):
+        compat.check()

@@ -1,0 +1,81 @@
+"""All that is reached into in PEFT, and a word where versions are installed that weren't tested.
+
+Beside these classes the package reads attributes of PEFT's layers, which ``ATTRIBUTES`` lists, and ``check`` looks for
+them on a layer of the installed version.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from packaging.version import Version
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.lora.variants import calculate_alora_offsets
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+from transformers.utils import logging
+
+
+__all__ = [
+    "ALORA_OFFSETS",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "LoraParallelLinear",
+    "ModulesToSaveWrapper",
+    "PeftMixedModel",
+    "PeftModel",
+    "TrainableTokensWrapper",
+    "calculate_alora_offsets",
+    "check",
+    "dequantize_module_weight",
+    "lora",
+]
+
+logger = logging.get_logger(__name__)
+
+ALORA_OFFSETS = "alora_offsets"
+"""Argument with which PEFT's hooks tell layers where aLoRA adapters begin."""
+
+# The oldest and the newest release that all tests ran with; patch releases of the newest count as tested.
+TESTED = {"peft": ("0.21.0", "0.21"), "transformers": ("5.17.0", "5.23"), "torch": ("2.11.0", "2.13")}
+
+ATTRIBUTES = (
+    "lora_A",
+    "lora_B",
+    "scaling",
+    "lora_variant",
+    "lora_magnitude_vector",
+    "merged_adapters",
+    "_disable_adapters",
+    "_active_adapter",
+    "_get_available_adapters",
+)
+
+
+def check() -> None:
+    """Log a warning for every installed version outside of what was tested.
+
+    Raises:
+        ImportError: a layer of the installed PEFT lacks an attribute that this package reads.
+    """
+    for package, (oldest, newest) in TESTED.items():
+        installed = Version(version(package))
+        if installed < Version(oldest) or installed.release[:2] > Version(newest).release[:2]:
+            logger.warning(
+                f"peft_multibatch was tested with {package} {oldest} to {newest}, and {installed} is installed: "
+                "results may be wrong where its internals changed. Install a version in between, or run the tests."
+            )
+    layer = lora.Linear(nn.Linear(1, 1), "default", LoraConfig(r=1), r=1)
+    missing = [name for name in ATTRIBUTES if not hasattr(layer, name)]
+    if missing:
+        raise ImportError(
+            f"peft {version('peft')} is installed, whose layers have no {', '.join(missing)}: expected peft "
+            f"{TESTED['peft'][0]} to {TESTED['peft'][1]}. Install one of these."
+        )

@@ -1,0 +1,259 @@
+"""What compiled and captured code sees of the call in force: plans at fixed places, and whether there is one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.mix import Call, Mix
+from peft_multibatch.segments import BASE, SegmentBuffer, Segments
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.bank import Bank, TableRows
+    from peft_multibatch.routing import Router
+
+
+class InForce:
+    """How many calls are in force on one thread, on all of its tasks, and whether there are any."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.active = False  # all that compiled code reads, so that another count makes no new graph
+
+    def add(self, difference: int) -> None:
+        """Count a call that begins or ends."""
+        self.count += difference
+        self.active = self.count > 0
+
+
+class Here(threading.local):
+    """Gives every thread, compiled code included, what is in force on that thread."""
+
+    def __init__(self) -> None:
+        self.thread = InForce()
+
+
+class Graph:
+    """What compiled and captured code sees instead of a ``Call``.
+
+    Attributes:
+        key: tells ``take_plan`` which graph asks.
+        active: whether ids are in force on any thread; compiled code has one version for each value.
+        here: whether they are on the thread that asks.
+        contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
+            no single plan can stand at the fixed place.
+        samples: entries of the plan in force; 0 inside ``generate``, which multiplies rows.
+        terms: plans that graphs read one after the other, as many as a sample of any call had adapters.
+        buffer: the plan of the last call that began, at a fixed place on the CPU; a graph takes its size from it, and
+            is compiled again where a batch is larger than any before.
+        buffers: the same for kernels, by their device, one for each term.
+        stash: as in ``Call``; filled and emptied within one graph.
+        banks: all banks of the model.
+        is_captured: whether a CUDA graph was captured that reads them.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.key = next(_keys)
+        _graphs[self.key] = self
+        self.active = False
+        self.here = Here()
+        self.contended = False
+        self.samples = 0
+        self.terms = 1
+        self.buffer = SegmentBuffer(capacity=0)
+        self.buffers: dict[str, list[SegmentBuffer]] = {}
+        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
+        self.banks: list[Bank] = []
+        self._router = router
+        self._in_force: list[Call] = []  # of several that are nested on one thread, the innermost
+        self._written: Mix | None = None
+        self._runs_ops = False
+        self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
+        self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
+        self.is_captured = False
+        self._lock = threading.RLock()
+
+    @torch._dynamo.assume_constant_result  # runs while the graph is traced, and is no part of it
+    def arm(self) -> bool:
+        """From now on there is a graph of ops: keep the buffer and the banks up to date for it at every call."""
+        call = self._router.call.get()
+        if not self._runs_ops and call is not None:
+            self._runs_ops = True
+            self._write(call.mix)
+        return True
+
+    @torch._dynamo.assume_constant_result
+    def arm_kernels(self, key: int, device: str) -> bool:
+        """From now on there is a graph of kernels that reads this bank on this device."""
+        call = self._router.call.get()
+        with self._lock:
+            if call is not None:
+                place = torch.device(device)
+                bank = next(bank for bank in self.banks if bank.key == key)
+                adapters = self._router.adapters()
+                bank.tables(adapters, place, call.mix.slots)
+                bank.hold(adapters, place)
+                for table in bank.held:
+                    torch._dynamo.mark_static_address(table.rows)
+                self._held[bank] = place
+                self.prepare(call, place)
+        return True
+
+    def prepare(self, call: Call, device: torch.device) -> None:
+        """Have the plan of a call at the fixed place, on a device on which kernels run."""
+        with self._lock:
+            if str(device) not in self.buffers:
+                self._grow(device, call.mix.segments.num_entries)
+                self._written = None
+            if not self.contended and self._written is not call.mix:
+                self._write(call.mix)
+
+    def capture(self, call: Call, bank: Bank, device: torch.device) -> tuple[list[Tensor], tuple[TableRows, ...]]:
+        """Plans and tables that stay, for kernels that are being captured in a CUDA graph.
+
+        Raises:
+            ModelStateError: they would have to be made first, and during a capture nothing can be.
+        """
+        if self.contended or self._written is not call.mix or not call.mix.has_tables(bank, device):
+            raise ModelStateError(
+                "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
+                "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
+            )
+        with self._lock:
+            bank.hold(self._router.adapters(), device)
+            self._held[bank] = device
+            self.is_captured = True
+        return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
+
+    def enter(self, call: Call, outer: Call | None) -> None:
+        """A call begins, inside another one or not."""
+        with self._lock:
+            self._in_force = [*(each for each in self._in_force if each is not outer), call]
+            call.thread = self.here.thread
+            call.thread.add(1)
+            self._change()
+
+    def leave(self, call: Call, outer: Call | None) -> None:
+        """A call ends, and the one around it is in force again."""
+        with self._lock:
+            call.ended = True
+            if call.thread is not None:
+                call.thread.add(-1)
+                call.thread = None
+            self._in_force = [each for each in self._in_force if each is not call]
+            if outer is not None and not outer.ended:
+                self._in_force.append(outer)
+            self._change()
+        self.stash.clear()
+
+    def plan(self, size: int, index: int) -> Tensor:
+        """A plan of the thread that asks, that of one term, ``[size]``, with zeros behind it."""
+        call = self._router.in_force()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "
+                "their plan on the host: expected the kernels, without gradients. Pass backend='auto' to enable, and "
+                "capture under torch.no_grad()."
+            )
+        if call is None:
+            raise ModelStateError(
+                "a compiled model was called without ids on one thread while ids are in force on another: expected "
+                "that calls with and without ids of one compiled model don't overlap. Pass ids of -1 instead of none, "
+                "or run the calls after each other."
+            )
+        packed = _term(call.mix, index).pack()
+        return torch.nn.functional.pad(packed, (0, size - packed.numel()))
+
+    def _change(self) -> None:
+        calls = self._in_force
+        self.active = bool(calls)
+        self.contended = any(call.mix is not calls[0].mix for call in calls)
+        self.terms = max([self.terms, *(len(call.mix.terms) for call in calls)])
+        if calls and not self.contended:
+            self.samples = 0 if calls[0].expands else calls[0].mix.segments.num_entries
+            if (self._runs_ops or self._held) and self._written is not calls[0].mix:
+                self._write(calls[0].mix)
+
+    def _write(self, mix: Mix) -> None:
+        entries = mix.segments.num_entries
+        # normal tensors even if the first call happens to run in inference mode
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._runs_ops:
+                if entries > self.buffer.capacity:
+                    self.buffer = SegmentBuffer(_capacity(entries))
+                adapters = self._router.adapters()
+                for bank in self.banks:
+                    bank.sync([adapters.get(slot) for slot in range(mix.slots)])
+            for bank, device in self._held.items():
+                mix.tables(bank, device)
+                if bank.hold(mix.adapters, device) and self.is_captured:
+                    raise ModelStateError(
+                        "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
+                        "another dtype, than it can serve: expected adapters like those that were there when it was "
+                        "captured. Call disable and enable, and capture it again."
+                    )
+                for table in bank.held:
+                    torch._dynamo.mark_static_address(table.rows)
+            for buffers in list(self.buffers.values()):
+                if self.is_captured and len(mix.terms) > len(buffers):
+                    raise ModelStateError(
+                        f"a CUDA graph was captured under ids that gave a sample {len(buffers)} adapters at most, and "
+                        f"now a mixture has {len(mix.terms)}: expected mixtures as long as those that were in force "
+                        "when it was captured. Call disable and enable, and capture it again."
+                    )
+                if entries > buffers[0].capacity or len(mix.terms) > len(buffers):
+                    self._outgrown.append(buffers)
+                    self._grow(buffers[0].packed.device, max(entries, buffers[0].capacity))
+            for buffers in (*self.buffers.values(), *self._outgrown):
+                if entries <= buffers[0].capacity:
+                    for index, buffer in enumerate(buffers):
+                        buffer.update(_term(mix, index))
+            self._written = mix
+
+    def _grow(self, device: torch.device, entries: int) -> None:
+        with torch.inference_mode(False):
+            buffers = [SegmentBuffer(_capacity(entries), device) for _ in range(self.terms)]
+        self.buffers[str(device)] = buffers
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer.packed)
+
+
+def _term(mix: Mix, index: int) -> Segments:
+    """The plan of one term, for which no sample of a mix need have an adapter."""
+    return mix.terms[index] if index < len(mix.terms) else Segments.from_ids([BASE] * mix.segments.num_entries)
+
+
+def _capacity(entries: int) -> int:
+    """A power of two, so that a growing batch makes a new graph a few times and not every time."""
+    return 1 << max(entries - 1, 15).bit_length()
+
+
+_keys = itertools.count()
+_graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
+
+
+@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=())
+def take_plan(buffer: Tensor, key: int, index: int) -> Tensor:
+    """The packed plan of the call that runs the graph, that of one term: int32, as long as the graph's buffer."""
+    return _graphs[key].plan(buffer.numel(), index)
+
+
+@take_plan.register_fake
+def _(buffer, key, index):
+    return torch.empty_like(buffer)
+
+
+def check_not_capturing(x: Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
+            "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "
+            "and no DoRA or layers that run per segment, see mb.report(). Run it without CUDA graphs."
+        )

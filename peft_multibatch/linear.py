@@ -1,0 +1,210 @@
+"""The fast handler: the base layer's output plus every row's own delta, with siblings as one product."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_multibatch import ops
+from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
+from peft_multibatch.errors import UnsupportedError
+from peft_multibatch.graphs import Graph, check_not_capturing, take_plan
+from peft_multibatch.mix import Call
+from peft_multibatch.patch import check_state
+from peft_multibatch.per_segment import per_segment
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.bank import Bank
+    from peft_multibatch.routing import Router
+
+
+def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``lora.Linear`` and its like: the base layer's output plus every row's own delta; siblings run as one."""
+    patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
+    if patch is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    router = patch.router
+    call = router.current()
+    if call is None or self._disable_adapters:
+        return patch.original(x, *args, **kwargs)
+    if self.merged_adapters:
+        check_state(patch.name, self)
+    if kwargs:
+        kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
+    if self.training and _uses_dropout(self):
+        return per_segment(self, x, *args, **kwargs)
+
+    group = patch.group
+    if group is None or args or kwargs:
+        return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
+    if patch.index == 0:
+        whole = group.base_output(x)
+        ys = [whole] if whole is not None else [_base_output(layer, x) for layer in group.layers]
+        ys = _add_deltas(call, router, group.bank, ys, x)
+        if whole is not None:
+            ys = list(ys[0].split(group.bank.widths, dim=-1))
+        call.stash[group] = x, _version(call, x), [None, *ys[1:]]
+        return ys[0]
+    source, version, waiting = call.stash.get(group, (None, 0, []))
+    if source is x and version == _version(call, x) and waiting[patch.index] is not None:
+        y = waiting[patch.index]
+        waiting[patch.index] = None
+        if patch.index == len(waiting) - 1:
+            del call.stash[group]
+        return y
+    if isinstance(call, Call) and source is not None and source is not x:
+        group.split("its projections read different tensors")
+    return _add_deltas(call, router, patch.bank, [_base_output(self, x)], x)[0]
+
+
+def _version(call: Call | Graph, x: Tensor) -> int:
+    """Tells whether a tensor was written in place; graphs don't let that happen, and inference tensors don't count."""
+    return 0 if isinstance(call, Graph) or x.is_inference() else x._version
+
+
+def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What the layer gives without adapters, in a tensor that nobody else holds."""
+    base = layer.base_layer
+    if "forward" in base.__dict__ or base._forward_hooks:
+        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
+        return base(x, *args, **kwargs).clone()
+    hooked = base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if type(base) is not nn.Linear or hooked or args or kwargs or nn.modules.module._has_any_global_hook():
+        return base(x, *args, **kwargs)
+    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
+    return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def _uses_dropout(layer: LoraLayer) -> bool:
+    return any(not isinstance(dropout, nn.Identity) and dropout.p > 0 for dropout in layer.lora_dropout.values())
+
+
+def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    """Add to every slice's output the deltas of ``x`` ``[..., K]``, row by row; in place for inference.
+
+    ``ys`` is one tensor ``[..., N]`` for each slice, or one with all slices side by side; so is the result.
+    """
+    if isinstance(call, Graph):
+        return _add_in_graph(call, router, bank, ys, x)
+    ys = _add(call, router, bank, ys, x)
+    if bank.has_variants():
+        ys = _scale(call, bank, ys)
+    return ys
+
+
+def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    mix, kernels = call.mix, router.kernels
+    if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
+        call.num_rows(x)
+        return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
+    if kernels is not None and kernels.runs_on(x):
+        if kernels.is_capturing():
+            plans, tables = router.graph.capture(call, bank, x.device)
+            ys = [y.contiguous() for y in ys]
+            for plan in plans:
+                kernels.add_(ys, x, bank.widths, plan, tables)
+            return ys
+        products = mix.products.get(bank)
+        if products is None or not products.fit(ys, x):
+            call.num_rows(x)
+            ys = [y.contiguous() for y in ys]
+            router.graph.prepare(call, x.device)
+            plans, tables = mix.plans(x.device), mix.tables(bank, x.device)
+            products = mix.products[bank] = kernels.Products(ys, x, bank.widths, mix.terms, plans, tables)
+        if products.can_run:
+            products(ys, x, call.workspaces)
+            return ys
+    call.num_rows(x)  # dimension 0 has to map to samples, not just all rows together
+    check_not_capturing(x)
+    if mix.adapters:
+        ys = [y.contiguous() for y in ys]
+        outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
+        slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
+        with _without_autocast(x.device.type):
+            for term in mix.terms:
+                ops.torch_backend.apply_(slices, rows, term, mix.weights(bank))
+    return ys
+
+
+def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
+    """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights.
+
+    Raises:
+        UnsupportedError: a mixture of DoRA adapters.
+    """
+    check_not_capturing(ys[0])
+    for name in [call.mix.adapters[slot].name for slot in call.mix.mixed]:
+        if any(name in layer.lora_variant for layer in bank.layers):
+            raise UnsupportedError(
+                f"a mixture names {name!r}, a DoRA adapter, whose output isn't a delta that can be weighted: expected "
+                "plain LoRA. Give the row that adapter alone, or leave it out of mixtures."
+            )
+    scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
+    if scales is None:
+        scales = bank.dora_scales(call.mix.adapters)
+        if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
+            call.dora_scales[bank] = scales
+    found = []
+    for layer, y, scale in zip(bank.layers, ys, scales):
+        if scale is not None:
+            rows = call.mix.positions(y.device)  # the base model's -1 is the last row of the scales
+            bias = layer.base_layer.bias
+            start = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
+            grouped = y.reshape(len(rows), -1, y.shape[-1])
+            y = torch.lerp(start.expand_as(grouped), grouped, scale[rows].to(y.dtype)[:, None]).view(y.shape)
+        found.append(y)
+    return found
+
+
+def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    kernels = router.kernels
+    if bank.has_variants():
+        raise UnsupportedError(
+            "a model was compiled with DoRA adapters, whose norms are computed when a call begins: expected adapters "
+            "without variants. Run it without torch.compile, or pass disable_compile=True to generate."
+        )
+    if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
+        graph.arm()
+        plans = [take_plan(graph.buffer.packed, graph.key, index) for index in range(graph.terms)]
+        return _add_through_ops((plans, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
+    if graph.contended or not graph.here.thread.active:
+        raise UnsupportedError(
+            "a compiled model was called on a GPU while other ids, or ids at all, are in force on another thread or "
+            "task: expected one at a time, because a graph reads its plan at one place. Run the calls after each "
+            "other, put ids in force on the thread that calls, or pass disable_compile=True to generate."
+        )
+    graph.arm_kernels(bank.key, str(x.device))
+    ys = [y.contiguous() for y in ys]
+    for table in bank.held:
+        if table.dtype not in kernels.DTYPES:
+            raise UnsupportedError(
+                f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "
+                "bfloat16 or float32, and contiguous weights. Convert the adapters, or run without torch.compile."
+            )
+        for buffer in graph.buffers[str(x.device)]:
+            ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)
+    return ys
+
+
+def _add_through_ops(inputs: tuple, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    plans, lora_a, lora_b, ranks, scalings = inputs
+    with _without_autocast(x.device.type):
+        rows = x.reshape(-1, x.shape[-1])
+        deltas = [
+            ops.expand(ops.shrink(rows, lora_a, plan, ranks), lora_b, plan, ranks, scalings, bank.slice_offsets)
+            for plan in plans
+        ]
+        delta = functools.reduce(operator.add, deltas)
+    parts = delta.split([y.shape[-1] for y in ys], dim=-1)
+    return [(y + part.view(y.shape)).to(y.dtype) for y, part in zip(ys, parts)]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -1,0 +1,59 @@
+"""What a patched layer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from peft_multibatch.errors import MergedAdaptersError
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.bank import Bank
+    from peft_multibatch.fusion import Group
+    from peft_multibatch.routing import Router
+
+STATE = "_multibatch"
+"""Attribute of a patched module that holds its ``Patch``."""
+
+
+class Patch:
+    """What a patched layer needs to know. A copy or a pickle of the layer has None in its place, and is plain PEFT.
+
+    Attributes:
+        name: the layer's name in the model.
+        router: tells which call is in force.
+        original: the layer's own ``forward``, bound.
+        bank: the layer's bank, alone; None where it runs per segment.
+        group: the projection group it belongs to, or None where it runs by itself.
+        index: its slice in the group.
+    """
+
+    def __init__(self, name: str, router: Router, original: Callable[..., Tensor], bank: Bank | None) -> None:
+        self.name = name
+        self.router = router
+        self.original = original
+        self.bank = bank
+        self.group: Group | None = None
+        self.index = 0
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def check_state(name: str, layer: Any) -> None:
+    """Raise where a layer's adapters can't be told apart by rows.
+
+    Raises:
+        MergedAdaptersError: an adapter is merged into the base weights.
+    """
+    if layer.merged_adapters and not layer._disable_adapters:
+        raise MergedAdaptersError(
+            f"adapter_ids was passed while {layer.merged_adapters} is merged into the base weights of {name}: "
+            "expected unmerged adapters. Call model.unmerge_adapter() first."
+        )

@@ -1,0 +1,204 @@
+"""Handlers for all other layers: PEFT's own module, once per segment on its rows, with its adapter active."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_multibatch.compat import ALORA_OFFSETS, lora
+from peft_multibatch.errors import UnsupportedError
+from peft_multibatch.graphs import Graph, check_not_capturing
+from peft_multibatch.mix import Call
+from peft_multibatch.patch import STATE, Patch, check_state
+from peft_multibatch.views import get_base, single_adapter_view, view_for
+
+
+def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(x, *args, **kwargs)
+    kwargs.pop(ALORA_OFFSETS, None)
+    if call.packed:  # the tokens of all requests in one row
+        flat = x.flatten(0, 1)
+        call.mix.segments.rows_per_entry(len(flat))
+        return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, x.shape[:2])
+    return _run_per_segment(self, call, patch, x, *args, **kwargs)
+
+
+def _run_per_segment(self: nn.Module, call: Call, patch: Patch, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    entries = call.mix.segments.num_entries
+    if len(x) == 1 < entries and call.inside and isinstance(get_base(self), nn.Embedding):
+        x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
+    others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # experts get their routing beside the hidden states, token by token
+    is_routed = isinstance(self, lora.ParamWrapper) and all(len(value) == len(x) for value in others)
+    if others and not is_routed:
+        raise UnsupportedError(
+            f"{type(self).__name__} was called with more than one tensor, and only the first can be split by samples: "
+            "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
+        )
+    if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and not others:
+        raise UnsupportedError(
+            f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "
+            "samples: expected hidden states and routing with the same rows. Remove the adapters from these "
+            "parameters, or run them one at a time."
+        )
+
+    offsets = None
+    if isinstance(self, lora.Linear) and any(map(_is_alora, self.lora_variant.values())):
+        offsets = _offsets(self, call, patch, x, entries)
+
+    def run(view: Any, rows: slice | Tensor) -> Any:
+        if offsets is not None:
+            kwargs[ALORA_OFFSETS] = [offsets[row] for row in torch.arange(len(x))[rows].tolist()]
+
+        def own(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) else value
+
+        return type(self).forward(view, x[rows], *map(own, args), **{key: own(value) for key, value in kwargs.items()})
+
+    # routers return several tensors, all of them token by token; what other layers return beside needn't be so
+    dims = itertools.repeat(0) if isinstance(self, lora.ParamWrapper) else ()
+    return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
+
+
+def _is_alora(variant: Any) -> bool:
+    return type(variant).__name__.startswith("ALora")
+
+
+def _offsets(layer: lora.Linear, call: Call, patch: Patch, x: Tensor, entries: int) -> Sequence[int | None] | None:
+    """For each row where an aLoRA adapter begins in it; None where no adapter of the batch is one."""
+    if call.invocations is None:
+        used = [adapter.name for adapter in call.mix.adapters.values() if adapter.name in layer.lora_variant]
+        if any(_is_alora(layer.lora_variant[name]) for name in used):
+            raise UnsupportedError(
+                f"{patch.name} ran under the aLoRA adapter {used[0]!r} without a call of the model, which looks for "
+                "the invocation tokens: expected model(input_ids, ...) or generate. Layers by themselves, and "
+                "continuous batching, can't run aLoRA."
+            )
+        return None
+    if len(x) != entries or x.dim() != 3 or x.shape[1] != call.invocations.tokens:
+        raise UnsupportedError(
+            f"{patch.name} has an aLoRA adapter and received rows of the shape {list(x.shape)} for {entries} samples "
+            f"of {call.invocations.tokens} tokens: expected [samples, tokens, features]. Generate without beams and "
+            "with one sequence for every prompt, or remove the adapter from this layer."
+        )
+    return call.invocations.offsets
+
+
+def tiled_experts(self: Any, x: Tensor) -> Tensor:
+    """``lora.ParamWrapper`` where every expert gets the rows of all samples: as ``per_segment``, expert by expert."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, x)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(x)
+
+    def rows_first(tiles: Tensor) -> Tensor:
+        return tiles.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
+
+    def experts_first(tiles: Tensor) -> Tensor:
+        return tiles.transpose(0, 1).flatten(0, 1)
+
+    def run(view: Any, rows: slice | Tensor) -> Tensor:
+        return rows_first(type(self).forward(view, experts_first(tiles[rows])))
+
+    tiles = rows_first(x)
+    return experts_first(_for_each_segment(call, patch, self, len(tiles), x.device, run, dims=()))
+
+
+def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``lora.MultiheadAttention``: as ``per_segment``; samples are in dimension 1 where ``batch_first`` isn't set."""
+    patch = getattr(self, STATE)
+    if patch is None:
+        return type(self).forward(self, query, key, value, *args, **kwargs)
+    call = _current_call(patch, self)
+    if call is None:
+        return patch.original(query, key, value, *args, **kwargs)
+    if query.dim() != 3 or args:
+        raise UnsupportedError(
+            f"{patch.name} was called with a query of {query.dim()} dimensions and {len(args)} positional arguments "
+            "behind the value: expected a batch, and masks by their names. Call it so, or run the adapters one at a "
+            "time."
+        )
+    base: Any = self.base_layer
+    batch = 0 if base.batch_first else 1
+
+    def run(view: Any, rows: slice | Tensor) -> Any:
+        index: Any = rows if batch == 0 else (slice(None), rows)
+        own = dict(kwargs)
+        if kwargs.get("key_padding_mask") is not None:
+            own["key_padding_mask"] = kwargs["key_padding_mask"][rows]
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dim() == 3:  # [samples × heads, targets, sources]
+            own["attn_mask"] = mask.unflatten(0, (-1, base.num_heads))[rows].flatten(0, 1)
+        return type(self).forward(view, query[index], key[index], value[index], **own)
+
+    # the output has samples where the query has them, the attention weights in dimension 0
+    return _for_each_segment(call, patch, self, query.shape[batch], query.device, run, dims=(batch, 0))
+
+
+def _current_call(patch: Patch, layer: Any) -> Call | None:
+    call = None if layer._disable_adapters else patch.router.current()
+    if isinstance(call, Graph):
+        raise UnsupportedError(
+            f"{patch.name} runs PEFT's own code per segment, because of its class or because it trains with dropout, "
+            "and the segments of a batch aren't known while a graph is compiled: expected a model all of whose "
+            "adapters run segmented, see mb.report(). Run it without torch.compile."
+        )
+    if call is not None:
+        check_state(patch.name, layer)
+    return call
+
+
+def _for_each_segment(
+    call: Call,
+    patch: Patch,
+    layer: Any,
+    num_rows: int,
+    device: torch.device,
+    run: Callable[[Any, slice | Tensor], Any],
+    dims: Iterable[int],
+) -> Any:
+    """Run a layer once per segment and put its outputs together: a tensor, or a tuple of tensors and None.
+
+    Args:
+        run: called with a view of the layer and the rows of a segment.
+        dims: where the rows are in each output of a tuple; empty where that isn't known.
+    """
+    outputs, order = [], []
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        check_not_capturing(next(layer.parameters()))
+    segments, entries = call.mix.runs
+    for index, rows in segments.rows(num_rows, device):
+        outputs.append(run(view_for(layer, entries[index], patch), rows))
+        order.append(rows)
+    if not outputs:
+        return run(single_adapter_view(layer, None), slice(0, 0))
+    positions = None
+    if segments.permutation is not None:
+        positions = torch.cat([rows for rows in order if isinstance(rows, Tensor)]).argsort()
+
+    def join(parts: Sequence[Any], dim: int) -> Any:
+        if all(part is None for part in parts):
+            return None
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise UnsupportedError(
+                f"{patch.name} returned a {type(parts[0]).__name__}, which can't be put together from segments: "
+                "expected a tensor. Remove the adapters from this layer, or run them one at a time."
+            )
+        result = torch.cat(list(parts), dim)
+        return result if positions is None else result.index_select(dim, positions)
+
+    if isinstance(outputs[0], tuple) and dims:
+        return tuple(join(parts, dim) for parts, dim in zip(zip(*outputs), dims))
+    return join(outputs, 0)

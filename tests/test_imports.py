@@ -59,5 +59,5 @@ def test_versions_outside_of_what_was_tested(monkeypatch, installed, warned):
 
 def test_a_peft_whose_layers_changed_is_named(monkeypatch):
     monkeypatch.setattr(compat, "ATTRIBUTES", ("lora_A", "lora_C"))
-    with pytest.raises(ImportError, match="whose layers have no lora_C: expected peft 0.21.0 to"):
+    with pytest.raises(ImportError, match="whose layers have no lora_C: expected peft"):
         compat.check()

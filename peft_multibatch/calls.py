@@ -131,6 +131,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                     "a prompt behind those with one: expected every sample's rows side by side. Generate images for "
                     "one adapter at a time, without ids."
                 )
+            _check_cache(self, kwargs)
             samples = 1 if samples is None else samples  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
@@ -192,6 +193,20 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
     return replace(module, "generate_batch", types.MethodType(generate_batch, module))
+
+
+def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where ``generate`` would offload its cache from a GPU, for which a test found other tokens than PEFT's."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    asked = [kwargs.get("cache_implementation"), *(getattr(each, "cache_implementation", None) for each in configs)]
+    chosen = next((each for each in asked if each is not None), "")
+    offloads = str(chosen).startswith("offloaded") or getattr(kwargs.get("past_key_values"), "offloading", False)
+    if offloads and model.device.type == "cuda":
+        raise UnsupportedError(
+            "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
+            "tokens than PEFT: expected a cache that stays on the GPU. Pass cache_implementation='dynamic' or "
+            "'static'."
+        )
 
 
 def check_length(entries: int, samples: int | None) -> None:

@@ -142,6 +142,22 @@ def test_a_thread_runs_under_its_own_ids_or_under_none(compiled):
         assert_close(other.submit(logits, fast).result(), plain)
 
 
+def test_enabling_and_disabling_a_model_that_was_compiled_before():
+    torch._dynamo.reset()
+    model = peft_model()
+    fast = torch.compile(model.get_base_model(), fullgraph=True, backend="eager")
+    plain = logits(model)
+    assert_close(logits(fast), plain)
+    for _ in range(2):
+        mb = peft_multibatch.enable(model)
+        want = logits(model, adapter_ids=MIXES[2])
+        assert_close(logits(fast), plain)
+        with mb.batch(MIXES[2]):
+            assert_close(logits(fast), want)
+        mb.disable()
+        assert_close(logits(fast), plain)
+
+
 def test_training_through_aot_autograd():
     torch._dynamo.reset()
     model = peft_model()

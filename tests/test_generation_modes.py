@@ -235,11 +235,17 @@ def test_quantized_cache(llama, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_offloaded_cache(mode):
+@pytest.mark.parametrize("form", ["argument", "config"])
+def test_offloaded_cache_is_refused(form):
+    """On an H100 a row of a greedy batch had other tokens than PEFT's; why isn't known."""
+    model = peft_model("llama").cuda()
     inputs = {key: value.cuda() for key, value in left_padded().items()}
-    beams = {"num_beams": 3} if mode == "beams" else {}
-    ours_and_peft(peft_model("llama").cuda(), inputs, options(cache_implementation="offloaded", **beams))
+    chosen: dict[str, Any] = {"cache_implementation": "offloaded"}
+    if form == "config":
+        chosen = {"generation_config": GenerationConfig(max_new_tokens=4, **chosen)}
+    peft_multibatch.enable(model)
+    with pytest.raises(errors.UnsupportedError, match="an offloaded cache on a GPU"):
+        model.generate(**inputs, adapter_ids=NAMES, **chosen)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
         "lora_bias": lambda: language_model({"target_modules": ["c_attn"], "lora_bias": True}, None, "GPT2", **GPT2),
         "PiSSA": lambda: language_model({"init_lora_weights": "pissa"}, {"init_lora_weights": True}),
         "OLoRA": lambda: language_model({"init_lora_weights": "olora"}, {"init_lora_weights": True}),
+        "LoftQ": lambda: unbuilt("needs scipy to be initialised; plain LoRA afterwards"),
+        "LoRA-GA": lambda: unbuilt("needs a training step to be initialised; plain LoRA afterwards"),
+        "Arrow": lambda: unbuilt("refused: it weighs all adapters for every token"),
         "MiCA": lambda: language_model({"init_lora_weights": "mica"}),
         "BD-LoRA": lambda: language_model({"use_bdlora": peft.BdLoraConfig(["q_proj"], ["v_proj"], 2)}, {"r": 4}),
         "VeLoRA": lambda: language_model({"velora_config": peft.VeloraConfig()}),
@@ -156,6 +159,10 @@ fails the run.
 
 
 NOTES = {
+    "Variants and options of LoRA": """\
+PiSSA, OLoRA, LoftQ and LoRA-GA change the base weights when they are initialised. All rows see the changed ones, those
+of the base model alone and of other adapters included, as they do in PEFT. Convert such adapters to plain LoRA
+(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to keep the base model as it was.""",
     "Quantized base models": """\
 The base layer runs once for the whole batch, however it keeps its weights. LLM.int8() looks for outliers in all rows,
 as it does without adapters, so that a row may be rounded otherwise than in a batch of its own. Rows of the table whose

@@ -166,7 +166,7 @@ of the base model alone and of other adapters included, as they do in PEFT. Conv
     "Quantized base models": """\
 The base layer runs once for the whole batch, however it keeps its weights. LLM.int8() looks for outliers in all rows,
 as it does without adapters, so that a row may be rounded otherwise than in a batch of its own. Rows of the table whose
-package isn't installed where the script runs stay as they were."""
+package isn't installed where the script runs stay as they were.""",
 }
 
 

@@ -12,6 +12,7 @@ requests. Here every request has its adapter, and what depends on it:
 from __future__ import annotations
 
 import copy
+import heapq
 import itertools
 import threading
 import time
@@ -233,6 +234,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
         def in_turn() -> list[RequestState]:
+            if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
+                return []  # nobody's turn
             running = {_entry(state) for state in scheduler.active_requests.values()}
             there = [state for state in candidates() if self._why_not(state) is None]
             found = self._queue.order(there, running)
@@ -251,6 +254,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
         def salted_mark(state: RequestState, *args: Any) -> None:
+            if not args[0]:  # no block was completed
+                return
             salted = copy.copy(state)
             salted.initial_tokens = self._salted(state.initial_tokens, _entry(state))
             mark(salted, *args)
@@ -281,7 +286,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """End requests that can't run, or can't any more, before they stop the loop."""
         self._handle._refresh()
         scheduler = processor.scheduler
-        for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
+        states = [*scheduler.waiting_requests.values()]
+        if None in self._handle._names:  # an adapter was deleted
+            states += scheduler.active_requests.values()
+        for state in states:
             error = self._why_not(state)
             if error is not None:
                 scheduler.set_request_cancellation(state.request_id)
@@ -407,16 +415,16 @@ class FairQueue:
         least = min(self._counts.values(), default=0)
         for entry in queues:
             self._counts.setdefault(entry, least)
-        counts = {entry: self._counts[entry] for entry in queues}
-        ordered = []
-        while queues:
-            entry = min(queues, key=lambda each: counts[each])
-            state = queues[entry].popleft()
-            counts[entry] += len(state.initial_tokens)
-            ordered.append(state)
-            if not queues[entry]:
-                del queues[entry]
-        return begun + ordered
+        turns = [(self._counts[entry], place, queue) for place, (entry, queue) in enumerate(queues.items())]
+        heapq.heapify(turns)
+        while turns:
+            count, place, queue = turns[0]
+            begun.append(queue.popleft())
+            if queue:
+                heapq.heapreplace(turns, (count + len(begun[-1].initial_tokens), place, queue))
+            else:
+                heapq.heappop(turns)
+        return begun
 
 
 class Batching(ContinuousMixin):

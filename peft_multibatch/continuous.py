@@ -252,7 +252,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
         def salted_mark(state: RequestState, *args: Any) -> None:
             salted = copy.copy(state)
-            salted.initial_tokens = self._salted(state.initial_tokens, _entry(state))
+            # a prompt of one token fills its first block with what was generated
+            salted.initial_tokens = self._salted(state.initial_tokens + state.generated_tokens, _entry(state))
+            salted.generated_tokens = []
             mark(salted, *args)
 
         return salted_mark

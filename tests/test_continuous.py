@@ -158,6 +158,19 @@ def test_a_prefix_is_not_shared_between_adapters(enabled):
         assert second.generated_tokens == want[1]
 
 
+def test_a_prompt_of_one_token_is_not_shared_between_adapters(enabled):
+    model, mb = enabled
+    options = {"generation_config": generation(max_new_tokens=20), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        manager.add_request([7], adapter_id="eight")
+        (first,) = results(manager, 1).values()
+        prompt = [7, *first.generated_tokens[:16]]  # its first block is full of what another adapter generated
+        manager.add_request(prompt)
+        (second,) = results(manager, 1).values()
+        assert manager.prefix_hits == 0
+    assert [second.generated_tokens] == row_by_row(model, [prompt], ["__base__"], 20)
+
+
 def test_forks(enabled):
     model, _ = enabled
     config = generation(num_return_sequences=3, do_sample=True, top_k=1)

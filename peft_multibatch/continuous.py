@@ -69,6 +69,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._salts: dict[tuple, int] = {}
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
+        self._changing: list[int] = []  # threads inside `changing`
         self._uses_graphs = False
         self._longest = 0  # tokens of a request that fits into the cache
         self._held: set[int] = set()  # slots whose requests may not begin
@@ -161,17 +162,28 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 hotswap_adapter(model, "new/sql", adapter_name="sql")
             ```
         """
+        if hasattr(ContinuousBatchingManager, "pause") and self.background_thread_status.is_pause_requested(
+            local=True
+        ):
+            raise ModelStateError(
+                "changing was called inside manager.pause(), which holds the loop where changes can't begin: expected "
+                "one of both. Leave out pause, because inside changing no step runs either."
+            )
         self._changes += 1
         try:
             with self._gate:
+                self._handle._refresh()
                 slots = {slot for each in adapter_ids for slot in slots_of(self._resolve(each))}
                 self._held |= slots
+                self._changing.append(threading.get_ident())
                 try:
-                    self._gate.wait_for(lambda: not self.is_running() or not self._has_begun(slots))
+                    while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(slots)), 0.1):
+                        pass  # a loop that ended tells nobody
                     if self.model.device.type == "cuda":
                         torch.cuda.synchronize(self.model.device)
                     yield
                 finally:
+                    self._changing.remove(threading.get_ident())
                     for slot in slots:
                         self._versions[slot] += 1
                     self._held -= slots
@@ -180,6 +192,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._changes -= 1
             if hasattr(self, "_wake_up_loop"):  # older transformers look for themselves
                 self._wake_up_loop.set()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; not inside ``changing``, for whose end the loop waits."""
+        self._check_not_changing("stop")
+        super().stop(*args, **kwargs)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """As in newer transformers; not inside ``changing``, where no step runs anyway."""
+        self._check_not_changing("pause")
+        return super().pause()
 
     # What runs in the loop's thread.
 
@@ -352,6 +374,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise UnsupportedError(
                 f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
                 f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
+            )
+
+    def _check_not_changing(self, method: str) -> None:
+        if threading.get_ident() in self._changing:
+            raise ModelStateError(
+                f"{method} was called inside manager.changing(...), for whose end the loop waits: expected the change "
+                f"to end first. Call {method} after that block."
             )
 
     def _check_layers(self) -> None:

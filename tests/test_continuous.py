@@ -270,6 +270,47 @@ def test_an_adapter_is_deleted_and_another_one_added_while_requests_run(enabled)
     assert [found[name].generated_tokens for name in (other, new)] == row_by_row(model, [prompt] * 2, ["eight", "new"])
 
 
+@pytest.mark.skipif(not hasattr(ContinuousBatchingManager, "pause"), reason="older transformers have no hard stop")
+def test_a_change_does_not_wait_for_a_loop_that_ended(enabled):
+    _, mb = enabled
+    changed = threading.Event()
+    options = {"generation_config": generation(max_new_tokens=700), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        manager.add_request([9] * 20, adapter_id="eight", streaming=True)
+        assert manager.get_result(timeout=60) is not None  # under way
+
+        def change():
+            with manager.changing("eight"):
+                changed.set()
+
+        changing = threading.Thread(target=change, daemon=True)
+        changing.start()
+        manager.stop(hard_stop=True)
+        assert changed.wait(timeout=30)
+        changing.join()
+
+
+def test_what_would_wait_for_itself_is_refused(enabled):
+    model, mb = enabled
+    has_pause = hasattr(ContinuousBatchingManager, "pause")
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        for method in ["stop", "pause"][: 1 + has_pause]:
+            with (
+                manager.changing("eight"),
+                pytest.raises(errors.ModelStateError, match=f"{method} was called inside manager.changing"),
+            ):
+                getattr(manager, method)()
+        if has_pause:
+            refused = pytest.raises(errors.ModelStateError, match="changing was called inside")
+            with manager.pause(), refused, manager.changing("eight"):
+                pass
+        manager.add_request([9] * 20, adapter_id="eight")
+        assert [output.generated_tokens for output in results(manager, 1).values()] == row_by_row(
+            model, [[9] * 20], ["eight"]
+        )
+
+
 def test_layers_that_run_per_segment():
     torch.manual_seed(0)
     shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}

@@ -113,7 +113,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
-        self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
+        state = RequestState(request_id, list(input_ids), num_children=self.num_return_sequences - 1)
+        self.output_router.fail_and_deliver(state, error)
+        self._fail_children(state, error)
         return request_id
 
     def add_requests(self, inputs: list[list[int]], *args: Any, adapter_ids: Any = None, **kwargs: Any) -> list[str]:
@@ -310,7 +312,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if error is not None:
                 scheduler.set_request_cancellation(state.request_id)
                 processor._handle_request_error(error, state)
+                self._fail_children(state, error)
         scheduler.clear_cancelled_requests()
+
+    def _fail_children(self, state: RequestState, error: Exception) -> None:
+        """End the sequences that a request would have been forked into, which somebody may be waiting for."""
+        for index in range(state.num_children):
+            child = RequestState(f"{state.request_id}__child#{index}", state.initial_tokens)
+            self.output_router.fail_and_deliver(child, error)
 
     def _why_not(self, state: RequestState) -> Exception | None:
         gone = [slot for slot in slots_of(_entry(state)) if self._handle._names[slot] is None]

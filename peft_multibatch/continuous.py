@@ -130,7 +130,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             AdapterIdsLengthError: there are more prompts than ids, or fewer.
         """
-        entries = list(self._waiting_ids or adapter_ids or [BASE_NAME] * len(inputs))
+        if adapter_ids is None:
+            adapter_ids = self._waiting_ids or [BASE_NAME] * len(inputs)
+        entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
         if len(entries) != len(inputs):
             raise AdapterIdsLengthError(
                 f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
@@ -470,6 +472,16 @@ class Batching(ContinuousMixin):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def continuous_batching_context_manager(
+        self, *args: Any, persistent_manager: bool = False, **kwargs: Any
+    ) -> AbstractContextManager[AdapterBatchingManager]:
+        if persistent_manager:
+            raise UnsupportedError(
+                "continuous batching with an adapter for every request got persistent_manager=True, which would give "
+                "its manager to calls without ids as well: expected False. Keep mb.continuous_batching(...) open."
+            )
+        return super().continuous_batching_context_manager(*args, **kwargs)
 
     @torch.no_grad()
     def init_continuous_batching(

@@ -141,6 +141,26 @@ def test_generate_batch(enabled):
         model.generate_batch(inputs, generation_config=generation())
 
 
+def test_ids_as_a_tensor_and_too_few_of_them(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        for ids in (torch.tensor([0]), torch.tensor([0, 2])):
+            names = manager.add_requests([prompt] * len(ids), adapter_ids=ids)
+            found = results(manager, len(ids))
+            want = row_by_row(model, [prompt] * len(ids), ids.tolist())
+            assert [found[name].generated_tokens for name in names] == want
+        with pytest.raises(errors.AdapterIdsLengthError, match="0 entries for 1 prompts"):
+            manager.add_requests([prompt], adapter_ids=[])
+
+
+def test_a_manager_is_not_kept_for_calls_without_ids(enabled):
+    model, _ = enabled
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    with pytest.raises(errors.UnsupportedError, match="got persistent_manager=True"):
+        model.generate_batch(prompts(1), adapter_ids=["eight"], persistent_manager=True, **options)
+
+
 def test_a_prefix_is_not_shared_between_adapters(enabled):
     model, mb = enabled
     prompt = prompts(1, 2)[0] + [9] * 40

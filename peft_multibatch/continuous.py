@@ -73,6 +73,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._uses_graphs = False
         self._longest = 0  # tokens of a request that fits into the cache
         self._held: set[int] = set()  # slots whose requests may not begin
+        self._problem: MultibatchError | None = None  # of the model, under which no request can run
+        self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     # What users call.
 
@@ -289,11 +291,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
         if entry == BASE or len(tokens) < 2:  # no block is that short
             return tokens
-        versions = tuple(self._versions[slot] for slot in slots_of(entry))
-        salt = self._salts.setdefault((entry, versions), len(self._salts) + 1)
+        salt = self._salts.setdefault((entry, self._versions_of(entry)), len(self._salts) + 1)
         vocabulary = self._vocabulary()
         high, low = divmod(salt, (2**31 - 1) // vocabulary - 1)
         return [tokens[0] + vocabulary * low, tokens[1] + vocabulary * high, *tokens[2:]]
+
+    def _versions_of(self, entry: Entry) -> tuple[int, ...]:
+        return tuple(self._versions[slot] for slot in slots_of(entry))
 
     def _has_begun(self, slots: set[int]) -> bool:
         """Whether a request that has begun needs one of these slots."""
@@ -307,7 +311,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _fail_hopeless(self, processor: Any) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
-        self._handle._refresh()
+        try:
+            self._handle._refresh()
+            with torch.no_grad():
+                self._handle._check_state()
+            self._problem = None
+        except MultibatchError as caught:
+            self._problem = caught
         scheduler = processor.scheduler
         for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
             error = self._why_not(state)
@@ -324,14 +334,31 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(child, error)
 
     def _why_not(self, state: RequestState) -> Exception | None:
-        gone = [slot for slot in slots_of(_entry(state)) if self._handle._names[slot] is None]
+        entry = _entry(state)
+        if self._problem is not None:
+            return self._problem
+        if entry != BASE and any(place.module._disable_adapters for place in self._handle._places.values()):
+            return ModelStateError(
+                f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
+                "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
+            )
+        gone = [slot for slot in slots_of(entry) if self._handle._names[slot] is None]
         if gone:
             return ModelStateError(
                 f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
                 "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
                 "to another one."
             )
+        key = entry, self._versions_of(entry)
+        if key not in self._checked:  # what came into the adapter's place needn't be able to run here
+            try:
+                self._check_entry(entry)
+            except MultibatchError as caught:
+                return caught
+            self._checked.add(key)
         tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
+        if state.max_new_tokens is None:  # which ends when the cache is full
+            tokens = max(tokens, state.position_offset + 1)
         if tokens > self._longest:
             return UnsupportedError(
                 f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "

@@ -345,6 +345,57 @@ def test_what_would_wait_for_itself_is_refused(enabled):
         )
 
 
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
+def test_a_model_that_cannot_run_requests_and_can_again(enabled):
+    model, mb = enabled
+    prompt = [9] * 40
+    want = row_by_row(model, [prompt] * 2, ["__base__", "eight"])
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with model.disable_adapter():
+            (base, bad) = manager.add_requests([prompt] * 2, adapter_ids=["__base__", "eight"])
+            found = results(manager, 2)
+        assert found[base].generated_tokens == want[0]
+        assert "adapters were disabled while request" in found[bad].error
+        model.merge_adapter(["three"])
+        manager.add_request(prompt)
+        assert "is merged into the base weights" in results(manager, 1).popitem()[1].error
+        model.unmerge_adapter()
+        manager.add_request(prompt, adapter_id="eight")
+        assert results(manager, 1).popitem()[1].generated_tokens == want[1]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+def test_what_comes_in_an_adapters_place_and_cannot_run(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        good = manager.add_request(prompt, adapter_id="three")
+        with manager.changing("eight"):
+            bad = manager.add_request(prompt, adapter_id={"eight": 0.5, "four": 0.5})
+            model.delete_adapter("eight")
+            config = lora_configs()["eight"]
+            config.use_dora = True
+            model.add_adapter("eight", config)
+            model.to(DEVICE)
+        found = results(manager, 2)
+    assert "isn't a delta that can be weighted" in found[bad].error
+    assert [found[good].generated_tokens] == row_by_row(model, [prompt], ["three"])
+
+
+def test_a_request_without_an_end_is_the_only_one_that_fills_the_cache(enabled):
+    _, mb = enabled
+    options = {"generation_config": generation(max_new_tokens=None), "continuous_batching_config": settings(8)}
+    with mb.continuous_batching(**options) as manager:
+        endless = manager.add_request([9] * 20, adapter_id="eight")
+        short = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
+        found = results(manager, 2)
+        last = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
+        found |= results(manager, 1)
+    assert "and the cache holds" in found[endless].error
+    assert len(found[endless].generated_tokens) == 109
+    assert found[last].generated_tokens == found[short].generated_tokens
+
+
 def test_layers_that_run_per_segment():
     torch.manual_seed(0)
     shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}

@@ -230,6 +230,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._longest = infer(processor.cache) if infer else processor.cache.num_pages
             scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
+            scheduler.add_waiting_request = self._once(scheduler, scheduler.add_waiting_request)
             scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
             cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
@@ -258,6 +259,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
         return compute_batch
+
+    def _once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
+        def add_once(state: RequestState) -> None:
+            if state.request_id in scheduler.active_requests or state.request_id in scheduler.waiting_requests:
+                raise UnsupportedError(
+                    f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
+                    "another id. Leave request_id out to have one made up."
+                )
+            add(state)
+
+        return add_once
 
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
         def in_turn() -> list[RequestState]:

@@ -253,6 +253,19 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
     assert [found[good].generated_tokens, found[last].generated_tokens] == want
 
 
+def test_two_requests_of_the_same_id(enabled):
+    model, mb = enabled
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with manager.changing():  # so that both are waiting
+            manager.add_request([8] * 20, "same", adapter_id="three")
+            manager.add_request([9] * 20, "same", adapter_id="eight")
+        outputs = [manager.get_result(timeout=60) for _ in range(2)]
+    (error,) = [output.error for output in outputs if output.error]
+    assert "a request has the id 'same', which another one has" in error
+    (good,) = [output.generated_tokens for output in outputs if not output.error]
+    assert [good] == row_by_row(model, [[8] * 20], ["three"])
+
+
 def test_an_adapter_changes_while_requests_run(enabled):
     model, mb = enabled
     layers = [module for name, module in model.named_modules() if name.endswith("lora_B.eight")]

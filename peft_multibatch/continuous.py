@@ -70,9 +70,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._salts: dict[tuple, int] = {}
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
+        self._changing: list[int] = []  # threads inside `changing`
         self._uses_graphs = False
         self._longest = 0  # tokens of a request that fits into the cache
         self._held: set[int] = set()  # slots whose requests may not begin
+        self._problem: MultibatchError | None = None  # of the model, under which no request can run
+        self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     # What users call.
 
@@ -113,7 +116,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
-        self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
+        state = RequestState(request_id, list(input_ids), num_children=self.num_return_sequences - 1)
+        self.output_router.fail_and_deliver(state, error)
+        self._fail_children(state, error)
         return request_id
 
     def add_requests(self, inputs: list[list[int]], *args: Any, adapter_ids: Any = None, **kwargs: Any) -> list[str]:
@@ -128,7 +133,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             AdapterIdsLengthError: there are more prompts than ids, or fewer.
         """
-        entries = list(self._waiting_ids or adapter_ids or [BASE_NAME] * len(inputs))
+        if adapter_ids is None:
+            adapter_ids = self._waiting_ids or [BASE_NAME] * len(inputs)
+        entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
         if len(entries) != len(inputs):
             raise AdapterIdsLengthError(
                 f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
@@ -162,17 +169,28 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 hotswap_adapter(model, "new/sql", adapter_name="sql")
             ```
         """
+        if hasattr(ContinuousBatchingManager, "pause") and self.background_thread_status.is_pause_requested(
+            local=True
+        ):
+            raise ModelStateError(
+                "changing was called inside manager.pause(), which holds the loop where changes can't begin: expected "
+                "one of both. Leave out pause, because inside changing no step runs either."
+            )
         self._changes += 1
         try:
             with self._gate:
+                self._handle._refresh()
                 slots = {slot for each in adapter_ids for slot in slots_of(self._resolve(each))}
                 self._held |= slots
+                self._changing.append(threading.get_ident())
                 try:
-                    self._gate.wait_for(lambda: not self.is_running() or not self._has_begun(slots))
+                    while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(slots)), 0.1):
+                        pass  # a loop that ended tells nobody
                     if self.model.device.type == "cuda":
                         torch.cuda.synchronize(self.model.device)
                     yield
                 finally:
+                    self._changing.remove(threading.get_ident())
                     for slot in slots:
                         self._versions[slot] += 1
                     self._held -= slots
@@ -181,6 +199,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._changes -= 1
             if hasattr(self, "_wake_up_loop"):  # older transformers look for themselves
                 self._wake_up_loop.set()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; not inside ``changing``, for whose end the loop waits."""
+        self._check_not_changing("stop")
+        super().stop(*args, **kwargs)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """As in newer transformers; not inside ``changing``, where no step runs anyway."""
+        self._check_not_changing("pause")
+        return super().pause()
 
     # What runs in the loop's thread.
 
@@ -203,6 +231,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._longest = infer(processor.cache) if infer else processor.cache.num_pages
             scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
+            scheduler.add_waiting_request = self._once(scheduler, scheduler.add_waiting_request)
             scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
             cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
@@ -232,6 +261,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         return compute_batch
 
+    def _once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
+        def add_once(state: RequestState) -> None:
+            if state.request_id in scheduler.active_requests or state.request_id in scheduler.waiting_requests:
+                raise UnsupportedError(
+                    f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
+                    "another id. Leave request_id out to have one made up."
+                )
+            add(state)
+
+        return add_once
+
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
         def in_turn() -> list[RequestState]:
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
@@ -257,7 +297,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if not args[0]:  # no block was completed
                 return
             salted = copy.copy(state)
-            salted.initial_tokens = self._salted(state.initial_tokens, _entry(state))
+            # a prompt of one token fills its first block with what was generated
+            salted.initial_tokens = self._salted(state.initial_tokens + state.generated_tokens, _entry(state))
+            salted.generated_tokens = []
             mark(salted, *args)
 
         return salted_mark
@@ -266,11 +308,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
         if entry == BASE or len(tokens) < 2:  # no block is that short
             return tokens
-        versions = tuple(self._versions[slot] for slot in slots_of(entry))
-        salt = self._salts.setdefault((entry, versions), len(self._salts) + 1)
+        salt = self._salts.setdefault((entry, self._versions_of(entry)), len(self._salts) + 1)
         vocabulary = self._vocabulary()
         high, low = divmod(salt, (2**31 - 1) // vocabulary - 1)
         return [tokens[0] + vocabulary * low, tokens[1] + vocabulary * high, *tokens[2:]]
+
+    def _versions_of(self, entry: Entry) -> tuple[int, ...]:
+        return tuple(self._versions[slot] for slot in slots_of(entry))
 
     def _has_begun(self, slots: set[int]) -> bool:
         """Whether a request that has begun needs one of these slots."""
@@ -284,7 +328,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _fail_hopeless(self, processor: Any) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
-        self._handle._refresh()
+        try:
+            self._handle._refresh()
+            with torch.no_grad():
+                self._handle._check_state()
+            self._problem = None
+        except MultibatchError as caught:
+            self._problem = caught
         scheduler = processor.scheduler
         states = [*scheduler.waiting_requests.values()]
         if None in self._handle._names:  # an adapter was deleted
@@ -294,17 +344,41 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if error is not None:
                 scheduler.set_request_cancellation(state.request_id)
                 processor._handle_request_error(error, state)
+                self._fail_children(state, error)
         scheduler.clear_cancelled_requests()
 
+    def _fail_children(self, state: RequestState, error: Exception) -> None:
+        """End the sequences that a request would have been forked into, which somebody may be waiting for."""
+        for index in range(state.num_children):
+            child = RequestState(f"{state.request_id}__child#{index}", state.initial_tokens)
+            self.output_router.fail_and_deliver(child, error)
+
     def _why_not(self, state: RequestState) -> Exception | None:
-        gone = [slot for slot in slots_of(_entry(state)) if self._handle._names[slot] is None]
+        entry = _entry(state)
+        if self._problem is not None:
+            return self._problem
+        if entry != BASE and any(place.module._disable_adapters for place in self._handle._places.values()):
+            return ModelStateError(
+                f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
+                "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
+            )
+        gone = [slot for slot in slots_of(entry) if self._handle._names[slot] is None]
         if gone:
             return ModelStateError(
                 f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
                 "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
                 "to another one."
             )
+        key = entry, self._versions_of(entry)
+        if key not in self._checked:  # what came into the adapter's place needn't be able to run here
+            try:
+                self._check_entry(entry)
+            except MultibatchError as caught:
+                return caught
+            self._checked.add(key)
         tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
+        if state.max_new_tokens is None:  # which ends when the cache is full
+            tokens = max(tokens, state.position_offset + 1)
         if tokens > self._longest:
             return UnsupportedError(
                 f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
@@ -358,6 +432,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise UnsupportedError(
                 f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
                 f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
+            )
+
+    def _check_not_changing(self, method: str) -> None:
+        if threading.get_ident() in self._changing:
+            raise ModelStateError(
+                f"{method} was called inside manager.changing(...), for whose end the loop waits: expected the change "
+                f"to end first. Call {method} after that block."
             )
 
     def _check_layers(self) -> None:
@@ -438,6 +519,16 @@ class Batching(ContinuousMixin):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def continuous_batching_context_manager(
+        self, *args: Any, persistent_manager: bool = False, **kwargs: Any
+    ) -> AbstractContextManager[AdapterBatchingManager]:
+        if persistent_manager:
+            raise UnsupportedError(
+                "continuous batching with an adapter for every request got persistent_manager=True, which would give "
+                "its manager to calls without ids as well: expected False. Keep mb.continuous_batching(...) open."
+            )
+        return super().continuous_batching_context_manager(*args, **kwargs)
 
     @torch.no_grad()
     def init_continuous_batching(

@@ -107,10 +107,10 @@ def _mixture(entry: Mapping[Any, Any], index: int, slots: dict[str, int], names:
             value = math.nan if isinstance(weight, (bool, str)) else float(weight)
         except (TypeError, ValueError):
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:  # which is how weights travel
             raise AdapterIdsTypeError(
-                f"adapter_ids[{index}] gives {key!r} the weight {_show(weight)}: expected a finite number, as in "
-                "{'sql': 0.7, 'poet': 0.3}."
+                f"adapter_ids[{index}] gives {key!r} the weight {_show(weight)}: expected a finite number in float32, "
+                "as in {'sql': 0.7, 'poet': 0.3}."
             )
         if slot == BASE:
             raise AdapterIdsTypeError(

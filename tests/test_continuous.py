@@ -141,6 +141,26 @@ def test_generate_batch(enabled):
         model.generate_batch(inputs, generation_config=generation())
 
 
+def test_ids_as_a_tensor_and_too_few_of_them(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        for ids in (torch.tensor([0]), torch.tensor([0, 2])):
+            names = manager.add_requests([prompt] * len(ids), adapter_ids=ids)
+            found = results(manager, len(ids))
+            want = row_by_row(model, [prompt] * len(ids), ids.tolist())
+            assert [found[name].generated_tokens for name in names] == want
+        with pytest.raises(errors.AdapterIdsLengthError, match="0 entries for 1 prompts"):
+            manager.add_requests([prompt], adapter_ids=[])
+
+
+def test_a_manager_is_not_kept_for_calls_without_ids(enabled):
+    model, _ = enabled
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    with pytest.raises(errors.UnsupportedError, match="got persistent_manager=True"):
+        model.generate_batch(prompts(1), adapter_ids=["eight"], persistent_manager=True, **options)
+
+
 def test_a_prefix_is_not_shared_between_adapters(enabled):
     model, mb = enabled
     prompt = prompts(1, 2)[0] + [9] * 40
@@ -158,6 +178,19 @@ def test_a_prefix_is_not_shared_between_adapters(enabled):
         assert second.generated_tokens == want[1]
 
 
+def test_a_prompt_of_one_token_is_not_shared_between_adapters(enabled):
+    model, mb = enabled
+    options = {"generation_config": generation(max_new_tokens=20), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        manager.add_request([7], adapter_id="eight")
+        (first,) = results(manager, 1).values()
+        prompt = [7, *first.generated_tokens[:16]]  # its first block is full of what another adapter generated
+        manager.add_request(prompt)
+        (second,) = results(manager, 1).values()
+        assert manager.prefix_hits == 0
+    assert [second.generated_tokens] == row_by_row(model, [prompt], ["__base__"], 20)
+
+
 def test_forks(enabled):
     model, _ = enabled
     config = generation(num_return_sequences=3, do_sample=True, top_k=1)
@@ -168,6 +201,20 @@ def test_forks(enabled):
     copies = 3 if hasattr(ContinuousBatchingManager, "pause") else 1  # older transformers hand out the first alone
     want = [tokens for tokens in row_by_row(model, inputs, entries) for _ in range(copies)]
     assert [output.generated_tokens for output in outputs.values()] == want
+
+
+def test_a_request_that_fails_fails_with_its_forks(enabled):
+    model, _ = enabled
+    config = generation(num_return_sequences=2, do_sample=True, top_k=1)
+    inputs, entries = [*prompts(1), [3, 160], [3] * 5000], ["eight"] * 3
+    outputs = model.generate_batch(
+        inputs, generation_config=config, continuous_batching_config=settings(), adapter_ids=entries
+    )
+    errors_of = [output.error for output in outputs.values() if output.error]
+    copies = len(errors_of) // 2  # older transformers hand out the first alone
+    assert copies == (2 if hasattr(ContinuousBatchingManager, "pause") else 1)
+    good = [output.generated_tokens for output in outputs.values() if not output.error]
+    assert good == row_by_row(model, inputs[:1], entries[:1]) * copies
 
 
 def test_streams_and_cancelled_requests(enabled):
@@ -204,6 +251,19 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
         assert found[name].generated_tokens == []
     want = row_by_row(model, [prompt] * 2, ["eight", "three"])
     assert [found[good].generated_tokens, found[last].generated_tokens] == want
+
+
+def test_two_requests_of_the_same_id(enabled):
+    model, mb = enabled
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with manager.changing():  # so that both are waiting
+            manager.add_request([8] * 20, "same", adapter_id="three")
+            manager.add_request([9] * 20, "same", adapter_id="eight")
+        outputs = [manager.get_result(timeout=60) for _ in range(2)]
+    (error,) = [output.error for output in outputs if output.error]
+    assert "a request has the id 'same', which another one has" in error
+    (good,) = [output.generated_tokens for output in outputs if not output.error]
+    assert [good] == row_by_row(model, [[8] * 20], ["three"])
 
 
 def test_an_adapter_changes_while_requests_run(enabled):
@@ -255,6 +315,98 @@ def test_an_adapter_is_deleted_and_another_one_added_while_requests_run(enabled)
         found = results(manager, 3)
     assert "the adapter with the id 1 was deleted" in found[waiting].error
     assert [found[name].generated_tokens for name in (other, new)] == row_by_row(model, [prompt] * 2, ["eight", "new"])
+
+
+@pytest.mark.skipif(not hasattr(ContinuousBatchingManager, "pause"), reason="older transformers have no hard stop")
+def test_a_change_does_not_wait_for_a_loop_that_ended(enabled):
+    _, mb = enabled
+    changed = threading.Event()
+    options = {"generation_config": generation(max_new_tokens=700), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        manager.add_request([9] * 20, adapter_id="eight", streaming=True)
+        assert manager.get_result(timeout=60) is not None  # under way
+
+        def change():
+            with manager.changing("eight"):
+                changed.set()
+
+        changing = threading.Thread(target=change, daemon=True)
+        changing.start()
+        manager.stop(hard_stop=True)
+        assert changed.wait(timeout=30)
+        changing.join()
+
+
+def test_what_would_wait_for_itself_is_refused(enabled):
+    model, mb = enabled
+    has_pause = hasattr(ContinuousBatchingManager, "pause")
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    with mb.continuous_batching(**options) as manager:
+        for method in ["stop", "pause"][: 1 + has_pause]:
+            with (
+                manager.changing("eight"),
+                pytest.raises(errors.ModelStateError, match=f"{method} was called inside manager.changing"),
+            ):
+                getattr(manager, method)()
+        if has_pause:
+            refused = pytest.raises(errors.ModelStateError, match="changing was called inside")
+            with manager.pause(), refused, manager.changing("eight"):
+                pass
+        manager.add_request([9] * 20, adapter_id="eight")
+        assert [output.generated_tokens for output in results(manager, 1).values()] == row_by_row(
+            model, [[9] * 20], ["eight"]
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
+def test_a_model_that_cannot_run_requests_and_can_again(enabled):
+    model, mb = enabled
+    prompt = [9] * 40
+    want = row_by_row(model, [prompt] * 2, ["__base__", "eight"])
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with model.disable_adapter():
+            (base, bad) = manager.add_requests([prompt] * 2, adapter_ids=["__base__", "eight"])
+            found = results(manager, 2)
+        assert found[base].generated_tokens == want[0]
+        assert "adapters were disabled while request" in found[bad].error
+        model.merge_adapter(["three"])
+        manager.add_request(prompt)
+        assert "is merged into the base weights" in results(manager, 1).popitem()[1].error
+        model.unmerge_adapter()
+        manager.add_request(prompt, adapter_id="eight")
+        assert results(manager, 1).popitem()[1].generated_tokens == want[1]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+def test_what_comes_in_an_adapters_place_and_cannot_run(enabled):
+    model, mb = enabled
+    prompt = prompts(1)[0]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        good = manager.add_request(prompt, adapter_id="three")
+        with manager.changing("eight"):
+            bad = manager.add_request(prompt, adapter_id={"eight": 0.5, "four": 0.5})
+            model.delete_adapter("eight")
+            config = lora_configs()["eight"]
+            config.use_dora = True
+            model.add_adapter("eight", config)
+            model.to(DEVICE)
+        found = results(manager, 2)
+    assert "isn't a delta that can be weighted" in found[bad].error
+    assert [found[good].generated_tokens] == row_by_row(model, [prompt], ["three"])
+
+
+def test_a_request_without_an_end_is_the_only_one_that_fills_the_cache(enabled):
+    _, mb = enabled
+    options = {"generation_config": generation(max_new_tokens=None), "continuous_batching_config": settings(8)}
+    with mb.continuous_batching(**options) as manager:
+        endless = manager.add_request([9] * 20, adapter_id="eight")
+        short = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
+        found = results(manager, 2)
+        last = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
+        found |= results(manager, 1)
+    assert "and the cache holds" in found[endless].error
+    assert len(found[endless].generated_tokens) == 109
+    assert found[last].generated_tokens == found[short].generated_tokens
 
 
 def test_layers_that_run_per_segment():

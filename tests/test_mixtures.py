@@ -202,6 +202,7 @@ def test_another_tuner_is_refused():
         ({}, "adapter_ids[1] is an empty mixture: expected at least one adapter"),
         ({"a": "much"}, "gives 'a' the weight 'much' of type str: expected a finite number"),
         ({"a": float("nan")}, "gives 'a' the weight nan of type float"),
+        ({"a": 1e39}, "gives 'a' the weight 1e+39 of type float"),
         ({"a": True}, "gives 'a' the weight True of type bool"),
         ({"a": None}, "gives 'a' the weight None of type NoneType"),
         ({"a": 0.5, -1: 0.5}, "gives the base model a weight: expected adapters alone"),

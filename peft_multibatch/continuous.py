@@ -16,12 +16,13 @@ import heapq
 import itertools
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager, model_runner
@@ -37,6 +38,7 @@ from peft_multibatch.views import get_base, view_for
 
 if TYPE_CHECKING:
     from peft_multibatch.attach import Multibatch
+    from peft_multibatch.bank import Adapter
 
 KEY = "adapter_id"
 """Where a request's entry travels: among its arguments for logits processors, which forks and evictions copy."""
@@ -73,7 +75,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._changing: list[int] = []  # threads inside `changing`
         self._uses_graphs = False
         self._longest = 0  # tokens of a request that fits into the cache
-        self._held: set[int] = set()  # slots whose requests may not begin
+        self._held: Counter[int] = Counter()  # slots whose requests may not begin, and how many changes wait for them
+        self._positions: int | None = None  # learned positions, beyond which a model has none
+        self._seen: dict[int, Adapter] = {}  # adapters as they were when requests last ran under them
+        self._is_disabled = False
         self._problem: MultibatchError | None = None  # of the model, under which no request can run
         self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
@@ -105,9 +110,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         entry: Entry = BASE
         try:
             self._handle._refresh()
-            entry = adapter_id if isinstance(adapter_id, tuple) else self._resolve(adapter_id)
+            entry = self._resolve(adapter_id)
             self._check_entry(entry)
-            self._check_prompt(input_ids)
+            self._check_prompt(input_ids, kwargs.get("max_new_tokens", args[0] if args else None))
         except MultibatchError as caught:
             error = caught
         if error is None:
@@ -134,7 +139,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             AdapterIdsLengthError: there are more prompts than ids, or fewer.
         """
         if adapter_ids is None:
-            adapter_ids = self._waiting_ids or [BASE_NAME] * len(inputs)
+            known = [dict(entry) if isinstance(entry, tuple) else entry for entry in self._waiting_ids]
+            adapter_ids = known or [BASE_NAME] * len(inputs)
         entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
         if len(entries) != len(inputs):
             raise AdapterIdsLengthError(
@@ -176,12 +182,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "changing was called inside manager.pause(), which holds the loop where changes can't begin: expected "
                 "one of both. Leave out pause, because inside changing no step runs either."
             )
-        self._changes += 1
+        with self._request_lock:
+            self._changes += 1
         try:
             with self._gate:
                 self._handle._refresh()
-                slots = {slot for each in adapter_ids for slot in slots_of(self._resolve(each))}
-                self._held |= slots
+                entries = [self._resolve(each) for each in adapter_ids]
+                if BASE in entries:
+                    raise UnsupportedError(
+                        "changing was called for the base model, whose cached prefixes all adapters' differ from: "
+                        "expected adapters. Leave the manager's block to change the base model."
+                    )
+                slots = {slot for entry in entries for slot in slots_of(entry)}
+                self._held.update(slots)
                 self._changing.append(threading.get_ident())
                 try:
                     while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(slots)), 0.1):
@@ -193,10 +206,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     self._changing.remove(threading.get_ident())
                     for slot in slots:
                         self._versions[slot] += 1
-                    self._held -= slots
+                    self._held -= Counter(slots)
                     self._forget_graphs()
         finally:
-            self._changes -= 1
+            with self._request_lock:
+                self._changes -= 1
             if hasattr(self, "_wake_up_loop"):  # older transformers look for themselves
                 self._wake_up_loop.set()
 
@@ -229,6 +243,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._check_layers()
             infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
             self._longest = infer(processor.cache) if infer else processor.cache.num_pages
+            if any(isinstance(get_base(each), nn.Embedding) for each in self._position_embeddings()):
+                self._positions = self.model.config.get_text_config().max_position_embeddings
             scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
             scheduler.add_waiting_request = self._once(scheduler, scheduler.add_waiting_request)
@@ -248,14 +264,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             for future in packed.requests_in_batch:
                 entry = _entry(future.state)
                 entries += [entry] * future.query_length
-                self._queue.charge(entry, future.query_length)
-                self.served[self._label(entry)] += future.query_length
+                if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
+                    self._queue.charge(entry, future.query_length)
+                    self.served[self._label(entry)] += future.query_length
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
             while True:
                 # plans are copied in the order of the stream that computes
                 with _on(io.compute_stream), self._router.routing(entries, expands=False, packed=True) as call:
                     if not (self._uses_graphs and self._router.graph.contended):
                         call.inside = True
+                        self._seen.update(call.mix.adapters)
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
@@ -279,13 +297,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             running = {_entry(state) for state in scheduler.active_requests.values()}
             there = [state for state in candidates() if self._why_not(state) is None]
             found = self._queue.order(there, running)
-            return [state for state in found if _has_begun(state) or not self._held & {*slots_of(_entry(state))}]
+            return [state for state in found if _has_begun(state) or not self._held.keys() & slots_of(_entry(state))]
 
         return in_turn
 
     def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
         def salted_search(request_id: str, prompt_ids: list[int]) -> int:
             state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
+            for slot in slots_of(_entry(state)):
+                if slot in self._seen and not self._seen[slot].holds():  # replaced without a word
+                    del self._seen[slot]
+                    self._versions[slot] += 1
             found = search(request_id, self._salted(prompt_ids, _entry(state)))
             self.prefix_hits += found
             return found
@@ -332,20 +354,20 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._handle._refresh()
             with torch.no_grad():
                 self._handle._check_state()
+            self._check_layers()
             self._problem = None
         except MultibatchError as caught:
             self._problem = caught
         scheduler = processor.scheduler
-        states = [*scheduler.waiting_requests.values()]
-        if None in self._handle._names:  # an adapter was deleted
-            states += scheduler.active_requests.values()
-        for state in states:
+        self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
+        self._seen = {slot: adapter for slot, adapter in self._seen.items() if self._handle._names[slot] is not None}
+        for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
             error = self._why_not(state)
             if error is not None:
                 scheduler.set_request_cancellation(state.request_id)
                 processor._handle_request_error(error, state)
                 self._fail_children(state, error)
-        scheduler.clear_cancelled_requests()
+                state.status = RequestStatus.FINISHED  # for a batch that is still under way
 
     def _fail_children(self, state: RequestState, error: Exception) -> None:
         """End the sequences that a request would have been forked into, which somebody may be waiting for."""
@@ -357,7 +379,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         entry = _entry(state)
         if self._problem is not None:
             return self._problem
-        if entry != BASE and any(place.module._disable_adapters for place in self._handle._places.values()):
+        if entry != BASE and self._is_disabled:
             return ModelStateError(
                 f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
                 "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
@@ -385,6 +407,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{state.max_new_tokens}, and the cache holds {self._longest}: expected fewer. Pass a "
                 "continuous_batching_config with more blocks."
             )
+        if self._positions is not None and tokens - 1 > self._positions:
+            return UnsupportedError(
+                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
+                f"{state.max_new_tokens}, and the model has {self._positions} positions: expected fewer."
+            )
         return None
 
     def _forget_graphs(self) -> None:
@@ -400,7 +427,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     # What is checked.
 
     def _resolve(self, adapter_id: Any) -> Entry:
+        if isinstance(adapter_id, (int, str)) and adapter_id in (
+            BASE,
+            BASE_NAME,
+        ):  # also where there are no adapters at all
+            return BASE
         return resolve([adapter_id], self._handle._names)[0]
+
+    def _position_embeddings(self) -> list[nn.Module]:
+        """Modules that hold a vector for each position, of GPT-2, OPT and other models without rotary positions."""
+        words = ("wpe", "embed_positions", "position_embeddings")
+        return [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in words]
 
     def _vocabulary(self) -> int:
         embedding: Any = get_base(self.model.get_input_embeddings())
@@ -425,8 +462,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         for place in self._handle._places.values():
             view_for(place.module, entry, getattr(place.module, STATE))
 
-    def _check_prompt(self, input_ids: Sequence[int]) -> None:
+    def _check_prompt(self, input_ids: Sequence[int], max_new_tokens: Any) -> None:
         vocabulary = self._vocabulary()
+        for what, numbers in (("a prompt", input_ids), ("max_new_tokens", [max_new_tokens])):
+            odd = [number for number in numbers if number is not None and not hasattr(number, "__index__")]
+            if odd:
+                raise UnsupportedError(f"{what} has {odd[0]!r} of type {type(odd[0]).__name__}: expected integers.")
         wrong = [token for token in input_ids if not 0 <= token < vocabulary]
         if wrong or not len(input_ids):
             raise UnsupportedError(
@@ -465,19 +506,20 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 class FairQueue:
     """Whose request begins next: that of the adapter which was served least, among those that have requests.
 
-    Every token that runs counts for its adapter. One that had no requests for a while doesn't save up: it begins with
-    the count of the least served one. Within an adapter, requests begin in the order in which they came.
+    Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
+    One that had no requests for a while doesn't save up: it begins with the count of the least served one. Within an
+    adapter, requests begin in the order in which they came.
 
     Source:
         Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
     """
 
     def __init__(self) -> None:
-        self._counts: dict[Entry, float] = {}
+        self._counts: dict[tuple[int, ...], float] = {}
 
     def charge(self, entry: Entry, tokens: int) -> None:
         """Count tokens that run for an entry."""
-        self._counts[entry] = self._counts.get(entry, 0) + tokens
+        self._counts[slots_of(entry)] = self._counts.get(slots_of(entry), 0) + tokens
 
     def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
         """Requests in the order in which they should begin; those that have begun already come first.
@@ -487,11 +529,11 @@ class FairQueue:
             running: entries of the requests that are under way.
         """
         begun = [state for state in waiting if _has_begun(state)]
-        queues: dict[Entry, deque[RequestState]] = {}
+        queues: dict[tuple[int, ...], deque[RequestState]] = {}
         for state in waiting:
             if not _has_begun(state):
-                queues.setdefault(_entry(state), deque()).append(state)
-        busy = {*queues, *running}
+                queues.setdefault(slots_of(_entry(state)), deque()).append(state)
+        busy = {*queues, *map(slots_of, running)}
         self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
         least = min(self._counts.values(), default=0)
         for entry in queues:

@@ -104,7 +104,8 @@ def _mixture(entry: Mapping[Any, Any], index: int, slots: dict[str, int], names:
     for key, weight in entry.items():
         slot = _slot(key, index, slots, names)
         try:
-            value = math.nan if isinstance(weight, (bool, str)) else float(weight)
+            is_number = not isinstance(weight, (bool, str)) and not getattr(weight, "requires_grad", False)
+            value = float(weight) if is_number else math.nan
         except (TypeError, ValueError):
             value = math.nan
         if not abs(value) <= torch.finfo(torch.float32).max:  # which is how weights travel

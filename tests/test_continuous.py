@@ -444,6 +444,53 @@ def test_adapters_on_the_head_are_refused():
         pass
 
 
+def test_an_adapter_that_is_replaced_without_a_word(enabled):
+    model, mb = enabled
+    prompt = [9] * 40
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        manager.add_request(prompt, adapter_id="eight")
+        results(manager, 1)
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.eight"):
+                module.weight = torch.nn.Parameter(module.weight * -2)
+        manager.add_request(prompt, adapter_id="eight")
+        (output,) = results(manager, 1).values()
+        assert manager.prefix_hits == 0
+        with pytest.raises(errors.UnsupportedError, match="for the base model"), manager.changing("__base__"):
+            pass
+    assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
+
+
+def test_requests_beyond_learned_positions_and_of_odd_numbers():
+    model = peft_model("gpt2").to(DEVICE)  # 64 positions
+    mb = peft_multibatch.enable(model)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        bad = {
+            manager.add_request([9] * 70, adapter_id="eight"): "the model has 64 positions",
+            manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=16): "the model has 64 positions",
+            manager.add_request([9.5], adapter_id="eight"): "a prompt has 9.5 of type float",
+            manager.add_request([9], adapter_id="eight", max_new_tokens="9"): "max_new_tokens has '9' of type str",
+            manager.add_request([9], adapter_id=(0, 1)): "of type tuple: expected an integer id",
+        }
+        good = manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=15)
+        found = results(manager, len(bad) + 1)
+    for name, message in bad.items():
+        assert message in found[name].error
+    assert [found[good].generated_tokens] == row_by_row(model, [[9] * 50], ["eight"], 15)
+
+
+def test_an_adapter_on_the_head_that_is_loaded_while_requests_run(enabled):
+    model, mb = enabled
+    config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        with manager.changing():
+            model.add_adapter("head", config)
+            model.to(DEVICE)
+        manager.add_request([9] * 40, adapter_id="eight")
+        (output,) = results(manager, 1).values()
+    assert "lm_head has adapters" in output.error
+
+
 def test_a_flood_for_one_adapter_does_not_starve_the_others():
     """Simulated: two adapters, of which one has a hundred requests before the other's ten come."""
 

@@ -204,6 +204,7 @@ def test_another_tuner_is_refused():
         ({"a": float("nan")}, "gives 'a' the weight nan of type float"),
         ({"a": 1e39}, "gives 'a' the weight 1e+39 of type float"),
         ({"a": True}, "gives 'a' the weight True of type bool"),
+        ({"a": torch.tensor(0.5, requires_grad=True)}, "of type Tensor: expected a finite number"),
         ({"a": None}, "gives 'a' the weight None of type NoneType"),
         ({"a": 0.5, -1: 0.5}, "gives the base model a weight: expected adapters alone"),
         ({"a": 0.5, 0: 0.5}, "names 'a' twice: expected each adapter once"),

@@ -9,21 +9,16 @@ model with one adapter at a time; every way has the same settings, and runs the 
 
 from __future__ import annotations
 
-import csv
 import statistics
-import subprocess
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import peft
 import torch
-import transformers
-import triton
 import typer
-from end_to_end import build
+from end_to_end import build, versions, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -114,7 +109,6 @@ def main(
     """Measure the throughput over every number of adapters."""
     counts = [int(each) for each in adapters.split(",")]
     base, model = build(max(counts), rank, layers)
-    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def options() -> dict[str, Any]:
@@ -131,14 +125,7 @@ def main(
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(16, 257, (requests,), generator=generator).tolist()
     prompts = [torch.randint(1, 128000, (length,), generator=generator).tolist() for length in lengths]
-    versions = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "commit": commit.strip(),
-    }
+    known = versions(commit)
     records = []
     baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
     for count in track(counts, description="adapters", console=console):
@@ -164,15 +151,10 @@ def main(
                 {"requests": requests, "new_tokens": new_tokens, "adapters": count, "way": way}
                 | {"seconds": round(statistics.median(times), 3), "tokens_per_s": round(speed)}
                 | {"× base": round(ratio, 3), "graphs": graphs, "async": asynchronous}
-                | versions
+                | known
             )
             console.print(records[-1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0])
-        writer.writeheader()
-        writer.writerows(records)
-    plot(records, out.with_suffix(".png"))
+    write(records, out, plot)
     table = Table("adapters", "way", "new tokens / s", "of the base model")
     for record in records:
         table.add_row(str(record["adapters"]), record["way"], str(record["tokens_per_s"]), str(record["× base"]))

@@ -212,8 +212,11 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write(records: list[dict], out: Path, commit: str) -> None:
-    versions = {
+def versions(commit: str) -> dict[str, str]:
+    """What was measured, and with what: the commit that was named, or the checkout's."""
+    if not commit:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -221,12 +224,15 @@ def write(records: list[dict], out: Path, commit: str) -> None:
         "peft": peft.__version__,
         "commit": commit.strip(),
     }
-    columns = list(dict.fromkeys(key for record in records for key in record)) + list(versions)
+
+
+def write(records: list[dict], out: Path, plot: Callable[[list[dict], Path], None]) -> None:
+    """A CSV of all columns that any record has, and a plot beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
         writer.writeheader()
-        writer.writerows(record | versions for record in records)
+        writer.writerows(records)
     plot(records, out.with_suffix(".png"))
 
 
@@ -245,7 +251,7 @@ def main(
     """Measure every point BATCH:ADAPTERS; PEFT's mixed batch, one adapter at a time and compiled ways only at some."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     base, model = build(max(adapters for _, adapters in pairs), rank, layers)
-    commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    known = versions(commit)
     found: list[Timings] = []
     batches = []
     for batch, adapters in pairs:
@@ -272,14 +278,14 @@ def main(
             peft_multibatch.disable(model)
         timings.measure({BASE: plain, ONE: calls(model, prompt, wide)}, rounds)
         timings.records[1] |= used | {"error": round(error, 4)}
-        write([record for each in found for record in each.records], out, commit)
+        write([record | known for each in found for record in each.records], out, plot)
     for timings, (point, names, prompt, wide) in zip(found, batches):
         if point in slow.split(","):
             plain = calls(base, prompt, wide)
             timings.measure({BASE: plain, NAMES: calls(model, prompt, wide, adapter_names=names)}, 1, warm_up=False)
         if point in alone.split(","):
             timings.measure({BASE: plain, ALONE: alone_calls(model, names, prompt, wide)}, 1, warm_up=False)
-        write([record for each in found for record in each.records], out, commit)
+        write([record | known for each in found for record in each.records], out, plot)
     records = [record for each in found for record in each.records]
     table = Table("batch", "adapters", "way", *(column for measure in MEASURES for column in (measure, "× base")))
     for record in records:

@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table as Rows
 
 from peft_multibatch import Segments
-from peft_multibatch.bank import Part, Table, TableRows
 from peft_multibatch.ops import torch_backend, triton_backend
+from peft_multibatch.tables import Part, Table, TableRows
 
 
 matplotlib.use("Agg")

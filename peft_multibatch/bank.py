@@ -15,26 +15,19 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.tables import Part, Table, TableRows, dtype_of
 
 
 if TYPE_CHECKING:
     from peft_multibatch.compat import LoraLayer
     from peft_multibatch.ops.torch_backend import SlotWeights
-
-
-class Part(NamedTuple):
-    """One adapter in one layer: ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]``, scaling."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
 
 
 _weight = itemgetter("weight")
@@ -243,7 +236,7 @@ class Bank:
                         "Move the adapter there."
                     )
         tables = self._tables.setdefault(device, {})
-        dtypes = {_dtype(part) for parts in read.values() for part in parts if part}
+        dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
         present = set()
         if self._slots != slots:  # tables also for those that aren't in use now: a captured graph can get no new ones
             self._slots = slots
@@ -314,83 +307,3 @@ def base_device(layer: LoraLayer) -> torch.device:
 
 
 _keys = itertools.count()
-
-
-class TableRows(NamedTuple):
-    """What kernels take of a table.
-
-    Attributes:
-        rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
-        dtype: dtype of all weights in the table, or None where they can't be read row by row.
-        rank: largest rank in use.
-        is_aligned: whether all weights in use can be read 16 bytes at a time.
-    """
-
-    rows: Tensor
-    dtype: torch.dtype | None
-    rank: int
-    is_aligned: bool
-
-
-class Table:
-    """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
-
-    The tensor stays where it is, so that captured graphs see every update.
-
-    Args:
-        dtype: of the weights that belong into this table; the rows of others have rank 0. None: of those that can't be
-            read row by row, or whose ``lora_A`` and ``lora_B`` differ.
-        slots: how many slots the table holds.
-        slices: ``I``.
-        device: where the table, and all weights in it, live.
-    """
-
-    def __init__(self, dtype: torch.dtype | None, slots: int, slices: int, device: torch.device | str) -> None:
-        self.dtype = dtype
-        with torch.inference_mode(False):  # a table outlives the call in which it is made
-            self.rows = torch.zeros((slots, slices, 4), dtype=torch.int64, device=device)
-        self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
-        self._lock = threading.Lock()
-
-    def update(self, read: Mapping[int, Sequence[Part | None]]) -> None:
-        """Bring the rows of these slots up to date; copies nothing where nothing changed.
-
-        Args:
-            read: for each slot its parts, which the caller keeps alive for as long as the slot is in use.
-        """
-        described = {slot: [self._describe(part) for part in parts] for slot, parts in read.items()}
-        with self._lock:
-            changed = {slot: row for slot, row in described.items() if self._written.get(slot) != row}
-            if changed:
-                self._write(changed)
-                self._written.update(changed)
-
-    def describe(self, read: Mapping[int, Sequence[Part | None]]) -> TableRows:
-        """The table as kernels that meet only these adapters need it."""
-        live = [row for parts in read.values() for part in parts if (row := self._describe(part))]
-        return TableRows(
-            self.rows,
-            self.dtype,
-            max((rank for _, _, rank, _ in live), default=0),
-            all(a % 16 == b % 16 == rank % 8 == 0 for a, b, rank, _ in live),
-        )
-
-    def _describe(self, part: Part | None) -> tuple[int, int, int, float] | None:
-        if part is None or _dtype(part) != self.dtype:
-            return None
-        return part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a), part.scaling
-
-    def _write(self, changed: Mapping[int, Sequence[tuple[int, int, int, float] | None]]) -> None:
-        parts = [part or (0, 0, 0, 0.0) for row in changed.values() for part in row]
-        bits = torch.tensor([part[3] for part in parts], dtype=torch.float32, device="cpu").view(torch.int32)
-        rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
-        rows = torch.cat([rows, bits[:, None]], dim=1).view(len(changed), *self.rows.shape[1:])
-        slots = torch.tensor(list(changed), device="cpu")
-        with torch.inference_mode(False):
-            self.rows[slots.to(self.rows.device)] = rows.to(self.rows.device)
-
-
-def _dtype(part: Part) -> torch.dtype | None:
-    """Common dtype of a part, None where there is none or rows aren't contiguous."""
-    a, b, _ = part
-    return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None

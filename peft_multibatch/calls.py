@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,10 +116,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
-            raise NotEnabledError(
-                "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
-                "peft_multibatch.enable was called."
-            )
+            raise _copy_error()
         call = handle._router.in_force() if handle is not None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
@@ -178,18 +175,12 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         if adapter_ids is None:
             return type(self).generate_batch(self, inputs, *args, **kwargs)
         if handle is None:
-            raise NotEnabledError(
-                "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
-                "peft_multibatch.enable was called."
-            )
+            raise _copy_error()
         from peft_multibatch.continuous import Batching
 
         handle._refresh()
         entries = resolve(adapter_ids, handle._names)
-        if len(entries) != len(inputs):
-            raise AdapterIdsLengthError(
-                f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
-            )
+        check_requests(entries, inputs)
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
     return replace(module, "generate_batch", types.MethodType(generate_batch, module))
@@ -206,6 +197,18 @@ def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
             "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
             "tokens than PEFT: expected a cache that stays on the GPU. Pass cache_implementation='dynamic' or "
             "'static'."
+        )
+
+
+def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
+    """Raise where ids and prompts differ in number.
+
+    Raises:
+        AdapterIdsLengthError: they do.
+    """
+    if len(entries) != len(prompts):
+        raise AdapterIdsLengthError(
+            f"adapter_ids has {len(entries)} entries for {len(prompts)} prompts: expected one for every prompt."
         )
 
 
@@ -248,6 +251,13 @@ def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), kwargs.get("past_key_values")
     assert tensor is not None
     return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
+
+
+def _copy_error() -> NotEnabledError:
+    return NotEnabledError(
+        "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
+        "peft_multibatch.enable was called."
+    )
 
 
 def _pop_ids(kwargs: dict[str, Any]) -> Any:

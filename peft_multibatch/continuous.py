@@ -12,11 +12,10 @@ requests. Here every request has its adapter, and what depends on it:
 from __future__ import annotations
 
 import copy
-import heapq
 import itertools
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -29,19 +28,18 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from peft_multibatch import layers as handlers
-from peft_multibatch.errors import AdapterIdsLengthError, ModelStateError, MultibatchError, UnsupportedError
+from peft_multibatch.calls import check_requests
+from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
 from peft_multibatch.patch import STATE
 from peft_multibatch.segments import BASE
+from peft_multibatch.turns import KEY, FairQueue, entry_of, has_begun
 from peft_multibatch.views import get_base, view_for
 
 
 if TYPE_CHECKING:
     from peft_multibatch.attach import Multibatch
     from peft_multibatch.bank import Adapter
-
-KEY = "adapter_id"
-"""Where a request's entry travels: among its arguments for logits processors, which forks and evictions copy."""
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -142,10 +140,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             known = [dict(entry) if isinstance(entry, tuple) else entry for entry in self._waiting_ids]
             adapter_ids = known or [BASE_NAME] * len(inputs)
         entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
-        if len(entries) != len(inputs):
-            raise AdapterIdsLengthError(
-                f"adapter_ids has {len(entries)} entries for {len(inputs)} prompts: expected one for every prompt."
-            )
+        check_requests(entries, inputs)
         eos = self.generation_config.eos_token_id
         eos = self.model.config.get_text_config().eos_token_id if eos is None else eos
         kwargs.setdefault("eos_token_id", -1 if eos is None else eos)
@@ -262,7 +257,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             packed = io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io
             entries: list[Entry] = []
             for future in packed.requests_in_batch:
-                entry = _entry(future.state)
+                entry = entry_of(future.state)
                 entries += [entry] * future.query_length
                 if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
                     self._queue.charge(entry, future.query_length)
@@ -294,21 +289,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         def in_turn() -> list[RequestState]:
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return []  # nobody's turn
-            running = {_entry(state) for state in scheduler.active_requests.values()}
+            running = {entry_of(state) for state in scheduler.active_requests.values()}
             there = [state for state in candidates() if self._why_not(state) is None]
             found = self._queue.order(there, running)
-            return [state for state in found if _has_begun(state) or not self._held.keys() & slots_of(_entry(state))]
+            return [state for state in found if has_begun(state) or not self._held.keys() & slots_of(entry_of(state))]
 
         return in_turn
 
     def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
         def salted_search(request_id: str, prompt_ids: list[int]) -> int:
             state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
-            for slot in slots_of(_entry(state)):
+            for slot in slots_of(entry_of(state)):
                 if slot in self._seen and not self._seen[slot].holds():  # replaced without a word
                     del self._seen[slot]
                     self._versions[slot] += 1
-            found = search(request_id, self._salted(prompt_ids, _entry(state)))
+            found = search(request_id, self._salted(prompt_ids, entry_of(state)))
             self.prefix_hits += found
             return found
 
@@ -320,7 +315,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 return
             salted = copy.copy(state)
             # a prompt of one token fills its first block with what was generated
-            salted.initial_tokens = self._salted(state.initial_tokens + state.generated_tokens, _entry(state))
+            salted.initial_tokens = self._salted(state.initial_tokens + state.generated_tokens, entry_of(state))
             salted.generated_tokens = []
             mark(salted, *args)
 
@@ -344,9 +339,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return False
         scheduler = self.batch_processor.scheduler
         states = itertools.chain(
-            scheduler.active_requests.values(), filter(_has_begun, scheduler.waiting_requests.values())
+            scheduler.active_requests.values(), filter(has_begun, scheduler.waiting_requests.values())
         )
-        return any(slots & {*slots_of(_entry(state))} for state in states)
+        return any(slots & {*slots_of(entry_of(state))} for state in states)
 
     def _fail_hopeless(self, processor: Any) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
@@ -376,7 +371,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(child, error)
 
     def _why_not(self, state: RequestState) -> Exception | None:
-        entry = _entry(state)
+        entry = entry_of(state)
         if self._problem is not None:
             return self._problem
         if entry != BASE and self._is_disabled:
@@ -503,53 +498,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return BASE_NAME if entry == BASE else str(names[entry])
 
 
-class FairQueue:
-    """Whose request begins next: that of the adapter which was served least, among those that have requests.
-
-    Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
-    One that had no requests for a while doesn't save up: it begins with the count of the least served one. Within an
-    adapter, requests begin in the order in which they came.
-
-    Source:
-        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[tuple[int, ...], float] = {}
-
-    def charge(self, entry: Entry, tokens: int) -> None:
-        """Count tokens that run for an entry."""
-        self._counts[slots_of(entry)] = self._counts.get(slots_of(entry), 0) + tokens
-
-    def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
-        """Requests in the order in which they should begin; those that have begun already come first.
-
-        Args:
-            waiting: requests in the order in which they came.
-            running: entries of the requests that are under way.
-        """
-        begun = [state for state in waiting if _has_begun(state)]
-        queues: dict[tuple[int, ...], deque[RequestState]] = {}
-        for state in waiting:
-            if not _has_begun(state):
-                queues.setdefault(slots_of(_entry(state)), deque()).append(state)
-        busy = {*queues, *map(slots_of, running)}
-        self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
-        least = min(self._counts.values(), default=0)
-        for entry in queues:
-            self._counts.setdefault(entry, least)
-        turns = [(self._counts[entry], place, queue) for place, (entry, queue) in enumerate(queues.items())]
-        heapq.heapify(turns)
-        while turns:
-            count, place, queue = turns[0]
-            begun.append(queue.popleft())
-            if queue:
-                heapq.heapreplace(turns, (count + len(begun[-1].initial_tokens), place, queue))
-            else:
-                heapq.heappop(turns)
-        return begun
-
-
 class Batching(ContinuousMixin):
     """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
 
@@ -590,20 +538,6 @@ class Batching(ContinuousMixin):
             continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
             **options,
         )
-
-
-def _entry(state: RequestState) -> Entry:
-    return state.logit_processor_kwargs.get(KEY, BASE)
-
-
-def _has_begun(state: RequestState) -> bool:
-    """Whether a request ran before: it is under way, or was evicted."""
-    return bool(
-        state.status not in (RequestStatus.PENDING,)
-        or state.generated_tokens
-        or state._true_initial_tokens
-        or getattr(state, "is_cpu_offloaded", False)
-    )
 
 
 def _on(stream: Any) -> AbstractContextManager:

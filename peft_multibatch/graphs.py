@@ -16,8 +16,9 @@ from peft_multibatch.segments import BASE, SegmentBuffer, Segments
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank, TableRows
+    from peft_multibatch.bank import Bank
     from peft_multibatch.routing import Router
+    from peft_multibatch.tables import TableRows
 
 
 class InForce:
@@ -250,8 +251,13 @@ def _(buffer, key, index):
     return torch.empty_like(buffer)
 
 
-def check_not_capturing(x: Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+def check_not_capturing(device: torch.device) -> None:
+    """Raise where code of ours that a replay wouldn't run is being captured.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
             "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
             "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "

@@ -122,7 +122,7 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
             products(ys, x, call.workspaces)
             return ys
     call.num_rows(x)  # dimension 0 has to map to samples, not just all rows together
-    check_not_capturing(x)
+    check_not_capturing(x.device)
     if mix.adapters:
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
@@ -139,7 +139,7 @@ def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
     Raises:
         UnsupportedError: a mixture of DoRA adapters.
     """
-    check_not_capturing(ys[0])
+    check_not_capturing(ys[0].device)
     for name in [call.mix.adapters[slot].name for slot in call.mix.mixed]:
         if any(name in layer.lora_variant for layer in bank.layers):
             raise UnsupportedError(

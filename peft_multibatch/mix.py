@@ -16,9 +16,10 @@ from peft_multibatch.segments import BASE, Segments
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank, TableRows
+    from peft_multibatch.bank import Bank
     from peft_multibatch.graphs import InForce
     from peft_multibatch.ops.torch_backend import SlotWeights
+    from peft_multibatch.tables import TableRows
 
 
 class Mix:

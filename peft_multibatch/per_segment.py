@@ -176,8 +176,7 @@ def _for_each_segment(
         dims: where the rows are in each output of a tuple; empty where that isn't known.
     """
     outputs, order = [], []
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        check_not_capturing(next(layer.parameters()))
+    check_not_capturing(device)
     segments, entries = call.mix.runs
     for index, rows in segments.rows(num_rows, device):
         outputs.append(run(view_for(layer, entries[index], patch), rows))

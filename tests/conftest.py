@@ -48,3 +48,23 @@ def pytest_collection_modifyitems(items):
         for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(marker) and devices < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {devices}"))
+
+
+@pytest.fixture
+def compiled():
+    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
+    from models import peft_model
+
+    import peft_multibatch
+
+    torch._dynamo.reset()
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    inner = model.get_base_model()
+    return model, mb, torch.compile(inner, fullgraph=True, backend=backend), graphs

@@ -25,22 +25,6 @@ MIXES = [
 ]
 
 
-@pytest.fixture
-def compiled():
-    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
-    torch._dynamo.reset()
-    model = peft_model()
-    mb = peft_multibatch.enable(model)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    inner = model.get_base_model()
-    return model, mb, torch.compile(inner, fullgraph=True, backend=backend), graphs
-
-
 def logits(model, **kwargs):
     with torch.no_grad():
         return model(**left_padded(), use_cache=False, **kwargs).logits

@@ -112,17 +112,8 @@ def test_changes_are_seen():
     assert not torch.allclose(before, after, atol=1e-4)
 
 
-def test_one_graph_for_any_mixture():
-    torch._dynamo.reset()
-    model = peft_model()
-    mb = peft_multibatch.enable(model)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    fast = torch.compile(model.get_base_model(), fullgraph=True, backend=backend)
+def test_one_graph_for_any_mixture(compiled):
+    model, mb, fast, graphs = compiled
     with mb.batch(["three"] * 6):
         logits(fast)
     for entries in (MIXTURES, *OTHERS, MIXTURES):

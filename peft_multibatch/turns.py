@@ -1,0 +1,78 @@
+"""Whose request begins next in continuous batching."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+from peft_multibatch.ids import Entry, slots_of
+from peft_multibatch.segments import BASE
+
+
+KEY = "adapter_id"
+"""Where a request's entry travels: among its arguments for logits processors, which forks and evictions copy."""
+
+
+def entry_of(state: RequestState) -> Entry:
+    """What a request runs under."""
+    return state.logit_processor_kwargs.get(KEY, BASE)
+
+
+def has_begun(state: RequestState) -> bool:
+    """Whether a request ran before: it is under way, or was evicted."""
+    return bool(
+        state.status not in (RequestStatus.PENDING,)
+        or state.generated_tokens
+        or state._true_initial_tokens
+        or getattr(state, "is_cpu_offloaded", False)
+    )
+
+
+class FairQueue:
+    """Whose request begins next: that of the adapter which was served least, among those that have requests.
+
+    Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
+    One that had no requests for a while doesn't save up: it begins with the count of the least served one. Within an
+    adapter, requests begin in the order in which they came.
+
+    Source:
+        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, ...], float] = {}
+
+    def charge(self, entry: Entry, tokens: int) -> None:
+        """Count tokens that run for an entry."""
+        self._counts[slots_of(entry)] = self._counts.get(slots_of(entry), 0) + tokens
+
+    def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
+        """Requests in the order in which they should begin; those that have begun already come first.
+
+        Args:
+            waiting: requests in the order in which they came.
+            running: entries of the requests that are under way.
+        """
+        begun = [state for state in waiting if has_begun(state)]
+        queues: dict[tuple[int, ...], deque[RequestState]] = {}
+        for state in waiting:
+            if not has_begun(state):
+                queues.setdefault(slots_of(entry_of(state)), deque()).append(state)
+        busy = {*queues, *map(slots_of, running)}
+        self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
+        least = min(self._counts.values(), default=0)
+        for entry in queues:
+            self._counts.setdefault(entry, least)
+        turns = [(self._counts[entry], place, queue) for place, (entry, queue) in enumerate(queues.items())]
+        heapq.heapify(turns)
+        while turns:
+            count, place, queue = turns[0]
+            begun.append(queue.popleft())
+            if queue:
+                heapq.heapreplace(turns, (count + len(begun[-1].initial_tokens), place, queue))
+            else:
+                heapq.heappop(turns)
+        return begun

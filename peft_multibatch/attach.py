@@ -140,12 +140,12 @@ class Multibatch:
         For pipelines, custom loops, encoders: whatever calls the model without passing ``adapter_ids`` on.
 
         Args:
-            adapter_ids: one id or name for every sample, ``-1`` or ``"__base__"`` for the base model alone: a list,
-                tuple, 1-D integer tensor or array.
+            adapter_ids: one id, name or mixture such as ``{"sql": 0.7, "poet": 0.3}`` for every sample, ``-1`` or
+                ``"__base__"`` for the base model alone: a list, tuple, 1-D integer tensor or array.
 
         Raises:
             AdapterIdsError: ids of a wrong type, or of an adapter that isn't there.
-            ModelStateError: adapters are merged or disabled, or there are none.
+            ModelStateError: adapters are merged, or there are none; with disabled ones rows are the base model's.
 
         Example:
             ```python

@@ -155,8 +155,10 @@ class Bank:
         self.held: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, Table]] = {}
         self._slots = 0
-        # What `tables` and `hold` were last called for, and what tables gave: mixes differ more often than adapters.
+        # What `tables` was last called for and what it gave: mixes differ more often than adapters.
         self._last: dict[torch.device, tuple[dict[int, Adapter], int, tuple[TableRows, ...]]] = {}
+        # Whose rows the tables hold, and for whom graphs can read them.
+        self._rows: dict[torch.device, dict[int, Adapter]] = {}
         self._held_for: dict[torch.device, dict[int, Adapter]] = {}
 
     def weights(self, adapter: Adapter) -> SlotWeights:
@@ -245,22 +247,32 @@ class Bank:
         for dtype in {*tables, *dtypes, *present}:
             if dtype not in tables or len(tables[dtype].rows) < slots:
                 tables[dtype] = Table(dtype, 1 << max(slots - 1, 15).bit_length(), len(self.layers), device)
+                self._rows.pop(device, None)
+                self._held_for.pop(device, None)
         for table in tables.values():  # those of other dtypes as well: a graph may read them
             table.update(read)
         found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
         self._last[device] = dict(adapters), slots, found
-        self._held_for.pop(device, None)
+        self._rows.setdefault(device, {}).update(adapters)
         return found
 
-    def hold(self, adapters: Mapping[int, Adapter], device: torch.device) -> bool:
+    def has_rows(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> bool:
+        """Whether ``tables`` has been called for all of these adapters, if not for all at once."""
+        return slots == self._slots and adapters.items() <= self._rows.get(device, {}).items()
+
+    def hold(self, adapters: Mapping[int, Adapter], device: torch.device, is_captured: bool) -> bool:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that it held before.
 
         What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay.
 
         Returns:
             Whether something changed that graphs have as a constant.
+
+        Raises:
+            ModelStateError: something would have to change that a captured graph has as a constant.
         """
-        if self._held_for.get(device) == adapters:
+        held_for = self._held_for.setdefault(device, {})
+        if adapters.items() <= held_for.items():
             return False
         read = self._read(adapters)
         before = {id(table.rows): table for table in self.held}
@@ -273,13 +285,20 @@ class Bank:
             now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.held)
         )
         if not is_same:
+            if is_captured:
+                raise ModelStateError(
+                    "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
+                    "another dtype, than it can serve: expected adapters like those that were there when it was "
+                    "captured. Call disable and enable, and capture it again."
+                )
             self.held = tuple(found)
-        self._held_for[device] = dict(adapters)
+        held_for.update(adapters)
         return not is_same
 
     def forget(self) -> None:
         """Let go of the adapters that were described last, and of their memory."""
         self._last.clear()
+        self._rows.clear()
         self._held_for.clear()
 
     def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[Part | None]]:

@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ from peft_multibatch.views import get_base, view_for
 if TYPE_CHECKING:
     from peft_multibatch.attach import Multibatch
     from peft_multibatch.bank import Adapter
+
+
+CHECKS = 4
+"""Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -78,6 +82,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._seen: dict[int, Adapter] = {}  # adapters as they were when requests last ran under them
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # of the model, under which no request can run
+        self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
+        self._new: set[str] = set()  # requests that came since then
         self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     # What users call.
@@ -265,10 +271,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
             while True:
                 # plans are copied in the order of the stream that computes
-                with _on(io.compute_stream), self._router.routing(entries, expands=False, packed=True) as call:
+                routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
+                with _on(io.compute_stream), routing as call:
                     if not (self._uses_graphs and self._router.graph.contended):
                         call.inside = True
-                        self._seen.update(call.mix.adapters)
+                        self._see(call.mix.adapters)
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
@@ -281,6 +288,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
                     "another id. Leave request_id out to have one made up."
                 )
+            self._new.add(state.request_id)
             add(state)
 
         return add_once
@@ -299,10 +307,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
         def salted_search(request_id: str, prompt_ids: list[int]) -> int:
             state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
-            for slot in slots_of(entry_of(state)):
-                if slot in self._seen and not self._seen[slot].holds():  # replaced without a word
-                    del self._seen[slot]
-                    self._versions[slot] += 1
+            self._see(self._router.adapters(slots_of(entry_of(state))))
             found = search(request_id, self._salted(prompt_ids, entry_of(state)))
             self.prefix_hits += found
             return found
@@ -333,6 +338,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _versions_of(self, entry: Entry) -> tuple[int, ...]:
         return tuple(self._versions[slot] for slot in slots_of(entry))
 
+    def _see(self, adapters: Mapping[int, Adapter]) -> None:
+        """Give an adapter another version where it was replaced without a word."""
+        for slot, adapter in adapters.items():
+            seen = self._seen.get(slot)
+            if seen is not adapter:
+                self._seen[slot] = adapter
+                self._versions[slot] += seen is not None and not seen.holds()
+
     def _has_begun(self, slots: set[int]) -> bool:
         """Whether a request that has begun needs one of these slots."""
         if self.batch_processor is None:
@@ -355,8 +368,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._problem = caught
         scheduler = processor.scheduler
         self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
-        self._seen = {slot: adapter for slot, adapter in self._seen.items() if self._handle._names[slot] is not None}
-        for state in [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]:
+        states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
+        now = self._problem, self._is_disabled, [*self._handle._names], {**self._versions}
+        if now == self._then:  # what could run then can run now; not so those without an end
+            states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
+        else:
+            self._seen = {slot: seen for slot, seen in self._seen.items() if self._handle._names[slot] is not None}
+        self._then = now
+        self._new.clear()
+        for state in states:
             error = self._why_not(state)
             if error is not None:
                 scheduler.set_request_cancellation(state.request_id)

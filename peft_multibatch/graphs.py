@@ -100,7 +100,7 @@ class Graph:
                 bank = next(bank for bank in self.banks if bank.key == key)
                 adapters = self._router.adapters()
                 bank.tables(adapters, place, call.mix.slots)
-                bank.hold(adapters, place)
+                bank.hold(adapters, place, self._is_captured_with(bank))
                 for table in bank.held:
                     torch._dynamo.mark_static_address(table.rows)
                 self._held[bank] = place
@@ -122,13 +122,14 @@ class Graph:
         Raises:
             ModelStateError: they would have to be made first, and during a capture nothing can be.
         """
-        if self.contended or self._written is not call.mix or not call.mix.has_tables(bank, device):
+        mix = call.mix
+        if self.contended or self._written is not mix or not bank.has_rows(mix.adapters, device, mix.slots):
             raise ModelStateError(
                 "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.hold(self._router.adapters(), device)
+            bank.hold(self._router.adapters(), device, self._is_captured_with(bank))
             self._held[bank] = device
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
@@ -172,6 +173,9 @@ class Graph:
         packed = _term(call.mix, index).pack()
         return torch.nn.functional.pad(packed, (0, size - packed.numel()))
 
+    def _is_captured_with(self, bank: Bank) -> bool:
+        return self.is_captured and bank in self._held
+
     def _change(self) -> None:
         calls = self._in_force
         self.active = bool(calls)
@@ -193,15 +197,11 @@ class Graph:
                 for bank in self.banks:
                     bank.sync([adapters.get(slot) for slot in range(mix.slots)])
             for bank, device in self._held.items():
-                mix.tables(bank, device)
-                if bank.hold(mix.adapters, device) and self.is_captured:
-                    raise ModelStateError(
-                        "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
-                        "another dtype, than it can serve: expected adapters like those that were there when it was "
-                        "captured. Call disable and enable, and capture it again."
-                    )
-                for table in bank.held:
-                    torch._dynamo.mark_static_address(table.rows)
+                if not bank.has_rows(mix.adapters, device, mix.slots):
+                    mix.tables(bank, device)
+                if bank.hold(mix.adapters, device, self.is_captured):
+                    for table in bank.held:
+                        torch._dynamo.mark_static_address(table.rows)
             for buffers in list(self.buffers.values()):
                 if self.is_captured and len(mix.terms) > len(buffers):
                     raise ModelStateError(

@@ -105,10 +105,6 @@ class Mix:
             found = self._tables[bank, device] = bank.tables(self.adapters, device, self.slots)
         return found
 
-    def has_tables(self, bank: Bank, device: torch.device) -> bool:
-        """Whether ``tables`` would only look them up."""
-        return (bank, device) in self._tables
-
     def op_inputs(self, bank: Bank) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
         """Plans, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
         with torch.inference_mode(False):  # autograd will save them

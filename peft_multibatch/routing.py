@@ -43,6 +43,7 @@ class Router:
         self.graph = Graph(self)
         self._adapters: dict[int, Adapter] = {}
         self._last: Mix | None = None
+        self._turn = 0  # whose turn it is to be compared
 
     def current(self) -> Call | Graph | None:
         """The call in force for the code that asks, or None where the model runs as PEFT alone would run it."""
@@ -74,15 +75,31 @@ class Router:
         call.mix = self.mix(call.mix.ids)
         return call
 
-    def adapters(self) -> dict[int, Adapter]:
-        """All adapters as PEFT holds them now, by slot."""
-        return {slot: self._adapter(slot) for slot, name in enumerate(self.names) if name is not None}
+    def adapters(self, slots: Sequence[int] | None = None, checks: int | None = None) -> dict[int, Adapter]:
+        """Adapters as PEFT holds them now, by slot.
 
-    def mix(self, ids: Sequence[Entry]) -> Mix:
-        """The plans for these ids, an entry for every sample, and the adapters as PEFT holds them now."""
+        Args:
+            slots: which; all where they aren't given.
+            checks: how many of them are compared with what PEFT holds; all where it isn't given. The others may be as
+                they were a few calls ago, because every call goes on where the last one stopped.
+        """
+        if slots is None:
+            slots = [slot for slot, name in enumerate(self.names) if name is not None]
+        due = slots
+        if checks is not None and checks < len(slots):
+            self._turn += checks
+            due = [slots[(self._turn + index) % len(slots)] for index in range(checks)]
+        if not all(self._adapters[slot].holds() for slot in due if slot in self._adapters):
+            # let go of the memory of all that moved, not only of those in use
+            self._adapters = {slot: adapter for slot, adapter in list(self._adapters.items()) if adapter.holds()}
+            self._last = None
+        return {slot: self._adapters.get(slot) or self._read(slot) for slot in slots}
+
+    def mix(self, ids: Sequence[Entry], checks: int | None = None) -> Mix:
+        """The plans for these ids, an entry for every sample, and the adapters as `adapters` gives them."""
         last = self._last if self._last is not None and self._last.ids == ids else None
-        used = last.adapters if last else sorted({slot for entry in {*ids} for slot in slots_of(entry)})
-        adapters = {slot: self._adapter(slot) for slot in used}
+        used = list(last.adapters) if last else sorted({slot for entry in {*ids} for slot in slots_of(entry)})
+        adapters = self.adapters(used, checks)
         if last is None or last.slots != len(self.names) or last.adapters != adapters:
             last = self._last = Mix(ids, adapters, len(self.names))
         return last
@@ -94,26 +111,28 @@ class Router:
         for bank in self.graph.banks:
             bank.forget()
 
-    def _adapter(self, slot: int) -> Adapter:
-        known, name = self._adapters.get(slot), self.names[slot]
+    def _read(self, slot: int) -> Adapter:
+        name = self.names[slot]
         assert name is not None
-        if known is not None and not known.holds():
-            # let go of the memory of all that moved, not only of those in use
-            self._adapters = {slot: adapter for slot, adapter in list(self._adapters.items()) if adapter.holds()}
-            self._last = None
-            known = None
-        if known is None:
-            known = self._adapters[slot] = Adapter(name)
-        return known
+        adapter = self._adapters[slot] = Adapter(name)
+        return adapter
 
     @contextmanager
-    def routing(self, ids: Sequence[Entry], expands: bool, packed: bool = False) -> Iterator[Call]:
+    def routing(
+        self, ids: Sequence[Entry], expands: bool, packed: bool = False, checks: int | None = None
+    ) -> Iterator[Call]:
         """Put ids in force for this thread or task; what was in force before is again afterwards.
+
+        Args:
+            ids: an entry for every sample.
+            expands: as in ``Call``.
+            packed: as in ``Call``.
+            checks: as in ``adapters``.
 
         Raises:
             ModelStateError: the block is left on another thread or task than it was entered on.
         """
-        outer, call = self.call.get(), Call(self.mix(ids), expands, packed)
+        outer, call = self.call.get(), Call(self.mix(ids, checks), expands, packed)
         token = self.call.set(call)
         try:
             self.graph.enter(call, outer)

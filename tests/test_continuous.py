@@ -461,6 +461,23 @@ def test_an_adapter_that_is_replaced_without_a_word(enabled):
     assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
 
 
+def test_an_adapter_that_is_replaced_while_a_request_runs(enabled):
+    """The steps of that request notice it, before another request looks for cached prefixes."""
+    model, mb = enabled
+    prompt, long = [9] * 40, generation(max_new_tokens=100)
+    with mb.continuous_batching(generation_config=long, continuous_batching_config=settings()) as manager:
+        manager.add_request(prompt, adapter_id="eight", streaming=True)
+        assert not manager.get_result(timeout=60).is_finished()
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.eight"):
+                module.weight = torch.nn.Parameter(module.weight * -2)
+        results(manager, 1)
+        manager.add_request(prompt, adapter_id="eight", max_new_tokens=8)
+        (output,) = results(manager, 1).values()
+        assert manager.prefix_hits == 0
+    assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
+
+
 def test_requests_beyond_learned_positions_and_of_odd_numbers():
     model = peft_model("gpt2").to(DEVICE)  # 64 positions
     mb = peft_multibatch.enable(model)

@@ -348,8 +348,9 @@ def test_a_graph_captured_by_the_user():
     config = lora_configs()["eight"]
     config.r = 64
     model.add_adapter("large", config)
-    with pytest.raises(peft_multibatch.ModelStateError, match="a CUDA graph was captured"), mb.batch([3] * 6):
-        pass
+    for _ in range(2):  # asked for again, it is refused again
+        with pytest.raises(peft_multibatch.ModelStateError, match="a CUDA graph was captured"), mb.batch([3] * 6):
+            pass
     with mb.batch(MIXES[2]):
         graph.replay()
         assert_close(out, logits(model, MIXES[2], use_cache=False))

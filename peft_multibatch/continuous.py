@@ -283,7 +283,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
         def add_once(state: RequestState) -> None:
-            if state.request_id in scheduler.active_requests or state.request_id in scheduler.waiting_requests:
+            name = state.request_id
+            known = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name) or state
+            if known is not state and known.status != RequestStatus.FINISHED:  # which those have that are evicted
                 raise UnsupportedError(
                     f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
                     "another id. Leave request_id out to have one made up."

@@ -121,7 +121,7 @@ class Multibatch:
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
-        self._is_gathered = isinstance(model, GATHERED)  # by FSDP, which shards the model
+        self._router.is_gathered = isinstance(model, GATHERED)
         self._refresh()
         self._attach(inner)
         for part in inner.modules():
@@ -249,13 +249,6 @@ class Multibatch:
         for group in self._groups:
             group.check_weights()
         if torch.is_grad_enabled():
-            parameters = (each for place in self._places.values() for each in place.module.parameters())
-            if self._is_gathered and any(each.requires_grad for each in parameters):
-                raise UnsupportedError(
-                    "a model sharded by FSDP was called with ids and with gradients, which ranks whose batches have "
-                    "different adapters can't reduce together: expected inference. Call it under torch.no_grad(), "
-                    "train with DistributedDataParallel, or one adapter at a time without ids."
-                )
             for module in self._inner.modules():
                 checkpoint = module.__dict__.get(CHECKPOINT)
                 if checkpoint is not None and not isinstance(checkpoint, WithIds):
@@ -276,13 +269,13 @@ class Multibatch:
             same_configs = len(configs) == len(self._configs) and all(
                 name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
             )
-            is_gathered = self._is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
-            same_kind = same_configs and is_gathered == self._is_gathered
+            is_gathered = self._router.is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
+            same_kind = same_configs and is_gathered == self._router.is_gathered
             if same_kind and self._survey is not None and self._survey.holds():
                 return
             survey = Survey(self._inner)
             found, is_gathered = survey.layers, is_gathered or survey.is_gathered()
-            same_kind = same_configs and is_gathered == self._is_gathered
+            same_kind = same_configs and is_gathered == self._router.is_gathered
             if same_kind and found.keys() == self._places.keys():
                 self._survey = survey
                 self._router.forget()
@@ -306,7 +299,7 @@ class Multibatch:
             self._ever.update(dict.fromkeys(present))
             self._names[:] = [name if name in present else None for name in self._ever]
             self._configs = configs
-            self._is_gathered = is_gathered
+            self._router.is_gathered = is_gathered
             self._router.forget()
             before, self._places = self._places, {}
             for layer, name in found.items():

@@ -30,6 +30,7 @@ class Router:
         names: adapter names by slot; None where an adapter was deleted.
         is_enabled: False once the model was disabled.
         split: how tensor parallelism splits layers of the model, or None.
+        is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         call: the call in force on the thread or task that asks.
         graph: what compiled code sees instead.
     """
@@ -41,6 +42,7 @@ class Router:
         self.names = names
         self.is_enabled = True
         self.split: Split | None = None
+        self.is_gathered = False
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.graph = Graph(self)

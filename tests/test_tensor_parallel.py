@@ -243,6 +243,16 @@ def ranks_with_different_ids_are_told(folder, device):
         mb.disable()
 
 
+def continuous_batching_is_refused(folder, device):
+    split = read(folder, "llama", device, True)
+    mb = peft_multibatch.enable(split)
+    try:
+        with pytest.raises(errors.UnsupportedError, match=r"continuous batching.*split over devices"):
+            split.generate_batch([[3, 4], [5, 6]], adapter_ids=["three", -1])
+    finally:
+        mb.disable()
+
+
 def gradients_and_compiled_code_are_refused(folder, device):
     split, inputs = read(folder, "llama", device, True), inputs_on(device)
     mb = peft_multibatch.enable(split)
@@ -301,7 +311,8 @@ def what_cannot_be_split_is_refused(folder, device):
 CASES = [
     files, greedy_tokens_and_logits, norms_on_split_heads, rows_in_any_order, beams, peft_on_the_split_model,
     one_collective_for_a_row_wise_layer, half_precision, mixtures, adapters_that_come_change_and_go,
-    hooks_on_base_layers, ranks_with_different_ids_are_told, gradients_and_compiled_code_are_refused,
+    hooks_on_base_layers, ranks_with_different_ids_are_told, continuous_batching_is_refused,
+    gradients_and_compiled_code_are_refused,
     what_cannot_be_split_is_refused,
 ]  # fmt: skip
 

@@ -140,7 +140,9 @@ def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) 
         inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
-    if shards.is_sharded(layer) and not is_gathered:
+    if is_gathered:
+        shards.check_gathered(name, layer, advice)
+    elif shards.is_sharded(layer):
         shards.check(name, layer, advice)
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"

@@ -110,6 +110,19 @@ def check(name: str, layer: Any, advice: str) -> None:
             )
 
 
+def check_gathered(name: str, layer: Any, advice: str) -> None:
+    """Raise where FSDP shards a layer that tensor parallelism splits as well.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if isinstance(layer, LoraLayer) and getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
+        raise UnsupportedError(
+            f"{name} is split by tensor parallelism and sharded by FSDP, which wasn't tested together: expected one "
+            f"of the two. {advice}"
+        )
+
+
 def check_gradients(layers: Sequence[Any], x: Tensor) -> None:
     """Raise where split layers would have to give gradients.
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from models import left_padded, peft_model, row_by_row
+from models import base_model, left_padded, peft_model, row_by_row
+from peft import PeftModel
 from ranks import launch, main, report
 from tolerances import assert_close
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import peft_multibatch
 from peft_multibatch import errors
@@ -154,6 +157,22 @@ def sharded_before_enable(_, device):
     assert_close(logits(model, inputs, adapter_ids=mixture), logits(whole, inputs, adapter_ids=mixture))
 
 
+def sharded_by_transformers(folder, device):
+    """Adapters are added to a sharded model, and whole on every rank."""
+    whole, inputs = peft_model().to(device), inputs_on(device)
+    if dist.get_rank() == 0:
+        base_model().save_pretrained(folder / "base")
+        whole.save_pretrained(folder / "adapters")
+    dist.barrier()
+    how = DistributedConfig(fsdp_size=dist.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=how).eval()
+    model = PeftModel.from_pretrained(model, folder / "adapters" / "three", adapter_name="three")
+    for name in ("four", "eight"):
+        model.load_adapter(folder / "adapters" / name, adapter_name=name)
+    peft_multibatch.enable(model.eval())
+    assert_close(logits(model, inputs, adapter_ids=own()), oracle(whole, own(), inputs))
+
+
 def sharded_after_enable(_, device):
     """The next call finds out, and reads no weights that aren't there."""
     for root in ("base model", "layers", "PeftModel"):
@@ -195,7 +214,7 @@ def what_fsdp_cannot_run_is_refused(_, device):
 
 CASES = [
     ddp_forward, ddp_gradients, ddp_without_unused_parameters, accelerate_prepare, synced_gpus, sharded_before_enable,
-    sharded_after_enable, what_fsdp_cannot_run_is_refused,
+    sharded_by_transformers, sharded_after_enable, what_fsdp_cannot_run_is_refused,
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import peft_multibatch
 from peft_multibatch import errors
+from peft_multibatch.layers import find_handler
 
 
 NAMES = ["three", "__base__", "eight", "four", "eight", "three"]
@@ -290,7 +291,10 @@ def what_cannot_be_split_is_refused(folder, device):
             model = get_peft_model(read_base(folder, "llama", device, True), LoraConfig(**shared, **options))
         with pytest.raises(errors.UnsupportedError, match=message):
             peft_multibatch.enable(model)
-    layer = split.base_model.model.model.layers[0].self_attn.q_proj.lora_B["three"]
+    layer = split.base_model.model.model.layers[0].self_attn.q_proj
+    with pytest.raises(errors.UnsupportedError, match="sharded by FSDP"):
+        find_handler("q_proj", layer, None, is_gathered=True)
+    layer = layer.lora_B["three"]
     before, base = layer.weight, split.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     base._hf_tp_plan = None  # as PEFT leaves it that doesn't know of transformers' plans
     with pytest.raises(errors.UnsupportedError, match=r"the plan None.*peft 0\.21\.1 or newer"):

@@ -26,6 +26,7 @@ from peft_multibatch.patch import STATE, check_state
 from peft_multibatch.places import Place, Survey
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.routing import Router
+from peft_multibatch.shards import GATHERED
 
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Multibatch:
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
+        self._router.is_gathered = isinstance(model, GATHERED)
         self._refresh()
         self._attach(inner)
         for part in inner.modules():
@@ -267,11 +269,14 @@ class Multibatch:
             same_configs = len(configs) == len(self._configs) and all(
                 name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
             )
-            if same_configs and self._survey is not None and self._survey.holds():
+            is_gathered = self._router.is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
+            same_kind = same_configs and is_gathered == self._router.is_gathered
+            if same_kind and self._survey is not None and self._survey.holds():
                 return
             survey = Survey(self._inner)
-            found = survey.layers
-            if same_configs and found.keys() == self._places.keys():
+            found, is_gathered = survey.layers, is_gathered or survey.is_gathered()
+            same_kind = same_configs and is_gathered == self._router.is_gathered
+            if same_kind and found.keys() == self._places.keys():
                 self._survey = survey
                 self._router.forget()
                 return
@@ -282,7 +287,7 @@ class Multibatch:
                     "nothing: expected the model to which they were added. Pass that one to enable."
                 )
             config = getattr(self._inner, "config", None)
-            chosen = {layer: handlers.find_handler(name, layer, config) for layer, name in found.items()}
+            chosen = {layer: handlers.find_handler(name, layer, config, is_gathered) for layer, name in found.items()}
             for layer, name in found.items():
                 if layer.__dict__.get(STATE) is not None and layer not in self._places:
                     raise ModelStateError(
@@ -294,6 +299,7 @@ class Multibatch:
             self._ever.update(dict.fromkeys(present))
             self._names[:] = [name if name in present else None for name in self._ever]
             self._configs = configs
+            self._router.is_gathered = is_gathered
             self._router.forget()
             before, self._places = self._places, {}
             for layer, name in found.items():
@@ -328,6 +334,7 @@ class Multibatch:
             if self._fuse == "weights" and group not in known.values():
                 group.join_weights()
         banks = [layer.__dict__[STATE].bank for layer in segmented.values()]
+        self._router.split = next((split for bank in banks for split in bank.splits if split), None)
         self._router.graph.banks = banks + [group.bank for group in self._groups]
 
     def __deepcopy__(self, memo: dict) -> None:

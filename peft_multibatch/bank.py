@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.shards import SHARDED, own, shard_of, split_of
 from peft_multibatch.tables import Part, Table, TableRows, dtype_of
 
 
@@ -56,7 +57,10 @@ class Adapter:
         self._lacking: list[dict] = []  # of layers where this adapter has no weights
         self._parameter_dicts: list[dict] = []  # of lora_A and lora_B in turn
         self._tensors: list[Tensor] = []
+        self._whole: list[Tensor] = []  # of these, those that are no DTensors
         self._addresses: list[int] = []
+        self._sharded: list[Any] = []  # and those that are
+        self._shard_addresses: list[int] = []
         self._sizes: list[int] = []  # of every lora_A: with the address, they tell the rank
         self._memory: list[torch.UntypedStorage] = []  # while it is held, nothing else gets these addresses
         self._is_volatile = False
@@ -78,7 +82,8 @@ class Adapter:
                 and list(map(self._get, self._module_dicts)) == self._modules
                 and list(map(self._get, self._scaling_dicts)) == self._scalings
                 and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
-                and list(map(Tensor.data_ptr, tensors)) == self._addresses
+                and list(map(Tensor.data_ptr, self._whole)) == self._addresses
+                and list(map(Tensor.data_ptr, map(shard_of, self._sharded))) == self._shard_addresses
                 and list(map(Tensor.numel, tensors[::2])) == self._sizes
                 and not any(self.name in modules for modules in self._lacking)
             )
@@ -106,6 +111,11 @@ class Adapter:
                     f"adapter {name!r} got a bias or another variant since enable chose how to run its layers: "
                     "expected it to stay as it was. Call disable and enable again."
                 )
+            if isinstance(a, SHARDED) + isinstance(b, SHARDED) != (split_of(layer) is not None):
+                raise ModelStateError(
+                    f"the weights of adapter {name!r} were sharded over devices, or put together, since enable chose "
+                    "how to run its layers: expected them to stay as they were. Call disable and enable again."
+                )
             if a.is_meta or b.is_meta:
                 raise ModelStateError(
                     f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between "
@@ -115,14 +125,17 @@ class Adapter:
             self._modules += module_a, module_b
             self._parameter_dicts += module_a._parameters, module_b._parameters
             self._tensors += a, b
-            self._addresses += a.data_ptr(), b.data_ptr()
+            for tensor in (a, b):
+                is_sharded = isinstance(tensor, SHARDED)
+                (self._sharded if is_sharded else self._whole).append(tensor)
+                (self._shard_addresses if is_sharded else self._addresses).append(own(tensor).data_ptr())
+                self._memory.append(own(tensor).untyped_storage())
             self._sizes.append(a.numel())
-            self._memory += a.untyped_storage(), b.untyped_storage()
             self._scaling_dicts.append(layer.scaling)
             self._scalings.append(scaling)
             if isinstance(scaling, Tensor):  # written in place, which can't be seen from here
                 self._is_volatile = True
-            part = self._parts[layer] = Part(a, b, float(scaling))
+            part = self._parts[layer] = Part(own(a), own(b), float(scaling))
         return part
 
 
@@ -144,7 +157,12 @@ class Bank:
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.key = next(_keys)
         self.layers = tuple(layers)
-        self.widths = [layer.out_features for layer in layers]
+        self.splits = [split_of(layer) for layer in layers]
+        self.is_split = any(self.splits)
+        self.widths = [
+            layer.out_features if split is None else len(own(layer.get_base_layer().weight))
+            for layer, split in zip(layers, self.splits)
+        ]
         self.slice_offsets = [0, *accumulate(self.widths)]
         # What graphs of ops read. Written by `sync`: PEFT's tensors slot by slot, and their ranks and scalings.
         self.lora_a: list[Tensor] = []

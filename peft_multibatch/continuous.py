@@ -60,6 +60,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def __init__(
         self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), mixtures: int = 1, **options: Any
     ) -> None:
+        if handle._router.split is not None or handle._router.is_gathered:
+            raise UnsupportedError(
+                "continuous batching with an adapter for every request was started on a model that is split over "
+                "devices, which wasn't tested: expected a model that every rank holds whole. Call generate with "
+                "adapter_ids, or run a copy of the model on every device."
+            )
         super().__init__(model=handle._inner, **options)
         longest = max((len(entry) for entry in waiting_ids if isinstance(entry, tuple)), default=1)
         handle._router.graph.terms = max(handle._router.graph.terms, mixtures, longest)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_multibatch import shards
 from peft_multibatch.bank import KNOWN_VARIANTS
 from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
@@ -96,13 +97,14 @@ def _has_media(config: Any) -> bool:
     return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
-def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tensor], str]:
+def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) -> tuple[Callable[..., Tensor], str]:
     """The handler of a layer and, where it is not the fast one, the reason.
 
     Args:
         name: the layer's name in the model, for messages.
         layer: a PEFT layer.
         config: the model's transformers configuration, or None.
+        is_gathered: whether FSDP gathers the layer's weights when it runs.
 
     Raises:
         UnsupportedError: a row of a mixed batch would not be right in this layer.
@@ -138,17 +140,21 @@ def find_handler(name: str, layer: Any, config: Any) -> tuple[Callable[..., Tens
         inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
+    if is_gathered:
+        shards.check_gathered(name, layer, advice)
+    elif shards.is_sharded(layer):
+        shards.check(name, layer, advice)
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
         return handler, f"{what} runs PEFT's own code"
-    if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
-        raise UnsupportedError(f"{name} is split over devices by tensor parallelism, which is not supported. {advice}")
     if isinstance(layer, lora.ParamWrapper) and type(get_base(layer)).__name__ in TILED_EXPERTS:
         handler = tiled_experts
     variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
     for variant in variants:
         if variant.startswith(CONTEXT_VARIANTS):
             raise UnsupportedError(f"{name} has an adapter of the variant {variant}, which is not supported. {advice}")
+    if is_gathered and handler is linear:
+        return per_segment, "FSDP gathers its weights when it runs"
     if f"{type(layer).__module__}.{kind}" not in BASE_PLUS_DELTA:
         if handler is linear:
             return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_multibatch import ops
+from peft_multibatch import ops, shards
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.graphs import Graph, check_not_capturing, take_plan
@@ -43,13 +43,13 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     group = patch.group
     if group is None or args or kwargs:
-        return _add_deltas(call, router, patch.bank, [_base_output(self, x, *args, **kwargs)], x)[0]
+        return _run(call, router, patch.bank, x, *args, **kwargs)[0]
     if patch.index == 0:
         whole = group.base_output(x)
-        ys = [whole] if whole is not None else [_base_output(layer, x) for layer in group.layers]
-        ys = _add_deltas(call, router, group.bank, ys, x)
-        if whole is not None:
-            ys = list(ys[0].split(group.bank.widths, dim=-1))
+        if whole is None:
+            ys = _run(call, router, group.bank, x)
+        else:
+            ys = list(_add_deltas(call, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
         call.stash[group] = x, _version(call, x), [None, *ys[1:]]
         return ys[0]
     source, version, waiting = call.stash.get(group, (None, 0, []))
@@ -61,7 +61,30 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return y
     if isinstance(call, Call) and source is not None and source is not x:
         group.split("its projections read different tensors")
-    return _add_deltas(call, router, patch.bank, [_base_output(self, x)], x)[0]
+    return _run(call, router, patch.bank, x)[0]
+
+
+def _run(call: Call | Graph, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """What each of a bank's layers gives."""
+    if not bank.is_split:
+        return _add_deltas(call, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x)
+    if isinstance(call, Graph):
+        raise UnsupportedError(
+            "a model split by tensor parallelism was compiled, which wasn't tested with ids: expected eager code. Run "
+            "it without torch.compile, or pass disable_compile=True to generate."
+        )
+    if torch.is_grad_enabled():
+        shards.check_gradients(bank.layers, x)
+    splits = list(zip(bank.layers, bank.splits))
+    bases = [shards.base_output(layer, split, x) if split else _base_output(layer, x) for layer, split in splits]
+    # parts of sums stay in float32 until they are summed up, so that a delta is rounded once, as it is everywhere
+    ys = [
+        y.to(torch.promote_types(y.dtype, torch.float32)) if split and split.dim else y
+        for split, y in zip(bank.splits, bases)
+    ]
+    ys = _add_deltas(call, router, bank, ys, x)
+    ys = [shards.sum_up(layer, split, x, y) if split else y for (layer, split), y in zip(splits, ys)]
+    return [y.to(base.dtype) for y, base in zip(ys, bases)]
 
 
 def _version(call: Call | Graph, x: Tensor) -> int:

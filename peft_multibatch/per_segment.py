@@ -157,6 +157,12 @@ def _current_call(patch: Patch, layer: Any) -> Call | None:
         )
     if call is not None:
         check_state(patch.name, layer)
+        if patch.router.is_gathered and torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+            raise UnsupportedError(
+                f"{patch.name} was sharded by FSDP and called with ids and with gradients, which ranks whose batches "
+                "have different adapters can't reduce together: expected inference. Call the model under "
+                "torch.no_grad(), train with DistributedDataParallel, or one adapter at a time without ids."
+            )
     return call
 
 

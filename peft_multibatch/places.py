@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_multibatch import layers as handlers
+from peft_multibatch import shards
 from peft_multibatch.bank import Bank
 from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer
+from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.patch import STATE, Patch
 from peft_multibatch.routing import Router
 
@@ -21,6 +23,9 @@ class Survey:
 
     Attributes:
         layers: each layer, once wherever it is shared, and its name in the model.
+
+    Raises:
+        UnsupportedError: a part of the model is wrapped so that layers don't hold their weights as they compute.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,14 +33,27 @@ class Survey:
         self._seen: set[nn.Module] = set()
         self._dicts: list[dict] = []  # of the children of all modules that aren't PEFT layers
         self._children: list[tuple] = []
+        self._modules = [model]
         self._visit(model, "")
+        self._types = list(map(type, self._modules))  # which fully_shard changes
+        if any(isinstance(module, shards.FLATTENED) for module in self._modules):
+            raise UnsupportedError(
+                "a part of the model is wrapped in FullyShardedDataParallel, which flattens weights: expected FSDP2, "
+                "which keeps them apart. Use torch.distributed.fsdp.fully_shard, or fsdp_version 2 in accelerate."
+            )
         self._held = self._read()
 
     def holds(self) -> bool:
         """Whether all modules still have the children that they had, and LoRA layers the dictionaries."""
-        return list(map(tuple, map(dict.values, self._dicts))) == self._children and all(
-            map(operator.is_, self._read(), self._held)
+        return (
+            list(map(tuple, map(dict.values, self._dicts))) == self._children
+            and all(map(operator.is_, self._read(), self._held))
+            and list(map(type, self._modules)) == self._types
         )
+
+    def is_gathered(self) -> bool:
+        """Whether FSDP shards any part of the model, and gathers its weights when it runs."""
+        return any(isinstance(module, shards.GATHERED) for module in self._modules)
 
     def _read(self) -> list[Any]:
         return [
@@ -52,6 +70,7 @@ class Survey:
             if child is None or child in self._seen:
                 continue
             self._seen.add(child)
+            self._modules.append(child)
             if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 self.layers[child] = prefix + key
             else:

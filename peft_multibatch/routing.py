@@ -19,6 +19,7 @@ from peft_multibatch.errors import ModelStateError
 from peft_multibatch.graphs import Graph
 from peft_multibatch.ids import Entry, slots_of
 from peft_multibatch.mix import Call, Mix
+from peft_multibatch.shards import Split, check_same
 
 
 class Router:
@@ -28,6 +29,8 @@ class Router:
         kernels: the module ``ops.triton_backend``, for tensors on a GPU, or None.
         names: adapter names by slot; None where an adapter was deleted.
         is_enabled: False once the model was disabled.
+        split: how tensor parallelism splits layers of the model, or None.
+        is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         call: the call in force on the thread or task that asks.
         graph: what compiled code sees instead.
     """
@@ -38,6 +41,8 @@ class Router:
         self.kernels = kernels
         self.names = names
         self.is_enabled = True
+        self.split: Split | None = None
+        self.is_gathered = False
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.graph = Graph(self)
@@ -133,6 +138,8 @@ class Router:
             ModelStateError: the block is left on another thread or task than it was entered on.
         """
         outer, call = self.call.get(), Call(self.mix(ids, checks), expands, packed)
+        if self.split is not None:
+            check_same(ids, self.names, self.split)
         token = self.call.set(call)
         try:
             self.graph.enter(call, outer)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.offload import loader, onloaded
 from peft_multibatch.shards import SHARDED, own, shard_of, split_of
 from peft_multibatch.tables import Part, Table, TableRows, dtype_of
 
@@ -69,7 +70,7 @@ class Adapter:
         """The adapter's weights in these layers, None where it has none.
 
         Raises:
-            ModelStateError: the weights are on the meta device, as accelerate's offloading leaves them.
+            ModelStateError: the weights are on the meta device, and nobody knows where their values are.
         """
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
 
@@ -99,7 +100,8 @@ class Adapter:
                 self._parts[layer] = None
                 return None
             module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
-            a, b = module_a._parameters.get("weight"), module_b._parameters.get("weight")
+            held = module_a._parameters.get("weight"), module_b._parameters.get("weight")
+            a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
             if a is None or b is None:
                 raise UnsupportedError(
                     f"the weights of adapter {name!r} are computed anew when they are read, as pruning and other "
@@ -118,8 +120,8 @@ class Adapter:
                 )
             if a.is_meta or b.is_meta:
                 raise ModelStateError(
-                    f"the weights of adapter {name!r} are on the meta device, as offloading leaves them between "
-                    "calls: expected them on a real device. Load the adapters without offloading."
+                    f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
+                    "expected them on a real device. Load all adapters first, and offload the model afterwards."
                 )
             self._module_dicts += modules_a, modules_b
             self._modules += module_a, module_b
@@ -133,7 +135,8 @@ class Adapter:
             self._sizes.append(a.numel())
             self._scaling_dicts.append(layer.scaling)
             self._scalings.append(scaling)
-            if isinstance(scaling, Tensor):  # written in place, which can't be seen from here
+            # written in place, or copied from where it was offloaded to: what changes there can't be seen from here
+            if isinstance(scaling, Tensor) or a is not held[0] or b is not held[1]:
                 self._is_volatile = True
             part = self._parts[layer] = Part(own(a), own(b), float(scaling))
         return part
@@ -201,6 +204,12 @@ class Bank:
             if not any(adapter.name in layer.lora_variant for adapter in adapters.values()):
                 found.append(None)
                 continue
+            if any(parameter.is_meta for parameter in layer.parameters()):
+                raise ModelStateError(
+                    "a layer with a DoRA adapter is offloaded, and DoRA reads base weights and magnitudes apart from "
+                    "their modules' forwards, which PEFT can't do there either: expected them on a real device. Leave "
+                    "layers with DoRA adapters out of what is offloaded."
+                )
             weight = dequantize_module_weight(layer.base_layer)
             weight = weight.t() if layer.fan_in_fan_out else weight
             rows = []
@@ -338,8 +347,11 @@ class Bank:
 
 
 def base_device(layer: LoraLayer) -> torch.device:
-    """Where the base layer's weights are, whatever they are called and however they are kept."""
+    """Where the base layer runs, whatever its weights are called and however they are kept."""
     base = layer.get_base_layer()
+    hook = loader(base)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
     return next(itertools.chain(base.parameters(), base.buffers())).device
 
 

@@ -17,7 +17,7 @@ from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEn
 from peft_multibatch.ids import resolve
 from peft_multibatch.mix import Call, Invocations
 from peft_multibatch.patch import STATE
-from peft_multibatch.places import replace
+from peft_multibatch.places import own_attribute, replace
 from peft_multibatch.segments import BASE
 
 
@@ -91,7 +91,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     function = getattr(type(module), method, None)
     if function is None:
         return lambda: None
-    own, owner = module.__dict__.get(method), weakref.ref(module)
+    attribute = own_attribute(module, method)
+    own, owner = module.__dict__.get(attribute), weakref.ref(module)
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
     def wrapper(self, *args, **kwargs):
@@ -155,7 +156,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
     wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return replace(module, method, types.MethodType(wrapper, module))
+    return replace(module, attribute, types.MethodType(wrapper, module))
 
 
 def with_requests(module: nn.Module) -> Callable[[], None]:
@@ -192,7 +193,7 @@ def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
     asked = [kwargs.get("cache_implementation"), *(getattr(each, "cache_implementation", None) for each in configs)]
     chosen = next((each for each in asked if each is not None), "")
     offloads = str(chosen).startswith("offloaded") or getattr(kwargs.get("past_key_values"), "offloading", False)
-    if offloads and model.device.type == "cuda":
+    if offloads and model.device.type != "cpu":
         raise UnsupportedError(
             "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
             "tokens than PEFT: expected a cache that stays on the GPU. Pass cache_implementation='dynamic' or "

@@ -82,7 +82,7 @@ class Group:
         bases = [layer.base_layer for layer in self.layers]
         biases = [base._parameters.get("bias") for base in bases]
         if any(type(base) is not nn.Linear or _is_hooked(base) or _is_quantized(base) for base in bases):
-            self.reason = "base weights apart: not all are plain linear layers"
+            self.reason = "base weights apart: not all are plain linear layers without hooks"
         elif len({_kind(base.weight, bias) for base, bias in zip(bases, biases)}) > 1:
             self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
         elif len({parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)}) < len(
@@ -112,7 +112,12 @@ class Group:
         self.reason = self.reason or reason
 
     def check_weights(self) -> None:
-        """Part base weights that aren't what was put side by side any more, or that somebody wants to hook."""
+        """Part base weights that aren't what was put side by side any more, or that somebody wants to hook.
+
+        And let layers run by themselves that accelerate hooked: their weights may not be there before their turn.
+        """
+        if not self.is_split and any("_hf_hook" in layer.__dict__ for layer in self.layers):
+            self.split("accelerate's hooks have to run before each projection")
         if self._weight is not None and (
             self._find() != self._addresses or any(_is_hooked(layer.base_layer) for layer in self.layers)
         ):

@@ -77,6 +77,12 @@ class Survey:
                 self._visit(child, f"{prefix}{key}.")
 
 
+def own_attribute(module: nn.Module, method: str) -> str:
+    """Where the method is that calls arrive at behind accelerate's hooks, which move inputs and weights before."""
+    # put in front of the hooks, ours would go with them when somebody removes them or adds others
+    return "_old_forward" if method == "forward" and {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else method
+
+
 def replace(module: nn.Module, attribute: str, method: Callable) -> Callable[[], None]:
     """Set an instance attribute and return what undoes it, also where somebody else moved it in the meantime."""
     attributes = module.__dict__
@@ -118,8 +124,7 @@ class Place:
         attributes = self.module.__dict__
         if getattr(attributes.get("forward"), "__func__", None) in handlers.ALL and attributes.get(STATE) is None:
             del attributes["forward"]  # of a copy: what was put there belongs to the original
-        # accelerate's hooks call the forward that they found, under this name, after moving inputs and weights
-        attribute = "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
+        attribute = own_attribute(self.module, "forward")
         bank = Bank([self.module]) if self.handler is handlers.linear else None
         attributes[STATE] = Patch(self.name, router, getattr(self.module, attribute), bank)
         self._undo = replace(self.module, attribute, types.MethodType(self.handler, self.module))

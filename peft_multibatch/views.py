@@ -11,16 +11,21 @@ from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     LoraLayer,
+    ModulesToSaveWrapper,
     TrainableTokensWrapper,
     lora,
 )
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.offload import are_loaded_when_called
 from peft_multibatch.segments import BASE
 
 
 if TYPE_CHECKING:
     from peft_multibatch.ids import Entry
     from peft_multibatch.patch import Patch
+
+# Layers that read no parameter but through the forward of the module that holds it, as long as no variant does.
+CALLS_ITS_PARTS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, ModulesToSaveWrapper)
 
 
 def view_for(layer: Any, entry: Entry, patch: Patch) -> Any:
@@ -64,10 +69,13 @@ def single_adapter_view(layer: nn.Module, name: str | list[str] | None, weights:
         name: the adapter, or the adapters of a mixture.
         weights: of a mixture, what each adapter counts beside its scaling.
     """
-    if any(parameter.is_meta for parameter in layer.parameters()):
+    if any(parameter.is_meta for parameter in layer.parameters()) and not (
+        type(layer) in CALLS_ITS_PARTS and not getattr(layer, "lora_variant", None) and are_loaded_when_called(layer)
+    ):
         raise ModelStateError(
-            f"parameters of a {type(layer).__name__} are on the meta device, as offloading leaves them between calls: "
-            "expected them on a real device. Load the model without offloading."
+            f"parameters of a {type(layer).__name__} are on the meta device, as offloading leaves them between calls, "
+            "and it reads them without calling their modules: expected them on a real device. Leave this layer out of "
+            "what is offloaded."
         )
     view: Any = copy.copy(layer)
     view._disable_adapters = name is None

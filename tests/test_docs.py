@@ -26,8 +26,9 @@ def test_snippets_run(page, capsys):
         exec(compile(snippet, str(page), "exec"), names)
 
 
-# train_adapters.py downloads texts and trains for minutes
-EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "train_adapters"]
+# train_adapters.py downloads texts and trains for minutes; test_ray.py runs ray_batch_inference.py with a small model
+ELSEWHERE = ("train_adapters", "ray_batch_inference")
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

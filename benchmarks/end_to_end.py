@@ -44,21 +44,20 @@ ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a t
 console = Console(width=150)
 
 
-def build(num_adapters: int, rank: int, layers: int) -> tuple[LlamaForCausalLM, peft.PeftModel]:
-    """The base model and a model of its own with adapters, both on the GPU."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        eos_token_id=None,
-        pad_token_id=0,
-        dtype=torch.bfloat16,
-    )
+def build(
+    num_adapters: int, rank: int, layers: int, device: str | torch.device = "cuda", **sizes: int
+) -> tuple[LlamaForCausalLM, peft.PeftModel]:
+    """The base model and a model of its own with adapters, both on the device: an 8B Llama's sizes, or given ones."""
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    } | sizes
+    config = LlamaConfig(num_hidden_layers=layers, eos_token_id=None, pad_token_id=0, dtype=torch.bfloat16, **sizes)
     models = []
-    with torch.device("cuda"):
+    with torch.device(device):
         for _ in range(2):
             torch.manual_seed(0)
             models.append(LlamaForCausalLM(config).to(torch.bfloat16).eval())
@@ -216,7 +215,7 @@ def versions(commit: str) -> dict[str, str]:
     if not commit:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,

@@ -1,0 +1,331 @@
+"""A file of prompts, each with its adapter, completed by as many processes as there are GPUs.
+
+    accelerate launch --num_processes 2 examples/accelerate_generate.py --input prompts.jsonl --out answers.jsonl \\
+        --model path/to/model --adapter sql=path/to/sql --adapter poet=path/to/poet
+    python examples/accelerate_generate.py    # a trial: the demo's model and prompts, compared with PEFT
+
+A line of the input is `{"prompt": "LOVE, n.", "adapter": "devil"}`, where null stands for the base model; other keys
+are kept. Without `--model` it is SmolLM2-135M with the three adapters of the demo. On a machine without GPUs, start
+processes with `accelerate launch --multi_gpu --num_processes 2`: given `--cpu`, accelerate starts only one.
+
+Every process appends the rows that it finished to a file of its own in OUT.partial. After an interruption the same
+command, with any number of processes, does what is missing. At the end the first process writes OUT, in the order of
+the input; OUT.job.json says what made it. All processes must see these files, on several machines as well.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import torch
+import typer
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, tqdm
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import peft_multibatch
+from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
+from peft_multibatch.demo.run import ADAPTERS, PROMPTS
+
+
+def named_paths(adapters: list[str]) -> dict[str, str]:
+    """Adapters by name."""
+    found: dict[str, str] = {}
+    for each in adapters:
+        name, _, path = each.partition("=")
+        if not path or name in ("", "__base__", *found):
+            raise SystemExit(f"--adapter {each}: expected NAME=PATH, with a name that no other adapter has.")
+        found[name] = path
+    return found
+
+
+def read_requests(path: Path, adapters: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of the input, after all of them were checked."""
+    requests = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
+        except ValueError as error:
+            raise SystemExit(f"{path}, line {number}: expected JSON, one object a line, but {error}.") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise SystemExit(f'{path}, line {number}: expected an object with a "prompt" that is a text, not empty.')
+        if "completion" in row:
+            raise SystemExit(f'{path}, line {number}: has a "completion" already, which the answer would replace.')
+        if "adapter" not in row or row["adapter"] not in [None, *adapters]:
+            raise SystemExit(
+                f'{path}, line {number}: "adapter" is {row.get("adapter", "missing")!r}: expected one of '
+                f"{', '.join(adapters)}, or null for the base model. Pass --adapter NAME=PATH for others."
+            )
+        requests.append(row)
+    return requests
+
+
+def state_of(path: str) -> Any:
+    """What shows that a model or adapter on the disk was changed."""
+    if not Path(path).is_dir():
+        return path
+    stats = {file.name: file.stat() for file in sorted(Path(path).iterdir()) if file.is_file()}
+    return [path, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())]
+
+
+def begin(job: dict[str, Any], out: Path) -> Path:
+    """Write down what the job is, or check that what is there belongs to the same one. The folder for its parts."""
+    note, parts = (out.with_name(out.name + ending) for ending in (".job.json", ".partial"))
+    if note.exists():
+        before = json.loads(note.read_text())
+        differ = [key for key in job if before.get(key) != job[key]]
+        if differ:
+            raise SystemExit(
+                f"{note} is of a job that differs in: {', '.join(differ)}. Expected the same job, because its rows "
+                f"and new ones would be mixed. Choose another --out, or remove {note}, {parts} and {out}."
+            )
+    elif out.exists() or parts.exists():
+        raise SystemExit(
+            f"{out if out.exists() else parts} is there, and no {note} that says what made it: expected neither. "
+            "Choose another --out, or remove it."
+        )
+    else:
+        replace(note, json.dumps(job, indent=1))
+    if out.exists():
+        shutil.rmtree(parts, ignore_errors=True)  # where it was interrupted between the last two steps
+    else:
+        parts.mkdir(exist_ok=True)
+    return parts
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def finished(parts: Path) -> dict[int, str]:
+    """Completions by row, of all processes of all runs. A line that was cut off is no row."""
+    found: dict[int, str] = {}
+    for path in sorted(parts.glob("rank-*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                row = json.loads(line)
+                found.setdefault(row["row"], row["completion"])
+    return found
+
+
+def missing_rows(requests: list[dict[str, Any]], found: dict[int, str]) -> list[dict[str, Any]]:
+    return [
+        {"row": index, "prompt": row["prompt"], "adapter": row["adapter"] or "__base__"}
+        for index, row in enumerate(requests)
+        if index not in found
+    ]
+
+
+def merge(requests: list[dict[str, Any]], parts: Path, out: Path) -> None:
+    """Write the output in the order of the input, and remove what it was put together from."""
+    found = finished(parts)
+    if missing := missing_rows(requests, found):  # where processes of an earlier run were still writing, too
+        raise SystemExit(f"{len(missing)} rows are missing. Start the same command again for them.")
+    answers = ({**row, "completion": found[index]} for index, row in enumerate(requests))
+    replace(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    shutil.rmtree(parts, ignore_errors=True)
+    print(f"{out}: {len(requests)} rows")
+
+
+@contextmanager
+def part_of(rank: int, parts: Path) -> Iterator[BinaryIO]:
+    """The file of one process, locked, without the line in which it was interrupted."""
+    path = parts / f"rank-{rank}.jsonl"
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"{path} is being written by another process: expected one run of a job at a time. Wait until it has "
+                "ended."
+            ) from None
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield file
+
+
+def append(part: BinaryIO, rows: list[dict[str, Any]], completions: list[str]) -> None:
+    for row, completion in zip(rows, completions):
+        part.write(json.dumps({"row": row["row"], "completion": completion}).encode() + b"\n")
+    part.flush()
+    os.fsync(part.fileno())
+
+
+class Progress:
+    """Rows that all processes have finished, for the bar of the main process; reads only what is new."""
+
+    def __init__(self, parts: Path, total: int) -> None:
+        self.parts, self.read = parts, dict[Path, int]()
+        self.bar = tqdm(total=total, unit="row")
+        self.update()
+
+    def update(self) -> int:
+        new = 0
+        for path in self.parts.glob("rank-*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self.read.setdefault(path, 0))
+                data = file.read()
+            new += data.count(b"\n")
+            self.read[path] += data.rfind(b"\n") + 1
+        self.bar.update(new)
+        return new
+
+    def wait(self, patience: float) -> None:
+        """Until all rows are there. Other processes may be slower, but not stand still."""
+        last = time.monotonic()
+        while self.bar.n < self.bar.total:
+            time.sleep(0.2)
+            if self.update():
+                last = time.monotonic()
+            elif time.monotonic() - last > patience:
+                raise SystemExit(
+                    f"{self.bar.total - self.bar.n} rows of other processes are missing, and none came for "
+                    f"{patience:g} seconds. Start the same command again for them, with a larger --patience if a "
+                    "batch takes longer."
+                )
+        self.bar.close()
+
+
+def in_shares(rows: list[dict[str, Any]], processes: int, group_by_adapter: bool) -> list[dict[str, Any]]:
+    """Rows in an order whose equal parts are the processes' shares: long prompts first, or adapter by adapter."""
+    rows = sorted(rows, key=lambda row: -len(row["prompt"]))  # memory that doesn't suffice shows at once
+    if group_by_adapter:
+        return sorted(rows, key=lambda row: row["adapter"])
+    return [row for rank in range(processes) for row in rows[rank::processes]]
+
+
+def load(model: str, adapters: dict[str, str], dtype: str, device: torch.device) -> tuple[PeftModel, Any]:
+    if model:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    else:
+        loaded, tokenizer = load_model(torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    peft_model = None
+    for name, path in adapters.items():
+        if peft_model is None:
+            peft_model = PeftModel.from_pretrained(loaded, path, adapter_name=name)
+        else:
+            peft_model.load_adapter(path, adapter_name=name)
+    return peft_model.to(device).eval(), tokenizer
+
+
+def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **ids: Any) -> list[str]:
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **ids)
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def compare(model: Any, tokenizer: Any, out: Path, max_new_tokens: int) -> None:
+    """Print every row, and hold it to what PEFT says for it alone."""
+    peft_multibatch.disable(model)
+    for row in map(json.loads, out.read_bytes().splitlines()):
+        if row["adapter"] is None:
+            with model.disable_adapter():
+                alone = complete(model, tokenizer, [row["prompt"]], max_new_tokens)
+        else:
+            model.set_adapter(row["adapter"])
+            alone = complete(model, tokenizer, [row["prompt"]], max_new_tokens)
+        assert alone == [row["completion"]], (alone, row)
+        print(f"{row['prompt']!r}, adapter {row['adapter']}: {row['completion']!r}, as PEFT says")
+
+
+def trial_files() -> tuple[Path, Path]:
+    """The demo's prompts as an input, and a place for the output."""
+    folder = Path(tempfile.mkdtemp())
+    rows = ({"prompt": prompt, "adapter": None if name == "__base__" else name} for name, prompt in PROMPTS)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "prompts.jsonl", folder / "answers.jsonl"
+
+
+def main(
+    input: Path | None = None,
+    out: Path | None = None,
+    model: str = "",
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH, once for every adapter")] = None,
+    dtype: str = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    group_by_adapter: Annotated[bool, typer.Option("--group-by-adapter", help="fewer adapters in a batch")] = False,
+    patience: Annotated[float, typer.Option(help="seconds to wait for a sign of other processes")] = 1800,
+    cpu: Annotated[bool, typer.Option("--cpu")] = False,
+) -> None:
+    """Complete the prompts of INPUT, each with its adapter, into OUT."""
+    trial = out is None
+    if (input is None) != trial or bool(model) != bool(adapter) or (trial and model):
+        raise SystemExit("expected --input with --out, and --model with --adapter, or none of them for a trial.")
+    logging.disable_progress_bar()
+    adapters = named_paths(adapter or [f"{name}={ADAPTERS_DIR / name}" for name in ADAPTERS])
+    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+
+    # What is missing is decided once, by one process. From then on none waits in a collective for a peer that died.
+    plan: list[Any] = [None]
+    if state.is_main_process:
+        if input is None or out is None:
+            input, out = trial_files()
+        requests = read_requests(input, adapters)
+        job = {
+            "input": hashlib.sha256(input.read_bytes()).hexdigest(),
+            "model": state_of(model),
+            "adapters": {name: state_of(path) for name, path in adapters.items()},
+            "dtype": dtype,
+            "max_new_tokens": max_new_tokens,
+        }
+        parts = begin(job, out)
+        if out.exists():
+            print(f"{out} is finished: nothing to do")
+        else:
+            missing = missing_rows(requests, finished(parts))
+            plan = [(parts, in_shares(missing, state.num_processes, group_by_adapter))]
+    broadcast_object_list(plan)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    if plan[0] is None:
+        return
+
+    parts, missing = plan[0]
+    with state.split_between_processes(missing) as share:
+        mine = share
+    if not mine and not state.is_main_process:
+        return
+    with part_of(state.process_index, parts) as part:
+        progress = Progress(parts, len(requests)) if state.is_main_process else None
+        if mine:
+            loaded, tokenizer = load(model, adapters, dtype, state.device)
+            peft_multibatch.enable(loaded)
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            prompts, ids = [row["prompt"] for row in batch], [row["adapter"] for row in batch]
+            append(part, batch, complete(loaded, tokenizer, prompts, max_new_tokens, adapter_ids=ids))
+            if progress is not None:
+                progress.update()
+        if progress is None:
+            return
+        progress.wait(patience)
+        merge(requests, parts, out)
+    if trial:
+        compare(loaded, tokenizer, out, max_new_tokens)
+        shutil.rmtree(out.parent)
+
+
+if __name__ == "__main__":
+    typer.run(main)

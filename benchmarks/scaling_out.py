@@ -5,13 +5,15 @@
 
 For every number of processes it starts itself with `accelerate launch`. Every process has a copy of the model of
 end_to_end.py and as many rows as in any other run. In a mixed batch as many adapters meet as there are; grouped, rows
-are sorted by adapter before they are put into batches, as `accelerate_generate.py --group-by-adapter` does. Before
+are sorted by adapter before they are put into batches, as `accelerate_generate.py --group-by-adapter` does. Eager, the
+host decides how fast it goes; with a static cache transformers compiles the decode step, and the GPU does. Before
 anything is timed, tokens of a mixed batch must be those of PEFT one adapter at a time, in float32. A round begins when
 all processes are ready and ends with the slowest.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -40,6 +42,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 MIXED, GROUPED, BASE = "mixed", "grouped by adapter", "base model"
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -67,12 +70,12 @@ def check(model: Any, prompts: torch.Tensor, names: list[str], new_tokens: int =
     model.to(dtype)
 
 
-def seconds(state: PartialState, model: Any, batches: list[tuple[torch.Tensor, Any]], new_tokens: int) -> float:
+def seconds(state: PartialState, model: Any, batches: list[tuple[torch.Tensor, Any]], **options: Any) -> float:
     """From when all processes are ready to when the slowest has finished."""
     state.wait_for_everyone()
     begin = time.perf_counter()
     for prompts, ids in batches:
-        model.generate(input_ids=prompts, adapter_ids=ids, max_new_tokens=new_tokens, do_sample=False)
+        model.generate(input_ids=prompts, adapter_ids=ids, do_sample=False, **options)
     if state.device.type == "cuda":
         torch.cuda.synchronize()
     return max(gather_object([time.perf_counter() - begin]))
@@ -92,7 +95,8 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     peft_multibatch.enable(model)
 
     records = []
-    for count in counts:
+    for cache, count in itertools.product(job["caches"], counts):
+        options = CACHES[cache] | {"max_new_tokens": job["new_tokens"]}
         names = [f"adapter{row % count}" for row in range(job["rows"])]
         orders = {MIXED: names, GROUPED: sorted(names), BASE: ["__base__"] * len(names)}
         ways = {}
@@ -100,16 +104,17 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
             starts = range(0, len(ids), job["batch"])
             parts = [slice(start, start + job["batch"]) for start in starts]
             ways[way] = [(prompts[part], ids[part]) for part in parts]
-            seconds(state, model, ways[way][:1], job["new_tokens"])  # warm-up
+            seconds(state, model, ways[way][:1], **options)  # warm-up
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(job["rounds"]):
             for way, batches in ways.items():
-                times[way].append(seconds(state, model, batches, job["new_tokens"]))
+                times[way].append(seconds(state, model, batches, **options))
         tokens = state.num_processes * job["rows"] * job["new_tokens"]
         for way, batches in ways.items():
             records.append(
                 {
                     "processes": state.num_processes,
+                    "cache": cache,
                     "adapters": count,
                     "way": way,
                     "adapters_per_batch": round(statistics.mean(len(set(ids)) for _, ids in batches), 1),
@@ -143,10 +148,10 @@ def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    shown = [record for record in records if record["efficiency"]]
+    records = [record for record in records if record["efficiency"]]
     figure, axis = plt.subplots(figsize=(7, 4))
-    labels = [f"{each['processes']} × {each['way']}, {each['adapters']} adapters" for each in shown]
-    axis.barh(labels, [each["tokens_per_s"] for each in shown])
+    labels = [f"{each['processes']} × {each['way']}, {each['cache']} cache" for each in records]
+    axis.barh(labels, [each["tokens_per_s"] for each in records])
     axis.set_xlabel("new tokens per second, all processes")
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7)
@@ -156,8 +161,9 @@ def plot(records: list[dict], path: Path) -> None:
 
 def main(
     processes: str = "1,2",
-    adapters: str = "8,32",
-    rows: int = 128,
+    adapters: str = "32",
+    caches: str = "dynamic,static",
+    rows: int = 512,
     batch: int = 32,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
@@ -171,6 +177,7 @@ def main(
     """Measure every number of PROCESSES, the first of which is what the others are compared with."""
     job = {
         "adapters": [int(count) for count in adapters.split(",")],
+        "caches": caches.split(","),
         "rows": rows,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
@@ -181,11 +188,11 @@ def main(
         "tiny": tiny,
     }
     records: list[dict[str, Any]] = []
-    alone: dict[tuple[int, str], float] = {}
+    alone: dict[tuple[str, int, str], float] = {}
     for number in map(int, processes.split(",")):
         for record in launch(number, job):
             each = record["tokens_per_s"] / number
-            first = alone.setdefault((record["adapters"], record["way"]), each)
+            first = alone.setdefault((record["cache"], record["adapters"], record["way"]), each)
             records.append(record | {"efficiency": round(each / first, 3)})
         write([record | versions(commit) for record in records], out, plot)
     table = Table(*records[0])

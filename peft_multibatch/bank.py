@@ -158,7 +158,7 @@ class Bank:
     """
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        self.key = next(_keys)
+        self.key = f"bank {next(_keys)}"  # a number might become a variable of a graph
         self.layers = tuple(layers)
         self.splits = [split_of(layer) for layer in layers]
         self.is_split = any(self.splits)

@@ -91,7 +91,7 @@ class Graph:
         return True
 
     @torch._dynamo.assume_constant_result
-    def arm_kernels(self, key: int, device: str) -> bool:
+    def arm_kernels(self, key: str, device: str) -> bool:
         """From now on there is a graph of kernels that reads this bank on this device."""
         call = self._router.call.get()
         with self._lock:

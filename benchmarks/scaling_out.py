@@ -148,7 +148,6 @@ def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    records = [record for record in records if record["efficiency"]]
     figure, axis = plt.subplots(figsize=(7, 4))
     labels = [f"{each['processes']} × {each['way']}, {each['cache']} cache" for each in records]
     axis.barh(labels, [each["tokens_per_s"] for each in records])

@@ -127,8 +127,9 @@ def main(
     prompts = [torch.randint(1, 128000, (length,), generator=generator).tolist() for length in lengths]
     known = versions(commit)
     records = []
-    baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
     for count in track(counts, description="adapters", console=console):
+        # beside every other one, because hosts aren't equally fast all the time
+        baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
         names = [f"adapter{index % count}" for index in range(requests)]
         mb = peft_multibatch.enable(model)
         session = mb.continuous_batching(**options())
@@ -153,8 +154,8 @@ def main(
                 | {"× base": round(ratio, 3), "graphs": graphs, "async": asynchronous}
                 | known
             )
-            console.print(records[-1])
-    write(records, out, plot)
+            console.print(f"{count} adapters, {way}: {', '.join(f'{each:.2f}' for each in times)} s")
+        write(records, out, plot)
     table = Table("adapters", "way", "new tokens / s", "of the base model")
     for record in records:
         table.add_row(str(record["adapters"]), record["way"], str(record["tokens_per_s"]), str(record["× base"]))

@@ -192,7 +192,10 @@ def test_mixed_batch(kind):
     assert len(calls) == 1
     assert_close(actual, expected, dtype_of(kind))
     assert_close(actual - base, expected - base, dtype_of(kind))
-    assert torch.equal(actual[2], base[2])
+    if kind == "bitsandbytes 8-bit":  # looks for outlier columns in the whole batch, so that rows depend on others
+        assert_close(actual[2], base[2], dtype_of(kind))
+    else:
+        assert torch.equal(actual[2], base[2])
 
 
 def test_gradients(kind):

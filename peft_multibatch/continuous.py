@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 CHECKS = 4
 """Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
 
+KEPT = 4096
+"""Entries of which something is remembered. There are as many as there are mixtures, which nobody can count."""
+
 
 class AdapterBatchingManager(ContinuousBatchingManager):
     """transformers' manager of continuous batching, whose requests name their adapters.
@@ -77,7 +80,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
         self._queue = FairQueue()
         self._versions: defaultdict[int, int] = defaultdict(int)
-        self._salts: dict[tuple, int] = {}
+        self._salts: dict[tuple, int] = {}  # the one that was used last is the last
+        self._next_salt = itertools.count(1)
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
@@ -338,7 +342,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
         if entry == BASE or len(tokens) < 2:  # no block is that short
             return tokens
-        salt = self._salts.setdefault((entry, self._versions_of(entry)), len(self._salts) + 1)
+        key = entry, self._versions_of(entry)
+        salt = self._salts[key] = self._salts.pop(key, 0) or next(self._next_salt)
+        if len(self._salts) > KEPT:  # whoever comes again finds no prefixes, and that is all
+            del self._salts[next(iter(self._salts))]
         vocabulary = self._vocabulary()
         high, low = divmod(salt, (2**31 - 1) // vocabulary - 1)
         return [tokens[0] + vocabulary * low, tokens[1] + vocabulary * high, *tokens[2:]]
@@ -420,6 +427,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 self._check_entry(entry)
             except MultibatchError as caught:
                 return caught
+            if len(self._checked) >= KEPT:
+                self._checked.clear()
             self._checked.add(key)
         tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
         if state.max_new_tokens is None:  # which ends when the cache is full

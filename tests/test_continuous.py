@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
-from peft_multibatch import errors
+from peft_multibatch import continuous, errors
 from peft_multibatch.turns import FairQueue
 
 
@@ -458,6 +458,24 @@ def test_an_adapter_that_is_replaced_without_a_word(enabled):
         with pytest.raises(errors.UnsupportedError, match="for the base model"), manager.changing("__base__"):
             pass
     assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
+
+
+def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
+    """One that comes again has lost its prefixes, and shares nobody else's."""
+    model, mb = enabled
+    monkeypatch.setattr(continuous, "KEPT", 3)
+    prompt = [9] * 40
+    entries = [{"three": 0.1 * weight, "eight": 0.5} for weight in range(1, 6)]
+    entries += entries[:1] + entries[4:]
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        found = []
+        for entry in entries:
+            manager.add_request(prompt, adapter_id=entry)
+            (output,) = results(manager, 1).values()
+            found.append(output.generated_tokens)
+        assert len(manager._salts) == 3 and len(manager._checked) <= 3
+        assert 0 < manager.prefix_hits < len(prompt)  # of the last alone
+    assert found == row_by_row(model, [prompt] * len(entries), entries)
 
 
 def test_an_adapter_that_is_replaced_while_a_request_runs(enabled):

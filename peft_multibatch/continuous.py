@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from peft_multibatch.calls import check_requests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
 from peft_multibatch.patch import STATE
+from peft_multibatch.prefixes import KEPT, Prefixes
 from peft_multibatch.segments import BASE
 from peft_multibatch.turns import KEY, FairQueue, entry_of, has_begun
 from peft_multibatch.views import get_base, view_for
@@ -39,14 +40,10 @@ from peft_multibatch.views import get_base, view_for
 
 if TYPE_CHECKING:
     from peft_multibatch.attach import Multibatch
-    from peft_multibatch.bank import Adapter
 
 
 CHECKS = 4
 """Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
-
-KEPT = 4096
-"""Entries of which something is remembered. There are as many as there are mixtures, which nobody can count."""
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -79,9 +76,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._router = handle._router
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
         self._queue = FairQueue()
-        self._versions: defaultdict[int, int] = defaultdict(int)
-        self._salts: dict[tuple, int] = {}  # the one that was used last is the last
-        self._next_salt = itertools.count(1)
+        self._prefixes = Prefixes(self._vocabulary())
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
@@ -89,7 +84,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._longest = 0  # tokens of a request that fits into the cache
         self._held: Counter[int] = Counter()  # slots whose requests may not begin, and how many changes wait for them
         self._positions: int | None = None  # learned positions, beyond which a model has none
-        self._seen: dict[int, Adapter] = {}  # adapters as they were when requests last ran under them
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # of the model, under which no request can run
         self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
@@ -215,8 +209,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     yield
                 finally:
                     self._changing.remove(threading.get_ident())
-                    for slot in slots:
-                        self._versions[slot] += 1
+                    self._prefixes.renew(slots)
                     self._held -= Counter(slots)
                     self._forget_graphs()
         finally:
@@ -285,7 +278,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 with _on(io.compute_stream), routing as call:
                     if not (self._uses_graphs and self._router.graph.contended):
                         call.inside = True
-                        self._see(call.mix.adapters)
+                        self._prefixes.see(call.mix.adapters)
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
@@ -319,8 +312,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
         def salted_search(request_id: str, prompt_ids: list[int]) -> int:
             state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
-            self._see(self._router.adapters(slots_of(entry_of(state))))
-            found = search(request_id, self._salted(prompt_ids, entry_of(state)))
+            self._prefixes.see(self._router.adapters(slots_of(entry_of(state))))
+            found = search(request_id, self._prefixes.salted(prompt_ids, entry_of(state)))
             self.prefix_hits += found
             return found
 
@@ -332,34 +325,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 return
             salted = copy.copy(state)
             # a prompt of one token fills its first block with what was generated
-            salted.initial_tokens = self._salted(state.initial_tokens + state.generated_tokens, entry_of(state))
+            tokens = state.initial_tokens + state.generated_tokens
+            salted.initial_tokens = self._prefixes.salted(tokens, entry_of(state))
             salted.generated_tokens = []
             mark(salted, *args)
 
         return salted_mark
-
-    def _salted(self, tokens: list[int], entry: Entry) -> list[int]:
-        """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
-        if entry == BASE or len(tokens) < 2:  # no block is that short
-            return tokens
-        key = entry, self._versions_of(entry)
-        salt = self._salts[key] = self._salts.pop(key, 0) or next(self._next_salt)
-        if len(self._salts) > KEPT:  # whoever comes again finds no prefixes, and that is all
-            del self._salts[next(iter(self._salts))]
-        vocabulary = self._vocabulary()
-        high, low = divmod(salt, (2**31 - 1) // vocabulary - 1)
-        return [tokens[0] + vocabulary * low, tokens[1] + vocabulary * high, *tokens[2:]]
-
-    def _versions_of(self, entry: Entry) -> tuple[int, ...]:
-        return tuple(self._versions[slot] for slot in slots_of(entry))
-
-    def _see(self, adapters: Mapping[int, Adapter]) -> None:
-        """Give an adapter another version where it was replaced without a word."""
-        for slot, adapter in adapters.items():
-            seen = self._seen.get(slot)
-            if seen is not adapter:
-                self._seen[slot] = adapter
-                self._versions[slot] += seen is not None and not seen.holds()
 
     def _has_begun(self, slots: set[int]) -> bool:
         """Whether a request that has begun needs one of these slots."""
@@ -384,11 +355,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         scheduler = processor.scheduler
         self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
         states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
-        now = self._problem, self._is_disabled, [*self._handle._names], {**self._versions}
+        now = self._problem, self._is_disabled, [*self._handle._names], {**self._prefixes.versions}
         if now == self._then:  # what could run then can run now; not so those without an end
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
         else:
-            self._seen = {slot: seen for slot, seen in self._seen.items() if self._handle._names[slot] is not None}
+            self._prefixes.forget(self._handle._names)
         self._then = now
         self._new.clear()
         for state in states:
@@ -421,7 +392,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
                 "to another one."
             )
-        key = entry, self._versions_of(entry)
+        key = entry, self._prefixes.version(entry)
         if key not in self._checked:  # what came into the adapter's place needn't be able to run here
             try:
                 self._check_entry(entry)

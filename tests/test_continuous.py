@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
-from peft_multibatch import continuous, errors
+from peft_multibatch import continuous, errors, prefixes
 from peft_multibatch.turns import FairQueue
 
 
@@ -463,7 +463,8 @@ def test_an_adapter_that_is_replaced_without_a_word(enabled):
 def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
     """One that comes again has lost its prefixes, and shares nobody else's."""
     model, mb = enabled
-    monkeypatch.setattr(continuous, "KEPT", 3)
+    for module in (continuous, prefixes):
+        monkeypatch.setattr(module, "KEPT", 3)
     prompt = [9] * 40
     entries = [{"three": 0.1 * weight, "eight": 0.5} for weight in range(1, 6)]
     entries += entries[:1] + entries[4:]
@@ -473,7 +474,7 @@ def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
             manager.add_request(prompt, adapter_id=entry)
             (output,) = results(manager, 1).values()
             found.append(output.generated_tokens)
-        assert len(manager._salts) == 3 and len(manager._checked) <= 3
+        assert len(manager._prefixes._salts) == 3 and len(manager._checked) <= 3
         assert 0 < manager.prefix_hits < len(prompt)  # of the last alone
     assert found == row_by_row(model, [prompt] * len(entries), entries)
 

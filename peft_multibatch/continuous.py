@@ -382,6 +382,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
         else:
             self._seen = {slot: seen for slot, seen in self._seen.items() if self._handle._names[slot] is not None}
+            self._checked = {key for key in self._checked if key[1] == self._versions_of(key[0])}
         self._then = now
         self._new.clear()
         for state in states:

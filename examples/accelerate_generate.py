@@ -75,7 +75,7 @@ def read_requests(path: Path, adapters: dict[str, str]) -> list[dict[str, Any]]:
 
 def state_of(path: str) -> Any:
     """What shows that a model or adapter on the disk was changed."""
-    if not Path(path).is_dir():
+    if not path or not Path(path).is_dir():  # nothing stands for the demo's model, not for this folder
         return path
     stats = {file.name: file.stat() for file in sorted(Path(path).iterdir()) if file.is_file()}
     return [path, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())]
@@ -83,6 +83,8 @@ def state_of(path: str) -> Any:
 
 def begin(job: dict[str, Any], out: Path) -> Path:
     """Write down what the job is, or check that what is there belongs to the same one. The folder for its parts."""
+    if not out.parent.is_dir():
+        raise SystemExit(f"--out {out}: expected a file in a folder that is there.")
     note, parts = (out.with_name(out.name + ending) for ending in (".job.json", ".partial"))
     if note.exists():
         before = json.loads(note.read_text())
@@ -164,7 +166,7 @@ def part_of(rank: int, parts: Path) -> Iterator[BinaryIO]:
 
 
 def append(part: BinaryIO, rows: list[dict[str, Any]], completions: list[str]) -> None:
-    for row, completion in zip(rows, completions):
+    for row, completion in zip(rows, completions, strict=True):
         part.write(json.dumps({"row": row["row"], "completion": completion}).encode() + b"\n")
     part.flush()
     os.fsync(part.fileno())

@@ -14,7 +14,6 @@ the adapters; otherwise Ray begins one here. A worker that dies is started again
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_multibatch
 from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
 from peft_multibatch.demo.run import ADAPTERS, PROMPTS
+
+
+RETRIES = 3
+"""Ray's own default is to begin again for ever, also with a batch for which the memory never suffices."""
 
 
 class Writer:
@@ -77,10 +80,13 @@ def read_requests(path: Path, adapters: dict[str, str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
         except ValueError as error:
             raise SystemExit(f"{path}, line {number}: expected JSON, one object a line, but {error}.") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
             raise SystemExit(f'{path}, line {number}: expected an object with a "prompt" that is a text, not empty.')
+        if "completion" in row:
+            raise SystemExit(f'{path}, line {number}: has a "completion" already, which the answer would replace.')
         if "adapter" not in row or row["adapter"] not in [None, *adapters]:
             raise SystemExit(
                 f'{path}, line {number}: "adapter" is {row.get("adapter", "missing")!r}: expected one of '
@@ -104,6 +110,7 @@ def answer(
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=gpus_per_worker,
+        max_task_retries=RETRIES,
     )
     found = {row["row"]: row["completion"] for row in dataset.iter_rows()}  # in the order in which they are ready
     return [{**request, "completion": found[index]} for index, request in enumerate(requests)]
@@ -139,6 +146,8 @@ def main(
     trial = out is None
     if (input is None) != trial or bool(model) != bool(adapter) or (trial and model):
         raise SystemExit("expected --input with --out, and --model with --adapter, or none of them for a trial.")
+    if out is not None and not out.parent.is_dir():
+        raise SystemExit(f"--out {out}: expected a file in a folder that is there.")
     adapters = named_paths(adapter or [f"{name}={ADAPTERS_DIR / name}" for name in ADAPTERS])
     if input is None:
         requests = [{"prompt": text, "adapter": None if name == "__base__" else name} for name, text in PROMPTS[:4]]
@@ -158,9 +167,10 @@ def main(
         ray.shutdown()
 
     if out is not None:
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, encoding="utf-8", delete=False) as file:
+        unfinished = out.with_name(out.name + ".unfinished")
+        with unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-        os.replace(file.name, out)
+        os.replace(unfinished, out)
         print(f"{out}: {len(answers)} rows")
     if trial or compare:
         hold_to_peft(Writer(**writer), answers)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,14 @@ from transformers.utils import logging
 from peft_multibatch import layers as handlers
 from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, with_requests, wrap
 from peft_multibatch.compat import BaseTuner, PeftMixedModel, PeftModel
-from peft_multibatch.errors import BackendUnavailableError, ModelStateError, NotEnabledError, UnsupportedError
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    BackendUnavailableError,
+    ModelStateError,
+    MultibatchError,
+    NotEnabledError,
+    UnsupportedError,
+)
 from peft_multibatch.fusion import Group, find_groups
 from peft_multibatch.ids import check_live, resolve
 from peft_multibatch.mix import Call
@@ -26,7 +33,7 @@ from peft_multibatch.patch import STATE, check_state
 from peft_multibatch.places import Place, Survey
 from peft_multibatch.report import LayerReport, Report
 from peft_multibatch.routing import Router
-from peft_multibatch.shards import GATHERED
+from peft_multibatch.shards import GATHERED, check_same
 
 
 if TYPE_CHECKING:
@@ -226,10 +233,16 @@ class Multibatch:
 
     @contextmanager
     def _routing(self, adapter_ids: Any, expands: bool, samples: int | None = None) -> Iterator[Call]:
-        self._refresh()
-        slots = resolve(adapter_ids, self._names)
-        check_length(len(slots), samples)
-        self._check_state()
+        try:
+            self._refresh()
+            slots = resolve(adapter_ids, self._names)
+            check_length(len(slots), samples)
+            self._check_state()
+        except MultibatchError:
+            if self._router.split is not None:  # for whose sake the other ranks wait
+                with suppress(AdapterIdsError):
+                    check_same([None], self._names, self._router.split)
+            raise
         with self._router.routing(slots, expands) as call:
             yield call
 

@@ -360,6 +360,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
         else:
             self._prefixes.forget(self._handle._names)
+            self._checked = {key for key in self._checked if key[1] == self._prefixes.version(key[0])}
         self._then = now
         self._new.clear()
         for state in states:

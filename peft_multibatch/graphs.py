@@ -198,7 +198,7 @@ class Graph:
                     bank.sync([adapters.get(slot) for slot in range(mix.slots)])
             for bank, device in self._held.items():
                 if not bank.has_rows(mix.adapters, device, mix.slots):
-                    mix.tables(bank, device)
+                    bank.tables(mix.adapters, device, mix.slots)
                 if bank.hold(mix.adapters, device, self.is_captured):
                     for table in bank.held:
                         torch._dynamo.mark_static_address(table.rows)

@@ -140,6 +140,7 @@ def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) 
         inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
         if inner:
             raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
+    shards.check_parts(name, layer, advice)
     if is_gathered:
         shards.check_gathered(name, layer, advice)
     elif shards.is_sharded(layer):

@@ -48,7 +48,8 @@ class Router:
         self.graph = Graph(self)
         self._adapters: dict[int, Adapter] = {}
         self._last: Mix | None = None
-        self._turn = 0  # whose turn it is to be compared
+        self._turn = 0
+        self._turns: dict[int, int] = {}  # when each slot was compared last by a call that doesn't compare all
 
     def current(self) -> Call | Graph | None:
         """The call in force for the code that asks, or None where the model runs as PEFT alone would run it."""
@@ -86,15 +87,17 @@ class Router:
         Args:
             slots: which; all where they aren't given.
             checks: how many of them are compared with what PEFT holds; all where it isn't given. The others may be as
-                they were a few calls ago, because every call goes on where the last one stopped.
+                they were a few calls ago, because those come first that were compared longest ago.
         """
         if slots is None:
             slots = [slot for slot, name in enumerate(self.names) if name is not None]
         due = slots
         if checks is not None and checks < len(slots):
-            self._turn += checks
-            due = [slots[(self._turn + index) % len(slots)] for index in range(checks)]
-        if not all(self._adapters[slot].holds() for slot in due if slot in self._adapters):
+            self._turn += 1
+            due = sorted(slots, key=lambda slot: self._turns.get(slot, 0))[:checks]
+            self._turns.update(dict.fromkeys(due, self._turn))
+        known = [adapter for slot in due if (adapter := self._adapters.get(slot)) is not None]
+        if not all(adapter.holds() for adapter in known):
             # let go of the memory of all that moved, not only of those in use
             self._adapters = {slot: adapter for slot, adapter in list(self._adapters.items()) if adapter.holds()}
             self._last = None

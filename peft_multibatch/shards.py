@@ -110,6 +110,21 @@ def check(name: str, layer: Any, advice: str) -> None:
             )
 
 
+def check_parts(name: str, layer: nn.Module, advice: str) -> None:
+    """Raise where FSDP shards a part of a layer, which gathers its weights whenever it runs.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    inside = next((key for key, module in layer.named_modules() if key and isinstance(module, GATHERED)), None)
+    if inside is not None:
+        raise UnsupportedError(
+            f"{name} has a part that FSDP shards by itself ({inside}) and that runs as often as a batch has adapters, "
+            "so that ranks with different batches would put together different weights: expected whole layers of the "
+            f"model, such as decoder layers. Pass those to fully_shard. {advice}"
+        )
+
+
 def check_gathered(name: str, layer: Any, advice: str) -> None:
     """Raise where FSDP shards a layer that tensor parallelism splits as well.
 
@@ -174,7 +189,7 @@ def _is_hooked(base: nn.Module) -> bool:
 
 
 def check_same(ids: Sequence[Any], names: Sequence[str | None], split: Split) -> None:
-    """Raise on every rank where ranks that compute the same rows were given different ids.
+    """Raise on every rank where ranks that compute the same rows were given different ids, or one can't run its own.
 
     Raises:
         AdapterIdsError: they were.

@@ -225,6 +225,25 @@ def test_a_changed_adapter_is_another_job(saved, tmp_path):
     assert accelerate_generate.state_of(str(saved / "adapters" / "three")) != before
 
 
+def test_files_beside_the_job_are_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = accelerate_generate.state_of("")  # the demo's model, which is no folder
+    accelerate_generate.begin({"model": before}, Path("out.jsonl"))
+    accelerate_generate.begin({"model": accelerate_generate.state_of("")}, Path("out.jsonl"))
+
+
+def test_the_folder_of_the_output_is_there(saved, tmp_path):
+    input = write(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(SystemExit, match=r"nowhere/out\.jsonl: expected a file in a folder that is there"):
+        run(saved, input, tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_every_row_has_one_completion(tmp_path):
+    """Not so where a model's own generation config asks for several sequences."""
+    with accelerate_generate.part_of(0, tmp_path) as part, pytest.raises(ValueError, match="longer"):
+        accelerate_generate.append(part, [{"row": 0}], ["w1", "w2"])
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

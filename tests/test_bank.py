@@ -226,3 +226,34 @@ def test_memory_of_adapters_that_moved_is_let_go():
     logits(model, ["three"] * 6)
     gc.collect()
     assert [ref() for ref in before] == [None] * len(before)
+
+
+def test_adapters_that_are_compared_in_turns_all_have_one():
+    """Also where steps of more and of fewer adapters alternate, as requests come and go."""
+    model = peft_model()
+    for index in range(5):
+        model.add_adapter(f"more {index}", lora_configs()["eight"])
+    router = peft_multibatch.enable(model)._router
+    many, few = list(range(8)), list(range(5))
+    before = router.adapters(many)
+    for adapter in before.values():
+        adapter.parts([layer_of(model)])
+    last = layer_of(model).lora_B["more 4"]
+    last.weight = torch.nn.Parameter(last.weight * 2)
+    for step in range(8):
+        router.mix([few, many][step % 2], checks=4)
+    assert router.adapters(many, checks=0)[7] is not before[7]
+
+
+def test_adapters_that_another_thread_lets_go_of_are_read_again():
+    router = peft_multibatch.enable(peft_model())._router
+
+    class LetGo(dict):
+        def __contains__(self, slot):
+            found = super().__contains__(slot)
+            self.clear()
+            return found
+
+    before = router.adapters([0])
+    router._adapters = LetGo(before)
+    assert router.adapters([0])[0].name == before[0].name

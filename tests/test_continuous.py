@@ -496,6 +496,20 @@ def test_an_adapter_that_is_replaced_while_a_request_runs(enabled):
     assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
 
 
+def test_what_was_checked_of_old_versions_is_let_go(enabled):
+    """Adapters whose scaling is a tensor, as PEFT's compiled hot-swap makes it, count as new at every step."""
+    model, mb = enabled
+    for module in model.modules():
+        for name, scaling in getattr(module, "scaling", {}).items() if hasattr(module, "lora_A") else ():
+            module.scaling[name] = torch.tensor(float(scaling))
+    with mb.continuous_batching(
+        generation_config=generation(max_new_tokens=30), continuous_batching_config=settings()
+    ) as manager:
+        manager.add_request([9] * 40, adapter_id="eight")
+        results(manager, 1)
+        assert len(manager._checked) <= 2
+
+
 def test_requests_beyond_learned_positions_and_of_odd_numbers():
     model = peft_model("gpt2").to(DEVICE)  # 64 positions
     mb = peft_multibatch.enable(model)

@@ -196,6 +196,15 @@ def what_fsdp_cannot_run_is_refused(_, device):
     peft_multibatch.enable(model)
     with pytest.raises(errors.UnsupportedError, match=r"sharded by FSDP.*with gradients.*torch\.no_grad"):
         model(**inputs, adapter_ids=own())
+    for part in ("q_proj.base_layer", "q_proj.lora_A.three"):  # ranks would gather as often as they have adapters
+        for root in (True, False):
+            model = peft_model().to(device)
+            fully_shard(model.get_base_model().model.layers[0].self_attn.get_submodule(part))
+            if root:
+                fully_shard(model.get_base_model())
+            message = rf"by itself \({part[7:]}\).*decoder layers.*fully_shard"
+            with pytest.raises(errors.UnsupportedError, match=message):
+                peft_multibatch.enable(model)
     options = {"use_orig_params": True, "device_id": device}
     model = peft_model().to(device)
     layers = model.get_base_model().model.layers

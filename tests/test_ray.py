@@ -27,12 +27,12 @@ import os, pathlib, typer, ray_batch_inference as example
 class Dying(example.Writer):
     def __call__(self, batch):
         mark = pathlib.Path(os.environ["MARK"])
-        if not mark.exists() and 4 in batch["row"]:
+        if 4 in batch["row"] and ("RETRIES" in os.environ or not mark.exists()):
             mark.touch()
             os._exit(1)
         return super().__call__(batch)
 
-example.Writer = Dying
+example.Writer, example.RETRIES = Dying, int(os.environ.get("RETRIES", example.RETRIES))
 typer.run(example.main)
 """
 
@@ -91,10 +91,39 @@ def test_a_worker_that_dies_costs_no_row(tmp_path, arguments, environment):
     assert done.stdout.count("as PEFT says") == len(rows)
 
 
-def test_an_unknown_adapter_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    write(tmp_path, ["three", "four", None, "four", None, "three", "nobody"])
+@pytest.mark.xdist_group("ray")
+def test_a_batch_that_no_worker_survives_ends_the_job(tmp_path, arguments, environment):
+    """Ray by itself would begin it again for ever."""
+    write(tmp_path, NAMES)
+    environment.update(MARK=str(tmp_path / "mark"), RETRIES="1")
+    command = [sys.executable, "-c", DYING, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "The actor" in done.stderr, done.stderr
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.fixture
+def example(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(ray, "init", lambda: pytest.fail("Ray was started"))
-    example = importlib.import_module("ray_batch_inference")
+    return importlib.import_module("ray_batch_inference")
+
+
+def test_an_unknown_adapter_is_refused_before_anything_runs(tmp_path, example):
+    write(tmp_path, ["three", "four", None, "four", None, "three", "nobody"])
     with pytest.raises(SystemExit, match="line 7: \"adapter\" is 'nobody': expected one of three, four, or null"):
         example.main(tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl", "base", ["three=a", "four=b"])
+
+
+@pytest.mark.parametrize(
+    "row, out, message",
+    [
+        ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion" already'),
+        ({"n": "\ud800"}, "answers.jsonl", "line 1: expected JSON, one object a line, but .*surrogates"),
+        ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in a folder that is there"),
+    ],
+)
+def test_what_could_not_be_written_at_the_end_is_refused(tmp_path, example, row, out, message):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "w1", "adapter": None, **row}) + "\n")
+    with pytest.raises(SystemExit, match=message):
+        example.main(tmp_path / "prompts.jsonl", tmp_path / out, "base", ["three=a"])

@@ -239,6 +239,13 @@ def ranks_with_different_ids_are_told(folder, device):
             split.generate(**inputs, **GREEDY, adapter_ids=ids)
         with pytest.raises(errors.AdapterIdsError, match="different adapter_ids"):
             split(**inputs, adapter_ids=ids)
+        for wrong, error in ((["nobody"] * 6, errors.UnknownAdapterError), (NAMES[1:], errors.AdapterIdsLengthError)):
+            told = error if dist.get_rank() else errors.AdapterIdsError
+            with pytest.raises(errors.AdapterIdsError) as caught:  # and no rank waits for one that has given up
+                split(**inputs, adapter_ids=wrong if dist.get_rank() else NAMES)
+            assert caught.type is told
+            with pytest.raises(error):
+                split(**inputs, adapter_ids=wrong)
         logits(split, inputs, adapter_ids=NAMES)
     finally:
         mb.disable()

@@ -28,13 +28,14 @@ def test_snippets_run(page, capsys):
 
 # train_adapters.py downloads texts and trains for minutes; test_ray.py runs ray_batch_inference.py with a small model
 ELSEWHERE = ("train_adapters", "ray_batch_inference")
+OPTIONS = {"accelerate_generate": ["--max-new-tokens", "4"]}  # which test_accelerate.py runs with a small model
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
     """Each compares every row with PEFT and fails where they differ."""
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, path, *OPTIONS.get(path.stem, [])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "as PEFT says" in done.stdout
 

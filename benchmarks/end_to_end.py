@@ -224,14 +224,15 @@ def versions(commit: str) -> dict[str, str]:
     }
 
 
-def write(records: list[dict], out: Path, plot: Callable[[list[dict], Path], None]) -> None:
-    """A CSV of all columns that any record has, and a plot beside it."""
+def write(records: list[dict], out: Path, plot: Callable[[list[dict], Path], None] | None = None) -> None:
+    """A CSV of all columns that any record has, and a plot beside it where there is one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
         writer.writeheader()
         writer.writerows(records)
-    plot(records, out.with_suffix(".png"))
+    if plot is not None:
+        plot(records, out.with_suffix(".png"))
 
 
 @torch.inference_mode()

@@ -76,10 +76,6 @@ def correct(base: LlamaForCausalLM, model: PeftModel, prompt: torch.Tensor, name
     return float((ours - theirs).norm() / theirs.norm()), float((plain - theirs).norm() / theirs.norm())
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Two figures need none."""
-
-
 @torch.no_grad()
 def main(
     batch: int = 32,
@@ -130,7 +126,7 @@ def main(
     records[1]["error"] = round(error, 4)
     if dist.get_rank() == 0:
         console.print(*records, sep="\n")
-        write([record | versions(commit) for record in records], out, plot)
+        write([record | versions(commit) for record in records], out)
     dist.destroy_process_group()
 
 

@@ -29,48 +29,12 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, tqdm
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import peft_multibatch
-from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
+from peft_multibatch.demo.model import ADAPTERS_DIR
+from peft_multibatch.demo.prompts import complete, hold_to_peft, load, named_paths, read_requests, replace
 from peft_multibatch.demo.run import ADAPTERS, PROMPTS
-
-
-def named_paths(adapters: list[str]) -> dict[str, str]:
-    """Adapters by name."""
-    found: dict[str, str] = {}
-    for each in adapters:
-        name, _, path = each.partition("=")
-        if not path or name in ("", "__base__", *found):
-            raise SystemExit(f"--adapter {each}: expected NAME=PATH, with a name that no other adapter has.")
-        found[name] = path
-    return found
-
-
-def read_requests(path: Path, adapters: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of the input, after all of them were checked."""
-    requests = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
-        except ValueError as error:
-            raise SystemExit(f"{path}, line {number}: expected JSON, one object a line, but {error}.") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise SystemExit(f'{path}, line {number}: expected an object with a "prompt" that is a text, not empty.')
-        if "completion" in row:
-            raise SystemExit(f'{path}, line {number}: has a "completion" already, which the answer would replace.')
-        if "adapter" not in row or row["adapter"] not in [None, *adapters]:
-            raise SystemExit(
-                f'{path}, line {number}: "adapter" is {row.get("adapter", "missing")!r}: expected one of '
-                f"{', '.join(adapters)}, or null for the base model. Pass --adapter NAME=PATH for others."
-            )
-        requests.append(row)
-    return requests
 
 
 def state_of(path: str) -> Any:
@@ -106,16 +70,6 @@ def begin(job: dict[str, Any], out: Path) -> Path:
     else:
         parts.mkdir(exist_ok=True)
     return parts
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def finished(parts: Path) -> dict[int, str]:
@@ -215,42 +169,6 @@ def in_shares(rows: list[dict[str, Any]], processes: int, group_by_adapter: bool
     return [row for rank in range(processes) for row in rows[rank::processes]]
 
 
-def load(model: str, adapters: dict[str, str], dtype: str, device: torch.device) -> tuple[PeftModel, Any]:
-    if model:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    else:
-        loaded, tokenizer = load_model(torch.float32 if dtype == "auto" else getattr(torch, dtype))
-    peft_model = None
-    for name, path in adapters.items():
-        if peft_model is None:
-            peft_model = PeftModel.from_pretrained(loaded, path, adapter_name=name)
-        else:
-            peft_model.load_adapter(path, adapter_name=name)
-    return peft_model.to(device).eval(), tokenizer
-
-
-def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **ids: Any) -> list[str]:
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **ids)
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def compare(model: Any, tokenizer: Any, out: Path, max_new_tokens: int) -> None:
-    """Print every row, and hold it to what PEFT says for it alone."""
-    peft_multibatch.disable(model)
-    for row in map(json.loads, out.read_bytes().splitlines()):
-        if row["adapter"] is None:
-            with model.disable_adapter():
-                alone = complete(model, tokenizer, [row["prompt"]], max_new_tokens)
-        else:
-            model.set_adapter(row["adapter"])
-            alone = complete(model, tokenizer, [row["prompt"]], max_new_tokens)
-        assert alone == [row["completion"]], (alone, row)
-        print(f"{row['prompt']!r}, adapter {row['adapter']}: {row['completion']!r}, as PEFT says")
-
-
 def trial_files() -> tuple[Path, Path]:
     """The demo's prompts as an input, and a place for the output."""
     folder = Path(tempfile.mkdtemp())
@@ -325,7 +243,7 @@ def main(
         progress.wait(patience)
         merge(requests, parts, out)
     if trial:
-        compare(loaded, tokenizer, out, max_new_tokens)
+        hold_to_peft(loaded, tokenizer, [*map(json.loads, out.read_bytes().splitlines())], max_new_tokens)
         shutil.rmtree(out.parent)
 
 

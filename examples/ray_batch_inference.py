@@ -20,11 +20,10 @@ from typing import Annotated, Any
 import ray
 import torch
 import typer
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_multibatch
-from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
+from peft_multibatch.demo.model import ADAPTERS_DIR
+from peft_multibatch.demo.prompts import complete, hold_to_peft, load, named_paths, read_requests, replace
 from peft_multibatch.demo.run import ADAPTERS, PROMPTS
 
 
@@ -36,64 +35,15 @@ class Writer:
     """What every worker keeps: the model, its adapters and the tokenizer."""
 
     def __init__(self, model: str, adapters: dict[str, str], dtype: str, max_new_tokens: int) -> None:
-        if model:
-            self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        else:
-            loaded, self.tokenizer = load_model(torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        (first, path), *others = adapters.items()
-        self.model = PeftModel.from_pretrained(loaded, path, adapter_name=first)
-        for name, path in others:
-            self.model.load_adapter(path, adapter_name=name)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # Ray shows a worker its own GPUs
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a worker its own GPUs
+        self.model, self.tokenizer = load(model, adapters, dtype, device)
         peft_multibatch.enable(self.model)
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        completions = self.complete(batch["prompt"].tolist(), adapter_ids=batch["adapter"].tolist())
+        prompts, ids = batch["prompt"].tolist(), batch["adapter"].tolist()
+        completions = complete(self.model, self.tokenizer, prompts, self.max_new_tokens, adapter_ids=ids)
         return {"row": batch["row"], "completion": completions}
-
-    def complete(self, prompts: list[str], **ids: Any) -> list[str]:
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        inputs = inputs.to(self.model.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **ids)
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def named_paths(adapters: list[str]) -> dict[str, str]:
-    """Adapters by name."""
-    found: dict[str, str] = {}
-    for each in adapters:
-        name, _, path = each.partition("=")
-        if not path or name in ("", "__base__", *found):
-            raise SystemExit(f"--adapter {each}: expected NAME=PATH, with a name that no other adapter has.")
-        found[name] = os.path.abspath(path) if Path(path).exists() else path  # workers run in folders of their own
-    return found
-
-
-def read_requests(path: Path, adapters: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of the input, after all of them were checked."""
-    requests = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
-        except ValueError as error:
-            raise SystemExit(f"{path}, line {number}: expected JSON, one object a line, but {error}.") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise SystemExit(f'{path}, line {number}: expected an object with a "prompt" that is a text, not empty.')
-        if "completion" in row:
-            raise SystemExit(f'{path}, line {number}: has a "completion" already, which the answer would replace.')
-        if "adapter" not in row or row["adapter"] not in [None, *adapters]:
-            raise SystemExit(
-                f'{path}, line {number}: "adapter" is {row.get("adapter", "missing")!r}: expected one of '
-                f"{', '.join(adapters)}, or null for the base model. Pass --adapter NAME=PATH for others."
-            )
-        requests.append(row)
-    return requests
 
 
 def answer(
@@ -114,20 +64,6 @@ def answer(
     )
     found = {row["row"]: row["completion"] for row in dataset.iter_rows()}  # in the order in which they are ready
     return [{**request, "completion": found[index]} for index, request in enumerate(requests)]
-
-
-def hold_to_peft(writer: Writer, answers: list[dict[str, Any]]) -> None:
-    """Print every row, and hold it to what PEFT says for it alone."""
-    peft_multibatch.disable(writer.model)
-    for row in answers:
-        if row["adapter"] is None:
-            with writer.model.disable_adapter():
-                alone = writer.complete([row["prompt"]])
-        else:
-            writer.model.set_adapter(row["adapter"])
-            alone = writer.complete([row["prompt"]])
-        assert alone == [row["completion"]], (alone, row)
-        print(f"{row['prompt']!r}, adapter {row['adapter']}: {row['completion']!r}, as PEFT says")
 
 
 def main(
@@ -167,13 +103,11 @@ def main(
         ray.shutdown()
 
     if out is not None:
-        unfinished = out.with_name(out.name + ".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-        os.replace(unfinished, out)
+        replace(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
         print(f"{out}: {len(answers)} rows")
     if trial or compare:
-        hold_to_peft(Writer(**writer), answers)
+        kept = Writer(**writer)
+        hold_to_peft(kept.model, kept.tokenizer, answers, max_new_tokens)
 
 
 if __name__ == "__main__":

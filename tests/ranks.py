@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def launch(file: str, backend: str, folder: Path, ranks: int = 2) -> dict[str, s
     assert all(report.exists() for report in reports), done.stdout[-3000:] + done.stderr[-6000:]
     found = [json.loads(report.read_text()) for report in reports]
     return {case: "\n".join(filter(None, (each.get(case, "did not run") for each in found))) for case in found[0]}
+
+
+def launched(file: str, backend: str) -> Any:
+    """A fixture: what `launch` gives, once for all tests of a file."""
+
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory):
+        return launch(file, backend, tmp_path_factory.mktemp(backend))
+
+    return found
 
 
 def report(error: str) -> None:

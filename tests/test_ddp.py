@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from models import base_model, left_padded, peft_model, row_by_row
 from peft import PeftModel
-from ranks import launch, main, report
+from ranks import launched, main, report
 from tolerances import assert_close
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -227,14 +227,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def on_cpus(tmp_path_factory):
-    return launch(__file__, "gloo", tmp_path_factory.mktemp("gloo"))
-
-
-@pytest.fixture(scope="module")
-def on_gpus(tmp_path_factory):
-    return launch(__file__, "nccl", tmp_path_factory.mktemp("nccl"))
+on_cpus, on_gpus = launched(__file__, "gloo"), launched(__file__, "nccl")
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -12,7 +12,7 @@ import transformers
 from models import LLAMA_LIKE, SIZES, left_padded, lora_configs, row_by_row
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import model as peft_lora
-from ranks import launch, main, report
+from ranks import launched, main, report
 from test_mixtures import MIXTURES, OTHERS, expected
 from tolerances import assert_close, relative_error
 from transformers.distributed import DistributedConfig
@@ -328,14 +328,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def on_cpus(tmp_path_factory):
-    return launch(__file__, "gloo", tmp_path_factory.mktemp("gloo"))
-
-
-@pytest.fixture(scope="module")
-def on_gpus(tmp_path_factory):
-    return launch(__file__, "nccl", tmp_path_factory.mktemp("nccl"))
+on_cpus, on_gpus = launched(__file__, "gloo"), launched(__file__, "nccl")
 
 
 needs_plans = pytest.mark.skipif(

@@ -111,9 +111,9 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                     "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
                 )
             if handle is not None and self is handle._inner:
-                graph = handle._router.graph
-                if graph.here.thread.active and graph.samples and not graph.contended:
-                    check_length(graph.samples, _num_samples(args, kwargs))
+                thread = handle._router.graph.here.thread
+                if thread.samples:
+                    check_length(thread.samples, _num_samples(args, kwargs))
             return original(*args, **kwargs)
         adapter_ids = _pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.mix import Call, Mix
-from peft_multibatch.segments import BASE, SegmentBuffer, Segments
+from peft_multibatch.segments import BASE, SegmentBuffer, Segments, packed_size
 
 
 if TYPE_CHECKING:
@@ -22,16 +26,16 @@ if TYPE_CHECKING:
 
 
 class InForce:
-    """How many calls are in force on one thread, on all of its tasks, and whether there are any."""
+    """What compiled code asks about the calls in force on its thread, on all tasks of it.
+
+    Attributes:
+        active: whether there are any.
+        samples: entries of their plans; 0 where these differ, and inside ``generate``, which multiplies rows.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.active = False  # all that compiled code reads, so that another count makes no new graph
-
-    def add(self, difference: int) -> None:
-        """Count a call that begins or ends."""
-        self.count += difference
-        self.active = self.count > 0
+        self.active = False
+        self.samples = 0
 
 
 class Here(threading.local):
@@ -50,11 +54,8 @@ class Graph:
         here: whether they are on the thread that asks.
         contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
             no single plan can stand at the fixed place.
-        samples: entries of the plan in force; 0 inside ``generate``, which multiplies rows.
         terms: plans that graphs read one after the other, as many as a sample of any call had adapters.
-        buffer: the plan of the last call that began, at a fixed place on the CPU; a graph takes its size from it, and
-            is compiled again where a batch is larger than any before.
-        buffers: the same for kernels, by their device, one for each term.
+        buffers: plans at fixed places for kernels, by their device, one for each term.
         stash: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
@@ -66,15 +67,15 @@ class Graph:
         self.active = False
         self.here = Here()
         self.contended = False
-        self.samples = 0
         self.terms = 1
-        self.buffer = SegmentBuffer(capacity=0)
         self.buffers: dict[str, list[SegmentBuffer]] = {}
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._router = router
-        self._in_force: list[Call] = []  # of several that are nested on one thread, the innermost
+        self._in_force: dict[Call, Call | None] = {}  # and the calls around them
+        self._synced: Mix | None = None
         self._written: Mix | None = None
+        self._is_traced = False
         self._runs_ops = False
         self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
         self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
@@ -82,12 +83,20 @@ class Graph:
         self._lock = threading.RLock()
 
     @torch._dynamo.assume_constant_result  # runs while the graph is traced, and is no part of it
+    def trace(self) -> bool:
+        """Code is being compiled that reads attributes from here."""
+        with self._lock:
+            self._is_traced = True
+        return True
+
+    @torch._dynamo.assume_constant_result
     def arm(self) -> bool:
-        """From now on there is a graph of ops: keep the buffer and the banks up to date for it at every call."""
+        """From now on there is a graph of ops: keep the banks up to date for it at every call."""
         call = self._router.call.get()
-        if not self._runs_ops and call is not None:
-            self._runs_ops = True
-            self._write(call.mix)
+        with self._lock:
+            if not self._runs_ops and call is not None:
+                self._runs_ops = True
+                self._sync(call.mix)
         return True
 
     @torch._dynamo.assume_constant_result
@@ -136,27 +145,29 @@ class Graph:
 
     def enter(self, call: Call, outer: Call | None) -> None:
         """A call begins, inside another one or not."""
-        with self._lock:
-            self._in_force = [*(each for each in self._in_force if each is not outer), call]
+        with self._changing():
             call.thread = self.here.thread
-            call.thread.add(1)
-            self._change()
+            self._in_force[call] = outer
+            self._change(call.thread)
+            if self._runs_ops and self._synced is not call.mix:
+                self._sync(call.mix)
 
-    def leave(self, call: Call, outer: Call | None) -> None:
-        """A call ends, and the one around it is in force again."""
-        with self._lock:
+    def leave(self, call: Call) -> None:
+        """A call ends, and one around it is in force again."""
+        with self._changing():
             call.ended = True
+            self._in_force.pop(call, None)
             if call.thread is not None:
-                call.thread.add(-1)
-                call.thread = None
-            self._in_force = [each for each in self._in_force if each is not call]
-            if outer is not None and not outer.ended:
-                self._in_force.append(outer)
-            self._change()
+                self._change(call.thread)
         self.stash.clear()
 
-    def plan(self, size: int, index: int) -> Tensor:
-        """A plan of the thread that asks, that of one term, ``[size]``, with zeros behind it."""
+    def plan(self, shape: Sequence[int], index: int) -> Tensor:
+        """A plan of the thread that asks, that of one term, for rows of the shape ``[..., K]``, with zeros behind it.
+
+        Raises:
+            ModelStateError: the thread has no ids.
+            RowMappingError: the rows are no multiple of the entries.
+        """
         call = self._router.in_force()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
@@ -170,32 +181,50 @@ class Graph:
                 "that calls with and without ids of one compiled model don't overlap. Pass ids of -1 instead of none, "
                 "or run the calls after each other."
             )
+        call.num_rows(shape)
         packed = _term(call.mix, index).pack()
-        return torch.nn.functional.pad(packed, (0, size - packed.numel()))
+        return torch.nn.functional.pad(packed, (0, packed_size(math.prod(shape[:-1])) - packed.numel()))
 
     def _is_captured_with(self, bank: Bank) -> bool:
         return self.is_captured and bank in self._held
 
-    def _change(self) -> None:
-        calls = self._in_force
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change what code is compiled for, and wait for what is being compiled on another thread.
+
+        Dynamo reads a value once when it traces, and again when it writes the guard that decides who runs the graph.
+        """
+        with self._lock:
+            if not self._is_traced:
+                yield
+                return
+        with compile_lock, self._lock:  # in this order, because tracing calls `arm`
+            yield
+
+    def _change(self, thread: InForce) -> None:
+        """Calls of a thread began or ended."""
+        around = {(outer, call.thread) for call, outer in self._in_force.items()}
+        calls = [call for call in self._in_force if (call, call.thread) not in around]  # of nested ones the innermost
         self.active = bool(calls)
         self.contended = any(call.mix is not calls[0].mix for call in calls)
         self.terms = max([self.terms, *(len(call.mix.terms) for call in calls)])
-        if calls and not self.contended:
-            self.samples = 0 if calls[0].expands else calls[0].mix.segments.num_entries
-            if (self._runs_ops or self._held) and self._written is not calls[0].mix:
-                self._write(calls[0].mix)
+        samples = [0 if call.expands else call.mix.segments.num_entries for call in calls if call.thread is thread]
+        thread.active = bool(samples)
+        thread.samples = samples[0] if len(set(samples)) == 1 else 0
+        if calls and not self.contended and self._held and self._written is not calls[0].mix:
+            self._write(calls[0].mix)
+
+    def _sync(self, mix: Mix) -> None:
+        adapters = self._router.adapters()
+        # normal tensors even if the first call happens to run in inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            for bank in self.banks:
+                bank.sync([adapters.get(slot) for slot in range(mix.slots)])
+        self._synced = mix
 
     def _write(self, mix: Mix) -> None:
         entries = mix.segments.num_entries
-        # normal tensors even if the first call happens to run in inference mode
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._runs_ops:
-                if entries > self.buffer.capacity:
-                    self.buffer = SegmentBuffer(_capacity(entries))
-                adapters = self._router.adapters()
-                for bank in self.banks:
-                    bank.sync([adapters.get(slot) for slot in range(mix.slots)])
             for bank, device in self._held.items():
                 if not bank.has_rows(mix.adapters, device, mix.slots):
                     bank.tables(mix.adapters, device, mix.slots)
@@ -241,14 +270,21 @@ _graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
 
 
 @torch.library.custom_op("peft_multibatch::take_plan", mutates_args=())
-def take_plan(buffer: Tensor, key: int, index: int) -> Tensor:
-    """The packed plan of the call that runs the graph, that of one term: int32, as long as the graph's buffer."""
-    return _graphs[key].plan(buffer.numel(), index)
+def take_plan(ranks: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
+    """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
+
+    Args:
+        ranks: a tensor on the CPU; an op that is given none could be taken for a constant.
+        shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan.
+        key: of the graph.
+        index: of the term.
+    """
+    return _graphs[key].plan(shape, index)
 
 
 @take_plan.register_fake
-def _(buffer, key, index):
-    return torch.empty_like(buffer)
+def _(ranks, shape, key, index):
+    return ranks.new_empty(packed_size(math.prod(shape[:-1])))
 
 
 def check_not_capturing(device: torch.device) -> None:

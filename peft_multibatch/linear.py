@@ -125,7 +125,7 @@ def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor]
 def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     mix, kernels = call.mix, router.kernels
     if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
-        call.num_rows(x)
+        call.num_rows(x.shape)
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
     if kernels is not None and kernels.runs_on(x):
         if kernels.is_capturing():
@@ -136,7 +136,7 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
             return ys
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
-            call.num_rows(x)
+            call.num_rows(x.shape)
             ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
             plans, tables = mix.plans(x.device), mix.tables(bank, x.device)
@@ -144,7 +144,7 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
-    call.num_rows(x)  # dimension 0 has to map to samples, not just all rows together
+    call.num_rows(x.shape)  # dimension 0 has to map to samples, not just all rows together
     check_not_capturing(x.device)
     if mix.adapters:
         ys = [y.contiguous() for y in ys]
@@ -195,7 +195,7 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         )
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plans = [take_plan(graph.buffer.packed, graph.key, index) for index in range(graph.terms)]
+        plans = [take_plan(bank.ranks, x.shape, graph.key, index) for index in range(graph.terms)]
         return _add_through_ops((plans, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(

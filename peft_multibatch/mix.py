@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -185,13 +186,13 @@ class Call:
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 
-    def num_rows(self, x: Tensor) -> int:
-        """Rows of a layer's input ``[..., K]`` that belong to entries.
+    def num_rows(self, shape: Sequence[int]) -> int:
+        """Rows that belong to entries in a layer's input of the shape ``[..., K]``.
 
         Raises:
             RowMappingError: they are no multiple of the entries.
         """
-        rows = x.numel() // x.shape[-1] if self.packed else len(x)
+        rows = math.prod(shape[:-1]) if self.packed else shape[0]
         self.mix.segments.rows_per_entry(rows)
         return rows
 

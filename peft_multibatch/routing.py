@@ -54,7 +54,7 @@ class Router:
     def current(self) -> Call | Graph | None:
         """The call in force for the code that asks, or None where the model runs as PEFT alone would run it."""
         if torch.compiler.is_compiling():
-            return self.graph if self.graph.active else None
+            return self.graph if self.graph.trace() and self.graph.active else None
         call = self.call.get()
         if call is not None and not call.inside:
             return self._outside(call)
@@ -157,4 +157,4 @@ class Router:
                     "must not be passed between threads; pass adapter_ids to each call instead."
                 ) from None
             finally:
-                self.graph.leave(call, outer)
+                self.graph.leave(call)

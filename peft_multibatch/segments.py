@@ -219,7 +219,7 @@ class SegmentBuffer:
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
-        self.packed = torch.zeros(HEADER + 4 * capacity + 3, dtype=torch.int32, device=device)
+        self.packed = torch.zeros(packed_size(capacity), dtype=torch.int32, device=device)
 
     def update(self, segments: Segments) -> None:
         """Write a plan into the buffer: one copy, of the length of the compressed plan.
@@ -230,3 +230,8 @@ class SegmentBuffer:
         assert segments.num_entries <= self.capacity, (segments.num_entries, self.capacity)
         packed = segments.pack()
         self.packed[: packed.numel()].copy_(packed, non_blocking=True)
+
+
+def packed_size(entries: int) -> int:
+    """Length that no packed plan of this many entries exceeds."""
+    return HEADER + 3 * (entries + 1) + entries

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ MIXES = [
 ]
 
 
-def logits(model, **kwargs):
+def logits(model, rows=6, **kwargs):
     with torch.no_grad():
-        return model(**left_padded(), use_cache=False, **kwargs).logits
+        return model(**left_padded(rows), use_cache=False, **kwargs).logits
 
 
 def test_one_graph_for_any_mix(compiled):
@@ -76,13 +77,13 @@ def test_an_adapter_added_later_is_seen(compiled):
 
 
 def test_larger_batches(compiled):
-    model, mb, fast, _ = compiled
-    for rows in (2, 6, 20, 6):
-        inputs, ids = left_padded(rows), [row % 4 - 1 for row in range(rows)]
-        with torch.no_grad(), mb.batch(ids):
-            actual = fast(**inputs, use_cache=False).logits
-        with torch.no_grad():
-            assert_close(actual, model(**inputs, adapter_ids=ids).logits)
+    model, mb, fast, graphs = compiled
+    for rows in (2, 6, 20, 6, 100):
+        ids = [row % 4 - 1 for row in range(rows)]
+        with mb.batch(ids):
+            actual = logits(fast, rows)
+        assert_close(actual, logits(model, rows, adapter_ids=ids))
+    assert len(graphs) == 4  # one for each size, because the number of ids is checked
 
 
 def test_ids_passed_to_a_compiled_model_are_not_ignored(compiled):
@@ -91,25 +92,81 @@ def test_ids_passed_to_a_compiled_model_are_not_ignored(compiled):
         logits(fast, adapter_ids=MIXES[0])
 
 
-def test_threads_take_turns(compiled):
-    model, mb, fast, _ = compiled
+def test_threads_share_one_graph(compiled):
+    model, mb, fast, graphs = compiled
     with mb.batch(MIXES[0]):
         logits(fast)
     expected = [logits(model, adapter_ids=mix) for mix in MIXES]
-    wrong = []
 
     def work(index):
         for _ in range(5):
             with mb.batch(MIXES[index]):
-                if not torch.allclose(logits(fast), expected[index], atol=1e-4):
-                    wrong.append(index)
+                assert_close(logits(fast), expected[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(MIXES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(len(MIXES)) as threads:
+        list(threads.map(work, range(len(MIXES))))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("own", [None, MIXES[0]], ids=["plain", "ids"])
+@pytest.mark.parametrize("ids", [MIXES[2], [0, 1] * 50, [{0: 0.5, 1: 0.5}, 2]], ids=["same size", "larger", "mixture"])
+def test_a_call_begins_on_another_thread_while_one_is_compiled(own, ids):
+    """It would change what the graph is compiled for, and leave it with guards for what it isn't."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    want, want_other = logits(model, adapter_ids=own), logits(model, rows=len(ids), adapter_ids=ids)
+    mb.disable()
+    mb = peft_multibatch.enable(model)  # which has seen no ids yet
+    began, compiled = threading.Event(), threading.Event()
+
+    def other():
+        with mb.batch(ids):
+            began.set()
+            assert compiled.wait(60)
+            return logits(fast, rows=len(ids))
+
+    def backend(graph, _):
+        if not tasks:
+            tasks.append(threads.submit(other))
+            began.wait(0.2)
+        return graph.forward
+
+    torch._dynamo.reset()
+    tasks, fast = [], torch.compile(model.get_base_model(), fullgraph=True, backend=backend)
+    with ThreadPoolExecutor(1) as threads, mb.batch(own) if own else contextlib.nullcontext():
+        try:
+            actual = logits(fast)
+        finally:
+            compiled.set()
+        assert_close(tasks[0].result(), want_other)
+        assert_close(actual, want)
+
+
+def test_a_call_ends_on_another_thread_while_one_is_compiled():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    want = logits(model, adapter_ids=MIXES[0])
+    began, ends = threading.Event(), threading.Event()
+
+    def other():
+        with mb.batch(MIXES[1]):
+            began.set()
+            assert ends.wait(60)
+
+    def backend(graph, _):
+        ends.set()
+        wait([task], 0.2)
+        assert mb._router.graph.contended  # as when it was traced
+        return graph.forward
+
+    torch._dynamo.reset()
+    fast = torch.compile(model.get_base_model(), fullgraph=True, backend=backend)
+    with ThreadPoolExecutor(1) as threads, mb.batch(MIXES[0]):
+        task = threads.submit(other)
+        assert began.wait(60)
+        assert_close(logits(fast), want)
+        task.result()
+        assert not mb._router.graph.contended
 
 
 def test_a_thread_runs_under_its_own_ids_or_under_none(compiled):

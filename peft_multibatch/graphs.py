@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from peft_multibatch.tables import TableRows
 
 
+CUT = 16
+"""Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. Launches that read there
+have a few programs for every segment, however long, and in a packed batch all tokens of an adapter are one."""
+
+
 class InForce:
     """What compiled code asks about the calls in force on its thread, on all tasks of it.
 
@@ -244,7 +249,7 @@ class Graph:
             for buffers in (*self.buffers.values(), *self._outgrown):
                 if entries <= buffers[0].capacity:
                     for index, buffer in enumerate(buffers):
-                        buffer.update(_term(mix, index))
+                        buffer.update(_term(mix, index).cut(CUT))
             self._written = mix
 
     def _grow(self, device: torch.device, entries: int) -> None:

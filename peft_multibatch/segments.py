@@ -127,6 +127,20 @@ class Segments:
             ordered = torch.empty_like(ordered).scatter_(0, self.permutation.long(), ordered)
         return ordered.tolist()
 
+    def cut(self, most: int) -> Segments:
+        """The same plan with segments of at most this many entries, several of which may have one slot.
+
+        For launches that are as large as any plan needs: each segment has few programs there, however long it is.
+        """
+        if self.longest <= most:
+            return self
+        parts = (self.seg_lens + most - 1) // most
+        begins = self.seg_indptr[:-1] - most * (parts.cumsum(0) - parts)  # so that the n-th part begins n * most later
+        steps = torch.arange(0, most * int(parts.sum()), most, dtype=torch.int32, device="cpu")
+        seg_indptr = torch.cat([begins.repeat_interleave(parts) + steps, self.seg_indptr[-1:]]).to(torch.int32)
+        weights = None if self.weights is None else self.weights.repeat_interleave(parts)
+        return Segments(self.weight_indices.repeat_interleave(parts), seg_indptr, self.permutation, weights)
+
     def rows(self, num_rows: int, device: torch.device) -> list[tuple[int, slice | Tensor]]:
         """The rows of each segment in a tensor whose dimension 0 holds the entries' rows, ``T // E`` for every entry.
 

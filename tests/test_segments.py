@@ -100,6 +100,16 @@ def test_rows_of_a_sample_stay_with_its_adapter(make, slots, per_entry):
     assert found.tolist() == [slot for slot in slots for _ in range(per_entry)]
 
 
+@given(slots=IDS, most=st.integers(1, 9))
+def test_cut_plans_serve_the_same_entries(slots, most):
+    plan = Segments.from_ids(slots, weights=[0.5 if slot % 2 else 1.0 for slot in slots])
+    cut = Segments.unpack(plan.cut(most).pack())
+    assert cut.slots == slots
+    assert (cut.longest <= most) and cut.seg_lens.gt(0).all()
+    assert cut.num_segments == sum(-(-length // most) for length in plan.seg_lens.tolist())
+    assert cut.scales == [0.5 if slot % 2 else 1.0 for slot in cut.weight_indices.tolist()]
+
+
 @both_paths
 def test_rows_without_permutation_are_slices(make):
     assert [rows for _, rows in make([0, 0, 1]).rows(6, CPU)] == [slice(0, 4), slice(4, 6)]

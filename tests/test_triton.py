@@ -113,6 +113,22 @@ def test_two_adapters_three_samples_three_slices(path):
     assert_close(y, expected)
 
 
+def test_a_buffer_with_long_segments_in_pieces():
+    parts = random_parts([[8], [3]], 72, [40], torch.float32)
+    table = table_of(parts, torch.float32)
+    x, y = torch.randn(90, 72, device=DEVICE), torch.randn(90, 40, device=DEVICE)
+    plan = Segments.from_ids([0] * 50 + [1, 0, -1, -1] * 10)
+    expected = y.double()
+    ops.torch_backend.apply_([expected], x.double(), plan, exact(parts))
+    buffer = SegmentBuffer(128, DEVICE)
+    for pieces in (plan.cut(90), plan.cut(16)):
+        actual = y.clone()
+        buffer.update(pieces)
+        triton_backend.add_([actual], x, [40], buffer.packed, [table])
+        assert_close(actual, expected)
+    assert (plan.num_segments, pieces.num_segments) == (3, 4 + 1 + 2)
+
+
 MIXES = {
     "[0, 0, 1]": [0, 0, 1],
     "interleaved": [2, 0, 1, 2, 0, 3],

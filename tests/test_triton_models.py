@@ -11,6 +11,7 @@ from models import left_padded, lora_configs, peft_model, row_by_row
 from tolerances import assert_close
 
 import peft_multibatch
+from peft_multibatch import Segments
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -68,6 +69,17 @@ def logits(model, names=NAMES, rows=6, **kwargs):
 def expected(model, names=NAMES):
     with torch.no_grad():
         return torch.cat(row_by_row(model, names, inputs(len(names)), lambda row: model(**row).logits))
+
+
+def test_what_graphs_read_has_no_long_segments():
+    """All tokens of one adapter are one segment, and a graph has two programs for each."""
+    model, mb = enabled()
+    names = ["four"] * 40 + ["three", "four"] * 4
+    logits(model, names, len(names))
+    ((buffer,),) = mb._router.graph.buffers.values()
+    plan = Segments.unpack(buffer.packed)
+    assert [mb.adapter_names[slot] for slot in plan.slots] == names
+    assert (plan.num_segments, plan.longest) == (4, 16)
 
 
 @pytest.mark.parametrize("fuse", [True, "weights"])

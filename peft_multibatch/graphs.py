@@ -64,7 +64,10 @@ class Graph:
         stash: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
+        packed: as in ``Call``; never so.
     """
+
+    packed = False
 
     def __init__(self, router: Router) -> None:
         self.key = next(_keys)

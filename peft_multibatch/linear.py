@@ -32,7 +32,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
     call = router.current()
-    if call is None or self._disable_adapters:
+    if call is None or (self._disable_adapters and not call.packed):
         return patch.original(x, *args, **kwargs)
     if self.merged_adapters:
         check_state(patch.name, self)

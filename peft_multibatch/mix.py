@@ -156,7 +156,8 @@ class Call:
     Attributes:
         mix: the plan and its adapters.
         expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
-        packed: True where entries are tokens, all in one row, as in continuous batching.
+        packed: True where entries are tokens, all in one row, as in continuous batching, whose steps run to their end
+            as they began even if another thread disables adapters in between.
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
         thread: the thread on which it began.

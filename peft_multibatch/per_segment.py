@@ -148,21 +148,22 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _current_call(patch: Patch, layer: Any) -> Call | None:
-    call = None if layer._disable_adapters else patch.router.current()
+    call = patch.router.current()
+    if call is None or (layer._disable_adapters and not call.packed):
+        return None
     if isinstance(call, Graph):
         raise UnsupportedError(
             f"{patch.name} runs PEFT's own code per segment, because of its class or because it trains with dropout, "
             "and the segments of a batch aren't known while a graph is compiled: expected a model all of whose "
             "adapters run segmented, see mb.report(). Run it without torch.compile."
         )
-    if call is not None:
-        check_state(patch.name, layer)
-        if patch.router.is_gathered and torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
-            raise UnsupportedError(
-                f"{patch.name} was sharded by FSDP and called with ids and with gradients, which ranks whose batches "
-                "have different adapters can't reduce together: expected inference. Call the model under "
-                "torch.no_grad(), train with DistributedDataParallel, or one adapter at a time without ids."
-            )
+    check_state(patch.name, layer)
+    if patch.router.is_gathered and torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+        raise UnsupportedError(
+            f"{patch.name} was sharded by FSDP and called with ids and with gradients, which ranks whose batches "
+            "have different adapters can't reduce together: expected inference. Call the model under "
+            "torch.no_grad(), train with DistributedDataParallel, or one adapter at a time without ids."
+        )
     return call
 
 

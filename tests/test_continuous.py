@@ -376,6 +376,28 @@ def test_a_model_that_cannot_run_requests_and_can_again(enabled):
         assert results(manager, 1).popitem()[1].generated_tokens == want[1]
 
 
+@pytest.mark.parametrize("how", ["segmented", "per segment"])
+def test_adapters_disabled_and_enabled_in_the_middle_of_a_step(how):
+    """As another thread's `with model.disable_adapter()` may do."""
+    model = peft_model().to(DEVICE)
+    if how == "per segment":
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.eight"):
+                module.register_forward_hook(lambda *_: None)
+    mb = peft_multibatch.enable(model, fuse=False)
+    assert {layer.how for layer in mb.report()} == {how}
+    inputs, entries = prompts(3), ["three", "eight", "__base__"]
+    want = row_by_row(model, inputs, entries)
+    layers, toggled = model.get_base_model().model.layers, []
+    layers[1].self_attn.register_forward_pre_hook(lambda *_: toggled.append(model.base_model.disable_adapter_layers()))
+    layers[1].register_forward_hook(lambda *_: model.base_model.enable_adapter_layers())
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, 3)
+    assert toggled
+    assert [found[name].generated_tokens for name in names] == want
+
+
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 def test_what_comes_in_an_adapters_place_and_cannot_run(enabled):
     model, mb = enabled

@@ -138,7 +138,8 @@ class Router:
             checks: as in ``adapters``.
 
         Raises:
-            ModelStateError: the block is left on another thread or task than it was entered on.
+            ModelStateError: the block is left on another thread or task than it was entered on, or before a block
+                that was entered later.
         """
         outer, call = self.call.get(), Call(self.mix(ids, checks), expands, packed)
         if self.split is not None:
@@ -149,12 +150,15 @@ class Router:
             yield call
         finally:
             try:  # first of all, whatever fails after it
+                if self.call.get() is not call:
+                    raise ValueError  # ids that were put in force later still are, and stay so
                 self.call.reset(token)
             except ValueError:
                 raise ModelStateError(
                     "ids were put in force on one thread or task and taken back on another, so that calls in between "
-                    "may have run without them: expected both on the same one. A generator that holds mb.batch() open "
-                    "must not be passed between threads; pass adapter_ids to each call instead."
+                    "may have run without them, or taken back before ids that came later: expected both on the same "
+                    "one, the last ids first. A generator that holds mb.batch() open must not be passed between "
+                    "threads, nor end inside a block that began after it; pass adapter_ids to each call instead."
                 ) from None
             finally:
                 self.graph.leave(call)

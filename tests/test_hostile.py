@@ -201,6 +201,23 @@ def test_a_block_that_is_left_on_another_thread_says_so():
         next(generator)
 
 
+def test_a_block_that_is_left_before_one_that_began_later_says_so():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    expected = logits(model, adapter_ids=OTHERS)
+
+    def stream():
+        with mb.batch(NAMES):
+            yield
+
+    generator = stream()
+    next(generator)
+    with mb.batch(OTHERS):
+        with pytest.raises(errors.ModelStateError, match="A generator that holds"):
+            generator.close()
+        assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize(
     ("config", "model_class", "target"),
     [

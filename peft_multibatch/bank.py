@@ -332,13 +332,8 @@ class Bank:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
 
     def sync(self, adapters: Sequence[Adapter | None]) -> None:
-        """Bring what graphs of ops read up to date, in place where the set of adapters is still the same."""
-        self.lora_a, self.lora_b, ranks, scalings = self.gather(adapters)
-        if self.ranks is not None and self.scalings is not None and self.ranks.shape == ranks.shape:
-            self.ranks.copy_(ranks)
-            self.scalings.copy_(scalings)
-        else:
-            self.ranks, self.scalings = ranks, scalings
+        """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones."""
+        self.lora_a, self.lora_b, self.ranks, self.scalings = self.gather(adapters)
 
     @staticmethod
     def _absent(layer: LoraLayer) -> Part:

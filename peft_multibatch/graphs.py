@@ -60,6 +60,8 @@ class Graph:
         contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
             no single plan can stand at the fixed place.
         terms: plans that graphs read one after the other, as many as a sample of any call had adapters.
+        mixes: how many were in force so far, a tensor on the CPU. Graphs of ops that compute anew in ``backward`` keep
+            it, and autograd raises where that would be under another mix.
         buffers: plans at fixed places for kernels, by their device, one for each term.
         stash: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
@@ -76,6 +78,8 @@ class Graph:
         self.here = Here()
         self.contended = False
         self.terms = 1
+        with torch.inference_mode(False):
+            self.mixes = torch.zeros((), dtype=torch.int32, device="cpu")
         self.buffers: dict[str, list[SegmentBuffer]] = {}
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
@@ -164,7 +168,9 @@ class Graph:
         """A call ends, and one around it is in force again."""
         with self._changing():
             call.ended = True
-            self._in_force.pop(call, None)
+            outer = self._in_force.pop(call, None)
+            if outer is not None and outer.mix is not call.mix:
+                self.mixes.add_(1)
             if call.thread is not None:
                 self._change(call.thread)
         self.stash.clear()
@@ -190,8 +196,9 @@ class Graph:
                 "or run the calls after each other."
             )
         call.num_rows(shape)
-        packed = _term(call.mix, index).pack()
-        return torch.nn.functional.pad(packed, (0, packed_size(math.prod(shape[:-1])) - packed.numel()))
+        rows = math.prod(shape[:-1])
+        packed = (_term(call.mix, index) if rows else Segments.from_ids([])).pack()
+        return torch.nn.functional.pad(packed, (0, packed_size(rows) - packed.numel()))
 
     def _is_captured_with(self, bank: Bank) -> bool:
         return self.is_captured and bank in self._held
@@ -224,6 +231,7 @@ class Graph:
 
     def _sync(self, mix: Mix) -> None:
         adapters = self._router.adapters()
+        self.mixes.add_(1)
         # normal tensors even if the first call happens to run in inference mode
         with torch.inference_mode(False), torch.no_grad():
             for bank in self.banks:
@@ -277,13 +285,14 @@ _keys = itertools.count()
 _graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
 
 
-@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=())
-def take_plan(ranks: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
+# like a random number, and unlike what follows from its arguments, a plan is no constant
+@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def take_plan(mixes: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
     """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
 
     Args:
-        ranks: a tensor on the CPU; an op that is given none could be taken for a constant.
-        shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan.
+        mixes: of the graph.
+        shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan, or none at all.
         key: of the graph.
         index: of the term.
     """
@@ -291,8 +300,8 @@ def take_plan(ranks: Tensor, shape: Sequence[int], key: int, index: int) -> Tens
 
 
 @take_plan.register_fake
-def _(ranks, shape, key, index):
-    return ranks.new_empty(packed_size(math.prod(shape[:-1])))
+def _(mixes, shape, key, index):
+    return mixes.new_empty(packed_size(math.prod(shape[:-1])))
 
 
 def check_not_capturing(device: torch.device) -> None:

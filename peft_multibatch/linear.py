@@ -195,7 +195,7 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         )
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plans = [take_plan(bank.ranks, x.shape, graph.key, index) for index in range(graph.terms)]
+        plans = [take_plan(graph.mixes, x.shape, graph.key, index) for index in range(graph.terms)]
         return _add_through_ops((plans, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from models import left_padded, lora_configs, peft_model
 from tolerances import assert_close
+from torch._inductor import constant_folding
 
 import peft_multibatch
-from peft_multibatch import ModelStateError
+from peft_multibatch import ModelStateError, Segments
 
 
 MIXES = [
@@ -216,3 +217,74 @@ def test_training_through_aot_autograd():
             return fast(**left_padded(), use_cache=False)
 
     assert_close(gradients(compiled_run), gradients(lambda: model(**left_padded(), adapter_ids=MIXES[0])))
+
+
+@pytest.fixture
+def layer(compiled):
+    """One that trains, its handle, an input, and what gives the gradients of its adapters."""
+    model, mb, _, _ = compiled
+    model.set_requires_grad(["three", "four", "eight"])
+    layer = model.get_base_model().model.layers[0].self_attn.o_proj
+    weights = [p for name, p in layer.named_parameters() if "lora_" in name]
+
+    def gradients(loss):
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, weights)])
+
+    return layer, mb, torch.randn(6, 5, 48), gradients
+
+
+def test_backward_after_other_ids_were_in_force(layer):
+    """As in a loss of two passes, the second of them under other ids."""
+    layer, mb, x, gradients = layer
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def loss(run):
+        product = 1
+        for mix in MIXES[:2]:
+            with mb.batch(mix):
+                product = product * run(x)
+        return product.mean()
+
+    assert_close(gradients(loss(fast)), gradients(loss(layer)))
+
+
+def test_a_plan_that_backward_asks_for_again_is_the_same_or_an_error(layer):
+    layer, mb, x, gradients = layer
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+
+    def loss():
+        with mb.batch(MIXES[0]):
+            return fast(x).square().mean()
+
+    with torch._functorch.config.patch(activation_memory_budget=0.0):  # keeps nothing but inputs
+        with mb.batch(MIXES[0]):
+            assert_close(gradients(fast(x).square().mean()), gradients(layer(x).square().mean()))
+        with pytest.raises(ModelStateError, match="without ids"):
+            gradients(loss())
+        before = loss()
+        with mb.batch(MIXES[1]), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(before)
+        with mb.batch(MIXES[1]), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(loss())
+
+
+def test_plans_are_no_constants_where_weights_are(compiled):
+    """As with inductor's ``freezing``, which computes at once whatever depends on nothing but constants."""
+    _, mb, _, _ = compiled
+    known, graph = mb._router.graph, torch.fx.Graph()
+    take_plan = torch.ops.peft_multibatch.take_plan.default
+    graph.output(graph.call_function(take_plan, (graph.get_attr("mixes"), [6, 5, 48], known.key, 0)))
+    module = torch.fx.GraphModule({"mixes": known.mixes}, graph)
+    with mb.batch(MIXES[0]):
+        constant_folding.constant_fold(module)
+    for mix in MIXES:
+        with mb.batch(mix):
+            assert Segments.unpack(module()).slots == mix
+
+
+def test_no_rows_at_all(layer):
+    layer, mb, _, _ = layer
+    fast = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad(), mb.batch(MIXES[0]):
+        for shape in ((6, 0, 48), (0, 48)):
+            assert fast(torch.randn(shape)).shape == shape

@@ -68,7 +68,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         super().__init__(model=handle._inner, **options)
         longest = max((len(entry) for entry in waiting_ids if isinstance(entry, tuple)), default=1)
-        handle._router.graph.terms = max(handle._router.graph.terms, mixtures, longest)
+        handle._router.graph.expect(max(mixtures, longest))
         self.logit_processor.supported_keys[KEY] = object
         self.served: defaultdict[str, int] = defaultdict(int)
         self.prefix_hits = 0

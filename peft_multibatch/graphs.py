@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import threading
@@ -158,7 +159,7 @@ class Graph:
     def enter(self, call: Call, outer: Call | None) -> None:
         """A call begins, inside another one or not."""
         with self._changing():
-            call.thread = self.here.thread
+            call.thread, call.task = self.here.thread, _task()
             self._in_force[call] = outer
             self._change(call.thread)
             if self._runs_ops and self._synced is not call.mix:
@@ -174,6 +175,11 @@ class Graph:
             if call.thread is not None:
                 self._change(call.thread)
         self.stash.clear()
+
+    def expect(self, terms: int) -> None:
+        """Have room for mixtures of this many adapters."""
+        with self._changing():
+            self.terms = max(self.terms, terms)
 
     def plan(self, shape: Sequence[int], index: int) -> Tensor:
         """A plan of the thread that asks, that of one term, for rows of the shape ``[..., K]``, with zeros behind it.
@@ -191,13 +197,17 @@ class Graph:
             )
         if call is None:
             raise ModelStateError(
-                "a compiled model was called without ids on one thread while ids are in force on another: expected "
-                "that calls with and without ids of one compiled model don't overlap. Pass ids of -1 instead of none, "
-                "or run the calls after each other."
+                "a compiled model was called without ids on one thread while ids are in force on another, or backward "
+                "computes again what ran under ids that have ended: expected that calls with and without ids of one "
+                "compiled model don't overlap. Pass ids of -1 instead of none, run the calls after each other, and "
+                "backward inside mb.batch(...)."
             )
         call.num_rows(shape)
         rows = math.prod(shape[:-1])
-        packed = (_term(call.mix, index) if rows else Segments.from_ids([])).pack()
+        if rows and index < len(call.mix.terms):
+            packed = call.mix.plans(torch.device("cpu"))[index]
+        else:
+            packed = Segments.from_ids([BASE] * min(call.mix.segments.num_entries, rows)).pack()
         return torch.nn.functional.pad(packed, (0, packed_size(rows) - packed.numel()))
 
     def _is_captured_with(self, bank: Bank) -> bool:
@@ -218,8 +228,9 @@ class Graph:
 
     def _change(self, thread: InForce) -> None:
         """Calls of a thread began or ended."""
-        around = {(outer, call.thread) for call, outer in self._in_force.items()}
-        calls = [call for call in self._in_force if (call, call.thread) not in around]  # of nested ones the innermost
+        around = {(outer, call.thread, call.task) for call, outer in self._in_force.items()}
+        # of those that are nested on one task the innermost
+        calls = [call for call in self._in_force if (call, call.thread, call.task) not in around]
         self.active = bool(calls)
         self.contended = any(call.mix is not calls[0].mix for call in calls)
         self.terms = max([self.terms, *(len(call.mix.terms) for call in calls)])
@@ -274,6 +285,14 @@ class Graph:
 def _term(mix: Mix, index: int) -> Segments:
     """The plan of one term, for which no sample of a mix need have an adapter."""
     return mix.terms[index] if index < len(mix.terms) else Segments.from_ids([BASE] * mix.segments.num_entries)
+
+
+def _task() -> int:
+    """Which asyncio task runs; 0 where none does."""
+    try:
+        return id(asyncio.current_task())
+    except RuntimeError:
+        return 0
 
 
 def _capacity(entries: int) -> int:

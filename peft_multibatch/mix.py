@@ -161,6 +161,7 @@ class Call:
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
         thread: the thread on which it began.
+        task: the asyncio task.
         stash: for each fused group, what its first layer computed for the others.
         dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
@@ -175,6 +176,7 @@ class Call:
         self.inside = False
         self.ended = False
         self.thread: InForce | None = None
+        self.task = 0
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import threading
@@ -182,6 +183,32 @@ def test_a_thread_runs_under_its_own_ids_or_under_none(compiled):
             assert_close(other.submit(contextvars.copy_context().run, logits, fast).result(), want)
             assert_close(logits(fast), want)
         assert_close(other.submit(logits, fast).result(), plain)
+
+
+def test_a_block_that_another_task_opens_inside_of_one(compiled):
+    """Which goes on meanwhile, and has another number of samples."""
+    model, mb, fast, _ = compiled
+    want = logits(model, adapter_ids=MIXES[0])
+
+    async def inner(opened, ended):
+        with mb.batch([0, 1]):
+            assert_close(logits(fast, 2), logits(model, 2, adapter_ids=[0, 1]))
+            opened.set()
+            await ended.wait()
+
+    async def main():
+        opened, ended = asyncio.Event(), asyncio.Event()
+        with mb.batch(MIXES[0]):
+            task = asyncio.create_task(inner(opened, ended))
+            await opened.wait()
+            assert mb._router.graph.contended  # so that a GPU, where there is one place for a plan, refuses it
+            assert_close(logits(fast), want)
+            ended.set()
+            await task
+            assert not mb._router.graph.contended
+            assert_close(logits(fast), want)
+
+    asyncio.run(main())
 
 
 def test_enabling_and_disabling_a_model_that_was_compiled_before():

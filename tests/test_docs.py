@@ -19,6 +19,9 @@ PAGES = [
 
 
 @pytest.mark.xdist_group("real model")
+@pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.. with the `input_ids` being on a device type"
+)  # offloaded
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_snippets_run(page, capsys):
     names: dict[str, object] = {}

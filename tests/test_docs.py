@@ -19,9 +19,8 @@ PAGES = [
 
 
 @pytest.mark.xdist_group("real model")
-@pytest.mark.filterwarnings(
-    "ignore:You are calling .generate.. with the `input_ids` being on a device type"
-)  # offloaded
+# transformers 5.17 says so of offloaded models
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type")
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_snippets_run(page, capsys):
     names: dict[str, object] = {}

@@ -305,7 +305,7 @@ _graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
 
 
 # like a random number, and unlike what follows from its arguments, a plan is no constant
-@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def take_plan(mixes: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
     """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
 

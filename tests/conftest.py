@@ -33,7 +33,10 @@ def _poisoned_empty(monkeypatch):
     def poison(function):
         def poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+            if tensor.is_floating_point() and not tensor.is_meta:
+                with torch.no_grad():  # of a parameter as well
+                    tensor.fill_(float("nan"))
+            return tensor
 
         return poisoned
 

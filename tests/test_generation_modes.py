@@ -232,10 +232,9 @@ def test_quantized_cache(llama, kind):
     if kind == "hqq":
         settings |= {"axis_key": 1, "axis_value": 1}
 
-    def call(
-        model: Any, inputs: dict, **ids: Any
-    ) -> Tensor:  # transformers 5.17 takes the backend out of the settings
-        return options(cache_implementation="quantized", cache_config={**settings})(model, inputs, **ids)
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        own = {**settings}  # out of which transformers 5.17 takes the backend
+        return options(cache_implementation="quantized", cache_config=own)(model, inputs, **ids)
 
     ours_and_peft(llama, left_padded(), call)
 

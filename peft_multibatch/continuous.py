@@ -277,7 +277,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
                 with _on(io.compute_stream), routing as call:
                     if not (self._uses_graphs and self._router.graph.contended):
-                        call.inside = True
+                        call.inside, call.for_graphs = True, self._uses_graphs
                         self._prefixes.see(call.mix.adapters)
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now

@@ -17,18 +17,13 @@ from torch._dynamo.convert_frame import compile_lock
 
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.mix import Call, Mix
-from peft_multibatch.segments import BASE, SegmentBuffer, Segments, packed_size
+from peft_multibatch.segments import BASE, CUT, SegmentBuffer, Segments, packed_size
 
 
 if TYPE_CHECKING:
     from peft_multibatch.bank import Bank
     from peft_multibatch.routing import Router
     from peft_multibatch.tables import TableRows
-
-
-CUT = 16
-"""Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. Launches that read there
-have a few programs for every segment, however long, and in a packed batch all tokens of an adapter are one."""
 
 
 class InForce:
@@ -138,20 +133,27 @@ class Graph:
             if not self.contended and self._written is not call.mix:
                 self._write(call.mix)
 
-    def capture(self, call: Call, bank: Bank, device: torch.device) -> tuple[list[Tensor], tuple[TableRows, ...]]:
-        """Plans and tables that stay, for kernels that are being captured in a CUDA graph.
+    def fixed(
+        self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
+    ) -> tuple[list[Tensor], tuple[TableRows, ...]]:
+        """Plans and tables that stay, for kernels that are being captured in a CUDA graph or will be right after.
 
         Raises:
             ModelStateError: they would have to be made first, and during a capture nothing can be.
         """
         mix = call.mix
-        if self.contended or self._written is not mix or not bank.has_rows(mix.adapters, device, mix.slots):
+        if not is_capturing:
+            self.prepare(call, device)
+            mix.tables(bank, device)
+        # the plan of a step of continuous batching stays until it ends, whoever comes in between
+        is_ready = self._written is mix and (call.for_graphs or not self.contended)
+        if not is_ready or not bank.has_rows(mix.adapters, device, mix.slots):
             raise ModelStateError(
                 "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.hold(self._router.adapters(), device, self._is_captured_with(bank))
+            bank.hold(self._router.adapters(checks=0), device, self._is_captured_with(bank))
             self._held[bank] = device
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.held

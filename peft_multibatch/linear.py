@@ -128,12 +128,14 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
         call.num_rows(x.shape)
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
     if kernels is not None and kernels.runs_on(x):
-        if kernels.is_capturing():
-            plans, tables = router.graph.capture(call, bank, x.device)
-            ys = [y.contiguous() for y in ys]
-            for plan in plans:
-                kernels.add_(ys, x, bank.widths, plan, tables)
-            return ys
+        if call.for_graphs or kernels.is_capturing():
+            plans, tables = router.graph.fixed(call, bank, x.device, kernels.is_capturing())
+            if kernels.takes(ys, x, tables):
+                call.num_rows(x.shape)
+                ys = [y.contiguous() for y in ys]
+                for plan in plans:
+                    kernels.add_(ys, x, bank.widths, plan, tables)
+                return ys
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
             call.num_rows(x.shape)

@@ -158,6 +158,7 @@ class Call:
         expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
         packed: True where entries are tokens, all in one row, as in continuous batching, whose steps run to their end
             as they began even if another thread disables adapters in between.
+        for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
         inside: True while a model's forward runs that has checked this call.
         ended: True when it is no longer in force.
         thread: the thread on which it began.
@@ -173,6 +174,7 @@ class Call:
         self.mix = mix
         self.expands = expands
         self.packed = packed
+        self.for_graphs = False
         self.inside = False
         self.ended = False
         self.thread: InForce | None = None

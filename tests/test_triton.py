@@ -129,6 +129,27 @@ def test_a_buffer_with_long_segments_in_pieces():
     assert (plan.num_segments, pieces.num_segments) == (3, 4 + 1 + 2)
 
 
+def test_a_graph_goes_round_more_segments_than_it_has_programs_for(monkeypatch):
+    """Every row of a mixture may have a weight of its own, and then a segment of its own."""
+    grids, original = [], triton_backend.Product
+    monkeypatch.setattr(triton_backend, "Product", lambda key, launch: grids.append(key) or original(key, launch))
+    parts = random_parts([[8, 4], [3, 0], [0, 0]], 36, [40, 24], torch.float32)
+    table = table_of(parts, torch.float32)
+    x = torch.randn(160, 36, device=DEVICE)
+    ys = [torch.randn(160, width, device=DEVICE) for width in (40, 24)]
+    slots, weights = [0, 1, 2, -1, 0] * 16, [0.25 + index / 80 for index in range(80)]
+    plan = Segments.from_ids(slots, weights=weights)
+    expected = [y.double() for y in ys]
+    ops.torch_backend.apply_(expected, x.double(), plan, exact(parts))
+    buffer = SegmentBuffer(128, DEVICE)
+    buffer.update(plan.cut(16))
+    triton_backend.add_(ys, x, [40, 24], buffer.packed, [table])
+    for y, want in zip(ys, expected):
+        assert_close(y, want)
+    ((key,), segments) = grids, plan.num_segments
+    assert segments == 80 > 2 * key.num_segments
+
+
 MIXES = {
     "[0, 0, 1]": [0, 0, 1],
     "interleaved": [2, 0, 1, 2, 0, 3],

@@ -82,6 +82,27 @@ def test_what_graphs_read_has_no_long_segments():
     assert (plan.num_segments, plan.longest) == (4, 16)
 
 
+def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch):
+    """Kernels are compiled and tables made when nothing is being captured yet."""
+    model, mb = enabled()
+    loops = []
+    original = triton_backend.Product.__call__
+
+    def run(self, *args):
+        loops.append(self._shrink_args[-1])
+        return original(self, *args)
+
+    monkeypatch.setattr(triton_backend.Product, "__call__", run)
+    want = logits(model)
+    assert loops and not any(loops)
+    loops.clear()
+    slots = [mb.adapter_names.index(name) if name != "__base__" else -1 for name in NAMES]
+    with torch.no_grad(), mb._router.routing(slots, expands=False) as call:
+        call.inside, call.for_graphs = True, True
+        assert_close(model(**inputs(), use_cache=False).logits, want)
+    assert loops and all(loops)
+
+
 @pytest.mark.parametrize("fuse", [True, "weights"])
 def test_every_row_is_its_own_adapters(launches, fuse):
     model, _ = enabled(fuse)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
-from peft_multibatch.segments import HEADER, Segments
+from peft_multibatch.segments import CUT, HEADER, Segments
 from peft_multibatch.tables import TableRows
 
 
@@ -55,7 +55,7 @@ def choose(
     tall, so that weights are read once for many rows.
 
     Args:
-        num_segments: segments of the plan, or the capacity of a graph's plan.
+        num_segments: segments of the plan, or those that a graph has programs for.
         longest: rows of the longest segment.
         num_inputs: ``K``.
         widths: ``N`` of each slice.
@@ -72,8 +72,11 @@ def choose(
             block_k, part, shrink_warps = 128, 512 if len(widths) > 1 else 256, 2
         if rank > 32:
             block_k, shrink_warps = 64, 4
-        splits = min(8 * processors // (programs * len(widths)), num_inputs // part)
-        block_n, expand_warps = (512, 8) if programs >= 32 and rank <= 32 else (256, 8 if rank > 32 else 4)
+        room = max(1, 8 * processors // (programs * len(widths)))
+        # powers of two, so that few kernels are compiled for all numbers of segments
+        splits = min(1 << room.bit_length() - 1, num_inputs // part)
+        is_wide = programs >= 32 and num_segments * longest <= 512 and rank <= 32
+        block_n, expand_warps = (512, 8) if is_wide else (256, 8 if rank > 32 else 4)
         while block_n > 64 and columns < block_n * processors:
             block_n //= 2
     else:
@@ -125,7 +128,7 @@ class Product:
         self._is_whole = key.is_whole
         size = key.y_dtype.itemsize
         self._offset1, self._offset2 = (sum(widths[:i]) * size if i < len(widths) else 0 for i in (1, 2))
-        shared = DTYPES[key.weights], key.is_aligned, dependent
+        shared = DTYPES[key.weights], key.is_aligned, dependent, key.loops
         options = {"launch_pdl": True} if dependent else {}
         self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
         self._shrink_args = (
@@ -216,8 +219,9 @@ class ProductKey(NamedTuple):
         widths: ``N`` of each slice.
         strides: elements between two rows of each slice.
         is_whole: whether all slices stand side by side in one tensor.
-        num_segments: segments of the plan, or more.
+        num_segments: segments of the plan.
         longest: rows of the longest segment, or more; only speed depends on it.
+        loops: whether the plan may have other segments than that, so that programs go round.
         weights: dtype of the weights.
         rank: largest rank in the table.
         is_aligned: whether weights can be read 16 bytes at a time.
@@ -234,6 +238,7 @@ class ProductKey(NamedTuple):
     is_whole: bool
     num_segments: int
     longest: int
+    loops: bool
     weights: torch.dtype
     rank: int
     is_aligned: bool
@@ -251,6 +256,7 @@ def product(
     longest: int,
     table: TableRows,
     launch: Launch | None = None,
+    loops: bool = False,
 ) -> Product:
     """The product for tensors of these shapes.
 
@@ -259,10 +265,11 @@ def product(
             ``[T, N]`` with columns of stride 1.
         x: what all slices read, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
         widths: ``N`` of each slice.
-        num_segments: segments of the plan, or more.
+        num_segments: segments of the plan.
         longest: rows of the longest segment, or more; only speed depends on it.
         table: the bank's rows for kernels.
         launch: how to cut the product; chosen where it isn't given.
+        loops: whether the plan may have other segments than that, so that programs go round.
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)
@@ -270,7 +277,7 @@ def product(
     key = ProductKey(
         x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], x.stride(-2),
         tuple(widths), tuple(strides), is_whole,
-        num_segments, longest, table.dtype, padded(table.rank), table.is_aligned,
+        num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned,
     )  # fmt: skip
     found = _products.get((key, launch))
     if found is None:
@@ -337,18 +344,20 @@ class Products:
 def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, tables: Sequence[TableRows]) -> None:
     """Add the deltas of ``x`` to ``ys``, under whatever plan stands in a buffer when the kernels run.
 
-    Launches are as many as the buffer's largest plan may need, and no number in them depends on the plan. Arguments as
-    in ``product``.
+    No number in the launches depends on the plan. They have programs for as many segments as rows of one adapter each
+    can have, cut as ``SegmentBuffer`` cuts them; mixtures can have more, and the programs go round. Arguments as in
+    ``product``.
     """
     if not x.numel():
         return
     x = _rows(x)
     num_rows = x.numel() // x.shape[-1]
-    num_segments = min((plan.numel() - HEADER - 3) // 4, num_rows)
-    longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, 64))
+    capacity = (plan.numel() - HEADER - 3) // 4
     for table in tables:
         if table.rank:
-            product(ys, x, widths, num_segments, longest, table)(ys, x, plan, table.rows)
+            num_segments = min(capacity, num_rows, num_rows // CUT + len(table.rows) + 1)
+            longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, CUT))
+            product(ys, x, widths, num_segments, longest, table, loops=True)(ys, x, plan, table.rows)
 
 
 def _rows(x: Tensor) -> Tensor:

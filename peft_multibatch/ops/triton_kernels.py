@@ -1,8 +1,9 @@
 """The Triton kernels: ``shrink_kernel`` and ``expand_kernel``, a launch each for any mix of adapters.
 
-A program serves one segment. It reads the segment's slot and bounds from the packed plan, then the slot's row of the
+A program serves a segment: it reads the segment's slot and bounds from the packed plan, then the slot's row of the
 bank's table (where ``lora_A`` and ``lora_B`` are, rank, scaling), then weights: three loads in a row, and none that
-waits for the host. Programs beyond the last segment, of segments without adapter and of slots of rank 0 end at once.
+waits for the host. Segments without adapter and slots of rank 0 are nothing to do. Graphs, whose launches don't know
+how many segments there will be, ``LOOP``: their programs go round until all are served.
 
 Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order: the same input
 gives the same bits.
@@ -15,21 +16,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _header(plan):
+    """Entries of the plan, and its permutation or not."""
+    return tl.load(plan), tl.load(plan + 2), plan + 7 + 3 * tl.load(plan + 1)
+
+
+@triton.jit
 def _segment(plan, index):
-    """Entries of the plan, its permutation or not, and this segment's slot, bounds and weight; slot -1 where there is
-    nothing.
-    """
-    num_entries = tl.load(plan)
-    num_segments = tl.load(plan + 1)
-    is_permuted = tl.load(plan + 2)
+    """A segment's slot, bounds and weight."""
     triple = plan + 4 + 3 * index
-    slot = tl.load(triple)
-    start = tl.load(triple + 1)
     weight = tl.load(triple + 2).to(tl.float32, bitcast=True)
-    stop = tl.load(triple + 4)
-    permutation = plan + 7 + 3 * num_segments
-    slot = tl.where(index < num_segments, slot, -1)
-    return num_entries, is_permuted, permutation, slot, start, stop, weight
+    return tl.load(triple), tl.load(triple + 1), tl.load(triple + 4), weight
 
 
 @triton.jit
@@ -43,15 +40,6 @@ def _rows(position, mask, is_permuted, permutation, per_entry):
 
 
 @triton.jit
-def _end(PDL: tl.constexpr):
-    """What a program without work does: it must not end before the kernel that precedes it, or one that follows could
-    begin too early.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _a_tile(lora_a, rank, ranks, k, num_inputs):
     # compared with num_inputs, of whose divisors the compiler knows, so that loads can be wide
     return tl.load(
@@ -59,6 +47,47 @@ def _a_tile(lora_a, rank, ranks, k, num_inputs):
         mask=(ranks < rank)[:, None] & (k < num_inputs)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def _shrink_segment(
+    h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks, tiles,
+    SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a segment, a part of K, a slice."""
+    num_entries, is_permuted, permutation = _header(plan)
+    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
+    rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
+    if rank > 0:
+        if ALIGNED:
+            lora_a = tl.multiple_of(lora_a, 16)
+        per_entry = num_rows // num_entries
+        ranks = tl.arange(0, R)
+        ks = tl.arange(0, BLOCK_K)
+        if ONE_BLOCK:
+            k = split * BLOCK_K + ks
+            a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+            position = first + tl.arange(0, BLOCK_T)
+            live = position < stop * per_entry
+            rows = _rows(position, live, is_permuted, permutation, per_entry)
+            x_rows = x + rows[:, None] * stride_x
+            total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
+            if ONE_BLOCK:
+                x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
+                total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
+            else:
+                for block in range(split * split_blocks, (split + 1) * split_blocks):
+                    k = block * BLOCK_K + ks
+                    x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
+                    a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
+                    total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
+            place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
+            tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
 
 
 # Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
@@ -81,8 +110,9 @@ def shrink_kernel(
     WEIGHTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    LOOP: tl.constexpr,
 ):
-    """Grid: (segments × tiles, splits of K, slices).
+    """Grid: (segments, or fewer with ``LOOP``, × tiles, splits of K, slices).
 
     With ``ONE_BLOCK`` a split is one block, whose weights are on their way before the kernel that precedes has ended.
     """
@@ -90,43 +120,65 @@ def shrink_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     split, i = tl.program_id(1), tl.program_id(2)
-    num_entries, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
-    if slot < 0:
-        _end(PDL)
-        return
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
-    lora_a = tl.load(row).to(tl.pointer_type(WEIGHTS))
-    rank = tl.load(row + 2).to(tl.int32)
-    if rank == 0:
-        _end(PDL)
-        return
-    if ALIGNED:
-        lora_a = tl.multiple_of(lora_a, 16)
-    per_entry = num_rows // num_entries
-    ranks = tl.arange(0, R)
-    ks = tl.arange(0, BLOCK_K)
-    if ONE_BLOCK:
-        k = split * BLOCK_K + ks
-        a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
-    if PDL:
+    slot, start, stop, _ = _segment(plan, index)
+    if LOOP:
+        num_segments = tl.load(plan + 1)
+        while index < num_segments:
+            _shrink_segment(
+                h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks,
+                tiles, SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
+            )  # fmt: skip
+            index += tl.num_programs(0) // tiles
+            slot, start, stop, _ = _segment(plan, tl.minimum(index, num_segments - 1))
+    else:
+        _shrink_segment(
+            h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks,
+            tiles, SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
+        )  # fmt: skip
+    if PDL:  # a program mustn't end before the kernel that precedes, or one that follows could begin too early
         tl.extra.cuda.gdc_wait()
-    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
-        position = first + tl.arange(0, BLOCK_T)
-        live = position < stop * per_entry
-        rows = _rows(position, live, is_permuted, permutation, per_entry)
-        x_rows = x + rows[:, None] * stride_x
-        total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
-        if ONE_BLOCK:
-            x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
-            total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
-        else:
-            for block in range(split * split_blocks, (split + 1) * split_blocks):
-                k = block * BLOCK_K + ks
-                x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
-                a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
-                total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
-        place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
-        tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _expand_segment(
+    y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride, tiles,
+    SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a segment, a block of a slice's columns."""
+    num_entries, is_permuted, permutation = _header(plan)
+    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
+    rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
+    scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight
+    if rank > 0:
+        if ALIGNED:
+            lora_b = tl.multiple_of(lora_b, 16)
+            rank = tl.multiple_of(rank, 8)
+        per_entry = num_rows // num_entries
+        ranks = tl.arange(0, R)
+        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_tile = tl.load(
+            lora_b + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
+            mask=(columns < width)[:, None] & (ranks < rank)[None, :],
+            other=0.0,
+        )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+            position = first + tl.arange(0, BLOCK_T)
+            live = position < stop * per_entry
+            rows = _rows(position, live, is_permuted, permutation, per_entry)
+            y_tile = y + rows[:, None] * stride + columns[None, :]
+            mask = live[:, None] & (columns < width)[None, :]
+            before = tl.load(y_tile, mask=mask, other=0.0)
+            place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
+            sums = tl.load(place, mask=live[:, None], other=0.0)
+            for split in range(1, SPLITS):  # unrolled, it is slower by a third
+                plane = split * num_rows.to(tl.int64) * (SLICES * R)
+                sums += tl.load(place + plane, mask=live[:, None], other=0.0)
+            delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
+            tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
@@ -153,14 +205,12 @@ def expand_kernel(
     WEIGHTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    LOOP: tl.constexpr,
 ):
-    """Grid: (segments × tiles, blocks of columns of all slices together)."""
+    """Grid: (segments, or fewer with ``LOOP``, × tiles, blocks of columns of all slices together)."""
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     block = tl.program_id(1)
-    num_entries, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
-    if slot < 0:
-        _end(PDL)
-        return
+    slot, start, stop, weight = _segment(plan, index)
     i, y, width, stride = 0, y0, width0, stride0
     if SLICES > 1:
         blocks0 = tl.cdiv(width0, BLOCK_N)
@@ -172,37 +222,19 @@ def expand_kernel(
                 if block >= blocks1:
                     block -= blocks1
                     i, y, width, stride = 2, y2, width2, stride2
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
-    lora_b = tl.load(row + 1).to(tl.pointer_type(WEIGHTS))
-    rank = tl.load(row + 2).to(tl.int32)
-    scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True) * weight
-    if rank == 0:
-        _end(PDL)
-        return
-    if ALIGNED:
-        lora_b = tl.multiple_of(lora_b, 16)
-        rank = tl.multiple_of(rank, 8)
-    per_entry = num_rows // num_entries
-    ranks = tl.arange(0, R)
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_tile = tl.load(
-        lora_b + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
-        mask=(columns < width)[:, None] & (ranks < rank)[None, :],
-        other=0.0,
-    )
+    if LOOP:
+        num_segments = tl.load(plan + 1)
+        while index < num_segments:
+            _expand_segment(
+                y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride,
+                tiles, SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+            )  # fmt: skip
+            index += tl.num_programs(0) // tiles
+            slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
+    else:
+        _expand_segment(
+            y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride,
+            tiles, SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
-        position = first + tl.arange(0, BLOCK_T)
-        live = position < stop * per_entry
-        rows = _rows(position, live, is_permuted, permutation, per_entry)
-        y_tile = y + rows[:, None] * stride + columns[None, :]
-        mask = live[:, None] & (columns < width)[None, :]
-        before = tl.load(y_tile, mask=mask, other=0.0)
-        place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
-        sums = tl.load(place, mask=live[:, None], other=0.0)
-        for split in range(1, SPLITS):  # unrolled, it is slower by a third
-            plane = split * num_rows.to(tl.int64) * (SLICES * R)
-            sums += tl.load(place + plane, mask=live[:, None], other=0.0)
-        delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
-        tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)

@@ -21,7 +21,7 @@ from peft_multibatch.segments import BASE, CUT, SegmentBuffer, Segments, packed_
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank
+    from peft_multibatch.bank import Adapter, Bank
     from peft_multibatch.routing import Router
     from peft_multibatch.tables import TableRows
 
@@ -86,6 +86,7 @@ class Graph:
         self._is_traced = False
         self._runs_ops = False
         self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
+        self._ready: tuple[int, dict[int, Adapter]] = 0, {}  # slots, and adapters that all of these tables have
         self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
         self.is_captured = False
         self._lock = threading.RLock()
@@ -120,7 +121,7 @@ class Graph:
                 bank.hold(adapters, place, self._is_captured_with(bank))
                 for table in bank.held:
                     torch._dynamo.mark_static_address(table.rows)
-                self._held[bank] = place
+                self._hold(bank, place)
                 self.prepare(call, place)
         return True
 
@@ -154,7 +155,7 @@ class Graph:
             )
         with self._lock:
             bank.hold(self._router.adapters(checks=0), device, self._is_captured_with(bank))
-            self._held[bank] = device
+            self._hold(bank, device)
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
 
@@ -254,12 +255,7 @@ class Graph:
     def _write(self, mix: Mix) -> None:
         entries = mix.segments.num_entries
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            for bank, device in self._held.items():
-                if not bank.has_rows(mix.adapters, device, mix.slots):
-                    bank.tables(mix.adapters, device, mix.slots)
-                if bank.hold(mix.adapters, device, self.is_captured):
-                    for table in bank.held:
-                        torch._dynamo.mark_static_address(table.rows)
+            self._make_ready(mix)
             for buffers in list(self.buffers.values()):
                 if self.is_captured and len(mix.terms) > len(buffers):
                     raise ModelStateError(
@@ -275,6 +271,26 @@ class Graph:
                     for index, buffer in enumerate(buffers):
                         buffer.update(_term(mix, index).cut(CUT))
             self._written = mix
+
+    def _make_ready(self, mix: Mix) -> None:
+        """Have the adapters of a mix in all tables that graphs read."""
+        slots, ready = self._ready
+        if slots == mix.slots and mix.adapters.items() <= ready.items():
+            return
+        is_same = slots == mix.slots
+        for bank, device in self._held.items():
+            if not bank.has_rows(mix.adapters, device, mix.slots):
+                bank.tables(mix.adapters, device, mix.slots)
+                is_same = False
+            if bank.hold(mix.adapters, device, self.is_captured):
+                for table in bank.held:
+                    torch._dynamo.mark_static_address(table.rows)
+        self._ready = mix.slots, {**ready, **mix.adapters} if is_same else dict(mix.adapters)
+
+    def _hold(self, bank: Bank, device: torch.device) -> None:
+        """Keep a bank's tables as graphs need them from now on."""
+        self._held[bank] = device
+        self._ready = 0, {}
 
     def _grow(self, device: torch.device, entries: int) -> None:
         with torch.inference_mode(False):

@@ -25,8 +25,8 @@ HEADER = 4
 """Length of a packed plan's header: num_entries, num_segments, is_permuted and a zero."""
 
 CUT = 16
-"""Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. In a packed batch all tokens
-of an adapter are one segment, and launches that read there can't know it: they have a program for every piece."""
+"""Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. In a packed batch all
+tokens of an adapter are one segment, and launches that read there can't know it: every piece has a program."""
 
 
 @dataclass(frozen=True)

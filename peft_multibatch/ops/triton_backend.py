@@ -219,9 +219,9 @@ class ProductKey(NamedTuple):
         widths: ``N`` of each slice.
         strides: elements between two rows of each slice.
         is_whole: whether all slices stand side by side in one tensor.
-        num_segments: segments of the plan.
+        num_segments: segments of the plan, or more; any number where programs go round.
         longest: rows of the longest segment, or more; only speed depends on it.
-        loops: whether the plan may have other segments than that, so that programs go round.
+        loops: whether programs go round until all segments are served.
         weights: dtype of the weights.
         rank: largest rank in the table.
         is_aligned: whether weights can be read 16 bytes at a time.
@@ -265,11 +265,11 @@ def product(
             ``[T, N]`` with columns of stride 1.
         x: what all slices read, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
         widths: ``N`` of each slice.
-        num_segments: segments of the plan.
+        num_segments: segments of the plan, or more; any number where programs go round.
         longest: rows of the longest segment, or more; only speed depends on it.
         table: the bank's rows for kernels.
         launch: how to cut the product; chosen where it isn't given.
-        loops: whether the plan may have other segments than that, so that programs go round.
+        loops: whether programs go round until all segments are served.
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)

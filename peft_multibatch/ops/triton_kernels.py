@@ -16,17 +16,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _header(plan):
-    """Entries of the plan, and its permutation or not."""
-    return tl.load(plan), tl.load(plan + 2), plan + 7 + 3 * tl.load(plan + 1)
-
-
-@triton.jit
 def _segment(plan, index):
-    """A segment's slot, bounds and weight."""
+    """Entries of the plan, its permutation or not, and this segment's slot, bounds and weight."""
+    num_entries = tl.load(plan)
+    num_segments = tl.load(plan + 1)
+    is_permuted = tl.load(plan + 2)
     triple = plan + 4 + 3 * index
+    slot = tl.load(triple)
+    start = tl.load(triple + 1)
     weight = tl.load(triple + 2).to(tl.float32, bitcast=True)
-    return tl.load(triple), tl.load(triple + 1), tl.load(triple + 4), weight
+    stop = tl.load(triple + 4)
+    return num_entries, num_segments, is_permuted, plan + 7 + 3 * num_segments, slot, start, stop, weight
 
 
 @triton.jit
@@ -37,6 +37,15 @@ def _rows(position, mask, is_permuted, permutation, per_entry):
         entry = tl.load(permutation + position // per_entry, mask=mask, other=0)
         rows = entry.to(tl.int64) * per_entry + position % per_entry
     return rows
+
+
+@triton.jit
+def _end(PDL: tl.constexpr):
+    """What a program does that has, or has left, nothing to do: it must not end before the kernel that precedes it, or
+    one that follows could begin too early.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -51,43 +60,36 @@ def _a_tile(lora_a, rank, ranks, k, num_inputs):
 
 @triton.jit
 def _shrink_segment(
-    h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks, tiles,
+    h, x, lora_a, rank, start, stop, tile, split, i, is_permuted, permutation, per_entry,
+    num_rows, num_inputs, stride_x, split_blocks, tiles,
     SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
     WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a segment, a part of K, a slice."""
-    num_entries, is_permuted, permutation = _header(plan)
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
-    lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
-    rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
-    if rank > 0:
-        if ALIGNED:
-            lora_a = tl.multiple_of(lora_a, 16)
-        per_entry = num_rows // num_entries
-        ranks = tl.arange(0, R)
-        ks = tl.arange(0, BLOCK_K)
+    """A program's share of a segment's rows."""
+    ranks = tl.arange(0, R)
+    ks = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        k = split * BLOCK_K + ks
+        a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+        position = first + tl.arange(0, BLOCK_T)
+        live = position < stop * per_entry
+        rows = _rows(position, live, is_permuted, permutation, per_entry)
+        x_rows = x + rows[:, None] * stride_x
+        total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
         if ONE_BLOCK:
-            k = split * BLOCK_K + ks
-            a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
-            position = first + tl.arange(0, BLOCK_T)
-            live = position < stop * per_entry
-            rows = _rows(position, live, is_permuted, permutation, per_entry)
-            x_rows = x + rows[:, None] * stride_x
-            total = tl.zeros((BLOCK_T, R), dtype=tl.float32)
-            if ONE_BLOCK:
+            x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
+            total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
+        else:
+            for block in range(split * split_blocks, (split + 1) * split_blocks):
+                k = block * BLOCK_K + ks
                 x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
+                a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
                 total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
-            else:
-                for block in range(split * split_blocks, (split + 1) * split_blocks):
-                    k = block * BLOCK_K + ks
-                    x_tile = tl.load(x_rows + k[None, :], mask=live[:, None] & (k < num_inputs)[None, :], other=0.0)
-                    a_tile = _a_tile(lora_a, rank, ranks, k, num_inputs)
-                    total = tl.dot(x_tile.to(WEIGHTS), tl.trans(a_tile), total, input_precision="ieee")
-            place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
-            tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
+        place = ((split.to(tl.int64) * num_rows + position) * SLICES + i) * R
+        tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
 
 
 # Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
@@ -120,65 +122,74 @@ def shrink_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     split, i = tl.program_id(1), tl.program_id(2)
-    slot, start, stop, _ = _segment(plan, index)
+    num_entries, num_segments, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     if LOOP:
-        num_segments = tl.load(plan + 1)
         while index < num_segments:
-            _shrink_segment(
-                h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks,
-                tiles, SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
-            )  # fmt: skip
+            row = table + (slot.to(tl.int64) * SLICES + i) * 4
+            lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
+            rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
+            if ALIGNED:  # not in a function that gets it as an argument, which the hint would not outlive
+                lora_a = tl.multiple_of(lora_a, 16)
+            if rank > 0:
+                _shrink_segment(
+                    h, x, lora_a, rank, start, stop, tile, split, i, is_permuted, permutation, num_rows // num_entries,
+                    num_rows, num_inputs, stride_x, split_blocks, tiles,
+                    SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
+                )  # fmt: skip
             index += tl.num_programs(0) // tiles
-            slot, start, stop, _ = _segment(plan, tl.minimum(index, num_segments - 1))
+            _, _, _, _, slot, start, stop, _ = _segment(plan, tl.minimum(index, num_segments - 1))
+        _end(PDL)
     else:
+        slot = tl.where(index < num_segments, slot, -1)
+        if slot < 0:
+            _end(PDL)
+            return
+        row = table + (slot.to(tl.int64) * SLICES + i) * 4
+        lora_a = tl.load(row).to(tl.pointer_type(WEIGHTS))
+        rank = tl.load(row + 2).to(tl.int32)
+        if rank == 0:
+            _end(PDL)
+            return
+        if ALIGNED:
+            lora_a = tl.multiple_of(lora_a, 16)
         _shrink_segment(
-            h, x, plan, table, slot, start, stop, tile, split, i, num_rows, num_inputs, stride_x, split_blocks,
-            tiles, SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
+            h, x, lora_a, rank, start, stop, tile, split, i, is_permuted, permutation, num_rows // num_entries,
+            num_rows, num_inputs, stride_x, split_blocks, tiles,
+            SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
         )  # fmt: skip
-    if PDL:  # a program mustn't end before the kernel that precedes, or one that follows could begin too early
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def _expand_segment(
-    y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride, tiles,
+    y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation, per_entry,
+    num_rows, width, stride, tiles,
     SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a segment, a block of a slice's columns."""
-    num_entries, is_permuted, permutation = _header(plan)
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
-    lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
-    rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
-    scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight
-    if rank > 0:
-        if ALIGNED:
-            lora_b = tl.multiple_of(lora_b, 16)
-            rank = tl.multiple_of(rank, 8)
-        per_entry = num_rows // num_entries
-        ranks = tl.arange(0, R)
-        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_tile = tl.load(
-            lora_b + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
-            mask=(columns < width)[:, None] & (ranks < rank)[None, :],
-            other=0.0,
-        )
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
-            position = first + tl.arange(0, BLOCK_T)
-            live = position < stop * per_entry
-            rows = _rows(position, live, is_permuted, permutation, per_entry)
-            y_tile = y + rows[:, None] * stride + columns[None, :]
-            mask = live[:, None] & (columns < width)[None, :]
-            before = tl.load(y_tile, mask=mask, other=0.0)
-            place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
-            sums = tl.load(place, mask=live[:, None], other=0.0)
-            for split in range(1, SPLITS):  # unrolled, it is slower by a third
-                plane = split * num_rows.to(tl.int64) * (SLICES * R)
-                sums += tl.load(place + plane, mask=live[:, None], other=0.0)
-            delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
-            tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)
+    """A program's share of a segment's rows."""
+    ranks = tl.arange(0, R)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_tile = tl.load(
+        lora_b + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
+        mask=(columns < width)[:, None] & (ranks < rank)[None, :],
+        other=0.0,
+    )
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for first in range(start * per_entry + tile * BLOCK_T, stop * per_entry, tiles * BLOCK_T):
+        position = first + tl.arange(0, BLOCK_T)
+        live = position < stop * per_entry
+        rows = _rows(position, live, is_permuted, permutation, per_entry)
+        y_tile = y + rows[:, None] * stride + columns[None, :]
+        mask = live[:, None] & (columns < width)[None, :]
+        before = tl.load(y_tile, mask=mask, other=0.0)
+        place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
+        sums = tl.load(place, mask=live[:, None], other=0.0)
+        for split in range(1, SPLITS):  # unrolled, it is slower by a third
+            plane = split * num_rows.to(tl.int64) * (SLICES * R)
+            sums += tl.load(place + plane, mask=live[:, None], other=0.0)
+        delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
+        tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
@@ -210,7 +221,12 @@ def expand_kernel(
     """Grid: (segments, or fewer with ``LOOP``, × tiles, blocks of columns of all slices together)."""
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     block = tl.program_id(1)
-    slot, start, stop, weight = _segment(plan, index)
+    num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
+    if not LOOP:
+        slot = tl.where(index < num_segments, slot, -1)
+        if slot < 0:
+            _end(PDL)
+            return
     i, y, width, stride = 0, y0, width0, stride0
     if SLICES > 1:
         blocks0 = tl.cdiv(width0, BLOCK_N)
@@ -223,18 +239,36 @@ def expand_kernel(
                     block -= blocks1
                     i, y, width, stride = 2, y2, width2, stride2
     if LOOP:
-        num_segments = tl.load(plan + 1)
         while index < num_segments:
-            _expand_segment(
-                y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride,
-                tiles, SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
-            )  # fmt: skip
+            row = table + (slot.to(tl.int64) * SLICES + i) * 4
+            lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
+            rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
+            scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight
+            if ALIGNED:
+                lora_b = tl.multiple_of(lora_b, 16)
+                rank = tl.multiple_of(rank, 8)
+            if rank > 0:
+                _expand_segment(
+                    y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation,
+                    num_rows // num_entries, num_rows, width, stride, tiles,
+                    SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+                )  # fmt: skip
             index += tl.num_programs(0) // tiles
-            slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
+            _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
+        _end(PDL)
     else:
+        row = table + (slot.to(tl.int64) * SLICES + i) * 4
+        lora_b = tl.load(row + 1).to(tl.pointer_type(WEIGHTS))
+        rank = tl.load(row + 2).to(tl.int32)
+        scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True) * weight
+        if rank == 0:
+            _end(PDL)
+            return
+        if ALIGNED:
+            lora_b = tl.multiple_of(lora_b, 16)
+            rank = tl.multiple_of(rank, 8)
         _expand_segment(
-            y, h, plan, table, slot, start, stop, weight, tile, i, block, num_rows, width, stride,
-            tiles, SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+            y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation,
+            num_rows // num_entries, num_rows, width, stride, tiles,
+            SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
         )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()

@@ -4,13 +4,15 @@
 
 Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all seven projections;
 prompts of 16 to 256 tokens, 64 new ones each. Stock continuous batching of transformers runs the base model, and the
-model with one adapter at a time; every way has the same settings, and runs the same requests once before it is timed.
+model with one adapter at a time; every way has the same settings, among them a cache of the size that it needs, and
+runs the same requests until a round captures no CUDA graph. That round and those after it are timed.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -51,29 +53,42 @@ def finish(manager: Any, names: list[str]) -> list[list[int]]:
     return [found[name] for name in names]
 
 
-def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: Any) -> tuple[list[float], list]:
-    """Seconds of every round, and the tokens of the last."""
-    times, tokens = [], []
+captured: list[bool] = []  # one for each CUDA graph
+begin_capture = torch.cuda.CUDAGraph.capture_begin
+
+
+def counted(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
+    captured.append(True)
+    begin_capture(graph, *args, **kwargs)
+
+
+def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: Any) -> tuple[dict[str, Any], list]:
+    """Seconds of the first round and of timed ones, how many graphs these captured, and the tokens of the last."""
+    first, times, tokens, late = 0.0, [], [], 0
     with session as manager:
-        for index in range(rounds + 1):
-            begin = time.perf_counter()
+        while len(times) < rounds:
+            before, begin = len(captured), time.perf_counter()
             tokens = finish(manager, manager.add_requests(prompts, **ids))
-            if index:
-                times.append(time.perf_counter() - begin)
-    return times, tokens
+            took, new = time.perf_counter() - begin, len(captured) - before
+            if times or (first and not new):
+                times.append(took)
+                late += new
+            first = first or took
+    return {"seconds": statistics.median(times), "times": times, "first": first, "captured": late}, tokens
 
 
-def one_at_a_time(model: Any, prompts: list, names: list[str], options: Any) -> tuple[list[float], list]:
+def one_at_a_time(model: Any, prompts: list, names: list[str], options: Any) -> tuple[dict[str, Any], list]:
     """Every adapter's requests in a session of their own; what sessions take to begin isn't counted."""
-    total, tokens = 0.0, {}
+    sums: Counter[str] = Counter()
+    tokens = {}
     for name in track(list(dict.fromkeys(names)), description="one at a time", console=console):
         model.set_adapter(name)
         own = [index for index, each in enumerate(names) if each == name]
         session = model.get_base_model().continuous_batching_context_manager(**options())
-        times, found = timed(session, [prompts[index] for index in own], 1)
-        total += times[0]
+        result, found = timed(session, [prompts[index] for index in own], 1)
+        sums.update({key: result[key] for key in ("seconds", "first", "captured")})
         tokens |= dict(zip(own, found))
-    return [total], [tokens[index] for index in range(len(names))]
+    return {**sums, "times": [sums["seconds"]]}, [tokens[index] for index in range(len(names))]
 
 
 def plot(records: list[dict], path: Path) -> None:
@@ -100,13 +115,15 @@ def main(
     new_tokens: int = 64,
     adapters: str = "1,8,32",
     alone: str = "1,8,32",
-    rounds: int = 3,
+    rounds: int = 5,
+    blocks: int = 128,
     graphs: bool = True,
     asynchronous: bool = True,
     out: Path = RESULTS / "continuous.csv",
     commit: str = "",
 ) -> None:
     """Measure the throughput over every number of adapters."""
+    torch.cuda.CUDAGraph.capture_begin = counted
     counts = [int(each) for each in adapters.split(",")]
     base, model = build(max(counts), rank, layers)
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -116,7 +133,7 @@ def main(
             use_cuda_graph=graphs,
             use_async_batching=asynchronous,
             allow_block_sharing=False,
-            max_memory_percent=0.2,
+            num_blocks=blocks,
             max_requests_per_batch=64,
             max_batch_tokens=1024,
         )
@@ -145,16 +162,18 @@ def main(
             console.print(f"{count} adapters: {same:.0%} of requests, {first:.0%} of first tokens as one at a time")
             if first < 0.9:  # what differs are ties, which bfloat16 breaks otherwise in batches of another size
                 raise SystemExit("nothing is reported")
-        for way, times in ways.items():
-            speed = requests * new_tokens / statistics.median(times)
-            ratio = statistics.median(baseline) / statistics.median(times)
+        for way, result in ways.items():
             records.append(
-                {"requests": requests, "new_tokens": new_tokens, "adapters": count, "way": way}
-                | {"seconds": round(statistics.median(times), 3), "tokens_per_s": round(speed)}
-                | {"× base": round(ratio, 3), "graphs": graphs, "async": asynchronous}
+                {"requests": requests, "new_tokens": new_tokens, "blocks": blocks, "adapters": count, "way": way}
+                | {"seconds": round(result["seconds"], 3), "first_s": round(result["first"], 3)}
+                | {"tokens_per_s": round(requests * new_tokens / result["seconds"])}
+                | {"× base": round(baseline["seconds"] / result["seconds"], 3), "captured": result["captured"]}
+                | {"graphs": graphs, "async": asynchronous}
                 | known
             )
-            console.print(f"{count} adapters, {way}: {', '.join(f'{each:.2f}' for each in times)} s")
+            times = ", ".join(f"{each:.2f}" for each in result["times"])
+            late = f", with {result['captured']} graphs captured" if result["captured"] else ""
+            console.print(f"{count} adapters, {way}: {times} s{late}; the first round {result['first']:.2f} s")
         write(records, out, plot)
     table = Table("adapters", "way", "new tokens / s", "of the base model")
     for record in records:

@@ -3,6 +3,7 @@
     python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
     python benchmarks/lora_kernels.py --sweep               # also tries other launches than the chosen one
     python benchmarks/lora_kernels.py --grid                # results/lora_kernels_grid.csv: many more points
+    python benchmarks/lora_kernels.py --graphs              # results/lora_kernels_graphs.csv: launches for any plan
 
 Every point is compared with float64 before it is timed. One graph runs the point over as many copies of the weights as
 fill the cache twice, so that every reading of a weight is a reading of memory; x and y stay hot, as they are in a
@@ -29,8 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Rows
 
-from peft_multibatch import Segments
+from peft_multibatch import SegmentBuffer, Segments
 from peft_multibatch.ops import torch_backend, triton_backend
+from peft_multibatch.segments import CUT
 from peft_multibatch.tables import Part, Table, TableRows
 
 
@@ -87,6 +89,13 @@ GRID = [
     for adapters in (1, 8, 64)
     if adapters <= rows
 ]
+# A Llama-8B layer in a graph that has to serve any plan, as compiled decoding and continuous batching have it.
+GRAPHS = [
+    Point(rows, adapters, inputs, widths, 16, None)
+    for rows in (64, 256, 1024)
+    for adapters in (8, 32)
+    for inputs, widths in ((4096, QKV), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
+]
 
 
 def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[Part]]:
@@ -105,8 +114,17 @@ def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[Part]]:
 
 
 class Case:
-    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, copies: int | None = None) -> None:
+    """Random adapters, copies of them that fill the cache, and a plan; with ``for_any_plan`` at a fixed place."""
+
+    def __init__(
+        self,
+        point: Point,
+        dtype: torch.dtype = torch.bfloat16,
+        copies: int | None = None,
+        for_any_plan: bool = False,
+    ) -> None:
         self.point = point
+        self.for_any_plan = for_any_plan
         per_adapter = point.rank * (point.inputs * len(point.widths) + sum(point.widths)) * dtype.itemsize
         self.bytes = point.adapters * per_adapter + point.rows * dtype.itemsize * (
             point.inputs + 2 * sum(point.widths)
@@ -116,15 +134,22 @@ class Case:
         self.parts = [random_parts(point, dtype) for _ in range(copies)]
         self.tables = []
         for parts in self.parts:
-            table = Table(dtype, point.adapters, len(point.widths), "cuda")
+            table = Table(dtype, max(16, point.adapters), len(point.widths), "cuda")
             table.update(parts)
             self.tables.append(table.describe(parts))
         self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
         self.plan = self.segments.pack().cuda()
+        if for_any_plan:
+            buffer = SegmentBuffer(max(point.rows, 1024), "cuda")
+            buffer.update(self.segments.cut(CUT))
+            self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device="cuda", dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]
 
     def run(self, table: TableRows, ys, launch=None) -> None:
+        if self.for_any_plan:
+            triton_backend.add_(ys, self.x, self.point.widths, self.plan, [table])
+            return
         product = triton_backend.product(
             ys, self.x, self.point.widths, self.segments.num_segments, self.segments.longest, table, launch
         )
@@ -235,17 +260,26 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | None = None, commit: str = "") -> None:
+def main(
+    sweep: bool = False,
+    grid: bool = False,
+    graphs: bool = False,
+    only: str = "",
+    out: Path | None = None,
+    commit: str = "",
+) -> None:
     """Check and time every point; with --sweep, look for better launches as well."""
-    out = out or RESULTS / ("lora_kernels_grid.csv" if grid else "lora_kernels.csv")
-    points = [point for point in (GRID if grid else POINTS + REST) if only in str(point)]
+    if graphs and (sweep or grid):
+        raise typer.BadParameter("launches of graphs are what they are: expected --graphs alone")
+    out = out or RESULTS / f"lora_kernels{'_graphs' if graphs else '_grid' if grid else ''}.csv"
+    points = [point for point in (GRAPHS if graphs else GRID if grid else POINTS + REST) if only in str(point)]
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
     records, table = [], Rows("point", "floor", "target", "ours", "p20", "p80", "best of sweep", "launch")
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
-        case = Case(point)
+        case = Case(point, for_any_plan=graphs)
         rank = triton_backend.padded(point.rank)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         chosen = triton_backend.choose(
@@ -265,10 +299,11 @@ def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | No
         p20, p50, p80 = (sorted(times)[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
         floor = case.bytes / bandwidth
         shown = "" if best_launch == chosen else str(tuple(best_launch))
+        launches = ["" if graphs else " ".join(map(str, launch)) for launch in (chosen, best_launch)]
         table.add_row(
             str(point),
             *(f"{v:.1f}" if v else "" for v in (floor, point.target, p50, p20, p80, best)),
-            f"{tuple(chosen)} {shown}",
+            "" if graphs else f"{tuple(chosen)} {shown}",
         )
         console.print(f"{point}: {p50:.2f}, {best:.2f} with {tuple(best_launch)}" if sweep else f"{point}: {p50:.2f}")
         records.append({
@@ -276,8 +311,8 @@ def main(sweep: bool = False, grid: bool = False, only: str = "", out: Path | No
             "p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2),
             "sweep_us": round(best, 2) if sweep else "", "error": f"{error:.1e}",
             "copy_TB_s": round(bandwidth / 1e6, 2), "gpu": gpu, "torch": torch.__version__,
-            "triton": triton.__version__, "commit": commit.strip(), "launch": " ".join(map(str, chosen)),
-            "best_launch": " ".join(map(str, best_launch)),
+            "triton": triton.__version__, "commit": commit.strip(),
+            "launch": launches[0], "best_launch": launches[1],
         })  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:

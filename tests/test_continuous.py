@@ -124,6 +124,30 @@ def test_on_a_gpu(enabled, graphs, asynchronous):
     assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
 
 
+@pytest.mark.gpu
+def test_steps_allocate_nothing_once_their_graphs_are_captured(enabled, monkeypatch):
+    """Whatever mixes come: plans are written where they stand, and tables are as they were."""
+    _, mb = enabled
+    captured, original = [], torch.cuda.CUDAGraph.capture_begin
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "capture_begin", lambda *args, **kwargs: captured.append(1) or original(*args, **kwargs)
+    )
+    inputs = prompts(40)
+    entries = [ENTRIES[index % len(ENTRIES)] for index in range(len(inputs))]
+    config = settings(40, use_cuda_graph=True, use_async_batching=True, allow_block_sharing=False)
+    options = {"generation_config": generation(), "continuous_batching_config": config}
+    with mb.continuous_batching(mixtures=2, **options) as manager:
+        for _ in range(20):
+            before = len(captured), torch.cuda.memory_stats()["allocation.all.allocated"]
+            manager.add_requests(inputs, adapter_ids=entries)
+            results(manager, len(inputs), timeout=120)
+            entries = entries[1:] + entries[:1]
+            if len(captured) == before[0]:
+                break
+    assert captured and len(captured) == before[0]
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before[1]
+
+
 def test_generate_batch(enabled):
     model, mb = enabled
     inputs, entries = prompts(9), (ENTRIES * 2)[:9]

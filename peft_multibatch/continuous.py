@@ -21,21 +21,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
-from transformers.generation.continuous_batching import ContinuousBatchingManager, model_runner
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from peft_multibatch import layers as handlers
+from peft_multibatch.admission import Admission, vocabulary_of
 from peft_multibatch.calls import check_requests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
-from peft_multibatch.patch import STATE
-from peft_multibatch.prefixes import KEPT, Prefixes
+from peft_multibatch.prefixes import Prefixes
 from peft_multibatch.segments import BASE
 from peft_multibatch.turns import KEY, FairQueue, entry_of, has_begun
-from peft_multibatch.views import get_base, view_for
 
 
 if TYPE_CHECKING:
@@ -76,19 +73,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._router = handle._router
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
         self._queue = FairQueue()
-        self._prefixes = Prefixes(self._vocabulary())
+        self._prefixes = Prefixes(vocabulary_of(self.model))
+        self._admission = Admission(handle, self.model, self._prefixes)
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
-        self._uses_graphs = False
-        self._longest = 0  # tokens of a request that fits into the cache
         self._held: Counter[int] = Counter()  # slots whose requests may not begin, and how many changes wait for them
-        self._positions: int | None = None  # learned positions, beyond which a model has none
-        self._is_disabled = False
-        self._problem: MultibatchError | None = None  # of the model, under which no request can run
-        self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
-        self._new: set[str] = set()  # requests that came since then
-        self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     # What users call.
 
@@ -119,8 +109,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         try:
             self._handle._refresh()
             entry = self._resolve(adapter_id)
-            self._check_entry(entry)
-            self._check_prompt(input_ids, kwargs.get("max_new_tokens", args[0] if args else None))
+            self._admission.check_entry(entry)
+            self._admission.check_prompt(input_ids, kwargs.get("max_new_tokens", args[0] if args else None))
         except MultibatchError as caught:
             error = caught
         if error is None:
@@ -242,13 +232,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         is_new = self.batch_processor is None
         processor = super()._create_batch_processor()
         if is_new:
+            self._admission.prepare(processor)
             runner = processor.model_runner
-            self._uses_graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
-            self._check_layers()
-            infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
-            self._longest = infer(processor.cache) if infer else processor.cache.num_pages
-            if any(isinstance(get_base(each), nn.Embedding) for each in self._position_embeddings()):
-                self._positions = self.model.config.get_text_config().max_position_embeddings
             scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
             scheduler.add_waiting_request = self._once(scheduler, scheduler.add_waiting_request)
@@ -276,8 +261,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 # plans are copied in the order of the stream that computes
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
                 with _on(io.compute_stream), routing as call:
-                    if not (self._uses_graphs and self._router.graph.contended):
-                        call.inside, call.for_graphs = True, self._uses_graphs
+                    if not (self._admission.uses_graphs and self._router.graph.contended):
+                        call.inside, call.for_graphs = True, self._admission.uses_graphs
                         self._prefixes.see(call.mix.adapters)
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
@@ -293,7 +278,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
                     "another id. Leave request_id out to have one made up."
                 )
-            self._new.add(state.request_id)
+            self._admission.note(state)
             add(state)
 
         return add_once
@@ -303,7 +288,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return []  # nobody's turn
             running = {entry_of(state) for state in scheduler.active_requests.values()}
-            there = [state for state in candidates() if self._why_not(state) is None]
+            there = [state for state in candidates() if self._admission.why_not(state) is None]
             found = self._queue.order(there, running)
             return [state for state in found if has_begun(state) or not self._held.keys() & slots_of(entry_of(state))]
 
@@ -344,79 +329,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _fail_hopeless(self, processor: Any) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
-        try:
-            self._handle._refresh()
-            with torch.no_grad():
-                self._handle._check_state()
-            self._check_layers()
-            self._problem = None
-        except MultibatchError as caught:
-            self._problem = caught
         scheduler = processor.scheduler
-        self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
         states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
-        now = self._problem, self._is_disabled, [*self._handle._names], {**self._prefixes.versions}
-        if now == self._then:  # what could run then can run now; not so those without an end
-            states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
-        else:
-            self._prefixes.forget(self._handle._names)
-            self._checked = {key for key in self._checked if key[1] == self._prefixes.version(key[0])}
-        self._then = now
-        self._new.clear()
-        for state in states:
-            error = self._why_not(state)
-            if error is not None:
-                scheduler.set_request_cancellation(state.request_id)
-                processor._handle_request_error(error, state)
-                self._fail_children(state, error)
-                state.status = RequestStatus.FINISHED  # for a batch that is still under way
+        for state, error in self._admission.hopeless(states):
+            scheduler.set_request_cancellation(state.request_id)
+            processor._handle_request_error(error, state)
+            self._fail_children(state, error)
+            state.status = RequestStatus.FINISHED  # for a batch that is still under way
 
     def _fail_children(self, state: RequestState, error: Exception) -> None:
         """End the sequences that a request would have been forked into, which somebody may be waiting for."""
         for index in range(state.num_children):
             child = RequestState(f"{state.request_id}__child#{index}", state.initial_tokens)
             self.output_router.fail_and_deliver(child, error)
-
-    def _why_not(self, state: RequestState) -> Exception | None:
-        entry = entry_of(state)
-        if self._problem is not None:
-            return self._problem
-        if entry != BASE and self._is_disabled:
-            return ModelStateError(
-                f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
-                "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
-            )
-        gone = [slot for slot in slots_of(entry) if self._handle._names[slot] is None]
-        if gone:
-            return ModelStateError(
-                f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
-                "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
-                "to another one."
-            )
-        key = entry, self._prefixes.version(entry)
-        if key not in self._checked:  # what came into the adapter's place needn't be able to run here
-            try:
-                self._check_entry(entry)
-            except MultibatchError as caught:
-                return caught
-            if len(self._checked) >= KEPT:
-                self._checked.clear()
-            self._checked.add(key)
-        tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
-        if state.max_new_tokens is None:  # which ends when the cache is full
-            tokens = max(tokens, state.position_offset + 1)
-        if tokens > self._longest:
-            return UnsupportedError(
-                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
-                f"{state.max_new_tokens}, and the cache holds {self._longest}: expected fewer. Pass a "
-                "continuous_batching_config with more blocks."
-            )
-        if self._positions is not None and tokens - 1 > self._positions:
-            return UnsupportedError(
-                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
-                f"{state.max_new_tokens}, and the model has {self._positions} positions: expected fewer."
-            )
-        return None
 
     def _forget_graphs(self) -> None:
         """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""
@@ -438,67 +363,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return BASE
         return resolve([adapter_id], self._handle._names)[0]
 
-    def _position_embeddings(self) -> list[nn.Module]:
-        """Modules that hold a vector for each position, of GPT-2, OPT and other models without rotary positions."""
-        words = ("wpe", "embed_positions", "position_embeddings")
-        return [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in words]
-
-    def _vocabulary(self) -> int:
-        embedding: Any = get_base(self.model.get_input_embeddings())
-        return embedding.num_embeddings
-
-    def _check_entry(self, entry: Entry) -> None:
-        names = self._handle._names
-        configs: Any = self._handle._inner.peft_config
-        for name in [names[slot] for slot in slots_of(entry)]:
-            if getattr(configs[name], "alora_invocation_tokens", None):
-                raise UnsupportedError(
-                    f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
-                    "another one, because continuous batching cuts prompts. Use generate for it."
-                )
-        if not isinstance(entry, tuple):
-            return
-        if self._uses_graphs and len(entry) > self._router.graph.terms:
-            raise UnsupportedError(
-                f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {self._router.graph.terms}: "
-                "expected no more. Pass mixtures=... to mb.continuous_batching."
-            )
-        for place in self._handle._places.values():
-            view_for(place.module, entry, getattr(place.module, STATE))
-
-    def _check_prompt(self, input_ids: Sequence[int], max_new_tokens: Any) -> None:
-        vocabulary = self._vocabulary()
-        for what, numbers in (("a prompt", input_ids), ("max_new_tokens", [max_new_tokens])):
-            odd = [number for number in numbers if number is not None and not hasattr(number, "__index__")]
-            if odd:
-                raise UnsupportedError(f"{what} has {odd[0]!r} of type {type(odd[0]).__name__}: expected integers.")
-        wrong = [token for token in input_ids if not 0 <= token < vocabulary]
-        if wrong or not len(input_ids):
-            raise UnsupportedError(
-                f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
-                f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
-            )
-
     def _check_not_changing(self, method: str) -> None:
         if threading.get_ident() in self._changing:
             raise ModelStateError(
                 f"{method} was called inside manager.changing(...), for whose end the loop waits: expected the change "
                 f"to end first. Call {method} after that block."
             )
-
-    def _check_layers(self) -> None:
-        head = self.model.get_output_embeddings()
-        for place in self._handle._places.values():
-            if place.module is head:
-                raise UnsupportedError(
-                    f"{place.name} has adapters, and continuous batching gives it the last token of every request "
-                    "alone, without telling which: expected adapters on other layers. Use generate for these."
-                )
-            if self._uses_graphs and place.handler is not handlers.linear:
-                raise UnsupportedError(
-                    f"{place.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
-                    "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
-                )
 
     def _label(self, entry: Entry) -> str:
         names = self._handle._names

@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
-from peft_multibatch import continuous, errors, prefixes
+from peft_multibatch import admission, errors, prefixes
 from peft_multibatch.turns import FairQueue
 
 
@@ -509,7 +509,7 @@ def test_an_adapter_that_is_replaced_without_a_word(enabled):
 def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
     """One that comes again has lost its prefixes, and shares nobody else's."""
     model, mb = enabled
-    for module in (continuous, prefixes):
+    for module in (admission, prefixes):
         monkeypatch.setattr(module, "KEPT", 3)
     prompt = [9] * 40
     entries = [{"three": 0.1 * weight, "eight": 0.5} for weight in range(1, 6)]
@@ -520,7 +520,7 @@ def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
             manager.add_request(prompt, adapter_id=entry)
             (output,) = results(manager, 1).values()
             found.append(output.generated_tokens)
-        assert len(manager._prefixes._salts) == 3 and len(manager._checked) <= 3
+        assert len(manager._prefixes._salts) == 3 and len(manager._admission._checked) <= 3
         assert 0 < manager.prefix_hits < len(prompt)  # of the last alone
     assert found == row_by_row(model, [prompt] * len(entries), entries)
 
@@ -553,7 +553,7 @@ def test_what_was_checked_of_old_versions_is_let_go(enabled):
     ) as manager:
         manager.add_request([9] * 40, adapter_id="eight")
         results(manager, 1)
-        assert len(manager._checked) <= 2
+        assert len(manager._admission._checked) <= 2
 
 
 def test_requests_beyond_learned_positions_and_of_odd_numbers():

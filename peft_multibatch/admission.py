@@ -1,0 +1,202 @@
+"""Which requests can run in continuous batching: one that can't must end with an error of its own, not the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.generation.continuous_batching import model_runner
+from transformers.generation.continuous_batching.requests import RequestState
+
+from peft_multibatch import layers as handlers
+from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
+from peft_multibatch.ids import Entry, slots_of
+from peft_multibatch.patch import STATE
+from peft_multibatch.prefixes import KEPT, Prefixes
+from peft_multibatch.segments import BASE
+from peft_multibatch.turns import entry_of
+from peft_multibatch.views import get_base, view_for
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.attach import Multibatch
+
+
+class Admission:
+    """Looks at requests when they are added, and at all of them before every step.
+
+    Args:
+        handle: of the enabled model.
+        model: what runs.
+        prefixes: which know the versions of adapters: what could run under one version need not under the next.
+
+    Attributes:
+        uses_graphs: whether steps are captured in CUDA graphs.
+    """
+
+    def __init__(self, handle: Multibatch, model: nn.Module, prefixes: Prefixes) -> None:
+        self.uses_graphs = False
+        self._handle = handle
+        self._model: Any = model
+        self._prefixes = prefixes
+        self._longest = 0  # tokens of a request that fits into the cache
+        self._positions: int | None = None  # learned positions, beyond which a model has none
+        self._is_disabled = False
+        self._problem: MultibatchError | None = None  # of the model, under which no request can run
+        self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
+        self._new: set[str] = set()  # requests that came since then
+        self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
+
+    def prepare(self, processor: Any) -> None:
+        """Look at what will run the requests, before it does.
+
+        Raises:
+            UnsupportedError: a layer can't take part.
+        """
+        runner = processor.model_runner
+        self.uses_graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
+        self._check_layers()
+        infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
+        self._longest = infer(processor.cache) if infer else processor.cache.num_pages
+        if any(isinstance(get_base(each), nn.Embedding) for each in self._position_embeddings()):
+            self._positions = self._model.config.get_text_config().max_position_embeddings
+
+    def note(self, state: RequestState) -> None:
+        """A request came that wasn't looked at yet."""
+        self._new.add(state.request_id)
+
+    def hopeless(self, states: Iterable[RequestState]) -> Iterator[tuple[RequestState, Exception]]:
+        """Requests that can't run, or can't any more, and why."""
+        try:
+            self._handle._refresh()
+            with torch.no_grad():
+                self._handle._check_state()
+            self._check_layers()
+            self._problem = None
+        except MultibatchError as caught:
+            self._problem = caught
+        self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
+        now = self._problem, self._is_disabled, [*self._handle._names], {**self._prefixes.versions}
+        if now == self._then:  # what could run then can run now; not so those without an end
+            states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
+        else:
+            self._prefixes.forget(self._handle._names)
+            self._checked = {key for key in self._checked if key[1] == self._prefixes.version(key[0])}
+        self._then = now
+        self._new.clear()
+        for state in states:
+            error = self.why_not(state)
+            if error is not None:
+                yield state, error
+
+    def why_not(self, state: RequestState) -> Exception | None:
+        """Why a request can't run, None where it can."""
+        entry = entry_of(state)
+        if self._problem is not None:
+            return self._problem
+        if entry != BASE and self._is_disabled:
+            return ModelStateError(
+                f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
+                "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
+            )
+        gone = [slot for slot in slots_of(entry) if self._handle._names[slot] is None]
+        if gone:
+            return ModelStateError(
+                f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
+                "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
+                "to another one."
+            )
+        key = entry, self._prefixes.version(entry)
+        if key not in self._checked:  # what came into the adapter's place needn't be able to run here
+            try:
+                self.check_entry(entry)
+            except MultibatchError as caught:
+                return caught
+            if len(self._checked) >= KEPT:
+                self._checked.clear()
+            self._checked.add(key)
+        tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
+        if state.max_new_tokens is None:  # which ends when the cache is full
+            tokens = max(tokens, state.position_offset + 1)
+        if tokens > self._longest:
+            return UnsupportedError(
+                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
+                f"{state.max_new_tokens}, and the cache holds {self._longest}: expected fewer. Pass a "
+                "continuous_batching_config with more blocks."
+            )
+        if self._positions is not None and tokens - 1 > self._positions:
+            return UnsupportedError(
+                f"request {state.request_id!r} has a prompt of {len(state.initial_tokens)} tokens and asks for "
+                f"{state.max_new_tokens}, and the model has {self._positions} positions: expected fewer."
+            )
+        return None
+
+    def check_entry(self, entry: Entry) -> None:
+        """Raise where no request can run under an entry.
+
+        Raises:
+            UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
+        """
+        names = self._handle._names
+        configs: Any = self._handle._inner.peft_config
+        for name in [names[slot] for slot in slots_of(entry)]:
+            if getattr(configs[name], "alora_invocation_tokens", None):
+                raise UnsupportedError(
+                    f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
+                    "another one, because continuous batching cuts prompts. Use generate for it."
+                )
+        if not isinstance(entry, tuple):
+            return
+        most = self._handle._router.graph.terms
+        if self.uses_graphs and len(entry) > most:
+            raise UnsupportedError(
+                f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {most}: "
+                "expected no more. Pass mixtures=... to mb.continuous_batching."
+            )
+        for place in self._handle._places.values():
+            view_for(place.module, entry, getattr(place.module, STATE))
+
+    def check_prompt(self, input_ids: Sequence[int], max_new_tokens: Any) -> None:
+        """Raise where a prompt can't be one.
+
+        Raises:
+            UnsupportedError: it is empty, or has tokens that the model doesn't know.
+        """
+        vocabulary = vocabulary_of(self._model)
+        for what, numbers in (("a prompt", input_ids), ("max_new_tokens", [max_new_tokens])):
+            odd = [number for number in numbers if number is not None and not hasattr(number, "__index__")]
+            if odd:
+                raise UnsupportedError(f"{what} has {odd[0]!r} of type {type(odd[0]).__name__}: expected integers.")
+        wrong = [token for token in input_ids if not 0 <= token < vocabulary]
+        if wrong or not len(input_ids):
+            raise UnsupportedError(
+                f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
+                f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
+            )
+
+    def _position_embeddings(self) -> list[nn.Module]:
+        """Modules that hold a vector for each position, of GPT-2, OPT and other models without rotary positions."""
+        words = ("wpe", "embed_positions", "position_embeddings")
+        return [module for name, module in self._model.named_modules() if name.rpartition(".")[2] in words]
+
+    def _check_layers(self) -> None:
+        head = self._model.get_output_embeddings()
+        for place in self._handle._places.values():
+            if place.module is head:
+                raise UnsupportedError(
+                    f"{place.name} has adapters, and continuous batching gives it the last token of every request "
+                    "alone, without telling which: expected adapters on other layers. Use generate for these."
+                )
+            if self.uses_graphs and place.handler is not handlers.linear:
+                raise UnsupportedError(
+                    f"{place.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
+                    "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
+                )
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a model knows."""
+    embedding: Any = get_base(model.get_input_embeddings())
+    return embedding.num_embeddings

@@ -131,8 +131,10 @@ class Graph:
             if str(device) not in self.buffers:
                 self._grow(device, call.mix.segments.num_entries)
                 self._written = None
-            if not self.contended and self._written is not call.mix:
+            if self._written is not call.mix and (call.for_graphs or not self.contended):
                 self._write(call.mix)
+            if self.contended:  # the layer that asks will write rows by itself
+                self.forget()
 
     def fixed(
         self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
@@ -145,16 +147,22 @@ class Graph:
         mix = call.mix
         if not is_capturing:
             self.prepare(call, device)
-            mix.tables(bank, device)
+            if not bank.has_rows(mix.adapters, device, mix.slots):
+                bank.tables(mix.adapters, device, mix.slots)
         # the plan of a step of continuous batching stays until it ends, whoever comes in between
-        is_ready = self._written is mix and (call.for_graphs or not self.contended)
-        if not is_ready or not bank.has_rows(mix.adapters, device, mix.slots):
+        elif (
+            self._written is not mix
+            or (self.contended and not call.for_graphs)
+            or not bank.has_rows(mix.adapters, device, mix.slots)
+        ):
             raise ModelStateError(
                 "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.hold(self._router.adapters(checks=0), device, self._is_captured_with(bank))
+            # compared when the first graph is captured, whose ranks have to suffice for all; then no more
+            adapters = self._router.adapters(checks=0 if self.is_captured else None)
+            bank.hold(adapters, device, self._is_captured_with(bank))
             self._hold(bank, device)
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
@@ -183,6 +191,10 @@ class Graph:
         """Have room for mixtures of this many adapters."""
         with self._changing():
             self.terms = max(self.terms, terms)
+
+    def forget(self) -> None:
+        """Let go of what tables are known to have, and of its memory; they are asked again before they are read."""
+        self._ready = 0, {}
 
     def plan(self, shape: Sequence[int], index: int) -> Tensor:
         """A plan of the thread that asks, that of one term, for rows of the shape ``[..., K]``, with zeros behind it.
@@ -277,6 +289,7 @@ class Graph:
         slots, ready = self._ready
         if slots == mix.slots and mix.adapters.items() <= ready.items():
             return
+        self.forget()  # until all of them are known to have these
         is_same = slots == mix.slots
         for bank, device in self._held.items():
             if not bank.has_rows(mix.adapters, device, mix.slots):
@@ -290,7 +303,7 @@ class Graph:
     def _hold(self, bank: Bank, device: torch.device) -> None:
         """Keep a bank's tables as graphs need them from now on."""
         self._held[bank] = device
-        self._ready = 0, {}
+        self.forget()
 
     def _grow(self, device: torch.device, entries: int) -> None:
         with torch.inference_mode(False):

@@ -116,6 +116,7 @@ class Router:
         """Let go of everything that was read: adapters came or went."""
         self._adapters.clear()
         self._last = None
+        self.graph.forget()
         for bank in self.graph.banks:
             bank.forget()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -82,6 +85,23 @@ def test_what_graphs_read_has_no_long_segments():
     assert (plan.num_segments, plan.longest) == (4, 16)
 
 
+@contextmanager
+def before_a_capture(mb, names=NAMES):
+    """A step of continuous batching of which a graph will be captured."""
+    slots = [mb.adapter_names.index(name) if name != "__base__" else -1 for name in names]
+    with torch.no_grad(), mb._router.routing(slots, expands=False) as call:
+        call.inside, call.for_graphs = True, True
+        yield call
+
+
+def replace_weights(model, name, rank):
+    """Of one layer, by new ones of another rank."""
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    rows, columns = len(layer.lora_B[name].weight), layer.lora_A[name].weight.shape[1]
+    layer.lora_A[name].weight = torch.nn.Parameter(torch.randn(rank, columns, device=DEVICE))
+    layer.lora_B[name].weight = torch.nn.Parameter(torch.randn(rows, rank, device=DEVICE))
+
+
 def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch):
     """Kernels are compiled and tables made when nothing is being captured yet."""
     model, mb = enabled()
@@ -96,11 +116,46 @@ def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch):
     want = logits(model)
     assert loops and not any(loops)
     loops.clear()
-    slots = [mb.adapter_names.index(name) if name != "__base__" else -1 for name in NAMES]
-    with torch.no_grad(), mb._router.routing(slots, expands=False) as call:
-        call.inside, call.for_graphs = True, True
+    with before_a_capture(mb):
         assert_close(model(**inputs(), use_cache=False).logits, want)
     assert loops and all(loops)
+
+
+def test_what_runs_before_a_capture_while_another_thread_has_ids_in_force():
+    """Whichever comes first, the layers of the one or those of the other."""
+    model, mb = enabled()
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):  # as PEFT's compiled hot-swap has them: read anew by every call
+            module.scaling.update({key: torch.tensor(value) for key, value in module.scaling.items()})
+    want = logits(model)
+    mb.disable()
+    mb = peft_multibatch.enable(model, backend="triton")
+    entered, done = threading.Event(), threading.Event()
+
+    def other():
+        with mb.batch(MIXES[0]):
+            entered.set()
+            return done.wait(60)
+
+    with before_a_capture(mb), ThreadPoolExecutor(2) as threads:
+        result = threads.submit(other)
+        assert entered.wait(60)
+        assert_close(model(**inputs(), use_cache=False).logits, want)
+        assert_close(threads.submit(logits, model).result(), want)
+        assert_close(model(**inputs(), use_cache=False).logits, want)
+        done.set()
+        assert result.result()
+
+
+def test_what_runs_before_a_capture_makes_room_for_all_adapters_as_they_are():
+    model, mb = enabled()
+    logits(model)
+    replace_weights(model, "eight", 40)
+    with before_a_capture(mb, ["three"] * 6):
+        model(**inputs(), use_cache=False)
+    assert mb._router.graph.is_captured
+    with mb.batch(["eight"] * 6):
+        assert max(table.rank for bank in mb._router.graph.banks for table in bank.held) == 40
 
 
 @pytest.mark.parametrize("fuse", [True, "weights"])
@@ -249,6 +304,45 @@ def test_a_graph_sees_changes(compiled):
     with mb.batch([3, 22, 3, 1, 2, -1]):
         actual = logits(fast, None, use_cache=False)
     assert_close(actual, logits(model, [3, 22, 3, 1, 2, -1], use_cache=False))
+
+
+def test_a_graph_reads_what_a_call_began_with_after_others_failed_or_ran_on_other_threads(compiled):
+    """Inside a block that was opened before weights were replaced; a call that begins sees the new ones, or fails."""
+    model, mb, fast, _ = compiled
+    graph = mb._router.graph
+    for mix in ([0] * 6, [1] * 6, [0] * 6):
+        with mb.batch(mix):
+            want = logits(fast, None, use_cache=False)
+    graph.is_captured = True  # nothing can grow any more
+    refused = pytest.raises(peft_multibatch.ModelStateError, match="larger rank")
+    for fails in (True, False):
+        with mb.batch([0] * 6):
+            assert_close(logits(fast, None, use_cache=False), want)
+            layer = model.base_model.model.model.layers[0].self_attn.q_proj
+            kept = layer.lora_A["three"].weight, layer.lora_B["three"].weight
+            replace_weights(model, "three", 40)
+            if fails:
+                with mb.batch([1] * 6), refused, mb.batch([0] * 6):
+                    pass
+            else:
+                with ThreadPoolExecutor(1) as other:
+                    other.submit(logits, model, [0] * 6).result()
+                with mb.batch([1] * 6):
+                    pass
+            assert_close(logits(fast, None, use_cache=False), want)
+        layer.lora_A["three"].weight, layer.lora_B["three"].weight = kept
+
+
+def test_deleted_adapters_are_let_go_of(compiled):
+    model, mb, fast, _ = compiled
+    for mix in MIXES[0], [0] * 6, MIXES[0], [0] * 6:
+        with mb.batch(mix):
+            logits(fast, None, use_cache=False)
+    weights = [weakref.ref(weight) for name, weight in model.named_parameters() if ".eight." in name]
+    model.delete_adapter("eight")
+    mb.report()
+    gc.collect()
+    assert weights and [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_a_batch_of_another_size_is_not_served_by_the_same_plan(compiled):

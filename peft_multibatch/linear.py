@@ -136,6 +136,7 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
                 for plan in plans:
                     kernels.add_(ys, x, bank.widths, plan, tables)
                 return ys
+            check_not_capturing(x.device)  # before anything is made and kept that only a replay would fill
         products = mix.products.get(bank)
         if products is None or not products.fit(ys, x):
             call.num_rows(x.shape)

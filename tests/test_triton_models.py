@@ -14,7 +14,7 @@ from models import left_padded, lora_configs, peft_model, row_by_row
 from tolerances import assert_close
 
 import peft_multibatch
-from peft_multibatch import Segments
+from peft_multibatch import Segments, linear
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -102,7 +102,8 @@ def replace_weights(model, name, rank):
     layer.lora_B[name].weight = torch.nn.Parameter(torch.randn(rows, rank, device=DEVICE))
 
 
-def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # which the adapters had before
+def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch, dtype):
     """Kernels are compiled and tables made when nothing is being captured yet."""
     model, mb = enabled()
     loops = []
@@ -113,7 +114,8 @@ def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(triton_backend.Product, "__call__", run)
-    want = logits(model)
+    logits(model.to(dtype))
+    want = logits(model.float())
     assert loops and not any(loops)
     loops.clear()
     with before_a_capture(mb):
@@ -156,6 +158,26 @@ def test_what_runs_before_a_capture_makes_room_for_all_adapters_as_they_are():
     assert mb._router.graph.is_captured
     with mb.batch(["eight"] * 6):
         assert max(table.rank for bank in mb._router.graph.banks for table in bank.held) == 40
+
+
+def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
+    """What is copied while a graph is being captured holds nothing before the graph is replayed."""
+    model, mb = enabled()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer.lora_A["three"].double(), layer.lora_B["three"].double()
+    for name in ("three", "four"):
+        with before_a_capture(mb, [name] * 6):
+            model(**inputs(), use_cache=False)
+
+    def refuse(device):
+        raise peft_multibatch.UnsupportedError("a CUDA graph is being captured")
+
+    with before_a_capture(mb, ["three"] * 6) as call:
+        monkeypatch.setattr(triton_backend, "is_capturing", lambda: True)
+        monkeypatch.setattr(linear, "check_not_capturing", refuse)
+        with pytest.raises(peft_multibatch.UnsupportedError):
+            model(**inputs(), use_cache=False)
+        assert not call.mix._plans
 
 
 @pytest.mark.parametrize("fuse", [True, "weights"])

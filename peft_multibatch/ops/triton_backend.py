@@ -386,7 +386,7 @@ def padded(rank: int) -> int:
 def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
     """Whether the kernels have all these dtypes: float64, and weights that aren't contiguous, are left to torch."""
     return (
-        all(table.dtype in DTYPES for table in tables)
+        all(table.dtype in DTYPES for table in tables if table.rank)
         and x.dtype in DTYPES
         and ys[0].dtype in DTYPES
         and all(y.dtype == ys[0].dtype for y in ys)

@@ -250,13 +250,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         def compute_batch(model: Any, batch_data: dict) -> None:
             packed = io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io
             entries: list[Entry] = []
+            begin: set[int] = set()
             for future in packed.requests_in_batch:
                 entry = entry_of(future.state)
                 entries += [entry] * future.query_length
+                if future.state.position_offset == future.query_length:
+                    begin.update(slots_of(entry))
                 if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
                     self._queue.charge(entry, future.query_length)
                     self.served[self._label(entry)] += future.query_length
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
+            self._router.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
             while True:
                 # plans are copied in the order of the stream that computes
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)

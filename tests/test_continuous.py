@@ -148,6 +148,22 @@ def test_steps_allocate_nothing_once_their_graphs_are_captured(enabled, monkeypa
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before[1]
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_weights_that_are_replaced_are_noticed_when_a_request_begins(enabled, shares):
+    model, mb = enabled
+    names, inputs = ["three", "four", "eight"], prompts(3)
+    config = settings(allow_block_sharing=shares)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
+        for replaced in names * 2:
+            for name, module in model.named_modules():
+                if name.endswith(f"lora_B.{replaced}"):
+                    module.weight = torch.nn.Parameter(torch.randn_like(module.weight) * 2)
+            requests = manager.add_requests(inputs, adapter_ids=names)
+            found = results(manager, len(inputs))
+            want = row_by_row(model, inputs, names)
+            assert [found[request].generated_tokens for request in requests] == want, replaced
+
+
 def test_generate_batch(enabled):
     model, mb = enabled
     inputs, entries = prompts(9), (ENTRIES * 2)[:9]

@@ -87,6 +87,7 @@ class Graph:
         self._runs_ops = False
         self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
         self._ready: tuple[int, dict[int, Adapter]] = 0, {}  # slots, and adapters that all of these tables have
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which the last plan was written
         self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
         self.is_captured = False
         self._lock = threading.RLock()
@@ -267,6 +268,8 @@ class Graph:
     def _write(self, mix: Mix) -> None:
         entries = mix.segments.num_entries
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            for device in map(torch.device, self.buffers):
+                self._follow(device)
             self._make_ready(mix)
             for buffers in list(self.buffers.values()):
                 if self.is_captured and len(mix.terms) > len(buffers):
@@ -283,6 +286,15 @@ class Graph:
                     for index, buffer in enumerate(buffers):
                         buffer.update(_term(mix, index).cut(CUT))
             self._written = mix
+
+    def _follow(self, device: torch.device) -> None:
+        """Write after what reads the last plan, which calls of other threads may have left running on their stream."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            last = self._streams.get(device, stream)
+            if last != stream:
+                stream.wait_stream(last)
+            self._streams[device] = stream
 
     def _make_ready(self, mix: Mix) -> None:
         """Have the adapters of a mix in all tables that graphs read."""

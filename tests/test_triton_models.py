@@ -506,6 +506,28 @@ def test_a_graph_captured_by_the_user():
 
 
 @gpu
+def test_a_plan_is_not_written_while_graphs_on_another_stream_read_the_last_one():
+    """A step of continuous batching may still run when its call has ended, and another thread's call begins."""
+    model, mb = enabled()
+    batch, graph, stream = inputs(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), mb.batch(MIXES[0]):
+        model(**batch, use_cache=False)
+        with torch.cuda.graph(graph):
+            out = model(**batch, use_cache=False).logits
+    want = logits(model, MIXES[0], use_cache=False)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), mb.batch(MIXES[2]):
+        pass
+    with torch.cuda.stream(stream), mb.batch(MIXES[0]):
+        torch.cuda._sleep(1_000_000_000)
+        graph.replay()
+    with mb.batch(MIXES[2]):
+        pass
+    torch.cuda.synchronize()
+    assert_close(out, want)
+
+
+@gpu
 def test_a_capture_without_a_call_before_is_refused():
     model, mb = enabled()
     batch = inputs()

@@ -152,16 +152,29 @@ def test_steps_allocate_nothing_once_their_graphs_are_captured(enabled, monkeypa
 def test_weights_that_are_replaced_are_noticed_when_a_request_begins(enabled, shares):
     model, mb = enabled
     names, inputs = ["three", "four", "eight"], prompts(3)
+    before = {module: module.weight for name, module in model.named_modules() if ".lora_B." in name}
+    changes = [
+        {
+            module: torch.nn.Parameter(torch.randn_like(module.weight) * 2)
+            for name, module in model.named_modules()
+            if name.endswith(f"lora_B.{replaced}")
+        }
+        for replaced in names * 2
+    ]
+
+    def change(weights):
+        for module, weight in weights.items():
+            module.weight = weight
+
+    wants = [change(weights) or row_by_row(model, inputs, names) for weights in changes]
+    change(before)
     config = settings(allow_block_sharing=shares)
     with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
-        for replaced in names * 2:
-            for name, module in model.named_modules():
-                if name.endswith(f"lora_B.{replaced}"):
-                    module.weight = torch.nn.Parameter(torch.randn_like(module.weight) * 2)
+        for weights, want in zip(changes, wants):
+            change(weights)
             requests = manager.add_requests(inputs, adapter_ids=names)
             found = results(manager, len(inputs))
-            want = row_by_row(model, inputs, names)
-            assert [found[request].generated_tokens for request in requests] == want, replaced
+            assert [found[request].generated_tokens for request in requests] == want
 
 
 def test_generate_batch(enabled):

@@ -314,8 +314,9 @@ class Graph:
 
     def _hold(self, bank: Bank, device: torch.device) -> None:
         """Keep a bank's tables as graphs need them from now on."""
-        self._held[bank] = device
-        self.forget()
+        if self._held.get(bank) != device:
+            self._held[bank] = device
+            self.forget()
 
     def _grow(self, device: torch.device, entries: int) -> None:
         with torch.inference_mode(False):

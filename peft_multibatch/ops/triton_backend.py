@@ -73,7 +73,7 @@ def choose(
         if rank > 32:
             block_k, shrink_warps = 64, 4
         room = max(1, 8 * processors // (programs * len(widths)))
-        # powers of two, so that few kernels are compiled for all numbers of segments
+        # a power of two where room is short, so that few kernels are compiled for all numbers of segments
         splits = min(1 << room.bit_length() - 1, num_inputs // part)
         is_wide = programs >= 32 and num_segments * longest <= 512 and rank <= 32
         block_n, expand_warps = (512, 8) if is_wide else (256, 8 if rank > 32 else 4)

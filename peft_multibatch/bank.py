@@ -277,7 +277,8 @@ class Bank:
                 self._rows.pop(device, None)
                 self._held_for.pop(device, None)
         for table in tables.values():  # those of other dtypes as well: a graph may read them
-            table.update(read)
+            for slot in table.update(read):
+                self._held_for.get(device, {}).pop(slot, None)
         found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
         self._last[device] = dict(adapters), slots, found
         self._rows.setdefault(device, {}).update(adapters)

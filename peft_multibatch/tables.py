@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,11 +54,14 @@ class Table:
         self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
         self._lock = threading.Lock()
 
-    def update(self, read: Mapping[int, Sequence[Part | None]]) -> None:
+    def update(self, read: Mapping[int, Sequence[Part | None]]) -> Iterable[int]:
         """Bring the rows of these slots up to date; copies nothing where nothing changed.
 
         Args:
             read: for each slot its parts, which the caller keeps alive for as long as the slot is in use.
+
+        Returns:
+            The slots whose rows changed.
         """
         described = {slot: [self._describe(part) for part in parts] for slot, parts in read.items()}
         with self._lock:
@@ -66,6 +69,7 @@ class Table:
             if changed:
                 self._write(changed)
                 self._written.update(changed)
+        return changed
 
     def describe(self, read: Mapping[int, Sequence[Part | None]]) -> TableRows:
         """The table as kernels that meet only these adapters need it."""

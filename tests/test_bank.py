@@ -257,3 +257,22 @@ def test_adapters_that_another_thread_lets_go_of_are_read_again():
     before = router.adapters([0])
     router._adapters = LetGo(before)
     assert router.adapters([0])[0].name == before[0].name
+
+
+def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
+    """A block that is still open has the adapter as it was read, and weights of another rank stand in its place."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    router, bank, device = mb._router, layer_of(model)._multibatch.bank, torch.device("cpu")
+    before = router.adapters([2])
+    bank.tables(before, device, 3)
+    bank.hold(before, device, is_captured=False)
+    assert [table.rank for table in bank.held] == [8]
+    a, b = layer_of(model).lora_A["eight"].weight, layer_of(model).lora_B["eight"].weight
+    a.data, b.data = torch.randn(40, a.shape[1]), torch.randn(b.shape[0], 40)
+    after = router.adapters([2])
+    assert after != before
+    bank.tables(after, device, 3)  # as another thread does
+    bank.tables(before, device, 3)
+    bank.hold(before, device, is_captured=False)
+    assert [table.rank for table in bank.held] == [40]

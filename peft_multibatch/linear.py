@@ -128,8 +128,9 @@ def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) ->
         call.num_rows(x.shape)
         return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
     if kernels is not None and kernels.runs_on(x):
-        if call.for_graphs or kernels.is_capturing():
-            plans, tables = router.graph.fixed(call, bank, x.device, kernels.is_capturing())
+        is_capturing = kernels.is_capturing()
+        if is_capturing or call.for_graphs:
+            plans, tables = router.graph.fixed(call, bank, x.device, is_capturing)
             if kernels.takes(ys, x, tables):
                 call.num_rows(x.shape)
                 ys = [y.contiguous() for y in ys]

@@ -102,7 +102,8 @@ def add_(
             side; contiguous.
         x: what all slices read, ``[..., K]``.
         widths: ``N`` of each slice.
-        plan: int32, what a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds, on the device.
+        plan: int32, what a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds, on the device; segments of more
+            than 16 entries are slow, which [`Segments.cut`][peft_multibatch.Segments.cut] is for.
         table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
         rank: largest rank in the table.
         is_aligned: whether all weights can be read 16 bytes at a time.

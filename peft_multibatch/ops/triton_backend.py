@@ -345,8 +345,8 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
     """Add the deltas of ``x`` to ``ys``, under whatever plan stands in a buffer when the kernels run.
 
     No number in the launches depends on the plan. They have programs for as many segments as rows of one adapter each
-    can have, cut as ``SegmentBuffer`` cuts them; mixtures can have more, and the programs go round. Arguments as in
-    ``product``.
+    can have, in pieces of ``CUT`` entries; mixtures can have more, and the programs go round. A plan with longer
+    segments is served as well, by few programs. Arguments as in ``product``.
     """
     if not x.numel():
         return

@@ -31,9 +31,9 @@ from rich.progress import track
 from rich.table import Table as Rows
 
 from peft_multibatch import SegmentBuffer, Segments
+from peft_multibatch.adapters.tables import Part, Table, TableRows
 from peft_multibatch.ops import torch_backend, triton_backend
-from peft_multibatch.segments import CUT
-from peft_multibatch.tables import Part, Table, TableRows
+from peft_multibatch.plan.segments import CUT
 
 
 matplotlib.use("Agg")

@@ -30,7 +30,7 @@ from tolerances import RELATIVE_ERROR, relative_error  # noqa: E402
 from torch import nn  # noqa: E402
 
 import peft_multibatch  # noqa: E402
-from peft_multibatch.layers import TUNERS  # noqa: E402
+from peft_multibatch.layers.table import TUNERS  # noqa: E402
 
 
 NAMES = ["one", "two", "__base__", "two", "one"]

@@ -4,7 +4,7 @@ mb = peft_multibatch.enable(model)
 model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
-from peft_multibatch.attach import Multibatch, disable, enable
+from peft_multibatch.api import Multibatch, disable, enable
 from peft_multibatch.compat import check as _check_versions
 from peft_multibatch.errors import (
     AdapterIdsError,
@@ -20,8 +20,8 @@ from peft_multibatch.errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
+from peft_multibatch.plan.segments import SegmentBuffer, Segments
 from peft_multibatch.report import LayerReport, Report
-from peft_multibatch.segments import SegmentBuffer, Segments
 
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
 from peft_multibatch import admission, errors, prefixes
-from peft_multibatch.turns import FairQueue
+from peft_multibatch.continuous.scheduler import FairQueue
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

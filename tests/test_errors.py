@@ -10,7 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.ids import resolve
+from peft_multibatch.plan.ids import resolve
 
 
 KNOWN = "0 ('three'), 1 ('four'), 2 ('eight'), -1 ('__base__')"

@@ -16,7 +16,7 @@ from torch import nn
 
 import peft_multibatch
 from peft_multibatch import errors, places
-from peft_multibatch.layers import find_handler
+from peft_multibatch.layers.table import find_handler
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -57,7 +57,7 @@ def logits_of(model, inputs):
 
 
 def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr("peft_multibatch.layers.CONTEXT_VARIANTS", ("ALora",))
+    monkeypatch.setattr("peft_multibatch.layers.table.CONTEXT_VARIANTS", ("ALora",))
     model = peft_model()
     mb = peft_multibatch.enable(model)
     mixed = logits(model, adapter_ids=NAMES)
@@ -77,7 +77,7 @@ def test_adding_adapters_while_other_threads_run(monkeypatch):
         threading.Event().wait(0.02)
         return found
 
-    monkeypatch.setattr("peft_multibatch.attach.Survey", slowly)
+    monkeypatch.setattr("peft_multibatch.api.Survey", slowly)
     model = peft_model()
     mb = peft_multibatch.enable(model)
     expected = logits(model, adapter_ids=NAMES)

@@ -22,7 +22,7 @@ def test_nothing_optional_is_loaded():
     dependencies = "import json, sys; import torch, transformers; from peft import PeftModel"
     code = f"{dependencies}; before = set(sys.modules); import peft_multibatch"
     loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
-    assert "peft_multibatch.attach" in loaded
+    assert "peft_multibatch.api" in loaded
     optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
     assert [name for name in loaded if name.startswith(optional)] == []
 

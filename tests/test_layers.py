@@ -14,7 +14,7 @@ from tolerances import assert_close, relative_error
 from torch import nn
 
 import peft_multibatch
-from peft_multibatch.layers import PER_SEGMENT, SEGMENTED
+from peft_multibatch.layers.table import PER_SEGMENT, SEGMENTED
 
 
 NAMES = ["one", "two", "__base__", "two", "one"]
@@ -131,7 +131,7 @@ def test_dora_sees_changes_in_place():
 
 
 def test_variants_that_need_more_than_their_rows_are_refused(monkeypatch):
-    monkeypatch.setattr("peft_multibatch.layers.CONTEXT_VARIANTS", ("ALora",))
+    monkeypatch.setattr("peft_multibatch.layers.table.CONTEXT_VARIANTS", ("ALora",))
     model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
     with pytest.raises(peft_multibatch.UnsupportedError, match="linear has an adapter of the variant ALora"):
         peft_multibatch.enable(model)

@@ -14,7 +14,7 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import Segments, errors, ops
-from peft_multibatch.ids import resolve, terms
+from peft_multibatch.plan.ids import resolve, terms
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ from tolerances import assert_close
 from torch import nn
 
 import peft_multibatch
-from peft_multibatch.layers import PER_SEGMENT, SEGMENTED
+from peft_multibatch.layers.table import PER_SEGMENT, SEGMENTED
 
 
 NAMES = ["one", "two", "__base__", "two", "one", "one"]

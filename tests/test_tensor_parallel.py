@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.layers import find_handler
+from peft_multibatch.layers.table import find_handler
 
 
 NAMES = ["three", "__base__", "eight", "four", "eight", "three"]

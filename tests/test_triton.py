@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from peft_multibatch import SegmentBuffer, Segments, ops
-from peft_multibatch.tables import Part, Table
+from peft_multibatch.adapters.tables import Part, Table
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")

@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from tolerances import assert_close, relative_error
 
 import peft_multibatch
-from peft_multibatch.layers import TUNERS
+from peft_multibatch.layers.table import TUNERS
 
 
 NAMES = ["one", "two", "__base__", "two", "one"]

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import peft_multibatch
 from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
-from peft_multibatch.ids import BASE_NAME
+from peft_multibatch.plan.ids import BASE_NAME
 
 
 ADAPTERS = ("shakespeare", "devil", "kjv")

@@ -109,8 +109,8 @@ def add_(
         is_aligned: whether all weights can be read 16 bytes at a time.
         dtype: dtype of the weights.
     """
+    from peft_multibatch.adapters.tables import TableRows
     from peft_multibatch.ops import triton_backend  # not before there is a GPU
-    from peft_multibatch.tables import TableRows
 
     triton_backend.add_(ys, x, widths, plan, [TableRows(table, dtype, rank, is_aligned)])
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_multibatch.segments import BASE, Segments
+from peft_multibatch.plan.segments import BASE, Segments
 
 
 def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.ops.reference import max_rank
-from peft_multibatch.segments import BASE, Segments
+from peft_multibatch.plan.segments import BASE, Segments
 
 
 # One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
-from peft_multibatch.segments import CUT, HEADER, Segments
-from peft_multibatch.tables import TableRows
+from peft_multibatch.plan.segments import CUT, HEADER, Segments
 
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -25,7 +25,7 @@ from peft.tuners.lora import Embedding  # noqa: E402
 from tiny_models import MODELS  # noqa: E402
 
 import peft_multibatch  # noqa: E402
-from peft_multibatch.routing import Router  # noqa: E402
+from peft_multibatch.calls.router import Router  # noqa: E402
 
 
 # Parts of the ids of the tests that run mixed batches.

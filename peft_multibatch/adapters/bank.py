@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_multibatch.adapters.offload import loader, onloaded
+from peft_multibatch.adapters.shards import SHARDED, own, shard_of, split_of
+from peft_multibatch.adapters.tables import Part, Table, TableRows, dtype_of
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.offload import loader, onloaded
-from peft_multibatch.shards import SHARDED, own, shard_of, split_of
-from peft_multibatch.tables import Part, Table, TableRows, dtype_of
 
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from types import ModuleType
 
 import torch
 
-from peft_multibatch.bank import Adapter
+from peft_multibatch.adapters.bank import Adapter
+from peft_multibatch.adapters.shards import Split, check_same
+from peft_multibatch.calls.graphs import Graph
+from peft_multibatch.calls.mix import Call, Mix
 from peft_multibatch.errors import ModelStateError
-from peft_multibatch.graphs import Graph
-from peft_multibatch.ids import Entry, slots_of
-from peft_multibatch.mix import Call, Mix
-from peft_multibatch.shards import Split, check_same
+from peft_multibatch.plan.ids import Entry, slots_of
 
 
 class Router:

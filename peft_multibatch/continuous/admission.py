@@ -10,18 +10,18 @@ from torch import nn
 from transformers.generation.continuous_batching import model_runner
 from transformers.generation.continuous_batching.requests import RequestState
 
-from peft_multibatch import layers as handlers
+from peft_multibatch.continuous.prefixes import KEPT, Prefixes
+from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.ids import Entry, slots_of
-from peft_multibatch.patch import STATE
-from peft_multibatch.prefixes import KEPT, Prefixes
-from peft_multibatch.segments import BASE
-from peft_multibatch.turns import entry_of
-from peft_multibatch.views import get_base, view_for
+from peft_multibatch.layers import table as handlers
+from peft_multibatch.layers.patch import STATE
+from peft_multibatch.layers.views import get_base, view_for
+from peft_multibatch.plan.ids import Entry, slots_of
+from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.attach import Multibatch
+    from peft_multibatch.api import Multibatch
 
 
 class Admission:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peft_multibatch.errors import AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
-from peft_multibatch.segments import BASE
+from peft_multibatch.plan.segments import BASE
 
 
 BASE_NAME = "__base__"

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_multibatch import shards
-from peft_multibatch.bank import KNOWN_VARIANTS
+from peft_multibatch.adapters import shards
+from peft_multibatch.adapters.bank import KNOWN_VARIANTS
 from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -22,9 +22,9 @@ from peft_multibatch.compat import (
     lora,
 )
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.linear import linear
-from peft_multibatch.per_segment import attention, per_segment, tiled_experts
-from peft_multibatch.views import get_base
+from peft_multibatch.layers.linear import linear
+from peft_multibatch.layers.per_segment import attention, per_segment, tiled_experts
+from peft_multibatch.layers.views import get_base
 
 
 ALL = (linear, per_segment, tiled_experts, attention)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_multibatch.bank import Adapter
+from peft_multibatch.adapters.bank import Adapter
 from peft_multibatch.errors import RowMappingError, UnsupportedError
-from peft_multibatch.ids import Entry, slots_of, terms
-from peft_multibatch.segments import BASE, Segments
+from peft_multibatch.plan.ids import Entry, slots_of, terms
+from peft_multibatch.plan.segments import BASE, Segments
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank
-    from peft_multibatch.graphs import InForce
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.adapters.tables import TableRows
+    from peft_multibatch.calls.graphs import InForce
     from peft_multibatch.ops.torch_backend import SlotWeights
-    from peft_multibatch.tables import TableRows
 
 
 class Mix:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_multibatch.bank import Bank, base_device
+from peft_multibatch.adapters.bank import Bank, base_device
 
 
 if TYPE_CHECKING:

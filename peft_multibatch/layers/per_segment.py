@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch.calls.graphs import Graph, check_not_capturing
+from peft_multibatch.calls.mix import Call
 from peft_multibatch.compat import ALORA_OFFSETS, lora
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.graphs import Graph, check_not_capturing
-from peft_multibatch.mix import Call
-from peft_multibatch.patch import STATE, Patch, check_state
-from peft_multibatch.views import get_base, single_adapter_view, view_for
+from peft_multibatch.layers.patch import STATE, Patch, check_state
+from peft_multibatch.layers.views import get_base, single_adapter_view, view_for
 
 
 def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:

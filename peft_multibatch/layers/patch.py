@@ -11,9 +11,9 @@ from peft_multibatch.errors import MergedAdaptersError
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank
-    from peft_multibatch.fusion import Group
-    from peft_multibatch.routing import Router
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.router import Router
+    from peft_multibatch.layers.fusion import Group
 
 STATE = "_multibatch"
 """Attribute of a patched module that holds its ``Patch``."""

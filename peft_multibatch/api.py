@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from peft_multibatch import layers as handlers
-from peft_multibatch.calls import CHECKPOINT, WithIds, check_length, with_requests, wrap
+from peft_multibatch.adapters.shards import GATHERED, check_same
+from peft_multibatch.calls.mix import Call
+from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import BaseTuner, PeftMixedModel, PeftModel
 from peft_multibatch.errors import (
     AdapterIdsError,
@@ -26,18 +27,17 @@ from peft_multibatch.errors import (
     NotEnabledError,
     UnsupportedError,
 )
-from peft_multibatch.fusion import Group, find_groups
-from peft_multibatch.ids import check_live, resolve
-from peft_multibatch.mix import Call
-from peft_multibatch.patch import STATE, check_state
-from peft_multibatch.places import Place, Survey
+from peft_multibatch.layers import table as handlers
+from peft_multibatch.layers.fusion import Group, find_groups
+from peft_multibatch.layers.patch import STATE, check_state
+from peft_multibatch.model.scan import Place, Survey
+from peft_multibatch.model.wrap import CHECKPOINT, WithIds, check_length, with_requests, wrap
+from peft_multibatch.plan.ids import check_live, resolve
 from peft_multibatch.report import LayerReport, Report
-from peft_multibatch.routing import Router
-from peft_multibatch.shards import GATHERED, check_same
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.continuous import AdapterBatchingManager
+    from peft_multibatch.continuous.manager import AdapterBatchingManager
 
 logger = logging.get_logger(__name__)
 
@@ -182,7 +182,9 @@ class Multibatch:
                 print(manager.get_result().generated_tokens)
             ```
         """
-        from peft_multibatch.continuous import Batching  # not before it is asked for: it needs much of transformers
+        from peft_multibatch.continuous.manager import (
+            Batching,  # not before it is asked for: it needs much of transformers
+        )
 
         self._refresh()
         return Batching(self, mixtures=mixtures).continuous_batching_context_manager(**options)

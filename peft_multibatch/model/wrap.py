@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch.calls.mix import Call, Invocations
 from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
-from peft_multibatch.ids import resolve
-from peft_multibatch.mix import Call, Invocations
-from peft_multibatch.patch import STATE
-from peft_multibatch.places import own_attribute, replace
-from peft_multibatch.segments import BASE
+from peft_multibatch.layers.patch import STATE
+from peft_multibatch.model.scan import own_attribute, replace
+from peft_multibatch.plan.ids import resolve
+from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.attach import Multibatch
-    from peft_multibatch.routing import Router
+    from peft_multibatch.api import Multibatch
+    from peft_multibatch.calls.router import Router
 
 # Arguments that may carry the samples, in the order in which they are looked for.
 INPUTS = (
@@ -177,7 +177,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
             return type(self).generate_batch(self, inputs, *args, **kwargs)
         if handle is None:
             raise _copy_error()
-        from peft_multibatch.continuous import Batching
+        from peft_multibatch.continuous.manager import Batching
 
         handle._refresh()
         entries = resolve(adapter_ids, handle._names)

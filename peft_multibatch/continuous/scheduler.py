@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from peft_multibatch.ids import Entry, slots_of
-from peft_multibatch.segments import BASE
+from peft_multibatch.plan.ids import Entry, slots_of
+from peft_multibatch.plan.segments import BASE
 
 
 KEY = "adapter_id"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peft_multibatch.adapters.offload import are_loaded_when_called
 from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -16,13 +17,12 @@ from peft_multibatch.compat import (
     lora,
 )
 from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.offload import are_loaded_when_called
-from peft_multibatch.segments import BASE
+from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.ids import Entry
-    from peft_multibatch.patch import Patch
+    from peft_multibatch.layers.patch import Patch
+    from peft_multibatch.plan.ids import Entry
 
 # Layers that read no parameter but through the forward of the module that holds it, as long as no variant does.
 CALLS_ITS_PARTS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, ModulesToSaveWrapper)

@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_multibatch import ops, shards
+from peft_multibatch import ops
+from peft_multibatch.adapters import shards
+from peft_multibatch.calls.graphs import Graph, check_not_capturing, take_plan
+from peft_multibatch.calls.mix import Call
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.graphs import Graph, check_not_capturing, take_plan
-from peft_multibatch.mix import Call
-from peft_multibatch.patch import check_state
-from peft_multibatch.per_segment import per_segment
+from peft_multibatch.layers.patch import check_state
+from peft_multibatch.layers.per_segment import per_segment
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Bank
-    from peft_multibatch.routing import Router
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.router import Router
 
 
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

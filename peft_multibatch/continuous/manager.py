@@ -26,17 +26,17 @@ from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from peft_multibatch.admission import Admission, vocabulary_of
-from peft_multibatch.calls import check_requests
+from peft_multibatch.continuous.admission import Admission, vocabulary_of
+from peft_multibatch.continuous.prefixes import Prefixes
+from peft_multibatch.continuous.scheduler import KEY, FairQueue, entry_of, has_begun
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.ids import BASE_NAME, Entry, resolve, slots_of
-from peft_multibatch.prefixes import Prefixes
-from peft_multibatch.segments import BASE
-from peft_multibatch.turns import KEY, FairQueue, entry_of, has_begun
+from peft_multibatch.model.wrap import check_requests
+from peft_multibatch.plan.ids import BASE_NAME, Entry, resolve, slots_of
+from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.attach import Multibatch
+    from peft_multibatch.api import Multibatch
 
 
 CHECKS = 1

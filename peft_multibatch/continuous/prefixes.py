@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from peft_multibatch.ids import Entry, slots_of
-from peft_multibatch.segments import BASE
+from peft_multibatch.plan.ids import Entry, slots_of
+from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Adapter
+    from peft_multibatch.adapters.bank import Adapter
 
 
 KEPT = 4096

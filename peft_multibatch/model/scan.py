@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_multibatch import layers as handlers
-from peft_multibatch import shards
-from peft_multibatch.bank import Bank
+from peft_multibatch.adapters import shards
+from peft_multibatch.adapters.bank import Bank
+from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.patch import STATE, Patch
-from peft_multibatch.routing import Router
+from peft_multibatch.layers import table as handlers
+from peft_multibatch.layers.patch import STATE, Patch
 
 
 class Survey:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
+from peft_multibatch.calls.mix import Call, Mix
 from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.mix import Call, Mix
-from peft_multibatch.segments import BASE, CUT, SegmentBuffer, Segments, packed_size
+from peft_multibatch.plan.segments import BASE, CUT, SegmentBuffer, Segments, packed_size
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.bank import Adapter, Bank
-    from peft_multibatch.routing import Router
-    from peft_multibatch.tables import TableRows
+    from peft_multibatch.adapters.bank import Adapter, Bank
+    from peft_multibatch.adapters.tables import TableRows
+    from peft_multibatch.calls.router import Router
 
 
 class InForce:

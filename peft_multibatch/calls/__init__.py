@@ -1,0 +1,1 @@
+"""What is in effect for one call: its plan, its adapters, and what compiled code sees of them."""

@@ -1,0 +1,1 @@
+"""Continuous batching with an adapter per request, on top of transformers' own manager."""

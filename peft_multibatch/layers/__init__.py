@@ -1,0 +1,1 @@
+"""How each PEFT layer class runs a mixed batch."""

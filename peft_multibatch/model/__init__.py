@@ -1,0 +1,1 @@
+"""From a call of the model to its layers: finding layers, and letting methods take ids."""

@@ -3,7 +3,7 @@
     python docs/support.py            # docs/support.md
     python docs/support.py --check    # fails where docs/support.md says something else
 
-tests/test_support.py runs it with --check, so the page can't say what isn't so.
+tests/docs/test_support.py runs it with --check, so the page can't say what isn't so.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ BASE_PLUS_DELTA = {
 }  # fmt: skip
 
 # Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
-# compared with PEFT one adapter at a time (tests/test_tuners.py); whoever isn't here is refused.
+# compared with PEFT one adapter at a time (tests/layers/test_tuners.py); whoever isn't here is refused.
 TUNERS = (
     "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
     "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora", "road", "shira",

@@ -18,7 +18,7 @@ from test_pipelines import tokenizer
 
 ray = pytest.importorskip("ray")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["three", None, "eight", "four", "three", "eight", None]
 PROMPTS = ["w3 w5 w6", "w10 w11", "w20 w31 w2 w3", "w7", "w8 w9", "w4 w7 w9 w31 w31", "w9"]
 DYING = """

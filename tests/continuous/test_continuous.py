@@ -49,7 +49,7 @@ def prompts(number, longest=40):
 
 
 def row_by_row(model, inputs, entries, tokens=8):
-    """What `generate` gives every prompt by itself; tests/test_generate.py compares that with PEFT."""
+    """What `generate` gives every prompt by itself; tests/model/test_generate.py compares that with PEFT."""
     return [
         model.generate(
             input_ids=torch.tensor([prompt], device=DEVICE),

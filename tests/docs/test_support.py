@@ -12,7 +12,7 @@ import torch
 import transformers
 
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "support.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "support.py"
 VERSIONS = f"peft {peft.__version__} and transformers {transformers.__version__}"
 
 

@@ -18,7 +18,7 @@ from peft_multibatch.demo import model as demo_model
 from peft_multibatch.demo.run import ADAPTERS, PROMPTS, Demo, load_adapters
 
 
-HELD_OUT = Path(__file__).parent / "data" / "held_out"
+HELD_OUT = Path(__file__).parents[1] / "data" / "held_out"
 # one worker loads the model, and the others have the cores to themselves meanwhile
 pytestmark = pytest.mark.xdist_group("real model")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from mixtures import MIXTURES, OTHERS, expected
 from models import LLAMA_LIKE, SIZES, left_padded, lora_configs, row_by_row
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import model as peft_lora
 from ranks import launched, main, report
-from test_mixtures import MIXTURES, OTHERS, expected
 from tolerances import assert_close, relative_error
 from transformers.distributed import DistributedConfig
 

@@ -14,7 +14,8 @@ from models import left_padded, lora_configs, peft_model, row_by_row
 from tolerances import assert_close
 
 import peft_multibatch
-from peft_multibatch import Segments, linear
+from peft_multibatch import Segments
+from peft_multibatch.layers import linear
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")

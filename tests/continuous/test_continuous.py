@@ -17,7 +17,8 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
-from peft_multibatch import admission, errors, prefixes
+from peft_multibatch import errors
+from peft_multibatch.continuous import admission, prefixes
 from peft_multibatch.continuous.scheduler import FairQueue
 
 

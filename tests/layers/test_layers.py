@@ -10,6 +10,7 @@ import torch
 import transformers
 from models import alone, left_padded, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
+from single_layers import build, make_input
 from tolerances import assert_close, relative_error
 from torch import nn
 
@@ -18,42 +19,6 @@ from peft_multibatch.layers.table import PER_SEGMENT, SEGMENTED
 
 
 NAMES = ["one", "two", "__base__", "two", "one"]
-
-
-class Tiny(nn.Module):
-    """One layer of each kind that PEFT adapts, each with an input of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(12, 20)
-        self.embedding = nn.Embedding(30, 12)
-        self.conv1d = nn.Conv1d(3, 6, 3)
-        self.conv2d = nn.Conv2d(3, 6, 3)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, layer, x):
-        return getattr(self, layer)(x)
-
-
-def build(layer="linear", dtype=torch.float32, adapter_dtype=None, second=None, **options):
-    shared = {"target_modules": [layer], "init_lora_weights": False, **options}
-    model = get_peft_model(
-        Tiny().to(dtype), LoraConfig(r=4, lora_alpha=8, **shared), "one", autocast_adapter_dtype=False
-    )
-    model.add_adapter("two", LoraConfig(r=3, lora_alpha=6, **{**shared, **(second or {})}))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype or dtype)
-            if layer == "embedding":
-                nn.init.normal_(parameter)  # PEFT leaves one of an embedding's two matrices at zero
-    return model.eval()
-
-
-def make_input(layer, rows=5, dtype=torch.float32):
-    if layer == "embedding":
-        return torch.randint(0, 30, (rows, 7))
-    shape = {"linear": (7, 12), "head": (12,), "conv1d": (3, 9), "conv2d": (3, 8, 8)}[layer]
-    return torch.randn(rows, *shape).to(dtype)
 
 
 def oracle(model, layer, x):

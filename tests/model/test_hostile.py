@@ -15,8 +15,9 @@ from tolerances import assert_close
 from torch import nn
 
 import peft_multibatch
-from peft_multibatch import errors, places
+from peft_multibatch import errors
 from peft_multibatch.layers.table import find_handler
+from peft_multibatch.model import scan as places
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segments import both_paths, eager, graph
+from plans import both_paths, eager, graph
 from tolerances import assert_close
 from torch import Tensor
 

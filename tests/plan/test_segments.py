@@ -6,31 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import both_paths
 
 from peft_multibatch import RowMappingError, SegmentBuffer, Segments
 
 
 CPU = torch.device("cpu")
 IDS = st.lists(st.integers(-1, 6), max_size=60)
-
-
-def eager(slots, lens=None):
-    return Segments.from_ids(slots, lens)
-
-
-def graph(slots, lens=None):
-    """The plan as it reads back from a buffer that held another, larger plan before."""
-    plan = Segments.from_ids(slots, lens)
-    buffer = SegmentBuffer(capacity=2 * max(plan.num_entries, 1) + 8)
-    buffer.packed.fill_(1_234_567)  # whatever the last call left behind the new plan must never be read
-    address = buffer.packed.data_ptr()
-    buffer.update(Segments.from_ids(list(range(buffer.capacity))))
-    buffer.update(plan)
-    assert buffer.packed.data_ptr() == address
-    return Segments.unpack(buffer.packed)
-
-
-both_paths = pytest.mark.parametrize("make", [eager, graph], ids=["eager", "graph"])
 
 
 @both_paths

@@ -32,6 +32,7 @@ from rich.table import Table as Rows
 
 from peft_multibatch import SegmentBuffer, Segments
 from peft_multibatch.adapters.tables import Part, Table, TableRows
+from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
 from peft_multibatch.plan.segments import CUT
 
@@ -196,13 +197,13 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (times * 1000)
 
 
-def shrink_launches(chosen: triton_backend.Launch, point: Point) -> list[triton_backend.Launch]:
+def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch]:
     """Other ways to cut K and rows."""
     per_adapter = triton.cdiv(point.rows, point.adapters)
     tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (32, 64, 128)}
     blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
     return [
-        triton_backend.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
+        cutting.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
         for t in tiles
         for k in blocks
         for warps in (1, 2, 4, 8)
@@ -211,14 +212,14 @@ def shrink_launches(chosen: triton_backend.Launch, point: Point) -> list[triton_
     ]
 
 
-def expand_launches(chosen: triton_backend.Launch) -> list[triton_backend.Launch]:
+def expand_launches(chosen: cutting.Launch) -> list[cutting.Launch]:
     """Other ways to cut columns."""
     return [
         chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512, 1024) for warps in (1, 2, 4, 8)
     ]
 
 
-def compile_all(job: tuple[Point, list[triton_backend.Launch]]) -> None:
+def compile_all(job: tuple[Point, list[cutting.Launch]]) -> None:
     """Run launches once, in a process of its own, so that their kernels are in Triton's cache."""
     point, candidates = job
     case = Case(point, copies=1)
@@ -230,10 +231,10 @@ def compile_all(job: tuple[Point, list[triton_backend.Launch]]) -> None:
 
 def best_of(
     case: Case,
-    candidates: list[triton_backend.Launch],
-    best: triton_backend.Launch,
+    candidates: list[cutting.Launch],
+    best: cutting.Launch,
     pool: concurrent.futures.ProcessPoolExecutor,
-) -> triton_backend.Launch:
+) -> cutting.Launch:
     list(pool.map(compile_all, [(case.point, candidates[start::PROCESSES]) for start in range(PROCESSES)]))
     found = statistics.median(case.time(best, 5)), best
     for launch in dict.fromkeys(candidates):
@@ -282,7 +283,7 @@ def main(
         case = Case(point, for_any_plan=graphs)
         rank = triton_backend.padded(point.rank)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        chosen = triton_backend.choose(
+        chosen = cutting.choose(
             case.segments.num_segments, case.segments.longest, point.inputs, point.widths, rank, processors
         )
         error = case.check(chosen)

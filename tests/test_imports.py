@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +64,52 @@ def test_a_peft_whose_layers_changed_is_named(monkeypatch):
     monkeypatch.setattr(compat, "ATTRIBUTES", ("lora_A", "lora_C"))
     with pytest.raises(ImportError, match="whose layers have no lora_C: expected peft"):
         compat.check()
+
+
+ROOT = Path(peft_multibatch.__file__).parent
+WINGS = ["errors", "compat", "report", "plan", "adapters", "ops", "calls", "layers", "model", "continuous", "api"]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Modules of the package that a module imports anywhere, names for type checkers included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_multibatch."):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "peft_multibatch":
+            yield from (f"peft_multibatch.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("peft_multibatch."))
+
+
+def test_every_module_stands_in_a_wing():
+    found = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
+    assert found - {"__init__", "__main__", "demo"} == set(WINGS)
+
+
+def test_wings_import_only_from_those_before_them():
+    for path in ROOT.rglob("*.py"):
+        wing = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if wing in WINGS:
+            later = [name for name in imports_of(path) if name.split(".")[1] in WINGS[WINGS.index(wing) + 1 :]]
+            assert later == [], f"{path.relative_to(ROOT)} imports from a later wing"
+
+
+def test_no_import_circles():
+    paths = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in ROOT.rglob("*.py")
+    }
+
+    def module_of(imported: str) -> str:  # of an attribute the module that has it
+        return imported if imported in paths else imported.rpartition(".")[0]
+
+    edges = {name: set(map(module_of, imports_of(path))) for name, path in paths.items()}
+    while edges:  # what imports nothing that is left goes first
+        free = {name for name, found in edges.items() if not (found - {name}) & edges.keys()}
+        assert free, f"these import each other in a circle: {sorted(edges)}"
+        edges = {name: found for name, found in edges.items() if name not in free}
+
+
+def test_every_module_is_one_idea():
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 350} == {}

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the
+# scaling, or None where this adapter has no weights for this slice.
+Projection = tuple[Tensor, Tensor, float]
+SlotWeights = list[Projection | None]
+
+
 class Part(NamedTuple):
     """One adapter in one layer: ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]``, scaling."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -15,35 +15,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
-from peft_multibatch.calls.mix import Call, Mix
+from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.in_force import Here, InForce, current_task
+from peft_multibatch.calls.mix import Mix
 from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.plan.segments import BASE, CUT, SegmentBuffer, Segments, packed_size
+from peft_multibatch.plan.segments import BASE, CUT, SegmentBuffer, Segments, capacity_for, packed_size
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.adapters.bank import Adapter, Bank
+    from peft_multibatch.adapters.bank import Bank
     from peft_multibatch.adapters.tables import TableRows
-    from peft_multibatch.calls.router import Router
-
-
-class InForce:
-    """What compiled code asks about the calls in force on its thread, on all tasks of it.
-
-    Attributes:
-        active: whether there are any.
-        samples: entries of their plans; 0 where these differ, and inside ``generate``, which multiplies rows.
-    """
-
-    def __init__(self) -> None:
-        self.active = False
-        self.samples = 0
-
-
-class Here(threading.local):
-    """Gives every thread, compiled code included, what is in force on that thread."""
-
-    def __init__(self) -> None:
-        self.thread = InForce()
+    from peft_multibatch.adapters.weights import Adapter
 
 
 class Graph:
@@ -63,11 +45,21 @@ class Graph:
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
         packed: as in ``Call``; never so.
+
+    Args:
+        call: the call in force on the thread or task that asks.
+        in_force: the same, and raises where that call has ended.
+        adapters: adapters as PEFT holds them now, by slot, as ``Router.adapters``.
     """
 
     packed = False
 
-    def __init__(self, router: Router) -> None:
+    def __init__(
+        self,
+        call: ContextVar[Call | None],
+        in_force: Callable[[], Call | None],
+        adapters: Callable[..., dict[int, Adapter]],
+    ) -> None:
         self.key = next(_keys)
         _graphs[self.key] = self
         self.active = False
@@ -79,7 +71,9 @@ class Graph:
         self.buffers: dict[str, list[SegmentBuffer]] = {}
         self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._router = router
+        self._call = call
+        self._call_in_force = in_force
+        self._read_adapters = adapters
         self._in_force: dict[Call, Call | None] = {}  # and the calls around them
         self._synced: Mix | None = None
         self._written: Mix | None = None
@@ -102,7 +96,7 @@ class Graph:
     @torch._dynamo.assume_constant_result
     def arm(self) -> bool:
         """From now on there is a graph of ops: keep the banks up to date for it at every call."""
-        call = self._router.call.get()
+        call = self._call.get()
         with self._lock:
             if not self._runs_ops and call is not None:
                 self._runs_ops = True
@@ -112,12 +106,12 @@ class Graph:
     @torch._dynamo.assume_constant_result
     def arm_kernels(self, key: str, device: str) -> bool:
         """From now on there is a graph of kernels that reads this bank on this device."""
-        call = self._router.call.get()
+        call = self._call.get()
         with self._lock:
             if call is not None:
                 place = torch.device(device)
                 bank = next(bank for bank in self.banks if bank.key == key)
-                adapters = self._router.adapters()
+                adapters = self._read_adapters()
                 bank.tables(adapters, place, call.mix.slots)
                 bank.hold(adapters, place, self._is_captured_with(bank))
                 for table in bank.held:
@@ -162,7 +156,7 @@ class Graph:
             )
         with self._lock:
             # compared when the first graph is captured, whose ranks have to suffice for all; then no more
-            adapters = self._router.adapters(checks=0 if self.is_captured else None)
+            adapters = self._read_adapters(checks=0 if self.is_captured else None)
             bank.hold(adapters, device, self._is_captured_with(bank))
             self._hold(bank, device)
             self.is_captured = True
@@ -171,7 +165,7 @@ class Graph:
     def enter(self, call: Call, outer: Call | None) -> None:
         """A call begins, inside another one or not."""
         with self._changing():
-            call.thread, call.task = self.here.thread, _task()
+            call.thread, call.task = self.here.thread, current_task()
             self._in_force[call] = outer
             self._change(call.thread)
             if self._runs_ops and self._synced is not call.mix:
@@ -204,7 +198,7 @@ class Graph:
             ModelStateError: the thread has no ids.
             RowMappingError: the rows are no multiple of the entries.
         """
-        call = self._router.in_force()
+        call = self._call_in_force()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "
@@ -257,7 +251,7 @@ class Graph:
             self._write(calls[0].mix)
 
     def _sync(self, mix: Mix) -> None:
-        adapters = self._router.adapters()
+        adapters = self._read_adapters()
         self.mixes.add_(1)
         # normal tensors even if the first call happens to run in inference mode
         with torch.inference_mode(False), torch.no_grad():
@@ -284,7 +278,7 @@ class Graph:
             for buffers in (*self.buffers.values(), *self._outgrown):
                 if entries <= buffers[0].capacity:
                     for index, buffer in enumerate(buffers):
-                        buffer.update(_term(mix, index).cut(CUT))
+                        buffer.update(mix.term(index).cut(CUT))
             self._written = mix
 
     def _follow(self, device: torch.device) -> None:
@@ -320,28 +314,10 @@ class Graph:
 
     def _grow(self, device: torch.device, entries: int) -> None:
         with torch.inference_mode(False):
-            buffers = [SegmentBuffer(_capacity(entries), device) for _ in range(self.terms)]
+            buffers = [SegmentBuffer(capacity_for(entries), device) for _ in range(self.terms)]
         self.buffers[str(device)] = buffers
         for buffer in buffers:
             torch._dynamo.mark_static_address(buffer.packed)
-
-
-def _term(mix: Mix, index: int) -> Segments:
-    """The plan of one term, for which no sample of a mix need have an adapter."""
-    return mix.terms[index] if index < len(mix.terms) else Segments.from_ids([BASE] * mix.segments.num_entries)
-
-
-def _task() -> int:
-    """Which asyncio task runs; 0 where none does."""
-    try:
-        return id(asyncio.current_task())
-    except RuntimeError:
-        return 0
-
-
-def _capacity(entries: int) -> int:
-    """A power of two, so that a growing batch makes a new graph a few times and not every time."""
-    return 1 << max(entries - 1, 15).bit_length()
 
 
 _keys = itertools.count()
@@ -365,17 +341,3 @@ def take_plan(mixes: Tensor, shape: Sequence[int], key: int, index: int) -> Tens
 @take_plan.register_fake
 def _(mixes, shape, key, index):
     return mixes.new_empty(packed_size(math.prod(shape[:-1])))
-
-
-def check_not_capturing(device: torch.device) -> None:
-    """Raise where code of ours that a replay wouldn't run is being captured.
-
-    Raises:
-        UnsupportedError: it is.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise UnsupportedError(
-            "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
-            "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "
-            "and no DoRA or layers that run per segment, see mb.report(). Run it without CUDA graphs."
-        )

@@ -14,10 +14,11 @@ from types import ModuleType
 
 import torch
 
-from peft_multibatch.adapters.bank import Adapter
 from peft_multibatch.adapters.shards import Split, check_same
+from peft_multibatch.adapters.weights import Adapter
+from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
-from peft_multibatch.calls.mix import Call, Mix
+from peft_multibatch.calls.mix import Mix
 from peft_multibatch.errors import ModelStateError
 from peft_multibatch.plan.ids import Entry, slots_of
 
@@ -45,7 +46,7 @@ class Router:
         self.is_gathered = False
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
-        self.graph = Graph(self)
+        self.graph = Graph(self.call, self.in_force, self.adapters)
         self._adapters: dict[int, Adapter] = {}
         self._last: Mix | None = None
         self._turn = 0

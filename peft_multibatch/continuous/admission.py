@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.generation.continuous_batching import model_runner
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
@@ -21,7 +21,7 @@ from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.api import Multibatch
+    from peft_multibatch.model.handle import Handle
 
 
 class Admission:
@@ -36,7 +36,7 @@ class Admission:
         uses_graphs: whether steps are captured in CUDA graphs.
     """
 
-    def __init__(self, handle: Multibatch, model: nn.Module, prefixes: Prefixes) -> None:
+    def __init__(self, handle: Handle, model: nn.Module, prefixes: Prefixes) -> None:
         self.uses_graphs = False
         self._handle = handle
         self._model: Any = model
@@ -66,6 +66,22 @@ class Admission:
     def note(self, state: RequestState) -> None:
         """A request came that wasn't looked at yet."""
         self._new.add(state.request_id)
+
+    def once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
+        """What adds requests to a scheduler, for requests whose id nobody has."""
+
+        def add_once(state: RequestState) -> None:
+            name = state.request_id
+            known = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name) or state
+            if known is not state and known.status != RequestStatus.FINISHED:  # which those have that are evicted
+                raise UnsupportedError(
+                    f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
+                    "another id. Leave request_id out to have one made up."
+                )
+            self.note(state)
+            add(state)
+
+        return add_once
 
     def hopeless(self, states: Iterable[RequestState]) -> Iterator[tuple[RequestState, Exception]]:
         """Requests that can't run, or can't any more, and why."""

@@ -11,7 +11,6 @@ requests. Here every request has its adapter, and what depends on it:
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 import time
@@ -21,8 +20,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
@@ -30,13 +27,12 @@ from peft_multibatch.continuous.admission import Admission, vocabulary_of
 from peft_multibatch.continuous.prefixes import Prefixes
 from peft_multibatch.continuous.scheduler import KEY, FairQueue, entry_of, has_begun
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.model.wrap import check_requests
-from peft_multibatch.plan.ids import BASE_NAME, Entry, resolve, slots_of
+from peft_multibatch.plan.ids import BASE_NAME, Entry, check_requests, label_of, resolve, slots_of
 from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.api import Multibatch
+    from peft_multibatch.model.handle import Handle
 
 
 CHECKS = 1
@@ -54,9 +50,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         prefix_hits: tokens whose cache was found instead of computed.
     """
 
-    def __init__(
-        self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), mixtures: int = 1, **options: Any
-    ) -> None:
+    def __init__(self, handle: Handle, waiting_ids: Sequence[Entry] = (), mixtures: int = 1, **options: Any) -> None:
         if handle._router.split is not None or handle._router.is_gathered:
             raise UnsupportedError(
                 "continuous batching with an adapter for every request was started on a model that is split over "
@@ -236,12 +230,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             runner = processor.model_runner
             scheduler, cache = processor.scheduler, processor.cache
             runner.compute_batch = self._with_ids(processor, runner.compute_batch)
-            scheduler.add_waiting_request = self._once(scheduler, scheduler.add_waiting_request)
+            scheduler.add_waiting_request = self._admission.once(scheduler, scheduler.add_waiting_request)
             scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
             cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
                 if hasattr(cache, name):
-                    setattr(cache, name, self._salted_mark(getattr(cache, name)))
+                    setattr(cache, name, self._prefixes.salted_mark(getattr(cache, name)))
         return processor
 
     def _with_ids(self, processor: Any, compute: Callable[..., None]) -> Callable[..., None]:
@@ -258,7 +252,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     begin.update(slots_of(entry))
                 if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
                     self._queue.charge(entry, future.query_length)
-                    self.served[self._label(entry)] += future.query_length
+                    self.served[label_of(entry, self._handle._names)] += future.query_length
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
             self._router.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
             while True:
@@ -272,20 +266,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
         return compute_batch
-
-    def _once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
-        def add_once(state: RequestState) -> None:
-            name = state.request_id
-            known = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name) or state
-            if known is not state and known.status != RequestStatus.FINISHED:  # which those have that are evicted
-                raise UnsupportedError(
-                    f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
-                    "another id. Leave request_id out to have one made up."
-                )
-            self._admission.note(state)
-            add(state)
-
-        return add_once
 
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
         def in_turn() -> list[RequestState]:
@@ -307,19 +287,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return found
 
         return salted_search
-
-    def _salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
-        def salted_mark(state: RequestState, *args: Any) -> None:
-            if not args[0]:  # no block was completed
-                return
-            salted = copy.copy(state)
-            # a prompt of one token fills its first block with what was generated
-            tokens = state.initial_tokens + state.generated_tokens
-            salted.initial_tokens = self._prefixes.salted(tokens, entry_of(state))
-            salted.generated_tokens = []
-            mark(salted, *args)
-
-        return salted_mark
 
     def _has_begun(self, slots: set[int]) -> bool:
         """Whether a request that has begun needs one of these slots."""
@@ -373,54 +340,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{method} was called inside manager.changing(...), for whose end the loop waits: expected the change "
                 f"to end first. Call {method} after that block."
             )
-
-    def _label(self, entry: Entry) -> str:
-        names = self._handle._names
-        if isinstance(entry, tuple):
-            return " + ".join(f"{weight:g} {names[slot]}" for slot, weight in entry)
-        return BASE_NAME if entry == BASE else str(names[entry])
-
-
-class Batching(ContinuousMixin):
-    """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
-
-    def __init__(self, handle: Multibatch, waiting_ids: Sequence[Entry] = (), mixtures: int = 1) -> None:
-        self._model = handle._inner
-        self._handle = handle
-        self._waiting_ids = waiting_ids
-        self._mixtures = mixtures
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def continuous_batching_context_manager(
-        self, *args: Any, persistent_manager: bool = False, **kwargs: Any
-    ) -> AbstractContextManager[AdapterBatchingManager]:
-        if persistent_manager:
-            raise UnsupportedError(
-                "continuous batching with an adapter for every request got persistent_manager=True, which would give "
-                "its manager to calls without ids as well: expected False. Keep mb.continuous_batching(...) open."
-            )
-        return super().continuous_batching_context_manager(*args, **kwargs)
-
-    @torch.no_grad()
-    def init_continuous_batching(
-        self,
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        **options: Any,
-    ) -> AdapterBatchingManager:
-        config: Any = copy.copy(generation_config or self._model.generation_config)
-        if config.eos_token_id is None:
-            config.eos_token_id = -1
-        return AdapterBatchingManager(
-            self._handle,
-            self._waiting_ids,
-            self._mixtures,
-            generation_config=config,
-            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
-            **options,
-        )
 
 
 def _on(stream: Any) -> AbstractContextManager:

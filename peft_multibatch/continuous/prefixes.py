@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.plan.ids import Entry, slots_of
 from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.adapters.bank import Adapter
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    from peft_multibatch.adapters.weights import Adapter
 
 
 KEPT = 4096
@@ -72,3 +76,18 @@ class Prefixes:
             del self._salts[next(iter(self._salts))]
         high, low = divmod(salt, (2**31 - 1) // self._vocabulary - 1)
         return [tokens[0] + self._vocabulary * low, tokens[1] + self._vocabulary * high, *tokens[2:]]
+
+    def salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
+        """What marks blocks as complete, with salted tokens."""
+
+        def salted_mark(state: RequestState, *args: Any) -> None:
+            if not args[0]:  # no block was completed
+                return
+            salted = copy.copy(state)
+            # a prompt of one token fills its first block with what was generated
+            tokens = state.initial_tokens + state.generated_tokens
+            salted.initial_tokens = self.salted(tokens, entry_of(state))
+            salted.generated_tokens = []
+            mark(salted, *args)
+
+        return salted_mark

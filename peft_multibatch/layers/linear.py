@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from peft_multibatch import ops
 from peft_multibatch.adapters import shards
-from peft_multibatch.calls.graphs import Graph, check_not_capturing, take_plan
-from peft_multibatch.calls.mix import Call
+from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.graphs import Graph, take_plan
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.layers.patch import check_state
+from peft_multibatch.layers.patch import check_not_capturing, check_state
 from peft_multibatch.layers.per_segment import per_segment
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from peft_multibatch.errors import MergedAdaptersError
+from peft_multibatch.errors import MergedAdaptersError, UnsupportedError
 
 
 if TYPE_CHECKING:
@@ -56,4 +57,18 @@ def check_state(name: str, layer: Any) -> None:
         raise MergedAdaptersError(
             f"adapter_ids was passed while {layer.merged_adapters} is merged into the base weights of {name}: "
             "expected unmerged adapters. Call model.unmerge_adapter() first."
+        )
+
+
+def check_not_capturing(device: torch.device) -> None:
+    """Raise where code of ours that a replay wouldn't run is being captured.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
+            "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "
+            "and no DoRA or layers that run per segment, see mb.report(). Run it without CUDA graphs."
         )

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_multibatch.calls.graphs import Graph, check_not_capturing
-from peft_multibatch.calls.mix import Call
+from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.compat import ALORA_OFFSETS, lora
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.layers.patch import STATE, Patch, check_state
+from peft_multibatch.layers.patch import STATE, Patch, check_not_capturing, check_state
 from peft_multibatch.layers.views import get_base, single_adapter_view, view_for
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_multibatch.adapters import shards
-from peft_multibatch.adapters.bank import KNOWN_VARIANTS
+from peft_multibatch.adapters.weights import KNOWN_VARIANTS
 from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,

@@ -6,24 +6,19 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_multibatch.calls.mix import Call, Invocations
+from peft_multibatch.calls.call import Call, Invocations
 from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers.patch import STATE
 from peft_multibatch.model.scan import own_attribute, replace
-from peft_multibatch.plan.ids import resolve
 from peft_multibatch.plan.segments import BASE
 
-
-if TYPE_CHECKING:
-    from peft_multibatch.api import Multibatch
-    from peft_multibatch.calls.router import Router
 
 # Arguments that may carry the samples, in the order in which they are looked for.
 INPUTS = (
@@ -37,53 +32,8 @@ INPUTS = (
 )
 
 
-CHECKPOINT = "_gradient_checkpointing_func"
-"""Attribute with which transformers' layers run themselves so that ``backward`` runs them once more."""
-
-
 UNPREPARED = "_original_forward"
 """Attribute in which accelerate's prepare keeps a model's forward, until its unwrap_model gives it back."""
-
-
-class WithIds:
-    """A checkpointing function that runs layers again under the ids under which they ran first.
-
-    ``backward`` comes after the call, when its ids are no longer in force, and on a GPU in a thread of its own.
-
-    Args:
-        router: holds the ids.
-        original: transformers' own checkpointing function.
-    """
-
-    def __init__(self, router: Router, original: Callable[..., Any]) -> None:
-        self.router = router
-        self.original = original
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.router.call.get()
-        if call is None:
-            return self.original(function, *args, **kwargs)
-
-        def again(*args: Any, **kwargs: Any) -> Any:
-            if not self.router.is_enabled:
-                raise NotEnabledError(
-                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
-                    "to stay enabled until then. Call backward first."
-                )
-            token = self.router.call.set(call.again())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.router.call.reset(token)
-
-        return self.original(again, *args, **kwargs)
-
-    def __reduce__(self) -> tuple:  # a copy or a pickle of the model has what was there before
-        return _same, (self.original,)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def wrap(module: nn.Module, method: str) -> Callable[[], None]:
@@ -96,7 +46,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
     def wrapper(self, *args, **kwargs):
-        handle: Multibatch | None = getattr(self, STATE, None)
+        handle: Any = getattr(self, STATE, None)
         # in a copy of the model, what the original had as an attribute of its own belongs to the original
         original = functools.partial(function, self) if own is None or owner() is not self else own
         if unprepared is not None and UNPREPARED not in self.__dict__ and owner() is self:
@@ -115,9 +65,9 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 if thread.samples:
                     check_length(thread.samples, _num_samples(args, kwargs))
             return original(*args, **kwargs)
-        adapter_ids = _pop_ids(kwargs) if passed else None
+        adapter_ids = pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
-            raise _copy_error()
+            raise copy_error()
         call = handle._router.in_force() if handle is not None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
@@ -159,34 +109,6 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     return replace(module, attribute, types.MethodType(wrapper, module))
 
 
-def with_requests(module: nn.Module) -> Callable[[], None]:
-    """Let ``generate_batch``, continuous batching, take an adapter for every request, and return what undoes it."""
-    if not hasattr(type(module), "generate_batch"):
-        return lambda: None
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        handle: Multibatch | None = getattr(self, STATE, None)
-        adapter_ids = _pop_ids(kwargs)
-        if handle is not None and handle._router.call.get() is not None:
-            raise UnsupportedError(
-                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
-                "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
-                "adapter_ids=[...]) by itself."
-            )
-        if adapter_ids is None:
-            return type(self).generate_batch(self, inputs, *args, **kwargs)
-        if handle is None:
-            raise _copy_error()
-        from peft_multibatch.continuous.manager import Batching
-
-        handle._refresh()
-        entries = resolve(adapter_ids, handle._names)
-        check_requests(entries, inputs)
-        return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
-
-    return replace(module, "generate_batch", types.MethodType(generate_batch, module))
-
-
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
     """Raise where ``generate`` would offload its cache from a GPU, for which a test found other tokens than PEFT's."""
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
@@ -198,18 +120,6 @@ def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
             "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
             "tokens than PEFT: expected a cache that stays on the GPU. Pass cache_implementation='dynamic' or "
             "'static'."
-        )
-
-
-def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
-    """Raise where ids and prompts differ in number.
-
-    Raises:
-        AdapterIdsLengthError: they do.
-    """
-    if len(entries) != len(prompts):
-        raise AdapterIdsLengthError(
-            f"adapter_ids has {len(entries)} entries for {len(prompts)} prompts: expected one for every prompt."
         )
 
 
@@ -226,7 +136,7 @@ def check_length(entries: int, samples: int | None) -> None:
         )
 
 
-def _invocations(handle: Multibatch, call: Call, args: tuple, kwargs: dict[str, Any]) -> Invocations | None:
+def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -> Invocations | None:
     """Where aLoRA adapters begin in a call that brings ``input_ids``; None where none of its adapters is one."""
     configs: Any = handle._inner.peft_config
     # mixtures of variants are refused where layers run
@@ -254,14 +164,14 @@ def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
 
 
-def _copy_error() -> NotEnabledError:
+def copy_error() -> NotEnabledError:
     return NotEnabledError(
         "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
         "peft_multibatch.enable was called."
     )
 
 
-def _pop_ids(kwargs: dict[str, Any]) -> Any:
+def pop_ids(kwargs: dict[str, Any]) -> Any:
     adapter_ids, adapter_names = kwargs.pop("adapter_ids", None), kwargs.pop("adapter_names", None)
     if adapter_ids is not None and adapter_names is not None:
         raise AdapterIdsError(

@@ -13,14 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from peft_multibatch.adapters.tables import SlotWeights
 from peft_multibatch.ops.reference import max_rank
 from peft_multibatch.plan.segments import BASE, Segments
-
-
-# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the
-# scaling, or None where this adapter has no weights for this slice.
-Projection = tuple[Tensor, Tensor, float]
-SlotWeights = list[Projection | None]
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_multibatch.errors import AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
+from peft_multibatch.errors import AdapterIdsLengthError, AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
 from peft_multibatch.plan.segments import BASE
 
 
@@ -76,6 +76,25 @@ def terms(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]
         pairs = [part[index] if index < len(part) else (BASE, 1.0) for part in parts]
         found.append(([slot for slot, _ in pairs], [weight for _, weight in pairs]))
     return found
+
+
+def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
+    """Raise where ids and prompts differ in number.
+
+    Raises:
+        AdapterIdsLengthError: they do.
+    """
+    if len(entries) != len(prompts):
+        raise AdapterIdsLengthError(
+            f"adapter_ids has {len(entries)} entries for {len(prompts)} prompts: expected one for every prompt."
+        )
+
+
+def label_of(entry: Entry, names: Sequence[str | None]) -> str:
+    """How an entry is named for people: an adapter's name, or the names of a mixture and their weights."""
+    if isinstance(entry, tuple):
+        return " + ".join(f"{weight:g} {names[slot]}" for slot, weight in entry)
+    return BASE_NAME if entry == BASE else str(names[entry])
 
 
 def slots_of(entry: Entry) -> tuple[int, ...]:

@@ -253,3 +253,8 @@ class SegmentBuffer:
 def packed_size(entries: int) -> int:
     """Length that no packed plan of this many entries exceeds."""
     return HEADER + 3 * (entries + 1) + entries
+
+
+def capacity_for(entries: int) -> int:
+    """A power of two, so that a growing batch makes a new graph a few times and not every time."""
+    return 1 << max(entries - 1, 15).bit_length()

@@ -78,7 +78,7 @@ def test_adding_adapters_while_other_threads_run(monkeypatch):
         threading.Event().wait(0.02)
         return found
 
-    monkeypatch.setattr("peft_multibatch.api.Survey", slowly)
+    monkeypatch.setattr("peft_multibatch.model.handle.Survey", slowly)
     model = peft_model()
     mb = peft_multibatch.enable(model)
     expected = logits(model, adapter_ids=NAMES)

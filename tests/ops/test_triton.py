@@ -8,6 +8,7 @@ from tolerances import assert_close
 
 from peft_multibatch import SegmentBuffer, Segments, ops
 from peft_multibatch.adapters.tables import Part, Table
+from peft_multibatch.ops import launches
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -181,7 +182,7 @@ def test_weights_of_another_dtype_than_x():
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_partial_sums(splits):
-    launch = triton_backend.cut(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
+    launch = launches.cut(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
     assert launch.splits == splits
     check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
 

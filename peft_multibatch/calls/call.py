@@ -1,0 +1,118 @@
+"""A call in force: its mix, and what was made for it alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from peft_multibatch.calls.mix import Mix
+from peft_multibatch.errors import RowMappingError, UnsupportedError
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.in_force import InForce
+
+
+class Invocations:
+    """Where aLoRA adapters begin in each sample, counted from its end, as PEFT counts when a call begins.
+
+    Args:
+        offsets: for each sample the number of tokens from its invocation on; None where there is none.
+        tokens: length of the samples.
+        expands: True for ``generate``, whose steps are checked against what the offsets mean.
+    """
+
+    def __init__(self, offsets: Sequence[int | None], tokens: int, expands: bool) -> None:
+        self.offsets = offsets
+        self.tokens = tokens  # of the forward under way
+        self._total = 0 if expands else None  # tokens that the model has seen; None outside of generate
+        self._prompt = tokens
+
+    def step(self, tokens: int, before: int) -> None:
+        """A forward inside ``generate`` begins: the whole prompt first, then one token after the other.
+
+        Raises:
+            UnsupportedError: it isn't, and offsets from the end would point elsewhere.
+        """
+        if self._total is None:
+            return
+        first = self._total == 0
+        if before + tokens != (self._prompt if first else self._total + 1) or not (first or tokens == 1):
+            raise UnsupportedError(
+                "generate with an aLoRA adapter ran the model on other tokens than the prompt and then one at a time, "
+                "and aLoRA counts tokens from the prompt's end: expected a cache, and no chunked prefill, guidance or "
+                "assisted decoding. Leave these options out."
+            )
+        self._total, self.tokens = before + tokens, tokens
+
+
+class Call:
+    """A mixed batch in force on one thread or task.
+
+    Attributes:
+        mix: the plan and its adapters.
+        expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
+        packed: True where entries are tokens, all in one row, as in continuous batching, whose steps run to their end
+            as they began even if another thread disables adapters in between.
+        for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        inside: True while a model's forward runs that has checked this call.
+        ended: True when it is no longer in force.
+        thread: the thread on which it began.
+        task: the asyncio task.
+        stash: for each fused group, what its first layer computed for the others.
+        dora_scales: what DoRA multiplies outputs with, for each bank.
+        workspaces: memory for intermediate results, for each device and stream.
+        rows: rows of the model's last forward inside ``generate``.
+        invocations: where aLoRA adapters begin; None where no adapter in use is one.
+    """
+
+    def __init__(self, mix: Mix, expands: bool, packed: bool = False) -> None:
+        self.mix = mix
+        self.expands = expands
+        self.packed = packed
+        self.for_graphs = False
+        self.inside = False
+        self.ended = False
+        self.thread: InForce | None = None
+        self.task = 0
+        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
+        self.dora_scales: dict[Bank, list[Tensor | None]] = {}
+        self.workspaces: dict[tuple, Tensor] = {}
+        self.rows: int | None = None
+        self.invocations: Invocations | None = None
+
+    def again(self) -> Call:
+        """The same ids for layers that ``backward`` runs once more after the call has ended."""
+        again = Call(self.mix, self.expands, self.packed)
+        again.inside, again.rows, again.invocations = True, self.rows, self.invocations
+        return again
+
+    def num_rows(self, shape: Sequence[int]) -> int:
+        """Rows that belong to entries in a layer's input of the shape ``[..., K]``.
+
+        Raises:
+            RowMappingError: they are no multiple of the entries.
+        """
+        rows = math.prod(shape[:-1]) if self.packed else shape[0]
+        self.mix.segments.rows_per_entry(rows)
+        return rows
+
+    def check_rows(self, rows: int | None) -> None:
+        """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
+
+        Raises:
+            RowMappingError: it did.
+        """
+        if not self.expands or rows is None:
+            return
+        if self.rows is not None and rows < self.rows:
+            raise RowMappingError(
+                f"generate went on with {rows} rows after {self.rows}, and can't tell which rows belong to which "
+                "sample: expected the same rows at every step. Whisper does so with long audio; generate for one "
+                "adapter at a time there."
+            )
+        self.rows = rows

@@ -1,0 +1,95 @@
+"""transformers' entry points to continuous batching, with an adapter for every request."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
+
+from peft_multibatch.errors import UnsupportedError
+from peft_multibatch.layers.patch import STATE
+from peft_multibatch.model.scan import replace
+from peft_multibatch.model.wrap import copy_error, pop_ids
+from peft_multibatch.plan.ids import Entry, check_requests, resolve
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.continuous.manager import AdapterBatchingManager
+    from peft_multibatch.model.handle import Handle
+
+
+def with_requests(module: nn.Module) -> Callable[[], None]:
+    """Let ``generate_batch``, continuous batching, take an adapter for every request, and return what undoes it."""
+    if not hasattr(type(module), "generate_batch"):
+        return lambda: None
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        handle: Handle | None = getattr(self, STATE, None)
+        adapter_ids = pop_ids(kwargs)
+        if handle is not None and handle._router.call.get() is not None:
+            raise UnsupportedError(
+                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
+                "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
+                "adapter_ids=[...]) by itself."
+            )
+        if adapter_ids is None:
+            return type(self).generate_batch(self, inputs, *args, **kwargs)
+        if handle is None:
+            raise copy_error()
+        handle._refresh()
+        entries = resolve(adapter_ids, handle._names)
+        check_requests(entries, inputs)
+        return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
+
+    return replace(module, "generate_batch", types.MethodType(generate_batch, module))
+
+
+class Batching(ContinuousMixin):
+    """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
+
+    def __init__(self, handle: Handle, waiting_ids: Sequence[Entry] = (), mixtures: int = 1) -> None:
+        self._model = handle._inner
+        self._handle = handle
+        self._waiting_ids = waiting_ids
+        self._mixtures = mixtures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def continuous_batching_context_manager(
+        self, *args: Any, persistent_manager: bool = False, **kwargs: Any
+    ) -> AbstractContextManager[AdapterBatchingManager]:
+        if persistent_manager:
+            raise UnsupportedError(
+                "continuous batching with an adapter for every request got persistent_manager=True, which would give "
+                "its manager to calls without ids as well: expected False. Keep mb.continuous_batching(...) open."
+            )
+        return super().continuous_batching_context_manager(*args, **kwargs)
+
+    @torch.no_grad()
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **options: Any,
+    ) -> AdapterBatchingManager:
+        from peft_multibatch.continuous.manager import AdapterBatchingManager  # needs much of transformers
+
+        config: Any = copy.copy(generation_config or self._model.generation_config)
+        if config.eos_token_id is None:
+            config.eos_token_id = -1
+        return AdapterBatchingManager(
+            self._handle,
+            self._waiting_ids,
+            self._mixtures,
+            generation_config=config,
+            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            **options,
+        )

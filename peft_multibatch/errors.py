@@ -7,6 +7,7 @@
     │   └── UnknownAdapterError                 no such id, no such name
     ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
     │   ├── NotEnabledError                     `enable` was not called on this very model
+    │   ├── AdapterMismatchError                an adapter's weights don't fit the model; others run
     │   ├── NoAdaptersError                     no adapter was added yet
     │   └── MergedAdaptersError (ValueError)    an adapter is merged into the base weights
     ├── UnsupportedError (TypeError)        this model, tuner or layer is not supported
@@ -44,6 +45,10 @@ class ModelStateError(MultibatchError, RuntimeError):
 
 class NotEnabledError(ModelStateError):
     """Ids were passed to a model on which ``enable`` was not called, such as a copy of an enabled model."""
+
+
+class AdapterMismatchError(ModelStateError):
+    """An adapter's weights don't fit the model or each other; batches that don't name it run."""
 
 
 class NoAdaptersError(ModelStateError):

@@ -117,7 +117,8 @@ class Bank:
         ]
         shape = -1, len(self.layers)
         ranks = torch.tensor([len(part.lora_a) for part in parts], dtype=torch.int32, device="cpu").view(shape)
-        scalings = torch.tensor([part.scaling for part in parts], dtype=torch.float32, device="cpu").view(shape)
+        dtype = torch.float64 if any(part.lora_a.dtype == torch.float64 for part in parts) else torch.float32
+        scalings = torch.tensor([part.scaling for part in parts], dtype=dtype, device="cpu").view(shape)
         return [part.lora_a for part in parts], [part.lora_b for part in parts], ranks, scalings
 
     def tables(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_multibatch.adapters.checks import check_fit, check_halves
 from peft_multibatch.adapters.offload import onloaded
 from peft_multibatch.adapters.shards import SHARDED, own, shard_of, split_of
 from peft_multibatch.adapters.tables import Part
@@ -51,7 +52,8 @@ class Adapter:
         self._addresses: list[int] = []
         self._sharded: list[Any] = []  # and those that are
         self._shard_addresses: list[int] = []
-        self._sizes: list[int] = []  # of every lora_A: with the address, they tell the rank
+        self._sizes: list[int] = []  # with the address and the order in memory, they tell what may be read
+        self._are_contiguous: list[bool] = []
         self._memory: list[torch.UntypedStorage] = []  # while it is held, nothing else gets these addresses
         self._is_volatile = False
 
@@ -74,7 +76,8 @@ class Adapter:
                 and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
                 and list(map(Tensor.data_ptr, self._whole)) == self._addresses
                 and list(map(Tensor.data_ptr, map(shard_of, self._sharded))) == self._shard_addresses
-                and list(map(Tensor.numel, tensors[::2])) == self._sizes
+                and list(map(Tensor.numel, tensors)) == self._sizes
+                and list(map(Tensor.is_contiguous, self._whole)) == self._are_contiguous
                 and not any(self.name in modules for modules in self._lacking)
             )
         except KeyError:
@@ -84,10 +87,11 @@ class Adapter:
         name = self.name
         modules_a, modules_b = layer.lora_A._modules, layer.lora_B._modules
         with self._lock:
-            if name not in modules_a:
+            if name not in modules_a and name not in modules_b:
                 self._lacking.append(modules_a)
                 self._parts[layer] = None
                 return None
+            check_halves(name, layer)
             module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
             held = module_a._parameters.get("weight"), module_b._parameters.get("weight")
             a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
@@ -112,6 +116,7 @@ class Adapter:
                     f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
                     "expected them on a real device. Load all adapters first, and offload the model afterwards."
                 )
+            check_fit(name, layer, a, b, scaling)
             self._module_dicts += modules_a, modules_b
             self._modules += module_a, module_b
             self._parameter_dicts += module_a._parameters, module_b._parameters
@@ -121,7 +126,8 @@ class Adapter:
                 (self._sharded if is_sharded else self._whole).append(tensor)
                 (self._shard_addresses if is_sharded else self._addresses).append(own(tensor).data_ptr())
                 self._memory.append(own(tensor).untyped_storage())
-            self._sizes.append(a.numel())
+            self._are_contiguous += (tensor.is_contiguous() for tensor in (a, b) if not isinstance(tensor, SHARDED))
+            self._sizes += a.numel(), b.numel()
             self._scaling_dicts.append(layer.scaling)
             self._scalings.append(scaling)
             # written in place, or copied from where it was offloaded to: what changes there can't be seen from here

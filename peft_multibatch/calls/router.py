@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +20,12 @@ from peft_multibatch.adapters.weights import Adapter
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.mix import Mix
-from peft_multibatch.errors import ModelStateError
+from peft_multibatch.errors import ModelStateError, MultibatchError
 from peft_multibatch.plan.ids import Entry, slots_of
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.compat import LoraLayer
 
 
 class Router:
@@ -34,6 +39,7 @@ class Router:
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         call: the call in force on the thread or task that asks.
         graph: what compiled code sees instead.
+        layers: those that run as one product for the batch.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Router:
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.graph = Graph(self.call, self.in_force, self.adapters)
+        self.layers: list[LoraLayer] = []
         self._adapters: dict[int, Adapter] = {}
         self._last: Mix | None = None
         self._turn = 0
@@ -86,12 +93,12 @@ class Router:
         """Adapters as PEFT holds them now, by slot.
 
         Args:
-            slots: which; all where they aren't given.
+            slots: which; where they aren't given, all but those that don't fit, which nobody can ask for.
             checks: how many of them are compared with what PEFT holds; all where it isn't given. The others may be as
                 they were a few calls ago, because those come first that were compared longest ago.
         """
         if slots is None:
-            slots = [slot for slot, name in enumerate(self.names) if name is not None]
+            slots = [slot for slot, name in enumerate(self.names) if name is not None and self._can_be_read(slot)]
         due = slots
         if checks is not None and checks < len(slots):
             self._turn += 1
@@ -124,8 +131,16 @@ class Router:
     def _read(self, slot: int) -> Adapter:
         name = self.names[slot]
         assert name is not None
-        adapter = self._adapters[slot] = Adapter(name)
+        adapter = Adapter(name)
+        adapter.parts(self.layers)  # what doesn't fit is refused where it is named, before anything runs
+        self._adapters[slot] = adapter
         return adapter
+
+    def _can_be_read(self, slot: int) -> bool:
+        try:
+            return slot in self._adapters or bool(self._read(slot))
+        except MultibatchError:
+            return False
 
     @contextmanager
     def routing(

@@ -163,6 +163,7 @@ class Admission:
                     f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
                     "another one, because continuous batching cuts prompts. Use generate for it."
                 )
+        self._handle._router.adapters(slots_of(entry))  # whose weights may not fit
         if not isinstance(entry, tuple):
             return
         most = self._handle._router.graph.terms

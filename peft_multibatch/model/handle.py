@@ -175,7 +175,8 @@ class Handle:
         for group in self._groups:
             group.check_weights()
         if torch.is_grad_enabled():
-            for module in self._inner.modules():
+            assert self._survey is not None
+            for module in self._survey.modules:
                 checkpoint = module.__dict__.get(CHECKPOINT)
                 if checkpoint is not None and not isinstance(checkpoint, WithIds):
                     module.__dict__[CHECKPOINT] = WithIds(self._router, checkpoint)
@@ -259,6 +260,7 @@ class Handle:
                 group.join()
             if self._fuse == "weights" and group not in known.values():
                 group.join_weights()
+        self._router.layers = list(segmented.values())
         banks = [layer.__dict__[STATE].bank for layer in segmented.values()]
         self._router.split = next((split for bank in banks for split in bank.splits if split), None)
         self._router.graph.banks = banks + [group.bank for group in self._groups]

@@ -23,6 +23,7 @@ class Survey:
 
     Attributes:
         layers: each layer, once wherever it is shared, and its name in the model.
+        modules: all others, however many adapters there are.
 
     Raises:
         UnsupportedError: a part of the model is wrapped so that layers don't hold their weights as they compute.
@@ -33,10 +34,10 @@ class Survey:
         self._seen: set[nn.Module] = set()
         self._dicts: list[dict] = []  # of the children of all modules that aren't PEFT layers
         self._children: list[tuple] = []
-        self._modules = [model]
+        self.modules = [model]
         self._visit(model, "")
-        self._types = list(map(type, self._modules))  # which fully_shard changes
-        if any(isinstance(module, shards.FLATTENED) for module in self._modules):
+        self._types = list(map(type, self.modules))  # which fully_shard changes
+        if any(isinstance(module, shards.FLATTENED) for module in self.modules):
             raise UnsupportedError(
                 "a part of the model is wrapped in FullyShardedDataParallel, which flattens weights: expected FSDP2, "
                 "which keeps them apart. Use torch.distributed.fsdp.fully_shard, or fsdp_version 2 in accelerate."
@@ -48,12 +49,12 @@ class Survey:
         return (
             list(map(tuple, map(dict.values, self._dicts))) == self._children
             and all(map(operator.is_, self._read(), self._held))
-            and list(map(type, self._modules)) == self._types
+            and list(map(type, self.modules)) == self._types
         )
 
     def is_gathered(self) -> bool:
         """Whether FSDP shards any part of the model, and gathers its weights when it runs."""
-        return any(isinstance(module, shards.GATHERED) for module in self._modules)
+        return any(isinstance(module, shards.GATHERED) for module in self.modules)
 
     def _read(self) -> list[Any]:
         return [
@@ -70,7 +71,7 @@ class Survey:
             if child is None or child in self._seen:
                 continue
             self._seen.add(child)
-            self._modules.append(child)
+            self.modules.append(child)
             if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 self.layers[child] = prefix + key
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,9 @@ from peft_multibatch.plan.segments import BASE
 
 BASE_NAME = "__base__"
 """Name of a row without adapter, as in PEFT's own ``adapter_names``."""
+
+SHOWN = 3
+"""Adapters that an error names at most."""
 
 Entry = int | tuple[tuple[int, float], ...]
 """What one sample runs under: a slot, or a mixture of several, each with its weight, in the order of the slots."""
@@ -113,8 +117,8 @@ def check_live(slots: Iterable[int], names: Sequence[str | None]) -> None:
     for slot in slots:
         if names[slot] is None:
             raise UnknownAdapterError(
-                f"the adapter with the id {slot} was deleted while ids that name it are in force: expected one of "
-                f"{_known(names)}. Leave mb.batch() before you delete an adapter that it uses."
+                f"the adapter with the id {slot} was deleted while ids that name it are in force: expected "
+                f"{_nearest(slot, names)}. Leave mb.batch() before you delete an adapter that it uses."
             )
 
 
@@ -157,7 +161,7 @@ def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | N
     if isinstance(entry, str):
         if entry not in slots:
             raise UnknownAdapterError(
-                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected one of {_known(names)}."
+                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {_nearest(entry, names)}."
             )
         return slots[entry]
     try:
@@ -172,14 +176,25 @@ def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | N
     if slot != BASE and (not 0 <= slot < len(names) or names[slot] is None):
         gone = " (any more: it was deleted)" if 0 <= slot < len(names) else ""
         raise UnknownAdapterError(
-            f"adapter_ids[{index}] is {slot}, and no adapter has this id{gone}: expected one of {_known(names)}."
+            f"adapter_ids[{index}] is {slot}, and no adapter has this id{gone}: expected {_nearest(slot, names)}."
         )
     return slot
 
 
-def _known(names: Sequence[str | None]) -> str:
-    known = [f"{slot} ({name!r})" for slot, name in enumerate(names) if name is not None]
-    return ", ".join([*known, f"-1 ('{BASE_NAME}')"])
+def _nearest(wanted: str | int, names: Sequence[str | None]) -> str:
+    """What may have been meant, for messages: few adapters, however many there are, because others may be others'."""
+    known = {slot: name for slot, name in enumerate(names) if name is not None}
+    if len(known) > SHOWN:
+        if isinstance(wanted, int):
+            slots = sorted(known, key=lambda slot: abs(slot - wanted))[:SHOWN]
+        else:
+            close = {*difflib.get_close_matches(wanted, known.values(), SHOWN)}
+            slots = [slot for slot, name in known.items() if name in close]
+        known = {slot: known[slot] for slot in sorted(slots)}
+    listed = ", ".join([*(f"{slot} ({name!r})" for slot, name in known.items()), f"-1 ('{BASE_NAME}')"])
+    return (
+        f"one of {listed}" if len(known) == sum(name is not None for name in names) else f"another, such as {listed}"
+    )
 
 
 def _show(value: Any) -> str:

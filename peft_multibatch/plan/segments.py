@@ -24,6 +24,9 @@ BASE = -1
 HEADER = 4
 """Length of a packed plan's header: num_entries, num_segments, is_permuted and a zero."""
 
+MOST_SHAPES = 16
+"""Numbers of rows for which a plan remembers whose they are."""
+
 CUT = 16
 """Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. In a packed batch all
 tokens of an adapter are one segment, and launches that read there can't know it: every piece has a program."""
@@ -164,6 +167,8 @@ class Segments:
         """
         key = num_rows, device
         if key not in self._rows:
+            if len(self._rows) >= MOST_SHAPES:  # prompts of ever new lengths must not fill the memory
+                self._rows.clear()
             per_entry = self.rows_per_entry(num_rows)
             with torch.inference_mode(False):  # kept for other calls, which may want gradients
                 self._rows[key] = [

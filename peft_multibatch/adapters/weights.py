@@ -65,6 +65,18 @@ class Adapter:
         """
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
 
+    def check(self, layers: Iterable[LoraLayer]) -> None:
+        """Read the weights in these layers, but for those that are offloaded until their part of the model runs.
+
+        Raises:
+            AdapterMismatchError: they don't fit.
+        """
+        for layer in layers:
+            modules = [each._modules.get(self.name) for each in (layer.lora_A, layer.lora_B)]
+            weights = [module._parameters.get("weight") for module in modules if module is not None]
+            if not any(weight is not None and weight.is_meta for weight in weights):
+                self.parts([layer])
+
     def holds(self) -> bool:
         """Whether PEFT still holds everything that was read, at the same addresses, with the same scalings."""
         try:

@@ -132,7 +132,7 @@ class Router:
         name = self.names[slot]
         assert name is not None
         adapter = Adapter(name)
-        adapter.parts(self.layers)  # what doesn't fit is refused where it is named, before anything runs
+        adapter.check(self.layers)  # what doesn't fit is refused where it is named, before anything runs
         self._adapters[slot] = adapter
         return adapter
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from peft_multibatch.adapters.registry import unwatch, watch
 from peft_multibatch.adapters.shards import GATHERED, check_same
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
@@ -56,7 +57,7 @@ class Handle:
         self._fuse = fuse
         self._names: list[str | None] = []
         self._ever: dict[str, None] = {}  # every name that ever had an id, in the order of the ids
-        self._configs: list[tuple[str, Any]] = []
+        self._seen: tuple[dict[str, Any] | None, int] = None, 0  # configurations, and their changes, at the last look
         self._router = Router(kernels, self._names, self._check)
         self._groups: list[Group] = []
         self._survey: Survey | None = None
@@ -129,7 +130,8 @@ class Handle:
             for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
                 undo()
             # let go of the model
-            self._places, self._groups, self._configs, self._attached = {}, [], [], {}
+            self._places, self._groups, self._attached, self._seen = {}, [], {}, (None, 0)
+            unwatch(self._inner)
             self._survey = None
             self._router.is_enabled = False
             self._router = Router(None, [], self._check)
@@ -192,14 +194,13 @@ class Handle:
                 raise NotEnabledError(
                     "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
                 )
-            configs = list(getattr(self._inner, "peft_config", {}).items())
-            same_configs = len(configs) == len(self._configs) and all(
-                name == known and config is seen for (name, config), (known, seen) in zip(configs, self._configs)
-            )
+            configs = watch(self._inner)
+            same_configs = configs is self._seen[0] and configs.changes == self._seen[1]
             is_gathered = self._router.is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
             same_kind = same_configs and is_gathered == self._router.is_gathered
             if same_kind and self._survey is not None and self._survey.holds():
                 return
+            changes = configs.changes
             survey = Survey(self._inner)
             found, is_gathered = survey.layers, is_gathered or survey.is_gathered()
             same_kind = same_configs and is_gathered == self._router.is_gathered
@@ -207,7 +208,7 @@ class Handle:
                 self._survey = survey
                 self._router.forget()
                 return
-            check_configs(dict(configs))
+            check_configs(configs)
             if not configs and any(layer._get_available_adapters() for layer in found):
                 raise UnsupportedError(
                     f"{next(iter(found.values()))} has adapters of which the {type(self._inner).__name__} knows "
@@ -222,10 +223,9 @@ class Handle:
                         "one."
                     )
 
-            present = [name for name, _ in configs] if found else []
-            self._ever.update(dict.fromkeys(present))
-            self._names[:] = [name if name in present else None for name in self._ever]
-            self._configs = configs
+            self._ever.update(configs.ever)
+            self._names[:] = [name if found and name in configs else None for name in self._ever]
+            self._seen = configs, changes
             self._router.is_gathered = is_gathered
             self._router.forget()
             before, self._places = self._places, {}

@@ -1,0 +1,94 @@
+"""Ids follow from what PEFT was asked for, not from when somebody looked; the dictionary that tells is PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from models import base_model, lora_configs, peft_model
+
+import peft_multibatch
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_adapter_that_was_deleted_before_anybody_looked_had_an_id(looks):
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    model.add_adapter("short-lived", lora_configs()["three"])
+    if looks:
+        assert mb.adapter_names == ["three", "four", "eight", "short-lived"]
+    model.delete_adapter("short-lived")
+    if looks:
+        assert mb.adapter_names == ["three", "four", "eight", None]
+    model.add_adapter("next", lora_configs()["three"])
+    assert mb.adapter_names == ["three", "four", "eight", None, "next"]
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_one_added_again_keeps_its_id_and_its_place(looks):
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    model.delete_adapter("four")
+    if looks:
+        assert mb.adapter_names == ["three", None, "eight"]
+    model.add_adapter("next", lora_configs()["three"])
+    model.add_adapter("four", lora_configs()["four"])
+    assert mb.adapter_names == ["three", "four", "eight", "next"]
+
+
+def test_models_of_transformers_that_lose_all_adapters_and_get_others():
+    model = base_model()
+    model.peft_config = {}
+    model._hf_peft_config_loaded = True
+    mb = peft_multibatch.enable(model)
+    model.peft_config["one"] = lora_configs()["three"]
+    assert list(model.peft_config) == ["one"]
+    del model.peft_config
+    assert mb.adapter_names == [] or set(mb.adapter_names) == {None}
+
+
+def test_the_model_and_its_tuner_share_the_dictionary_and_get_their_own_back():
+    model = peft_model()
+    before = model.peft_config
+    mb = peft_multibatch.enable(model)
+    assert model.peft_config is model.get_base_model().peft_config is model.base_model.peft_config
+    assert model.peft_config == before and isinstance(model.peft_config, dict)
+    model.add_adapter("new", lora_configs()["three"])
+    mb.disable()
+    assert model.peft_config is model.get_base_model().peft_config is before
+    assert list(before) == ["three", "four", "eight", "new"]
+
+
+def test_copies_and_pickles_are_plain_dictionaries():
+    model = peft_model()
+    peft_multibatch.enable(model)
+    found = [copy.copy(model.peft_config), copy.deepcopy(model.peft_config), model.peft_config.copy()]
+    found += [pickle.loads(pickle.dumps(model.peft_config)), copy.deepcopy(model).peft_config]
+    assert {type(each) for each in found} == {dict}
+    assert {tuple(each) for each in found} == {("three", "four", "eight")}
+
+
+CHANGES = {
+    "set": lambda configs: configs.__setitem__("x", 1),
+    "delete": lambda configs: configs.__delitem__("three"),
+    "pop": lambda configs: configs.pop("three"),
+    "pop with a default": lambda configs: configs.pop("nobody", None),
+    "pop the last": lambda configs: configs.popitem(),
+    "clear": lambda configs: configs.clear(),
+    "update": lambda configs: configs.update({"x": 1}, y=2),
+    "set where missing": lambda configs: configs.setdefault("x", 1),
+    "or": lambda configs: configs.__ior__({"x": 1}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_way_to_change_a_dictionary_is_noticed(change):
+    model = peft_model()
+    peft_multibatch.enable(model)
+    configs, plain = model.peft_config, dict(model.peft_config)
+    before = configs.changes
+    change(configs), change(plain)
+    assert configs.changes > before
+    assert configs == plain
+    assert list(configs.ever) == ["three", "four", "eight", *(name for name in plain if name in "xy")]

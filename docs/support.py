@@ -17,7 +17,8 @@ from typing import Any
 
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+TESTS = HERE.parent / "tests"
+sys.path[:0] = [str(path) for path in (HERE.parent, TESTS, TESTS / "adapters", TESTS / "layers")]
 
 import peft  # noqa: E402
 import test_quantized  # noqa: E402

@@ -80,11 +80,15 @@ class WatchedConfigs(dict):
         return dict, (dict(self),)
 
 
+NONE = WatchedConfigs({})
+"""What models without adapters have: always the same, so that nothing seems to have changed."""
+
+
 def watch(model: nn.Module) -> WatchedConfigs:
     """A model's configurations, watched from now on wherever an object holds them; none where it has none."""
     configs = model.__dict__.get(CONFIGS)
     if configs is None:
-        return WatchedConfigs({})
+        return NONE
     if not isinstance(configs, WatchedConfigs):
         _replace(configs, WatchedConfigs(configs))
     return model.__dict__[CONFIGS]

@@ -31,7 +31,7 @@ from rich.progress import track
 from rich.table import Table as Rows
 
 from peft_multibatch import SegmentBuffer, Segments
-from peft_multibatch.adapters.tables import Part, Table, TableRows
+from peft_multibatch.adapters.tables import LayerWeights, TableRows, WeightTable
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
 from peft_multibatch.plan.segments import CUT
@@ -99,11 +99,11 @@ GRAPHS = [
 ]
 
 
-def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[Part]]:
+def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[LayerWeights]]:
     """Random adapters, by slot."""
     return {
         slot: [
-            Part(
+            LayerWeights(
                 torch.randn(point.rank, point.inputs, device="cuda", dtype=dtype) / point.inputs**0.5,
                 torch.randn(width, point.rank, device="cuda", dtype=dtype),
                 0.5 + slot % 3,
@@ -135,7 +135,7 @@ class Case:
         self.parts = [random_parts(point, dtype) for _ in range(copies)]
         self.tables = []
         for parts in self.parts:
-            table = Table(dtype, max(16, point.adapters), len(point.widths), "cuda")
+            table = WeightTable(dtype, max(16, point.adapters), len(point.widths), "cuda")
             table.update(parts)
             self.tables.append(table.describe(parts))
         self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_multibatch.adapters.checks import check_any_kind
 from peft_multibatch.compat import PeftMixedModel, PeftModel
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.layers.patch import STATE
-from peft_multibatch.model.handle import Handle, check_configs, inner_model
+from peft_multibatch.model.handle import Handle, inner_model
 
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
             "which adapters are added with add_adapter() or load_adapter()."
         )
     if isinstance(model, (PeftModel, PeftMixedModel)):
-        check_configs(model.peft_config)
+        check_any_kind(model.peft_config)  # of which the model inside may know nothing
     present = inner.__dict__.get(STATE)
     if present is None:
         return Multibatch(model, inner, backend, fuse)

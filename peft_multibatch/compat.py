@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 from peft import PeftMixedModel, PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.tp_layer import LoraParallelLinear
@@ -26,6 +27,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "BufferDict",
     "LoraLayer",
     "LoraParallelLinear",
     "ModulesToSaveWrapper",

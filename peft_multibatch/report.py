@@ -1,10 +1,11 @@
-"""What ``mb.report()`` returns: how every patched layer runs, and why."""
+"""What ``mb.report()`` returns: how every patched layer runs, every adapter's state, and why."""
 
 from __future__ import annotations
 
+import html
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,50 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AdapterReport:
+    """One adapter.
+
+    Attributes:
+        id: its integer id.
+        name: its name.
+        source: where its weights are: ``"PEFT"``, in PEFT's modules inside the model.
+        version: a number that is another one whenever the adapter changed; -1 where it can't be read.
+        ranks: its ranks, in ascending order.
+        dtype: dtypes of its weights, such as ``"bfloat16"``.
+        bytes: memory of its weights.
+        layers: layers of the model in which it has weights.
+        state: ``"ready"``; ``"refused"`` if it is of a kind that can't be mixed; ``"broken"`` if PEFT couldn't run it
+            either. Batches that don't name it run in any case.
+        reason: why it isn't ready, or what is special about it; or the empty string.
+    """
+
+    id: int
+    name: str
+    source: str
+    version: int
+    ranks: tuple[int, ...]
+    dtype: str
+    bytes: int
+    layers: int
+    state: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Report(Sequence[LayerReport]):
-    """One entry per patched layer; printed, a summary with one line for every way of running.
+    """One entry per patched layer; printed, a summary of them and a line for every adapter.
 
     Attributes:
         layers: the entries.
         backend: the backend in use.
         backend_reason: why this one.
+        adapters: one entry per adapter, in the order of their ids.
     """
 
     layers: tuple[LayerReport, ...]
     backend: str
     backend_reason: str
+    adapters: tuple[AdapterReport, ...] = ()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -43,9 +76,39 @@ class Report(Sequence[LayerReport]):
         return self.layers[index]
 
     def __str__(self) -> str:
-        counts = Counter((layer.how, layer.reason) for layer in self.layers)
         lines = [f"backend {self.backend}: {self.backend_reason}"]
-        for (how, reason), count in counts.items():
-            example = next(layer.name for layer in self.layers if (layer.how, layer.reason) == (how, reason))
-            lines.append(f"{count:5} × {how}{f' ({reason})' if reason else ''}, such as {example}")
+        lines += [f"{count:5} × {how}, such as {example}" for count, how, example in self._ways()]
+        rows = [tuple(field.name for field in fields(AdapterReport)), *map(_cells, self.adapters)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if self.adapters else []
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        ways = [(str(count), how, example) for count, how, example in self._ways()]
+        return (
+            f"<p>backend <b>{html.escape(self.backend)}</b>: {html.escape(self.backend_reason)}</p>"
+            + _table(("layers", "how", "such as"), ways)
+            + _table([field.name for field in fields(AdapterReport)], map(_cells, self.adapters))
+        )
+
+    def _ways(self) -> list[tuple[int, str, str]]:
+        """How many layers run in each way, and the first of them."""
+        examples: dict[tuple[str, str], str] = {}
+        for layer in self.layers:
+            examples.setdefault((layer.how, layer.reason), layer.name)
+        counts = Counter((layer.how, layer.reason) for layer in self.layers)
+        return [
+            (counts[how, reason], f"{how}{f' ({reason})' if reason else ''}", example)
+            for (how, reason), example in examples.items()
+        ]
+
+
+def _cells(adapter: AdapterReport) -> tuple[str, ...]:
+    return tuple(", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in astuple(adapter))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

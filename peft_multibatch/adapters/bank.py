@@ -1,10 +1,7 @@
-"""The weights that a batch reads: PEFT's own tensors, found again whenever PEFT holds others.
+"""The weights that a batch reads, of the layers that run as one product: PEFT's own tensors, none of them copied.
 
-A bank is one projection group, an adapter is one slot. Neither owns weights nor copies any. An ``Adapter`` remembers
-what it found in PEFT's dictionaries and where, and a call begins by comparing all of that with what is there now, so
-that whatever happened since the last call (an optimizer step, ``.data`` written in place or replaced, ``set_scale``, a
-hot-swap, ``.to()``, another adapter under the same name) is what the next call computes with.
-docs/explanation/bank.md says why weights aren't stacked.
+A bank is one projection group, and an adapter in use has a slot in it. docs/explanation/bank.md says why weights
+aren't stacked.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from peft_multibatch.adapters.offload import loader
 from peft_multibatch.adapters.shards import own, split_of
-from peft_multibatch.adapters.tables import Part, SlotWeights, Table, TableRows, dtype_of
+from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, WeightTable, dtype_of, is_aligned
 from peft_multibatch.adapters.weights import Adapter
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError
@@ -46,31 +43,26 @@ class Bank:
             for layer, split in zip(layers, self.splits)
         ]
         self.slice_offsets = [0, *accumulate(self.widths)]
-        # What graphs of ops read. Written by `sync`: PEFT's tensors slot by slot, and their ranks and scalings.
+        # What graphs of ops read, adapter by adapter: with gradients PEFT's parameters, without any their memory.
         self.lora_a: list[Tensor] = []
         self.lora_b: list[Tensor] = []
+        self.inference_a: list[Tensor] = []
+        self.inference_b: list[Tensor] = []
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
-        # What graphs of kernels read. Written by `hold`.
-        self.held: tuple[TableRows, ...] = ()
-        self._tables: dict[torch.device, dict[torch.dtype | None, Table]] = {}
+        # What graphs of kernels read. Written by `extend_for_graphs`.
+        self.graph_tables: tuple[TableRows, ...] = ()
+        self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
         self._slots = 0
-        # What `tables` was last called for and what it gave: mixes differ more often than adapters.
-        self._last: dict[torch.device, tuple[dict[int, Adapter], int, tuple[TableRows, ...]]] = {}
-        # Whose rows the tables hold, and for whom graphs can read them.
-        self._rows: dict[torch.device, dict[int, Adapter]] = {}
-        self._held_for: dict[torch.device, dict[int, Adapter]] = {}
+        # What `tables` was last called for and what it gave: plans differ more often than adapters.
+        self._last: dict[torch.device, tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
+        # Whose rows the tables hold, and for whom graphs can read them: serials of adapters, by slot.
+        self._rows: dict[torch.device, dict[int, int]] = {}
+        self._served: dict[torch.device, dict[int, int]] = {}
 
     def weights(self, adapter: Adapter) -> SlotWeights:
-        """An adapter's parts as torch's products take them: transposed, still PEFT's own memory."""
-        # of `.data`, because a view keeps its base from being swapped
-        return [
-            part and (part.lora_a.data.t(), part.lora_b.data.t(), part.scaling) for part in adapter.parts(self.layers)
-        ]
-
-    def has_variants(self) -> bool:
-        """Whether any adapter here is a DoRA adapter, the one of `KNOWN_VARIANTS`."""
-        return any(layer.lora_variant for layer in self.layers)
+        """An adapter's weights as torch's products take them: transposed, still PEFT's own memory."""
+        return [part and (part.lora_a.t(), part.lora_b.t(), part.scaling) for part in adapter.parts(self.layers)]
 
     def dora_scales(self, adapters: Mapping[int, Adapter]) -> list[Tensor | None]:
         """For each slice what DoRA multiplies outputs with, ``[S + 1, N]``, the last row for the base model alone.
@@ -80,10 +72,11 @@ class Bank:
         """
         found: list[Tensor | None] = []
         for layer in self.layers:
-            if not any(adapter.name in layer.lora_variant for adapter in adapters.values()):
+            parts = {adapter: adapter.parts([layer])[0] for adapter in adapters.values()}
+            if not any(part is not None and part.magnitude is not None for part in parts.values()):
                 found.append(None)
                 continue
-            if any(parameter.is_meta for parameter in layer.parameters()):
+            if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
                 raise ModelStateError(
                     "a layer with a DoRA adapter is offloaded, and DoRA reads base weights and magnitudes apart from "
                     "their modules' forwards, which PEFT can't do there either: expected them on a real device. Leave "
@@ -92,15 +85,14 @@ class Bank:
             weight = dequantize_module_weight(layer.base_layer)
             weight = weight.t() if layer.fan_in_fan_out else weight
             rows = []
-            for adapter in adapters.values():
-                (part,) = adapter.parts([layer])
-                if part is None or adapter.name not in layer.lora_variant:
+            for part in parts.values():
+                if part is None or part.magnitude is None:
                     rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
                     continue
                 with torch.no_grad():  # the norm counts as a constant in DoRA's gradients
                     delta = part.lora_b @ part.lora_a * part.scaling
                     norm = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
-                rows.append(layer.lora_magnitude_vector[adapter.name].weight / norm)
+                rows.append(part.magnitude / norm)
             rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
             found.append(torch.stack(rows))
         return found
@@ -110,16 +102,16 @@ class Bank:
 
         Both lists have ``S * I`` entries; those of an adapter that lacks a slice have rank 0.
         """
-        parts = [
-            part or self._absent(layer)
-            for adapter in adapters
-            for layer, part in zip(self.layers, adapter.parts(self.layers) if adapter else [None] * len(self.layers))
-        ]
+        none = [None] * len(self.layers)
+        found = [part for adapter in adapters for part in (adapter.parts(self.layers) if adapter else none)]
+        parts = [part or self._absent(layer) for part, layer in zip(found, itertools.cycle(self.layers))]
         shape = -1, len(self.layers)
-        ranks = torch.tensor([len(part.lora_a) for part in parts], dtype=torch.int32, device="cpu").view(shape)
+        numbers = [0 if part is None else len(part.lora_a) for part in found]
+        ranks = torch.tensor(numbers, dtype=torch.int32, device="cpu").view(shape)
         dtype = torch.float64 if any(part.lora_a.dtype == torch.float64 for part in parts) else torch.float32
         scalings = torch.tensor([part.scaling for part in parts], dtype=dtype, device="cpu").view(shape)
-        return [part.lora_a for part in parts], [part.lora_b for part in parts], ranks, scalings
+        lora_a, lora_b = zip(*(part.parameters for part in parts)) if parts else ((), ())
+        return list(lora_a), list(lora_b), ranks, scalings
 
     def tables(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:
         """The bank as kernels read it: a table for each dtype that these adapters have here.
@@ -132,8 +124,9 @@ class Bank:
         Raises:
             ModelStateError: an adapter is on another device.
         """
+        serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         last = self._last.get(device)
-        if last is not None and last[0] == adapters and last[1] == slots:
+        if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
         read = self._read(adapters)
         for slot, parts in read.items():
@@ -144,34 +137,26 @@ class Bank:
                         f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
                         "Move the adapter there."
                     )
-        tables = self._tables.setdefault(device, {})
         dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
-        present = set()
-        if self._slots != slots:  # tables also for those that aren't in use now: a captured graph can get no new ones
-            self._slots = slots
-            modules = [module for layer in self.layers for module in layer.lora_A._modules.values()]
-            present = {weight.dtype for module in modules if (weight := module._parameters.get("weight")) is not None}
-        for dtype in {*tables, *dtypes, *present}:
-            if dtype not in tables or len(tables[dtype].rows) < slots:
-                tables[dtype] = Table(dtype, 1 << max(slots - 1, 15).bit_length(), len(self.layers), device)
-                self._rows.pop(device, None)
-                self._held_for.pop(device, None)
+        tables = self._make_tables(device, dtypes, slots)
         for table in tables.values():  # those of other dtypes as well: a graph may read them
             for slot in table.update(read):
-                self._held_for.get(device, {}).pop(slot, None)
+                self._served.get(device, {}).pop(slot, None)
         found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
-        self._last[device] = dict(adapters), slots, found
-        self._rows.setdefault(device, {}).update(adapters)
+        self._last[device] = serials, slots, found
+        self._rows.setdefault(device, {}).update(serials)
         return found
 
     def has_rows(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> bool:
         """Whether ``tables`` has been called for all of these adapters, if not for all at once."""
-        return slots == self._slots and adapters.items() <= self._rows.get(device, {}).items()
+        rows = self._rows.get(device, {})
+        return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
 
-    def hold(self, adapters: Mapping[int, Adapter], device: torch.device, is_captured: bool) -> bool:
-        """Let graphs of kernels read the bank's tables, for these adapters as well as for those that it held before.
+    def extend_for_graphs(self, adapters: Mapping[int, Adapter], device: torch.device, is_captured: bool) -> bool:
+        """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
 
-        What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay.
+        What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
+        begins with the largest one that PEFT has here.
 
         Returns:
             Whether something changed that graphs have as a constant.
@@ -179,47 +164,100 @@ class Bank:
         Raises:
             ModelStateError: something would have to change that a captured graph has as a constant.
         """
-        held_for = self._held_for.setdefault(device, {})
-        if adapters.items() <= held_for.items():
+        served = self._served.setdefault(device, {})
+        serials = {slot: adapter.serial for slot, adapter in adapters.items()}
+        if self.graph_tables and serials.items() <= served.items():
             return False
         read = self._read(adapters)
-        before = {id(table.rows): table for table in self.held}
+        before = {id(table.rows): table for table in self.graph_tables}
+        likely = {} if is_captured else self._likely(device)
         found = []
-        for table in self._tables.get(device, {}).values():
+        for dtype, table in self._make_tables(device, set(likely), self._slots).items():
             now = table.describe(read)
+            rank, is_aligned = likely.get(dtype, (0, True))
             was = before.get(id(now.rows), now)
-            found.append(now._replace(rank=max(now.rank, was.rank), is_aligned=now.is_aligned and was.is_aligned))
-        is_same = len(found) == len(self.held) and all(
-            now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.held)
+            found.append(
+                now._replace(
+                    rank=max(now.rank, was.rank, rank), is_aligned=now.is_aligned and was.is_aligned and is_aligned
+                )
+            )
+        is_same = len(found) == len(self.graph_tables) and all(
+            now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.graph_tables)
         )
         if not is_same:
             if is_captured:
                 raise ModelStateError(
-                    "a CUDA graph was captured, and now there are more adapters, or adapters of a larger rank or "
-                    "another dtype, than it can serve: expected adapters like those that were there when it was "
+                    "a CUDA graph was captured, and now there are more adapters in use, or adapters of a larger rank "
+                    "or another dtype, than it can serve: expected adapters like those that were there when it was "
                     "captured. Call disable and enable, and capture it again."
                 )
-            self.held = tuple(found)
-        held_for.update(adapters)
+            self.graph_tables = tuple(found)
+        served.update(serials)
         return not is_same
 
+    def serves(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> bool:
+        """Whether graphs that were captured have what these adapters need: tables of their dtypes, and their ranks."""
+        tables = {table.dtype: table for table in self.graph_tables}
+        parts = [part for parts in self._read(adapters).values() for part in parts if part]
+        return slots == self._slots and all(
+            (table := tables.get(dtype_of(part))) is not None
+            and len(part.lora_a) <= table.rank
+            and (not table.is_aligned or is_aligned(part))
+            for part in parts
+        )
+
     def forget(self) -> None:
-        """Let go of the adapters that were described last, and of their memory."""
+        """Let go of what is known of adapters."""
         self._last.clear()
         self._rows.clear()
-        self._held_for.clear()
+        self._served.clear()
 
-    def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[Part | None]]:
+    def _make_tables(
+        self, device: torch.device, dtypes: set[torch.dtype | None], slots: int
+    ) -> dict[torch.dtype | None, WeightTable]:
+        """The bank's tables on a device, one for each dtype that there was, all large enough."""
+        tables = self._tables.setdefault(device, {})
+        self._slots = slots
+        for dtype in {*tables, *dtypes}:
+            if dtype not in tables or len(tables[dtype].rows) < slots:
+                tables[dtype] = WeightTable(dtype, slots, len(self.layers), device)
+                self._rows.pop(device, None)
+                self._served.pop(device, None)
+        return tables
+
+    def _likely(self, device: torch.device) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """Dtypes that PEFT has here, and for each its largest rank and whether all weights are aligned.
+
+        Looks at all adapters, and so only when a graph is made.
+        """
+        found: dict[torch.dtype | None, tuple[int, bool]] = {}
+        for layer in self.layers:
+            for name, module in layer.lora_A._modules.items():
+                halves = module, layer.lora_B._modules.get(name)
+                a, b = (half and half._parameters.get("weight") for half in halves)
+                if a is None or b is None or not a.dim() == b.dim() == 2 or not a.device == b.device == device:
+                    continue
+                part = LayerWeights(own(a), own(b), 0.0)
+                rank, aligned = found.get(dtype_of(part), (0, True))
+                found[dtype_of(part)] = max(rank, len(part.lora_a)), aligned and is_aligned(part)
+        return found
+
+    def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[LayerWeights | None]]:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
 
     def sync(self, adapters: Sequence[Adapter | None]) -> None:
         """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones."""
         self.lora_a, self.lora_b, self.ranks, self.scalings = self.gather(adapters)
+        self.inference_a, self.inference_b = ([each.data for each in found] for found in (self.lora_a, self.lora_b))
+        for each, dim in [(each, 0) for each in self.inference_a] + [(each, 1) for each in self.inference_b]:
+            torch._dynamo.maybe_mark_dynamic(each, dim)  # so that one graph serves all ranks
 
     @staticmethod
-    def _absent(layer: LoraLayer) -> Part:
-        a = torch.zeros(0, layer.in_features, device=base_device(layer))
-        return Part(a, a.new_zeros(layer.out_features, 0), 0.0)
+    def _absent(layer: LoraLayer) -> LayerWeights:
+        # a rank that no graph takes for a constant, as it does with 0 and 1
+        a = torch.zeros(2, layer.in_features, device=base_device(layer))
+        b = a.new_zeros(layer.out_features, 2)
+        return LayerWeights(a, b, 0.0, (a, b))
 
 
 def base_device(layer: LoraLayer) -> torch.device:

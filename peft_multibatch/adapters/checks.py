@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_multibatch.adapters.shards import own, split_of
-from peft_multibatch.errors import AdapterMismatchError
+from peft_multibatch.errors import AdapterMismatchError, UnsupportedError
 
 
 if TYPE_CHECKING:
@@ -67,9 +68,106 @@ def check_fit(name: str, layer: LoraLayer, lora_a: Tensor, lora_b: Tensor, scali
             f"adapter {name!r} has weights of {a.dtype} and {b.dtype}: expected floating-point weights. Convert the "
             "adapter; rows without it are not affected."
         )
+    check_scaling(name, scaling)
+
+
+def check_scaling(name: str, scaling: Any) -> None:
+    """Raise where nothing can be multiplied with a scaling.
+
+    Raises:
+        AdapterMismatchError: it is no finite number in float32.
+    """
     number = float(scaling)
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
         raise AdapterMismatchError(
             f"adapter {name!r} has a scaling of {number:g}: expected a finite number in float32, which lora_alpha / r "
             "gives. Set another lora_alpha; rows without it are not affected."
         )
+
+
+# Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
+# compared with PEFT one adapter at a time (tests/layers/test_tuners.py); whoever isn't here is refused.
+TUNERS = (
+    "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
+    "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora", "road", "shira",
+    "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
+)  # fmt: skip
+
+
+def check_kind(name: str, config: Any) -> None:
+    """Raise where an adapter is of a tuner whose rows can't be mixed.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type) if config is not None else "lora"
+    if kind.lower() not in TUNERS:
+        raise UnsupportedError(
+            f"adapter {name!r} is of the type {kind}: expected LoRA, or a tuner whose layers compute a row from "
+            "nothing but the row and the adapter. Delete it, or run the adapters one at a time without "
+            "adapter_ids."
+        )
+
+
+def check_any_kind(configs: Mapping[str, Any]) -> None:
+    """Raise where all of a model's adapters are of tuners whose rows can't be mixed.
+
+    Raises:
+        UnsupportedError: they are, and there are some.
+    """
+    refusal = None
+    for name, config in configs.items():
+        try:
+            return check_kind(name, config)
+        except UnsupportedError as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+
+
+KNOWN_VARIANTS = ("DoraLinearVariant",)
+"""Variants of LoRA that a bank's products cover."""
+
+CONTEXT_VARIANTS = ("Arrow",)
+"""Variants whose forward depends on more than the rows and the adapter: on other adapters."""
+
+
+def why_apart(layer: LoraLayer, name: str) -> str:
+    """Why only PEFT's own module can run an adapter in a layer; the empty string where its product will do.
+
+    What a product reads of a ``lora_A`` is its weight. It will do where calling the module comes to that.
+
+    Raises:
+        UnsupportedError: an adapter of a variant that needs other adapters beside it.
+    """
+    variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
+    if variant.startswith(CONTEXT_VARIANTS):
+        raise UnsupportedError(
+            f"adapter {name!r} is of the variant {variant}, whose rows depend on other adapters: expected plain LoRA. "
+            "Run it by itself, without adapter_ids."
+        )
+    if variant and variant not in KNOWN_VARIANTS:
+        return f"it is of the variant {variant}"
+    dropout = layer.lora_dropout._modules.get(name)
+    if dropout is not None and type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"its dropout is a {type(dropout).__name__}"
+    halves = {"lora_A": layer.lora_A._modules.get(name), "lora_B": layer.lora_B._modules.get(name)}
+    for what, half in halves.items():
+        if half is None:
+            continue
+        if type(half) is not nn.Linear:
+            return f"its {what} is a {type(half).__name__}"
+        if half._parameters.get("bias") is not None:
+            return f"its {what} has a bias"
+    for what, module in (*halves.items(), ("dropout", dropout)):
+        attributes = {} if module is None else module.__dict__
+        forward = getattr(attributes.get("forward"), "__qualname__", "")
+        is_known = "_hf_hook" in attributes or forward.startswith("TensorParallelLayer.")
+        if "forward" in attributes and not is_known:
+            return f"its {what} has a forward of its own"
+        if any(attributes.get(hooks) for hooks in HOOKS):
+            return f"its {what} is hooked"
+    return ""
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

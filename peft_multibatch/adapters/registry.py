@@ -1,111 +1,182 @@
-"""Which adapters a model has, and which it ever had: learned when PEFT adds and deletes them, not when somebody looks.
+"""Who the adapters of a model are, whether each can run, and the version of each that a call begins with.
 
-PEFT, and transformers for its own models, keep a dictionary of configurations by name, and change it whenever an
-adapter comes or goes. A ``WatchedConfigs`` stands in its place while a model is enabled.
+What is above asks here for adapters by id and is given versions of them, which stay as they are. Where an adapter's
+weights come from is the business of its source alone; ``PeftModules`` is the one that there is.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from peft_multibatch.adapters import notices
+from peft_multibatch.adapters.checks import check_kind
+from peft_multibatch.adapters.slots import Slots
+from peft_multibatch.adapters.weights import Adapter, ReadLayer
+from peft_multibatch.errors import AdapterMismatchError, ModelStateError, MultibatchError, UnsupportedError
+from peft_multibatch.plan.names import AdapterNames
+from peft_multibatch.report import AdapterReport
 
 
-CONFIGS = "peft_config"
-"""Attribute of models and tuners that holds the dictionary."""
+READY, REFUSED, BROKEN = "ready", "refused", "broken"
+"""States of an adapter: one that is refused can't be mixed, and one that is broken PEFT can't run either."""
+
+IDLE_LOOKS = 16
+"""Adapters that are looked at beside those in use, whenever one of these changed."""
+
+MOST_IDLE = 1024
+"""Versions that are kept although no call is under way that needs them."""
 
 
-class WatchedConfigs(dict):
-    """Configurations by adapter name. A copy or a pickle of it is a plain dictionary.
+class PeftModules:
+    """Adapters whose weights are in PEFT's modules inside the model.
 
     Attributes:
-        ever: every name that was ever added, in the order in which they came.
-        changes: how often it was changed.
-        original: the dictionary in whose place it stands.
+        layers: the model's PEFT layers.
+        configs: PEFT's configurations, by adapter name.
     """
 
-    def __init__(self, configs: dict[str, Any]) -> None:
-        super().__init__(configs)
-        self.ever: dict[str, None] = dict.fromkeys(configs)
-        self.changes = 0
-        self.original = configs
+    kind = "PEFT"
 
-    def _changed(self) -> None:
-        self.ever.update(dict.fromkeys(self))
-        self.changes += 1
+    def __init__(self, slots: Slots) -> None:
+        self.layers: Sequence[ReadLayer] = ()
+        self.configs: Mapping[str, Any] = {}
+        self._slots = slots
 
-    def __setitem__(self, name: str, config: Any) -> None:
-        super().__setitem__(name, config)
-        self.ever.setdefault(name)  # the one that came, however many there are
-        self.changes += 1
+    def read(self, name: str) -> Adapter:
+        """An adapter as PEFT has it now.
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self.changes += 1
+        Raises:
+            UnsupportedError: it is of a kind that can't be mixed.
+            AdapterMismatchError: it doesn't fit the model.
+        """
+        check_kind(name, self.configs.get(name))
+        adapter, noticed = Adapter(name, self._slots), notices.now()
+        adapter.read(self.layers)
+        adapter.begin(noticed)
+        if not adapter.reaches_any:
+            raise AdapterMismatchError(
+                f"adapter {name!r} has weights in no layer of the model, and would be the base model: expected one at "
+                "least. Look at its target_modules, and load it again."
+            )
+        return adapter
 
-    def pop(self, *args: Any) -> Any:
-        self.changes += 1
-        return super().pop(*args)
 
-    def popitem(self) -> tuple[str, Any]:
-        self.changes += 1
-        return super().popitem()
+class Registry:
+    """Every adapter of a model.
 
-    def clear(self) -> None:
-        self.changes += 1
-        super().clear()
+    Attributes:
+        names: names and ids.
+        slots: which versions in use take.
+        source: where weights are read.
+    """
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update(*args, **kwargs)
-        self._changed()
+    def __init__(self) -> None:
+        self.names = AdapterNames()
+        self.slots = Slots()
+        self.source = PeftModules(self.slots)
+        self._current: OrderedDict[int, Adapter] = OrderedDict()
+        self._turn = 0
+        self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
 
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        found = super().setdefault(name, default)
-        self._changed()
+    def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, Adapter]:
+        """Adapters as they are now, by id.
+
+        Args:
+            ids: which.
+            checks: how many of them are compared with what PEFT has; all where it isn't given. The others may be as
+                they were a few calls ago, because those come first that were compared longest ago.
+
+        Raises:
+            UnsupportedError: one is of a kind that can't be mixed.
+            ModelStateError: one doesn't fit the model.
+        """
+        ids = list(ids)
+        due = set(ids)
+        if checks is not None and checks < len(ids):
+            self._turn += 1
+            due = set(sorted(ids, key=lambda each: self._turns.get(each, 0))[:checks])
+            self._turns.update(dict.fromkeys(due, self._turn))
+        noticed = notices.now()
+        found: dict[int, Adapter] = {}
+        for each in ids:
+            adapter = self._current.get(each)
+            # one that is gone stays as it was for requests that began under it
+            if adapter is not None and each in due and each in self.names.by_id and not adapter.holds(noticed):
+                adapter = None
+                self._look_at_idle(noticed)
+            if adapter is None:
+                adapter = self._read(each)
+            found[each] = adapter
         return found
 
-    def __ior__(self, other: Any) -> WatchedConfigs:  # type: ignore[misc]
-        self.update(other)
-        return self
+    def describe(self, check_weights: bool = False) -> Iterator[AdapterReport]:
+        """Every adapter, whether it can run, and why not.
 
-    def __copy__(self) -> dict[str, Any]:
-        return dict(self)
+        Args:
+            check_weights: whether to read all weights as well.
+        """
+        for number, name in sorted(self.names.by_id.items()):
+            state, reason, version = READY, "", -1
+            ranks: tuple[int, ...] = ()
+            dtypes, size, layers = "", 0, 0
+            try:
+                adapter = self.adapters([number])[number]
+            except MultibatchError as error:
+                state, reason = REFUSED if isinstance(error, UnsupportedError) else BROKEN, str(error)
+            else:
+                tensors = adapter.tensors()
+                version, ranks, layers = adapter.serial, adapter.ranks(), adapter.num_layers
+                dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                if adapter.apart:
+                    reason = f"runs per segment, because {', '.join(dict.fromkeys(adapter.apart.values()))}"
+                if check_weights and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                    state, reason = BROKEN, "some of its weights are not finite"
+                elif check_weights and adapter.is_zero():
+                    reason = "it is the base model: every lora_B is zero, as after a load whose files have other keys"
+            yield AdapterReport(number, name, self.source.kind, version, ranks, dtypes, size, layers, state, reason)
 
-    def __deepcopy__(self, memo: dict) -> dict[str, Any]:
-        return copy.deepcopy(dict(self), memo)
+    def version(self, number: int) -> int:
+        """A number that is another one whenever the adapter changed, as far as anybody noticed."""
+        adapter = self._current.get(number)
+        return -1 if adapter is None else adapter.serial
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return dict, (dict(self),)
+    def renew(self, ids: Iterable[int]) -> None:
+        """These changed, and nobody can see it: their weights were written in place."""
+        for each in ids:
+            self._current.pop(each, None)
 
+    def forget(self) -> None:
+        """Let go of all that was read."""
+        self._current.clear()
 
-NONE = WatchedConfigs({})
-"""What models without adapters have: always the same, so that nothing seems to have changed."""
+    def forget_gone(self) -> None:
+        """Let go of adapters that were deleted, and of their memory."""
+        there = self.names.by_id
+        for known in (self._current, self._turns):
+            for each in [each for each in list(known) if each not in there]:
+                known.pop(each, None)
 
+    def _look_at_idle(self, noticed: object) -> None:
+        """An adapter changed: let go of the memory of others that did, though nobody asks for them now."""
+        for number in list(self._current)[:IDLE_LOOKS]:
+            adapter = self._current.get(number)
+            if adapter is not None and not adapter.holds(noticed):
+                self._current.pop(number, None)
+            elif adapter is not None:
+                self._current.move_to_end(number)
 
-def watch(model: nn.Module) -> WatchedConfigs:
-    """A model's configurations, watched from now on wherever an object holds them; none where it has none."""
-    configs = model.__dict__.get(CONFIGS)
-    if configs is None:
-        return NONE
-    if not isinstance(configs, WatchedConfigs):
-        _replace(configs, WatchedConfigs(configs))
-    return model.__dict__[CONFIGS]
-
-
-def unwatch(model: nn.Module) -> None:
-    """Put the dictionary back that was there before, as it would be by now."""
-    configs = model.__dict__.get(CONFIGS)
-    if isinstance(configs, WatchedConfigs):
-        configs.original.clear()
-        configs.original.update(configs)
-        _replace(configs, configs.original)
-
-
-def _replace(old: dict, new: dict) -> None:
-    """Put one dictionary in the place of another in all objects that hold it: a model and its tuner share one."""
-    for holder in gc.get_referrers(old):
-        attributes = holder if type(holder) is dict else getattr(holder, "__dict__", None)
-        if type(attributes) is dict and attributes.get(CONFIGS) is old:
-            attributes[CONFIGS] = new
+    def _read(self, number: int) -> Adapter:
+        name = self.names.by_id.get(number)
+        if name is None:
+            raise ModelStateError(
+                f"the adapter with the id {number} was deleted while a call that names it began: expected it to stay. "
+                "Delete adapters when no call needs them."
+            )
+        self._current.pop(number, None)
+        adapter = self._current[number] = self.source.read(name)
+        while len(self._current) > MOST_IDLE:
+            self._current.popitem(last=False)
+        return adapter

@@ -43,6 +43,8 @@ def own(tensor: Tensor) -> Tensor:
     return shard_of(tensor) if isinstance(tensor, SHARDED) else tensor
 
 
+EXPECTED = "expected plain LoRA on linear layers that are split 'colwise' or 'rowwise'"
+
 PLANS = ("colwise", "rowwise")
 """Ways of transformers to split a layer for which PEFT splits its adapters, by the dimension that is split."""
 
@@ -82,32 +84,41 @@ def check(name: str, layer: Any, advice: str) -> None:
         UnsupportedError: it wouldn't.
     """
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
-    expected = "expected plain LoRA on linear layers that are split 'colwise' or 'rowwise'"
     if type(layer) is not lora.Linear or type(base) is not nn.Linear:
         what = type(layer).__name__ if base is None else f"{type(layer).__name__} around a {type(base).__name__}"
-        raise UnsupportedError(f"{name} is split over devices, and is a {what}: {expected}. {advice}")
+        raise UnsupportedError(f"{name} is split over devices, and is a {what}: {EXPECTED}. {advice}")
     weight: Any = base._parameters["weight"]
     plan = getattr(base, "_hf_tp_plan", None)
     if plan not in PLANS or not isinstance(weight, SHARDED) or weight.placements != (Shard(PLANS.index(plan)),):
         raise UnsupportedError(
-            f"{name} is split over devices by the plan {plan!r}, for which PEFT doesn't split adapters: {expected}, "
+            f"{name} is split over devices by the plan {plan!r}, for which PEFT doesn't split adapters: {EXPECTED}, "
             f"by transformers, and peft 0.21.1 or newer. {advice}"
         )
-    if layer.lora_variant or any(layer.lora_bias.values()):
-        found = [*layer.lora_variant, *(adapter for adapter, bias in layer.lora_bias.items() if bias)]
+
+
+def check_adapter(name: str, layer: Any, adapter: str) -> None:
+    """Raise where an adapter can't run in a split layer.
+
+    Raises:
+        UnsupportedError: it can't.
+    """
+    split = split_of(layer)
+    assert split is not None
+    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
         raise UnsupportedError(
-            f"{name} is split over devices, and adapter {found[0]!r} has a variant or a bias: {expected}. {advice}"
+            f"{name} is split over devices, and adapter {adapter!r} has a variant or a bias: {EXPECTED}. Run the "
+            "adapter by itself, without adapter_ids."
         )
-    dim = PLANS.index(plan)
-    split, whole = (layer.lora_B, layer.lora_A) if dim == 0 else (layer.lora_A, layer.lora_B)
-    for adapter in split:
-        part = split[adapter].weight
-        is_split = isinstance(part, SHARDED) and shard_of(part).shape[dim] == shard_of(weight).shape[dim]
-        if not is_split or isinstance(whole[adapter].weight, SHARDED):
-            raise UnsupportedError(
-                f"{name} is split over devices by the plan {plan!r}, and the weights of adapter {adapter!r} are not "
-                f"split with it: expected an adapter that PEFT added to the split model. {advice}"
-            )
+    dim = split.dim
+    parts, whole = (layer.lora_B, layer.lora_A) if dim == 0 else (layer.lora_A, layer.lora_B)
+    part, weight = parts[adapter].weight, layer.get_base_layer()._parameters["weight"]
+    is_split = isinstance(part, SHARDED) and shard_of(part).shape[dim] == shard_of(weight).shape[dim]
+    if not is_split or isinstance(whole[adapter].weight, SHARDED):
+        raise UnsupportedError(
+            f"{name} is split over devices by the plan {PLANS[dim]!r}, and the weights of adapter {adapter!r} are not "
+            f"split with it: expected an adapter that PEFT added to the split model. Run the adapter by itself, "
+            "without adapter_ids."
+        )
 
 
 def check_parts(name: str, layer: nn.Module, advice: str) -> None:
@@ -188,7 +199,7 @@ def _is_hooked(base: nn.Module) -> bool:
     )
 
 
-def check_same(ids: Sequence[Any], names: Sequence[str | None], split: Split) -> None:
+def check_same(ids: Sequence[Any], names: Sequence[Any], split: Split) -> None:
     """Raise on every rank where ranks that compute the same rows were given different ids, or one can't run its own.
 
     Raises:

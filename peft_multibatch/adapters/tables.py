@@ -16,12 +16,22 @@ Projection = tuple[Tensor, Tensor, float]
 SlotWeights = list[Projection | None]
 
 
-class Part(NamedTuple):
-    """One adapter in one layer: ``lora_A`` ``[R, K]``, ``lora_B`` ``[N, R]``, scaling."""
+class LayerWeights(NamedTuple):
+    """One adapter in one layer, as it was when it was read.
+
+    Attributes:
+        lora_a: ``[R, K]``; shares PEFT's memory, and stays where it is when PEFT's parameter gets other memory.
+        lora_b: ``[N, R]``, likewise.
+        scaling: what the product is multiplied with.
+        parameters: PEFT's own ``lora_A`` and ``lora_B``, to which gradients go; empty where nobody trains.
+        magnitude: of a DoRA adapter, ``[N]``.
+    """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
+    parameters: tuple[Tensor, ...] = ()
+    magnitude: Tensor | None = None
 
 
 class TableRows(NamedTuple):
@@ -40,7 +50,7 @@ class TableRows(NamedTuple):
     is_aligned: bool
 
 
-class Table:
+class WeightTable:
     """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
 
     The tensor stays where it is, so that captured graphs see every update.
@@ -60,7 +70,7 @@ class Table:
         self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
         self._lock = threading.Lock()
 
-    def update(self, read: Mapping[int, Sequence[Part | None]]) -> Iterable[int]:
+    def update(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> Iterable[int]:
         """Bring the rows of these slots up to date; copies nothing where nothing changed.
 
         Args:
@@ -77,17 +87,17 @@ class Table:
                 self._written.update(changed)
         return changed
 
-    def describe(self, read: Mapping[int, Sequence[Part | None]]) -> TableRows:
+    def describe(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> TableRows:
         """The table as kernels that meet only these adapters need it."""
         live = [row for parts in read.values() for part in parts if (row := self._describe(part))]
         return TableRows(
             self.rows,
             self.dtype,
             max((rank for _, _, rank, _ in live), default=0),
-            all(a % 16 == b % 16 == rank % 8 == 0 for a, b, rank, _ in live),
+            all(_aligned(a, b, rank) for a, b, rank, _ in live),
         )
 
-    def _describe(self, part: Part | None) -> tuple[int, int, int, float] | None:
+    def _describe(self, part: LayerWeights | None) -> tuple[int, int, int, float] | None:
         if part is None or dtype_of(part) != self.dtype:
             return None
         return part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a), part.scaling
@@ -102,7 +112,16 @@ class Table:
             self.rows[slots.to(self.rows.device)] = rows.to(self.rows.device)
 
 
-def dtype_of(part: Part) -> torch.dtype | None:
+def dtype_of(part: LayerWeights) -> torch.dtype | None:
     """Common dtype of a part, None where there is none or rows aren't contiguous."""
-    a, b, _ = part
+    a, b = part.lora_a, part.lora_b
     return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
+
+
+def is_aligned(part: LayerWeights) -> bool:
+    """Whether weights can be read 16 bytes at a time."""
+    return _aligned(part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a))
+
+
+def _aligned(a: int, b: int, rank: int) -> bool:
+    return a % 16 == b % 16 == rank % 8 == 0

@@ -1,52 +1,90 @@
-"""One adapter's weights as PEFT holds them, and whether it still holds the same."""
+"""One version of one adapter: what PEFT's layers had of it when it was read, and whether they still have the same."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_multibatch.adapters.checks import check_fit, check_halves
-from peft_multibatch.adapters.offload import onloaded
-from peft_multibatch.adapters.shards import SHARDED, own, shard_of, split_of
-from peft_multibatch.adapters.tables import Part
-from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.adapters import views
+from peft_multibatch.adapters.checks import HOOKS, check_fit, check_halves, check_scaling, why_apart
+from peft_multibatch.adapters.offload import loader, onloaded
+from peft_multibatch.adapters.shards import SHARDED, check_adapter, own, shard_of, split_of
+from peft_multibatch.adapters.tables import LayerWeights
+from peft_multibatch.compat import LoraLayer
+from peft_multibatch.errors import AdapterMismatchError, ModelStateError, UnsupportedError
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.compat import LoraLayer
+    from peft_multibatch.adapters.slots import Slots
 
 
-_weight = itemgetter("weight")
+class ReadLayer(Protocol):
+    """What is read of a model's layers.
+
+    Attributes:
+        module: the PEFT layer.
+        name: its name in the model.
+        is_fast: whether its rows run as one product for all adapters that are plain enough.
+        refusal: why adapters that have anything in it can't take part, or the empty string.
+    """
+
+    module: Any
+    name: str
+    is_fast: bool
+    refusal: str
+
+
+_weight, _bias, _hooks_of = itemgetter("weight"), itemgetter("bias"), itemgetter(*HOOKS)
 
 
 class Adapter:
-    """One adapter's weights as they were last read, layer by layer, and whether PEFT still holds the same.
+    """One version of an adapter, as PEFT's layers have it.
 
-    Comparing has to be cheap: a model has hundreds of layers, a batch dozens of adapters, and a decode step few
-    milliseconds. So what was read is kept in flat lists, which are compared by functions that loop in C; a module's
-    ``_modules`` and ``_parameters`` are read because ``nn.Module`` attributes cost ten times more.
+    A call computes with what is here, whatever becomes of PEFT's modules in the meantime. What is here shares PEFT's
+    memory: weights that are written in place are written here as well.
+
+    Comparing with PEFT has to be cheap: a model has hundreds of layers, a batch dozens of adapters, and a decode step
+    few milliseconds. So what was read is kept in flat lists, which are compared by functions that loop in C; a
+    module's ``_modules`` and ``_parameters`` are read because ``nn.Module`` attributes cost ten times more.
+
+    Attributes:
+        name: the adapter's name in PEFT.
+        serial: tells this version from all others of all adapters.
+        apart: the layers, of those that run as products, in which only PEFT's own module can run it, and why.
+        reaches_any: whether any layer of the model has anything of it.
+        dropouts: its dropouts, by the layer.
 
     Args:
         name: the adapter's name in PEFT.
+        slots: where it takes its slot.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, slots: Slots) -> None:
         self.name = name
+        self.serial = next(_serials)
+        self.apart: dict[Any, str] = {}
+        self.dropouts: dict[Any, nn.Dropout] = {}
+        self._slots = slots
+        self._slot: int | None = None
         self._get = itemgetter(name)
-        self._parts: dict[LoraLayer, Part | None] = {}
-        self._lock = threading.Lock()
-        self._module_dicts: list[dict] = []
-        self._modules: list[Any] = []
-        self._scaling_dicts: list[dict] = []
-        self._scalings: list[float] = []
-        self._lacking: list[dict] = []  # of layers where this adapter has no weights
-        self._parameter_dicts: list[dict] = []  # of lora_A and lora_B in turn
+        self._parts: dict[Any, LayerWeights | None] = {}
+        self._views: dict[Any, Any] = {}
+        self._lock = threading.RLock()
+        self._seen: object = None  # what had been noticed when it was last looked at closely
+        self._dicts: list[dict] = []  # that have an entry of this name
+        self._entries: list[Any] = []
+        self._lacking: list[dict] = []  # that have none
+        self._halves: list[nn.Module] = []  # lora_A and lora_B in turn
+        self._attributes: list[dict] = []  # of these
+        self._numbers: list[int] = []  # how many they are
+        self._parameters: list[dict] = []
         self._tensors: list[Tensor] = []
         self._whole: list[Tensor] = []  # of these, those that are no DTensors
         self._addresses: list[int] = []
@@ -54,104 +92,246 @@ class Adapter:
         self._shard_addresses: list[int] = []
         self._sizes: list[int] = []  # with the address and the order in memory, they tell what may be read
         self._are_contiguous: list[bool] = []
-        self._memory: list[torch.UntypedStorage] = []  # while it is held, nothing else gets these addresses
         self._is_volatile = False
+        self.reaches_any = False
+        self._close_dicts: list[dict] = []  # looked at only where something was noticed
+        self._close_entries: list[Any] = []
+        self._close_attributes: list[dict] = []
 
-    def parts(self, layers: Iterable[LoraLayer]) -> list[Part | None]:
-        """The adapter's weights in these layers, None where it has none.
+    @property
+    def slot(self) -> int:
+        """Its row in the tables that kernels read, for as long as anybody needs this version."""
+        with self._lock:
+            if self._slot is None:
+                self._slot = self._slots.take()
+                weakref.finalize(self, self._slots.give_back, self._slot)
+            return self._slot
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in which it has anything."""
+        return len({layer for layer in (*self._parts, *self._views) if self.has(layer)})
+
+    def ranks(self) -> tuple[int, ...]:
+        """Its ranks, in ascending order."""
+        numbers = [len(part.lora_a) for part in self._parts.values() if part is not None]
+        numbers += [number for view in self._views.values() if (number := getattr(view, "r", {}).get(self.name))]
+        return tuple(sorted(set(numbers)))
+
+    def tensors(self) -> list[Tensor]:
+        """All of its weights, as far as they have been read."""
+        found = [own(each) for each in self._tensors]
+        for layer, view in self._views.items():
+            if self._parts.get(layer) is None:
+                held = [entries[self.name] for entries in views.entries(view) if self.name in entries]
+                for each in held:
+                    found += each.parameters() if isinstance(each, nn.Module) else [each]
+        found += [part.magnitude for part in self._parts.values() if part is not None and part.magnitude is not None]
+        return found
+
+    def is_zero(self) -> bool:
+        """Whether it is plain LoRA whose deltas are all zero."""
+        return not self._views and all(not part.lora_b.any() for part in self._parts.values() if part is not None)
+
+    def read(self, layers: Iterable[ReadLayer]) -> None:
+        """Read what it has in these layers, but for weights that are offloaded until their part of the model runs.
+
+        Raises:
+            UnsupportedError: it has something in a layer that can't take part in a mixed batch.
+            AdapterMismatchError: its weights don't fit.
+        """
+        for layer in layers:
+            module = layer.module
+            held = views.entries(module)
+            if layer.refusal:  # for some of the reasons there are other layers inside
+                held += [each for inner in module.modules() for each in views.entries(inner)]
+            if not any(self.name in each for each in held):
+                self._lacking += held
+                if layer.is_fast:
+                    self._parts[module] = None
+                continue
+            self.reaches_any = True
+            if layer.refusal:
+                raise UnsupportedError(f"adapter {self.name!r} can't run in a mixed batch: {layer.refusal}")
+            if layer.is_fast:
+                if split_of(module) is not None:
+                    check_adapter(layer.name, module, self.name)
+                reason = why_apart(module, self.name)
+                if reason:
+                    self._read_apart(layer, reason)
+                elif not _comes_later(module, self.name):
+                    self._read(module)
+            else:
+                self._read_apart(layer, "")
+
+    def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
+        """The adapter's weights in layers that run as products; None where it has none, or runs apart.
 
         Raises:
             ModelStateError: the weights are on the meta device, and nobody knows where their values are.
         """
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
 
-    def check(self, layers: Iterable[LoraLayer]) -> None:
-        """Read the weights in these layers, but for those that are offloaded until their part of the model runs.
+    def view(self, layer: Any) -> Any:
+        """A layer with this adapter active, as it had it when it was read; with none where it had nothing there."""
+        view = self._views.get(layer)
+        if view is None:
+            view = views.view_of(layer, {self.name: layer} if self._parts.get(layer) is not None else {})
+            self._views[layer] = view
+        return view
 
-        Raises:
-            AdapterMismatchError: they don't fit.
+    def variant(self, layer: Any) -> str:
+        """The variant of LoRA that it is in a layer; the empty string where it is none."""
+        part = self._parts.get(layer)
+        if part is not None:
+            return "DoRA" if part.magnitude is not None else ""
+        variants = getattr(self._views.get(layer), "lora_variant", {})
+        return type(variants[self.name]).__name__ if self.name in variants else ""
+
+    def has(self, layer: Any) -> bool:
+        """Whether it had anything in a layer when it was read."""
+        return layer in self._views or self._parts.get(layer) is not None
+
+    def holds(self, noticed: object) -> bool:
+        """Whether PEFT still has everything that was read, at the same addresses, with the same scalings.
+
+        Args:
+            noticed: as ``notices.now`` gives it.
         """
-        for layer in layers:
-            modules = [each._modules.get(self.name) for each in (layer.lora_A, layer.lora_B)]
-            weights = [module._parameters.get("weight") for module in modules if module is not None]
-            if not any(weight is not None and weight.is_meta for weight in weights):
-                self.parts([layer])
-
-    def holds(self) -> bool:
-        """Whether PEFT still holds everything that was read, at the same addresses, with the same scalings."""
         try:
-            tensors = list(map(_weight, self._parameter_dicts))
-            return (
+            tensors = list(map(_weight, self._parameters))
+            is_same = (
                 not self._is_volatile
-                and list(map(self._get, self._module_dicts)) == self._modules
-                and list(map(self._get, self._scaling_dicts)) == self._scalings
+                and all(map(operator.is_, map(self._get, self._dicts), self._entries))
                 and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
                 and list(map(Tensor.data_ptr, self._whole)) == self._addresses
                 and list(map(Tensor.data_ptr, map(shard_of, self._sharded))) == self._shard_addresses
                 and list(map(Tensor.numel, tensors)) == self._sizes
                 and list(map(Tensor.is_contiguous, self._whole)) == self._are_contiguous
-                and not any(self.name in modules for modules in self._lacking)
+                and list(map(len, self._attributes)) == self._numbers  # a forward of its own is one more
             )
         except KeyError:
             return False
+        if is_same and noticed != self._seen:
+            is_same = self._holds_closely()
+            if is_same:
+                self._seen = noticed
+        return is_same
 
-    def _read(self, layer: LoraLayer) -> Part | None:
+    def _holds_closely(self) -> bool:
+        """Whether nothing was hooked, biased, wrapped or added that is noticed when it happens, to whomever."""
+        return (
+            all(map(operator.is_, map(type, self._halves), itertools.repeat(nn.Linear)))
+            and all(map(operator.is_, map(_bias, self._parameters), itertools.repeat(None)))
+            and not any(itertools.chain.from_iterable(map(_hooks_of, self._close_attributes)))
+            and all(map(operator.is_, map(self._get, self._close_dicts), self._close_entries))
+            and not any(self.name in each for each in self._lacking)
+            and all(why_apart(module, self.name) == reason for module, reason in self.apart.items())
+        )
+
+    def begin(self, noticed: object) -> None:
+        """It was read while this was what had been noticed."""
+        self._seen = noticed
+
+    def _read_apart(self, layer: ReadLayer, reason: str) -> None:
+        module, name = layer.module, self.name
+        if isinstance(module, LoraLayer):
+            if name in module.lora_A or name in module.lora_B:
+                check_halves(name, module)
+            check_scaling(name, module.scaling.get(name, 1.0))
+        self._views[module] = views.view_of(module, {name: module})
+        for entries in (*views.entries(module), *_dicts_of(module)):
+            if name in entries:
+                self._dicts.append(entries)
+                self._entries.append(entries[name])
+            else:
+                self._lacking.append(entries)
+        if reason:
+            self.apart[module] = reason
+            self._parts[module] = None
+
+    def _read(self, layer: LoraLayer) -> LayerWeights | None:
         name = self.name
         modules_a, modules_b = layer.lora_A._modules, layer.lora_B._modules
         with self._lock:
+            if layer in self._parts:
+                return self._parts[layer]
             if name not in modules_a and name not in modules_b:
-                self._lacking.append(modules_a)
+                self._lacking += modules_a, modules_b
                 self._parts[layer] = None
                 return None
             check_halves(name, layer)
             module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
+            assert module_a is not None and module_b is not None
             held = module_a._parameters.get("weight"), module_b._parameters.get("weight")
             a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
-            if a is None or b is None:
-                raise UnsupportedError(
-                    f"the weights of adapter {name!r} are computed anew when they are read, as pruning and other "
-                    "parametrizations do: expected plain parameters. Remove the parametrization, or run the adapters "
-                    "one at a time."
-                )
-            if module_b._parameters.get("bias") is not None or _is_other_variant(layer.lora_variant, name):
+            assert a is not None and b is not None
+            if split_of(layer) is None and isinstance(a, SHARDED) + isinstance(b, SHARDED):
                 raise ModelStateError(
-                    f"adapter {name!r} got a bias or another variant since enable chose how to run its layers: "
-                    "expected it to stay as it was. Call disable and enable again."
-                )
-            if isinstance(a, SHARDED) + isinstance(b, SHARDED) != (split_of(layer) is not None):
-                raise ModelStateError(
-                    f"the weights of adapter {name!r} were sharded over devices, or put together, since enable chose "
-                    "how to run its layers: expected them to stay as they were. Call disable and enable again."
+                    f"the weights of adapter {name!r} are sharded over devices, and its layers aren't: expected both "
+                    "or none. Add the adapter after the model was split."
                 )
             if a.is_meta or b.is_meta:
-                raise ModelStateError(
+                raise AdapterMismatchError(
                     f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
-                    "expected them on a real device. Load all adapters first, and offload the model afterwards."
+                    "expected them on a real device. Load all adapters first, from complete files, and offload the "
+                    "model afterwards."
                 )
             check_fit(name, layer, a, b, scaling)
-            self._module_dicts += modules_a, modules_b
-            self._modules += module_a, module_b
-            self._parameter_dicts += module_a._parameters, module_b._parameters
+            variants = layer.lora_variant
+            magnitude = layer.lora_magnitude_vector[name].weight if name in variants else None
+            self._dicts += modules_a, modules_b, layer.scaling
+            self._entries += module_a, module_b, scaling
+            self._halves += module_a, module_b
+            self._attributes += module_a.__dict__, module_b.__dict__
+            self._numbers += len(module_a.__dict__), len(module_b.__dict__)
+            self._parameters += module_a._parameters, module_b._parameters
             self._tensors += a, b
             for tensor in (a, b):
                 is_sharded = isinstance(tensor, SHARDED)
                 (self._sharded if is_sharded else self._whole).append(tensor)
                 (self._shard_addresses if is_sharded else self._addresses).append(own(tensor).data_ptr())
-                self._memory.append(own(tensor).untyped_storage())
             self._are_contiguous += (tensor.is_contiguous() for tensor in (a, b) if not isinstance(tensor, SHARDED))
             self._sizes += a.numel(), b.numel()
-            self._scaling_dicts.append(layer.scaling)
-            self._scalings.append(scaling)
+            if magnitude is None:
+                self._lacking.append(variants)
+            else:
+                entries = layer.lora_magnitude_vector._modules
+                self._dicts += entries, variants
+                self._entries += entries[name], variants[name]
             # written in place, or copied from where it was offloaded to: what changes there can't be seen from here
             if isinstance(scaling, Tensor) or a is not held[0] or b is not held[1]:
                 self._is_volatile = True
-            part = self._parts[layer] = Part(own(a), own(b), float(scaling))
+            self._close_attributes += module_a.__dict__, module_b.__dict__
+            dropout = layer.lora_dropout._modules.get(name)
+            if dropout is not None:
+                self._close_dicts.append(layer.lora_dropout._modules)
+                self._close_entries.append(dropout)
+                self._close_attributes.append(dropout.__dict__)
+            if isinstance(dropout, nn.Dropout):
+                self.dropouts[layer] = dropout
+                self._views[layer] = views.view_of(layer, {name: layer})
+            part = LayerWeights(own(a).data, own(b).data, float(scaling), (own(a), own(b)), magnitude)
+            self._parts[layer] = part
         return part
 
 
-KNOWN_VARIANTS = {"DoraLinearVariant"}
-"""Variants of LoRA that a bank's products cover."""
+_serials = itertools.count()
 
 
-def _is_other_variant(variants: Mapping[str, Any], name: str) -> bool:
-    return name in variants and type(variants[name]).__name__ not in KNOWN_VARIANTS
+def _comes_later(layer: LoraLayer, name: str) -> bool:
+    """Whether a layer's weights are offloaded until they, or the part of the model around them, run."""
+    for module in (layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)):
+        weight = None if module is None else module._parameters.get("weight")
+        if module is not None and weight is not None and weight.is_meta:
+            base = layer.get_base_layer()
+            is_around = loader(base) is None and any(parameter.is_meta for parameter in base.parameters())
+            return loader(module) is not None or is_around
+    return False
+
+
+def _dicts_of(layer: Any) -> Sequence[dict]:
+    """What a layer keeps by adapters' names beside modules and parameters: scalings, variants."""
+    return [
+        getattr(layer, key) for key in ("scaling", "lora_variant") if isinstance(getattr(layer, key, None), Mapping)
+    ]

@@ -1,20 +1,20 @@
-"""A call in force: its mix, and what was made for it alone."""
+"""One call with ids: its plan, and what was made for it alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_multibatch.calls.mix import Mix
+from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.errors import RowMappingError, UnsupportedError
 
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.calls.in_force import InForce
+    from peft_multibatch.calls.threads import ThreadState
 
 
 class Invocations:
@@ -51,43 +51,60 @@ class Invocations:
 
 
 class Call:
-    """A mixed batch in force on one thread or task.
+    """A mixed batch that is active on one thread or task, for as long as its block isn't left.
 
     Attributes:
-        mix: the plan and its adapters.
+        plan: who serves which sample.
         expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
-        packed: True where entries are tokens, all in one row, as in continuous batching, whose steps run to their end
-            as they began even if another thread disables adapters in between.
+        packed: True where entries are tokens, all in one row, as in continuous batching.
+        base_layers: layers whose adapters were disabled when the call began, so that all rows get the base model.
+        is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
         inside: True while a model's forward runs that has checked this call.
-        ended: True when it is no longer in force.
+        is_repeated: True where ``backward`` runs layers once more.
+        end: gives None once the block was left, by whatever way; see ``ActiveCall``.
+        ended: True once it was left as it should be.
+        outer: the call that was active before, and will be again.
         thread: the thread on which it began.
         task: the asyncio task.
-        stash: for each fused group, what its first layer computed for the others.
+        sibling_outputs: for each fused group, what its first layer computed for the others.
         dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
     """
 
-    def __init__(self, mix: Mix, expands: bool, packed: bool = False) -> None:
-        self.mix = mix
+    def __init__(
+        self, plan: BatchPlan, expands: bool, packed: bool = False, base_layers: frozenset = frozenset()
+    ) -> None:
+        self.plan = plan
         self.expands = expands
         self.packed = packed
+        self.base_layers = base_layers
+        self.is_hooked = nn.modules.module._has_any_global_hook()
         self.for_graphs = False
         self.inside = False
+        self.is_repeated = False
+        self.end: Callable[[], Any] = over
         self.ended = False
-        self.thread: InForce | None = None
+        self.outer: Call | None = None
+        self.thread: ThreadState | None = None
         self.task = 0
-        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
+        self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
         self.invocations: Invocations | None = None
 
+    @property
+    def is_active(self) -> bool:
+        """Whether its block is still open."""
+        return not self.ended and self.end() is not None
+
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
-        again = Call(self.mix, self.expands, self.packed)
+        again = Call(self.plan, self.expands, self.packed, self.base_layers)
+        again.is_repeated = True
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 
@@ -98,7 +115,7 @@ class Call:
             RowMappingError: they are no multiple of the entries.
         """
         rows = math.prod(shape[:-1]) if self.packed else shape[0]
-        self.mix.segments.rows_per_entry(rows)
+        self.plan.segments.rows_per_entry(rows)
         return rows
 
     def check_rows(self, rows: int | None) -> None:
@@ -116,3 +133,7 @@ class Call:
                 "adapter at a time there."
             )
         self.rows = rows
+
+
+def over() -> None:
+    """The end of a call that isn't active, or not any more."""

@@ -1,25 +1,25 @@
-"""What compiled and captured code sees of the call in force: plans at fixed places, and whether there is one."""
+"""What compiled and captured code sees of the active call: plans at fixed places, and whether there is one."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
+from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.buffers import PlanBuffers
 from peft_multibatch.calls.call import Call
-from peft_multibatch.calls.in_force import Here, InForce, current_task
-from peft_multibatch.calls.mix import Mix
-from peft_multibatch.errors import ModelStateError, UnsupportedError
-from peft_multibatch.plan.segments import BASE, CUT, SegmentBuffer, Segments, capacity_for, packed_size
+from peft_multibatch.calls.positions import Positions
+from peft_multibatch.calls.take_plan import number
+from peft_multibatch.calls.threads import PerThread, ThreadState, current_task
+from peft_multibatch.errors import ModelStateError, NotEnabledError, UnsupportedError
+from peft_multibatch.plan.segments import BASE, Segments, packed_size
 
 
 if TYPE_CHECKING:
@@ -33,56 +33,51 @@ class Graph:
 
     Attributes:
         key: tells ``take_plan`` which graph asks.
-        active: whether ids are in force on any thread; compiled code has one version for each value.
-        here: whether they are on the thread that asks.
-        contended: whether calls with different ids are in force at the same time, on several threads or tasks, so that
+        active: whether a call is active on any thread; compiled code has one version for each value.
+        here: whether one is on the thread that asks.
+        contended: whether calls with different plans are active at the same time, on several threads or tasks, so that
             no single plan can stand at the fixed place.
-        terms: plans that graphs read one after the other, as many as a sample of any call had adapters.
-        mixes: how many were in force so far, a tensor on the CPU. Graphs of ops that compute anew in ``backward`` keep
-            it, and autograd raises where that would be under another mix.
-        buffers: plans at fixed places for kernels, by their device, one for each term.
-        stash: as in ``Call``; filled and emptied within one graph.
+        apart: why compiled code can't run the active calls: some adapter runs PEFT's own modules. Or the empty string.
+        components: plans that graphs read one after the other, as many as a sample of any call had adapters.
+        plans: how many were active so far, a tensor on the CPU. Graphs of ops that compute anew in ``backward`` keep
+            it, and autograd raises where that would be under another plan.
+        buffers: plans at fixed places for kernels, by their device, one for each component.
+        sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
         packed: as in ``Call``; never so.
+        base_layers: as in ``Call``; never any.
 
     Args:
-        call: the call in force on the thread or task that asks.
-        in_force: the same, and raises where that call has ended.
-        adapters: adapters as PEFT holds them now, by slot, as ``Router.adapters``.
+        active_call: gives the active call for the thread or task that asks, and raises where it has ended.
     """
 
     packed = False
+    base_layers: frozenset = frozenset()
 
-    def __init__(
-        self,
-        call: ContextVar[Call | None],
-        in_force: Callable[[], Call | None],
-        adapters: Callable[..., dict[int, Adapter]],
-    ) -> None:
-        self.key = next(_keys)
-        _graphs[self.key] = self
+    def __init__(self, active_call: Callable[[], Call | None]) -> None:
+        self.key = number(self)
         self.active = False
-        self.here = Here()
+        self.here = PerThread()
         self.contended = False
-        self.terms = 1
+        self.apart = ""
+        self.components = 1
         with torch.inference_mode(False):
-            self.mixes = torch.zeros((), dtype=torch.int32, device="cpu")
-        self.buffers: dict[str, list[SegmentBuffer]] = {}
-        self.stash: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
+            self.plans = torch.zeros((), dtype=torch.int32, device="cpu")
+        self._buffers = PlanBuffers()
+        self.buffers = self._buffers.by_device
+        self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._call = call
-        self._call_in_force = in_force
-        self._read_adapters = adapters
-        self._in_force: dict[Call, Call | None] = {}  # and the calls around them
-        self._synced: Mix | None = None
-        self._written: Mix | None = None
+        self._active_call = active_call
+        self._calls: dict[Call, None] = {}  # that are active
+        self._is_closed = False
+        self._synced: BatchPlan | None = None
+        self._positions = Positions()  # which graphs of ops read
+        self._written: BatchPlan | None = None
         self._is_traced = False
         self._runs_ops = False
-        self._held: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
-        self._ready: tuple[int, dict[int, Adapter]] = 0, {}  # slots, and adapters that all of these tables have
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which the last plan was written
-        self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
+        self._devices: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
+        self._ready: tuple[int, dict[int, int]] = 0, {}  # slots, and whom all of these tables have: serials, by slot
         self.is_captured = False
         self._lock = threading.RLock()
 
@@ -90,33 +85,34 @@ class Graph:
     def trace(self) -> bool:
         """Code is being compiled that reads attributes from here."""
         with self._lock:
-            self._is_traced = True
+            if not self._is_traced:
+                self._is_traced = True
+                self._look_apart([call for call in self._calls if call.is_active])
         return True
 
     @torch._dynamo.assume_constant_result
     def arm(self) -> bool:
         """From now on there is a graph of ops: keep the banks up to date for it at every call."""
-        call = self._call.get()
+        call = self._active_call()
         with self._lock:
             if not self._runs_ops and call is not None:
                 self._runs_ops = True
-                self._sync(call.mix)
+                self._sync(call.plan)
         return True
 
     @torch._dynamo.assume_constant_result
     def arm_kernels(self, key: str, device: str) -> bool:
         """From now on there is a graph of kernels that reads this bank on this device."""
-        call = self._call.get()
+        call = self._active_call()
         with self._lock:
             if call is not None:
                 place = torch.device(device)
                 bank = next(bank for bank in self.banks if bank.key == key)
-                adapters = self._read_adapters()
-                bank.tables(adapters, place, call.mix.slots)
-                bank.hold(adapters, place, self._is_captured_with(bank))
-                for table in bank.held:
+                bank.tables(call.plan.adapters, place, call.plan.slots)
+                bank.extend_for_graphs(call.plan.adapters, place, self._is_captured_with(bank))
+                for table in bank.graph_tables:
                     torch._dynamo.mark_static_address(table.rows)
-                self._hold(bank, place)
+                self._read_by_graphs(bank, place)
                 self.prepare(call, place)
         return True
 
@@ -124,12 +120,12 @@ class Graph:
         """Have the plan of a call at the fixed place, on a device on which kernels run."""
         with self._lock:
             if str(device) not in self.buffers:
-                self._grow(device, call.mix.segments.num_entries)
+                self._buffers.grow(device, call.plan.segments.num_entries, self.components)
                 self._written = None
-            if self._written is not call.mix and (call.for_graphs or not self.contended):
-                self._write(call.mix)
+            if self._written is not call.plan and (call.for_graphs or not self.contended):
+                self._write(call.plan)
             if self.contended:  # the layer that asks will write rows by itself
-                self.forget()
+                self._ready = 0, {}
 
     def fixed(
         self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
@@ -139,66 +135,102 @@ class Graph:
         Raises:
             ModelStateError: they would have to be made first, and during a capture nothing can be.
         """
-        mix = call.mix
+        plan = call.plan
         if not is_capturing:
             self.prepare(call, device)
-            if not bank.has_rows(mix.adapters, device, mix.slots):
-                bank.tables(mix.adapters, device, mix.slots)
+            if not bank.has_rows(plan.adapters, device, plan.slots):
+                bank.tables(plan.adapters, device, plan.slots)
         # the plan of a step of continuous batching stays until it ends, whoever comes in between
         elif (
-            self._written is not mix
+            self._written is not plan
             or (self.contended and not call.for_graphs)
-            or not bank.has_rows(mix.adapters, device, mix.slots)
+            or not bank.has_rows(plan.adapters, device, plan.slots)
         ):
             raise ModelStateError(
                 "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            # compared when the first graph is captured, whose ranks have to suffice for all; then no more
-            adapters = self._read_adapters(checks=0 if self.is_captured else None)
-            bank.hold(adapters, device, self._is_captured_with(bank))
-            self._hold(bank, device)
+            bank.extend_for_graphs(plan.adapters, device, self._is_captured_with(bank))
+            self._read_by_graphs(bank, device)
             self.is_captured = True
-        return [buffer.packed for buffer in self.buffers[str(device)]], bank.held
+        return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
 
-    def enter(self, call: Call, outer: Call | None) -> None:
-        """A call begins, inside another one or not."""
-        with self._changing():
-            call.thread, call.task = self.here.thread, current_task()
-            self._in_force[call] = outer
-            self._change(call.thread)
-            if self._runs_ops and self._synced is not call.mix:
-                self._sync(call.mix)
+    def enter(self, call: Call) -> None:
+        """A call begins.
+
+        Raises:
+            NotEnabledError: the model was disabled in the meantime.
+        """
+        if self._is_closed and call.is_repeated:
+            raise NotEnabledError(
+                "backward runs layers again under ids, and disable was called in the meantime: expected the model to "
+                "stay enabled until then. Call backward first."
+            )
+        if call.is_repeated:  # which compiled code doesn't see
+            return
+        self._exclusively(functools.partial(self._enter, call))
+
+    def _enter(self, call: Call) -> None:
+        if self._is_closed:
+            raise NotEnabledError(
+                "the model was disabled while a call with ids began: expected it to stay enabled. Call "
+                "peft_multibatch.enable(model) again."
+            )
+        call.thread, call.task = self.here.thread, current_task()
+        self._calls[call] = None
+        self._change(call.thread)
+        if self._runs_ops and self._synced is not call.plan:
+            self._sync(call.plan)
 
     def leave(self, call: Call) -> None:
-        """A call ends, and one around it is in force again."""
-        with self._changing():
-            call.ended = True
-            outer = self._in_force.pop(call, None)
-            if outer is not None and outer.mix is not call.mix:
-                self.mixes.add_(1)
-            if call.thread is not None:
-                self._change(call.thread)
-        self.stash.clear()
+        """A call ended, and the one around it is active again. Does nothing the second time."""
+        if call in self._calls:
+            self._exclusively(functools.partial(self._leave, call))
+            self.sibling_outputs.clear()
 
-    def expect(self, terms: int) -> None:
+    def _leave(self, call: Call) -> None:
+        if call.outer is not None and call.outer.plan is not call.plan:
+            self.plans.add_(1)
+        if call.thread is not None:
+            self._change(call.thread)
+        self._calls.pop(call, None)
+
+    def drop_ended(self, _: object = None) -> None:
+        """An exception, such as Ctrl-C's, may have kept a call from being left."""
+        for call in [call for call in list(self._calls) if not call.is_active]:
+            self.leave(call)
+
+    def close(self) -> list[Call]:
+        """Let no more calls begin, unless some are active.
+
+        Returns:
+            Those that are.
+        """
+        with self._lock:
+            calls = [call for call in self._calls if call.is_active]
+            self._is_closed = not calls
+        return calls
+
+    def expect(self, components: int) -> None:
         """Have room for mixtures of this many adapters."""
-        with self._changing():
-            self.terms = max(self.terms, terms)
+        with self._lock:
+            self.components = max(self.components, components)
 
     def forget(self) -> None:
-        """Let go of what tables are known to have, and of its memory; they are asked again before they are read."""
+        """Let go of what graphs are known to have, and of its memory; it is asked again before it is read."""
         self._ready = 0, {}
+        self._synced = None
+        self._positions.forget(self._in_use())
 
     def plan(self, shape: Sequence[int], index: int) -> Tensor:
-        """A plan of the thread that asks, that of one term, for rows of the shape ``[..., K]``, with zeros behind it.
+        """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
 
         Raises:
             ModelStateError: the thread has no ids.
             RowMappingError: the rows are no multiple of the entries.
         """
-        call = self._call_in_force()
+        call = self._active_call()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "
@@ -214,130 +246,88 @@ class Graph:
             )
         call.num_rows(shape)
         rows = math.prod(shape[:-1])
-        if rows and index < len(call.mix.terms):
-            packed = call.mix.plans(torch.device("cpu"))[index]
+        if rows and index < len(call.plan.components):
+            packed = self._positions.packed(call.plan)[index]
         else:
-            packed = Segments.from_ids([BASE] * min(call.mix.segments.num_entries, rows)).pack()
+            packed = Segments.from_ids([BASE] * min(call.plan.segments.num_entries, rows)).pack()
         return torch.nn.functional.pad(packed, (0, packed_size(rows) - packed.numel()))
 
     def _is_captured_with(self, bank: Bank) -> bool:
-        return self.is_captured and bank in self._held
+        return self.is_captured and bank in self._devices
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _exclusively(self, change: Callable[[], None]) -> None:
         """Change what code is compiled for, and wait for what is being compiled on another thread.
 
         Dynamo reads a value once when it traces, and again when it writes the guard that decides who runs the graph.
+        No context manager written in Python holds the locks, which an exception might keep from letting go of them.
         """
-        with self._lock:
-            if not self._is_traced:
-                yield
-                return
-        with compile_lock, self._lock:  # in this order, because tracing calls `arm`
-            yield
+        while True:
+            is_traced = self._is_traced
+            with compile_lock if is_traced else self._lock, self._lock:  # in this order: tracing calls `arm`
+                if is_traced is self._is_traced:
+                    return change()
 
-    def _change(self, thread: InForce) -> None:
+    def _change(self, thread: ThreadState) -> None:
         """Calls of a thread began or ended."""
-        around = {(outer, call.thread, call.task) for call, outer in self._in_force.items()}
+        active = [call for call in self._calls if call.is_active]
+        around = {(call.outer, call.thread, call.task) for call in active}
         # of those that are nested on one task the innermost
-        calls = [call for call in self._in_force if (call, call.thread, call.task) not in around]
-        self.active = bool(calls)
-        self.contended = any(call.mix is not calls[0].mix for call in calls)
-        self.terms = max([self.terms, *(len(call.mix.terms) for call in calls)])
-        samples = [0 if call.expands else call.mix.segments.num_entries for call in calls if call.thread is thread]
-        thread.active = bool(samples)
+        calls = [call for call in active if (call, call.thread, call.task) not in around]
+        samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
+        self.contended = any(call.plan is not calls[0].plan for call in calls)
+        self.components = max([self.components, *(len(call.plan.components) for call in calls)])
+        self._look_apart(calls)
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
-        if calls and not self.contended and self._held and self._written is not calls[0].mix:
-            self._write(calls[0].mix)
+        thread.active = bool(samples)
+        self.active = bool(calls)
+        if calls and not self.contended and self._devices and self._written is not calls[0].plan:
+            self._write(calls[0].plan)
 
-    def _sync(self, mix: Mix) -> None:
-        adapters = self._read_adapters()
-        self.mixes.add_(1)
-        # normal tensors even if the first call happens to run in inference mode
-        with torch.inference_mode(False), torch.no_grad():
-            for bank in self.banks:
-                bank.sync([adapters.get(slot) for slot in range(mix.slots)])
-        self._synced = mix
+    def _look_apart(self, calls: Iterable[Call]) -> None:
+        if self._is_traced:
+            found = (call.plan.why_not_compiled(self.banks) for call in calls)
+            self.apart = next(filter(None, found), "")
 
-    def _write(self, mix: Mix) -> None:
-        entries = mix.segments.num_entries
+    def _in_use(self) -> list[Adapter]:
+        return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
+
+    def _sync(self, plan: BatchPlan) -> None:
+        self.plans.add_(1)
+        self._positions.fill([*self._in_use(), *plan.adapters.values()], self.banks)
+        self._synced = plan
+
+    def _write(self, plan: BatchPlan) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            for device in map(torch.device, self.buffers):
-                self._follow(device)
-            self._make_ready(mix)
-            for buffers in list(self.buffers.values()):
-                if self.is_captured and len(mix.terms) > len(buffers):
-                    raise ModelStateError(
-                        f"a CUDA graph was captured under ids that gave a sample {len(buffers)} adapters at most, and "
-                        f"now a mixture has {len(mix.terms)}: expected mixtures as long as those that were in force "
-                        "when it was captured. Call disable and enable, and capture it again."
-                    )
-                if entries > buffers[0].capacity or len(mix.terms) > len(buffers):
-                    self._outgrown.append(buffers)
-                    self._grow(buffers[0].packed.device, max(entries, buffers[0].capacity))
-            for buffers in (*self.buffers.values(), *self._outgrown):
-                if entries <= buffers[0].capacity:
-                    for index, buffer in enumerate(buffers):
-                        buffer.update(mix.term(index).cut(CUT))
-            self._written = mix
+            self._buffers.follow()
+            self._make_ready(plan)
+            self._buffers.write(plan, self.components, self.is_captured)
+            self._written = plan
 
-    def _follow(self, device: torch.device) -> None:
-        """Write after what reads the last plan, which calls of other threads may have left running on their stream."""
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            last = self._streams.get(device, stream)
-            if last != stream:
-                stream.wait_stream(last)
-            self._streams[device] = stream
-
-    def _make_ready(self, mix: Mix) -> None:
-        """Have the adapters of a mix in all tables that graphs read."""
+    def _make_ready(self, plan: BatchPlan) -> None:
+        """Have the adapters of a plan in all tables that graphs read."""
         slots, ready = self._ready
-        if slots == mix.slots and mix.adapters.items() <= ready.items():
+        serials = {slot: adapter.serial for slot, adapter in plan.adapters.items()}
+        if slots == plan.slots and serials.items() <= ready.items():
             return
-        self.forget()  # until all of them are known to have these
-        is_same = slots == mix.slots
-        for bank, device in self._held.items():
-            if not bank.has_rows(mix.adapters, device, mix.slots):
-                bank.tables(mix.adapters, device, mix.slots)
+        self._ready = 0, {}  # until all of them are known to have these
+        is_same = slots == plan.slots
+        for bank, device in self._devices.items():
+            if not bank.has_rows(plan.adapters, device, plan.slots):
+                bank.tables(plan.adapters, device, plan.slots)
                 is_same = False
-            if bank.hold(mix.adapters, device, self.is_captured):
-                for table in bank.held:
+            if bank.extend_for_graphs(plan.adapters, device, self.is_captured):
+                for table in bank.graph_tables:
                     torch._dynamo.mark_static_address(table.rows)
-        self._ready = mix.slots, {**ready, **mix.adapters} if is_same else dict(mix.adapters)
+        self._ready = plan.slots, {**ready, **serials} if is_same else serials
 
-    def _hold(self, bank: Bank, device: torch.device) -> None:
+    def outgrown_by(self, plan: BatchPlan) -> bool:
+        """Whether graphs were captured that can't run a plan: its adapters have larger ranks, or other dtypes."""
+        return self.is_captured and not all(
+            bank.serves(plan.adapters, device, plan.slots) for bank, device in self._devices.items()
+        )
+
+    def _read_by_graphs(self, bank: Bank, device: torch.device) -> None:
         """Keep a bank's tables as graphs need them from now on."""
-        if self._held.get(bank) != device:
-            self._held[bank] = device
+        if self._devices.get(bank) != device:
+            self._devices[bank] = device
             self.forget()
-
-    def _grow(self, device: torch.device, entries: int) -> None:
-        with torch.inference_mode(False):
-            buffers = [SegmentBuffer(capacity_for(entries), device) for _ in range(self.terms)]
-        self.buffers[str(device)] = buffers
-        for buffer in buffers:
-            torch._dynamo.mark_static_address(buffer.packed)
-
-
-_keys = itertools.count()
-_graphs: WeakValueDictionary[int, Graph] = WeakValueDictionary()
-
-
-# like a random number, and unlike what follows from its arguments, a plan is no constant
-@torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def take_plan(mixes: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
-    """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
-
-    Args:
-        mixes: of the graph.
-        shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan, or none at all.
-        key: of the graph.
-        index: of the term.
-    """
-    return _graphs[key].plan(shape, index)
-
-
-@take_plan.register_fake
-def _(mixes, shape, key, index):
-    return mixes.new_empty(packed_size(math.prod(shape[:-1])))

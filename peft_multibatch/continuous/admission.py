@@ -10,13 +10,13 @@ from torch import nn
 from transformers.generation.continuous_batching import model_runner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
+from peft_multibatch.adapters.views import get_base
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.patch import STATE
-from peft_multibatch.layers.views import get_base, view_for
-from peft_multibatch.plan.ids import Entry, slots_of
+from peft_multibatch.layers.per_segment import view_for
+from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
 
 
@@ -39,6 +39,7 @@ class Admission:
     def __init__(self, handle: Handle, model: nn.Module, prefixes: Prefixes) -> None:
         self.uses_graphs = False
         self._handle = handle
+        self._registry = handle._registry
         self._model: Any = model
         self._prefixes = prefixes
         self._longest = 0  # tokens of a request that fits into the cache
@@ -93,12 +94,13 @@ class Admission:
             self._problem = None
         except MultibatchError as caught:
             self._problem = caught
-        self._is_disabled = any(place.module._disable_adapters for place in self._handle._places.values())
-        now = self._problem, self._is_disabled, [*self._handle._names], {**self._prefixes.versions}
+        self._is_disabled = any(layer.module._disable_adapters for layer in list(self._handle._layers.values()))
+        states = list(states)
+        used = {number for state in states for number in ids_of(entry_of(state))}
+        now = self._problem, self._is_disabled, {number: self._registry.version(number) for number in sorted(used)}
         if now == self._then:  # what could run then can run now; not so those without an end
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
         else:
-            self._prefixes.forget(self._handle._names)
             self._checked = {key for key in self._checked if key[1] == self._prefixes.version(key[0])}
         self._then = now
         self._new.clear()
@@ -117,7 +119,7 @@ class Admission:
                 f"adapters were disabled while request {state.request_id!r} ran: expected them to stay enabled. Leave "
                 "model.disable_adapter() first, and ask for '__base__' where the base model is meant."
             )
-        gone = [slot for slot in slots_of(entry) if self._handle._names[slot] is None]
+        gone = [number for number in ids_of(entry) if number not in self._registry.names.by_id]
         if gone:
             return ModelStateError(
                 f"the adapter with the id {gone[0]} was deleted before request {state.request_id!r} had ended: "
@@ -155,25 +157,33 @@ class Admission:
         Raises:
             UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
         """
-        names = self._handle._names
+        adapters = self._registry.adapters(ids_of(entry))  # whose weights may not fit
         configs: Any = self._handle._inner.peft_config
-        for name in [names[slot] for slot in slots_of(entry)]:
-            if getattr(configs[name], "alora_invocation_tokens", None):
+        for name in [adapter.name for adapter in adapters.values()]:
+            if getattr(configs.get(name), "alora_invocation_tokens", None):
                 raise UnsupportedError(
                     f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
                     "another one, because continuous batching cuts prompts. Use generate for it."
                 )
-        self._handle._router.adapters(slots_of(entry))  # whose weights may not fit
+        for adapter in adapters.values():
+            if self.uses_graphs and adapter.apart:
+                layer, reason = next(iter(adapter.apart.items()))
+                raise UnsupportedError(
+                    f"adapter {adapter.name!r} runs PEFT's own code per segment in {getattr(layer, STATE).name}, "
+                    f"because {reason}, which a CUDA graph can't hold: expected plain LoRA. Pass "
+                    "ContinuousBatchingConfig(use_cuda_graph=False)."
+                )
         if not isinstance(entry, tuple):
             return
-        most = self._handle._router.graph.terms
+        most = self._handle._router.graph.components
         if self.uses_graphs and len(entry) > most:
             raise UnsupportedError(
                 f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {most}: "
                 "expected no more. Pass mixtures=... to mb.continuous_batching."
             )
-        for place in self._handle._places.values():
-            view_for(place.module, entry, getattr(place.module, STATE))
+        plan = self._handle._router.plan([entry])
+        for layer in list(self._handle._layers.values()):
+            view_for(layer.module, plan.entries[0], plan, layer)
 
     def check_prompt(self, input_ids: Sequence[int], max_new_tokens: Any) -> None:
         """Raise where a prompt can't be one.
@@ -200,15 +210,17 @@ class Admission:
 
     def _check_layers(self) -> None:
         head = self._model.get_output_embeddings()
-        for place in self._handle._places.values():
-            if place.module is head:
+        for layer in list(self._handle._layers.values()):
+            if layer.refusal:
+                continue  # whose adapters are refused, and all others' rows are the base layer's
+            if layer.module is head:
                 raise UnsupportedError(
-                    f"{place.name} has adapters, and continuous batching gives it the last token of every request "
+                    f"{layer.name} has adapters, and continuous batching gives it the last token of every request "
                     "alone, without telling which: expected adapters on other layers. Use generate for these."
                 )
-            if self.uses_graphs and place.handler is not handlers.linear:
+            if self.uses_graphs and not layer.is_fast:
                 raise UnsupportedError(
-                    f"{place.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
+                    f"{layer.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
                     "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
                 )
 

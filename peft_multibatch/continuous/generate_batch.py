@@ -14,8 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.layers.patch import STATE
-from peft_multibatch.model.scan import replace
+from peft_multibatch.layers.patch import STATE, Replacement
 from peft_multibatch.model.wrap import copy_error, pop_ids
 from peft_multibatch.plan.ids import Entry, check_requests, resolve
 
@@ -33,7 +32,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
     def generate_batch(self, inputs, *args, **kwargs):
         handle: Handle | None = getattr(self, STATE, None)
         adapter_ids = pop_ids(kwargs)
-        if handle is not None and handle._router.call.get() is not None:
+        if handle is not None and handle._router.active() is not None:
             raise UnsupportedError(
                 "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
                 "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
@@ -44,11 +43,11 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         if handle is None:
             raise copy_error()
         handle._refresh()
-        entries = resolve(adapter_ids, handle._names)
+        entries = resolve(adapter_ids, handle._registry.names)
         check_requests(entries, inputs)
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
-    return replace(module, "generate_batch", types.MethodType(generate_batch, module))
+    return Replacement(module, "generate_batch", types.MethodType(generate_batch, module)).undo
 
 
 class Batching(ContinuousMixin):

@@ -25,9 +25,9 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 
 from peft_multibatch.continuous.admission import Admission, vocabulary_of
 from peft_multibatch.continuous.prefixes import Prefixes
-from peft_multibatch.continuous.scheduler import KEY, FairQueue, entry_of, has_begun
+from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.plan.ids import BASE_NAME, Entry, check_requests, label_of, resolve, slots_of
+from peft_multibatch.plan.ids import BASE_NAME, Entry, check_requests, ids_of, label_of, resolve
 from peft_multibatch.plan.segments import BASE
 
 
@@ -66,13 +66,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._handle = handle
         self._router = handle._router
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
-        self._queue = FairQueue()
-        self._prefixes = Prefixes(vocabulary_of(self.model))
+        self._queue = FairScheduler()
+        self._registry = handle._registry
+        self._prefixes = Prefixes(vocabulary_of(self.model), self._registry)
         self._admission = Admission(handle, self.model, self._prefixes)
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
-        self._held: Counter[int] = Counter()  # slots whose requests may not begin, and how many changes wait for them
+        self._held: Counter[int] = Counter()  # ids whose requests may not begin, and how many changes wait for them
 
     # What users call.
 
@@ -182,20 +183,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                         "changing was called for the base model, whose cached prefixes all adapters' differ from: "
                         "expected adapters. Leave the manager's block to change the base model."
                     )
-                slots = {slot for entry in entries for slot in slots_of(entry)}
-                self._held.update(slots)
+                ids = {number for entry in entries for number in ids_of(entry)}
+                self._held.update(ids)
                 self._changing.append(threading.get_ident())
                 try:
-                    while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(slots)), 0.1):
+                    while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(ids)), 0.1):
                         pass  # a loop that ended tells nobody
                     if self.model.device.type == "cuda":
                         torch.cuda.synchronize(self.model.device)
                     yield
                 finally:
                     self._changing.remove(threading.get_ident())
-                    self._prefixes.renew(slots)
-                    self._held -= Counter(slots)
-                    self._forget_graphs()
+                    self._registry.renew(ids)
+                    self._held -= Counter(ids)
         finally:
             with self._request_lock:
                 self._changes -= 1
@@ -249,19 +249,20 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 entry = entry_of(future.state)
                 entries += [entry] * future.query_length
                 if future.state.position_offset == future.query_length:
-                    begin.update(slots_of(entry))
+                    begin.update(ids_of(entry))
                 if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
                     self._queue.charge(entry, future.query_length)
-                    self.served[label_of(entry, self._handle._names)] += future.query_length
+                    self.served[label_of(entry, self._registry.names)] += future.query_length
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
-            self._router.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
+            self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
             while True:
                 # plans are copied in the order of the stream that computes
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
                 with _on(io.compute_stream), routing as call:
                     if not (self._admission.uses_graphs and self._router.graph.contended):
                         call.inside, call.for_graphs = True, self._admission.uses_graphs
-                        self._prefixes.see(call.mix.adapters)
+                        if self._router.graph.outgrown_by(call.plan):
+                            self._forget_graphs()
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 
@@ -274,29 +275,29 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             running = {entry_of(state) for state in scheduler.active_requests.values()}
             there = [state for state in candidates() if self._admission.why_not(state) is None]
             found = self._queue.order(there, running)
-            return [state for state in found if has_begun(state) or not self._held.keys() & slots_of(entry_of(state))]
+            return [state for state in found if has_begun(state) or not self._held.keys() & ids_of(entry_of(state))]
 
         return in_turn
 
     def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
         def salted_search(request_id: str, prompt_ids: list[int]) -> int:
             state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
-            self._prefixes.see(self._router.adapters(slots_of(entry_of(state))))
+            self._registry.adapters(ids_of(entry_of(state)))  # so that their versions are known
             found = search(request_id, self._prefixes.salted(prompt_ids, entry_of(state)))
             self.prefix_hits += found
             return found
 
         return salted_search
 
-    def _has_begun(self, slots: set[int]) -> bool:
-        """Whether a request that has begun needs one of these slots."""
+    def _has_begun(self, ids: set[int]) -> bool:
+        """Whether a request that has begun needs one of these adapters."""
         if self.batch_processor is None:
             return False
         scheduler = self.batch_processor.scheduler
         states = itertools.chain(
             scheduler.active_requests.values(), filter(has_begun, scheduler.waiting_requests.values())
         )
-        return any(slots & {*slots_of(entry_of(state))} for state in states)
+        return any(ids & {*ids_of(entry_of(state))} for state in states)
 
     def _fail_hopeless(self, processor: Any) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
@@ -332,7 +333,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             BASE_NAME,
         ):  # also where there are no adapters at all
             return BASE
-        return resolve([adapter_id], self._handle._names)[0]
+        return resolve([adapter_id], self._registry.names)[0]
 
     def _check_not_changing(self, method: str) -> None:
         if threading.get_ident() in self._changing:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from peft_multibatch.plan.ids import Entry, slots_of
+from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
 
 
@@ -31,12 +31,12 @@ def has_begun(state: RequestState) -> bool:
     )
 
 
-class FairQueue:
+class FairScheduler:
     """Whose request begins next: that of the adapter which was served least, among those that have requests.
 
     Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
-    One that had no requests for a while doesn't save up: it begins with the count of the least served one. Within an
-    adapter, requests begin in the order in which they came.
+    One that had no requests for a while doesn't accumulate credit: it begins with the count of the least served one.
+    Within an adapter, requests begin in the order in which they came.
 
     Source:
         Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
@@ -47,7 +47,7 @@ class FairQueue:
 
     def charge(self, entry: Entry, tokens: int) -> None:
         """Count tokens that run for an entry."""
-        self._counts[slots_of(entry)] = self._counts.get(slots_of(entry), 0) + tokens
+        self._counts[ids_of(entry)] = self._counts.get(ids_of(entry), 0) + tokens
 
     def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
         """Requests in the order in which they should begin; those that have begun already come first.
@@ -60,8 +60,8 @@ class FairQueue:
         queues: dict[tuple[int, ...], deque[RequestState]] = {}
         for state in waiting:
             if not has_begun(state):
-                queues.setdefault(slots_of(entry_of(state)), deque()).append(state)
-        busy = {*queues, *map(slots_of, running)}
+                queues.setdefault(ids_of(entry_of(state)), deque()).append(state)
+        busy = {*queues, *map(ids_of, running)}
         self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
         least = min(self._counts.values(), default=0)
         for entry in queues:

@@ -66,7 +66,7 @@ class Group:
     def join(self) -> None:
         """Let the layers run as one."""
         for index, layer in enumerate(self.layers):
-            layer._multibatch.group, layer._multibatch.index = self, index
+            layer._multibatch.group = self, index
 
     def split(self, reason: str) -> None:
         """Let every layer run by itself from now on."""
@@ -118,6 +118,8 @@ class Group:
         """
         if not self.is_split and any("_hf_hook" in layer.__dict__ for layer in self.layers):
             self.split("accelerate's hooks have to run before each projection")
+        if not self.is_split and any(layer._forward_pre_hooks for layer in self.layers):
+            self.split("somebody's hooks have to run before each projection")
         if self._weight is not None and (
             self._find() != self._addresses or any(_is_hooked(layer.base_layer) for layer in self.layers)
         ):
@@ -125,11 +127,12 @@ class Group:
 
     def base_output(self, x: Tensor) -> Tensor | None:
         """The base layers' outputs side by side, ``[..., ΣN]``, or None where they have to run apart."""
-        if self._weight is None or self.bank.has_variants():
+        weight, bias = self._weight, self._bias
+        if weight is None:
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for layer in self.layers for p in _parameters(layer)):
             return None
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, weight, bias)
 
     def _find(self) -> list[int]:
         return [parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)]

@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from peft_multibatch import ops
 from peft_multibatch.adapters import shards
 from peft_multibatch.calls.call import Call
-from peft_multibatch.calls.graphs import Graph, take_plan
+from peft_multibatch.calls.graphs import Graph
+from peft_multibatch.calls.take_plan import take_plan
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import UnsupportedError
-from peft_multibatch.layers.patch import check_not_capturing, check_state
-from peft_multibatch.layers.per_segment import per_segment
+from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
+from peft_multibatch.layers.per_segment import per_segment, run_apart, run_base
 
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.batch_plan import BatchPlan
     from peft_multibatch.calls.router import Router
+    from peft_multibatch.layers.fusion import Group
 
 
+@handles(is_fast=True)
 def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``lora.Linear`` and its like: the base layer's output plus every row's own delta; siblings run as one."""
     patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
@@ -33,42 +37,95 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
     call = router.current()
-    if call is None or (self._disable_adapters and not call.packed):
+    if call is None:
         return patch.original(x, *args, **kwargs)
-    if self.merged_adapters:
-        check_state(patch.name, self)
+    if self._disable_adapters and isinstance(call, Graph):
+        return patch.original(x, *args, **kwargs)
     if kwargs:
         kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
-    if self.training and _uses_dropout(self):
-        return per_segment(self, x, *args, **kwargs)
+    if call.base_layers and self in call.base_layers:
+        return run_base(self, patch, x, *args, **kwargs)
+    if self.merged_adapters:
+        check_merged(patch.name, self)
 
-    group = patch.group
-    if group is None or args or kwargs:
-        return _run(call, router, patch.bank, x, *args, **kwargs)[0]
-    if patch.index == 0:
+    joined = None if args or kwargs else patch.group
+    if joined is None:
+        plan, apart = _plan_for(call, patch.bank)
+        if plan is None:
+            return per_segment(self, x, *args, **kwargs)
+        y = _run(call, plan, router, patch.bank, x, *args, **kwargs)[0]
+        return run_apart(self, call, patch, apart, x, y, *args, **kwargs) if apart else y
+    group, index = joined
+    plan, apart = _plan_for(call, group.bank)
+    if plan is None:
+        return per_segment(self, x)
+    y = _run_sibling(call, plan, router, group, index, patch.bank, x)
+    return run_apart(self, call, patch, apart, x, y) if apart else y
+
+
+def _plan_for(call: Call | Graph, bank: Bank) -> tuple[Any, frozenset[int]]:
+    """The plan that a bank's product runs, and the slots of the adapters that PEFT's own module has to run beside it.
+
+    The plan is None where they are all that there is, and always the same for a graph, which knows no plans.
+
+    Raises:
+        UnsupportedError: compiled code can't run the adapters in use.
+    """
+    if isinstance(call, Graph):
+        if call.apart:
+            raise UnsupportedError(
+                f"a model was compiled, and {call.apart}, which a graph can't hold: expected adapters that run "
+                "segmented, see mb.report(), without variants and dropout. Run it without torch.compile, or pass "
+                "disable_compile=True to generate."
+            )
+        return call, NONE
+    plan = call.plan
+    found = plan.apart(bank)
+    if found is None and not call.is_hooked:
+        return plan, NONE
+    slots = found.slots | found.dropping() if found is not None else NONE
+    if call.is_hooked:
+        slots = frozenset(plan.adapters)
+    if not slots:
+        return plan, NONE
+    return None if plan.is_whole(slots) else plan.without(slots), slots
+
+
+NONE: frozenset[int] = frozenset()
+
+
+def _run_sibling(
+    call: Call | Graph, plan: Any, router: Router, group: Group, index: int, bank: Bank, x: Tensor
+) -> Tensor:
+    """What one layer of a group gives; the first one computes it for all of them."""
+    if index == 0:
         whole = group.base_output(x)
-        if whole is None:
-            ys = _run(call, router, group.bank, x)
+        if whole is None or (isinstance(call, Call) and call.plan.has_dora(group.bank)):
+            ys = _run(call, plan, router, group.bank, x)
         else:
-            ys = list(_add_deltas(call, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
-        call.stash[group] = x, _version(call, x), [None, *ys[1:]]
+            ys = list(_add_deltas(call, plan, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
+        call.sibling_outputs[group] = x, _version(call, x), [None, *ys[1:]]
         return ys[0]
-    source, version, waiting = call.stash.get(group, (None, 0, []))
-    if source is x and version == _version(call, x) and waiting[patch.index] is not None:
-        y = waiting[patch.index]
-        waiting[patch.index] = None
-        if patch.index == len(waiting) - 1:
-            del call.stash[group]
+    source, version, waiting = call.sibling_outputs.get(group, (None, 0, []))
+    y = waiting[index] if source is x and version == _version(call, x) else None
+    if y is not None:
+        waiting[index] = None
+        if index == len(waiting) - 1:
+            del call.sibling_outputs[group]
         return y
     if isinstance(call, Call) and source is not None and source is not x:
         group.split("its projections read different tensors")
-    return _run(call, router, patch.bank, x)[0]
+    return _run(call, plan, router, bank, x)[0]
 
 
-def _run(call: Call | Graph, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+def _run(
+    call: Call | Graph, plan: Any, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any
+) -> list[Tensor]:
     """What each of a bank's layers gives."""
     if not bank.is_split:
-        return _add_deltas(call, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x)
+        return _add_deltas(
+            call, plan, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
+        )
     if isinstance(call, Graph):
         raise UnsupportedError(
             "a model split by tensor parallelism was compiled, which wasn't tested with ids: expected eager code. Run "
@@ -83,7 +140,7 @@ def _run(call: Call | Graph, router: Router, bank: Bank, x: Tensor, *args: Any, 
         y.to(torch.promote_types(y.dtype, torch.float32)) if split and split.dim else y
         for split, y in zip(bank.splits, bases)
     ]
-    ys = _add_deltas(call, router, bank, ys, x)
+    ys = _add_deltas(call, plan, router, bank, ys, x)
     ys = [shards.sum_up(layer, split, x, y) if split else y for (layer, split), y in zip(splits, ys)]
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
 
@@ -106,83 +163,84 @@ def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 
-def _uses_dropout(layer: LoraLayer) -> bool:
-    return any(not isinstance(dropout, nn.Identity) and dropout.p > 0 for dropout in layer.lora_dropout.values())
-
-
-def _add_deltas(call: Call | Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+def _add_deltas(
+    call: Call | Graph, plan: Any, router: Router, bank: Bank, ys: list[Tensor], x: Tensor
+) -> list[Tensor]:
     """Add to every slice's output the deltas of ``x`` ``[..., K]``, row by row; in place for inference.
 
     ``ys`` is one tensor ``[..., N]`` for each slice, or one with all slices side by side; so is the result.
     """
     if isinstance(call, Graph):
         return _add_in_graph(call, router, bank, ys, x)
-    ys = _add(call, router, bank, ys, x)
-    if bank.has_variants():
-        ys = _scale(call, bank, ys)
+    ys = _add(call, plan, router, bank, ys, x)
+    if plan.has_dora(bank):
+        ys = _scale(call, plan, bank, ys)
     return ys
 
 
-def _add(call: Call, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
-    mix, kernels = call.mix, router.kernels
-    if torch.is_grad_enabled() and (mix.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
+def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
+    kernels = router.kernels
+    if torch.is_grad_enabled() and (plan.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
         call.num_rows(x.shape)
-        return _add_through_ops(mix.op_inputs(bank), bank, ys, x) if mix.adapters else ys
+        return _add_through_ops(plan.op_inputs(bank), bank, ys, x) if plan.adapters else ys
     if kernels is not None and kernels.runs_on(x):
         is_capturing = kernels.is_capturing()
         if is_capturing or call.for_graphs:
-            plans, tables = router.graph.fixed(call, bank, x.device, is_capturing)
-            if kernels.takes(ys, x, tables):
+            if plan is not call.plan:
+                check_not_capturing(x.device)
+            packed, tables = router.graph.fixed(call, bank, x.device, is_capturing)
+            if plan is call.plan and kernels.takes(ys, x, tables):
                 call.num_rows(x.shape)
                 ys = [y.contiguous() for y in ys]
-                for plan in plans:
-                    kernels.add_(ys, x, bank.widths, plan, tables)
+                for each in packed:
+                    kernels.add_(ys, x, bank.widths, each, tables)
                 return ys
             check_not_capturing(x.device)  # before anything is made and kept that only a replay would fill
-        products = mix.products.get(bank)
+        products = plan.products.get(bank)
         if products is None or not products.fit(ys, x):
             call.num_rows(x.shape)
             ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
-            plans, tables = mix.plans(x.device), mix.tables(bank, x.device)
-            products = mix.products[bank] = kernels.Products(ys, x, bank.widths, mix.terms, plans, tables)
+            packed, tables = plan.plans(x.device), plan.tables(bank, x.device)
+            products = plan.products[bank] = kernels.Products(ys, x, bank.widths, plan.components, packed, tables)
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
     call.num_rows(x.shape)  # dimension 0 has to map to samples, not just all rows together
     check_not_capturing(x.device)
-    if mix.adapters:
+    if plan.adapters:
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
         with _without_autocast(x.device.type):
-            for term in mix.terms:
-                ops.torch_backend.apply_(slices, rows, term, mix.weights(bank))
+            for segments in plan.components:
+                ops.torch_backend.apply_(slices, rows, segments, plan.weights(bank))
     return ys
 
 
-def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
+def _scale(call: Call, plan: BatchPlan, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
     """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights.
 
     Raises:
         UnsupportedError: a mixture of DoRA adapters.
     """
     check_not_capturing(ys[0].device)
-    for name in [call.mix.adapters[slot].name for slot in call.mix.mixed]:
-        if any(name in layer.lora_variant for layer in bank.layers):
+    for adapter in [plan.adapters[slot] for slot in plan.mixed]:
+        if any(part and part.magnitude is not None for part in adapter.parts(bank.layers)):
+            name = adapter.name
             raise UnsupportedError(
                 f"a mixture names {name!r}, a DoRA adapter, whose output isn't a delta that can be weighted: expected "
                 "plain LoRA. Give the row that adapter alone, or leave it out of mixtures."
             )
     scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
     if scales is None:
-        scales = bank.dora_scales(call.mix.adapters)
+        scales = bank.dora_scales(plan.adapters)
         if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
             call.dora_scales[bank] = scales
     found = []
     for layer, y, scale in zip(bank.layers, ys, scales):
         if scale is not None:
-            rows = call.mix.positions(y.device)  # the base model's -1 is the last row of the scales
+            rows = plan.positions(y.device)  # the base model's -1 is the last row of the scales
             bias = layer.base_layer.bias
             start = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
             grouped = y.reshape(len(rows), -1, y.shape[-1])
@@ -193,15 +251,12 @@ def _scale(call: Call, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
 
 def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
-    if bank.has_variants():
-        raise UnsupportedError(
-            "a model was compiled with DoRA adapters, whose norms are computed when a call begins: expected adapters "
-            "without variants. Run it without torch.compile, or pass disable_compile=True to generate."
-        )
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plans = [take_plan(graph.mixes, x.shape, graph.key, index) for index in range(graph.terms)]
-        return _add_through_ops((plans, bank.lora_a, bank.lora_b, bank.ranks, bank.scalings), bank, ys, x)
+        plans = [take_plan(graph.plans, x.shape, graph.key, index) for index in range(graph.components)]
+        trains = torch.is_grad_enabled()
+        lora_a, lora_b = (bank.lora_a, bank.lora_b) if trains else (bank.inference_a, bank.inference_b)
+        return _add_through_ops((plans, lora_a, lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(
             "a compiled model was called on a GPU while other ids, or ids at all, are in force on another thread or "
@@ -210,7 +265,7 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         )
     graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]
-    for table in bank.held:
+    for table in bank.graph_tables:
         if table.dtype not in kernels.DTYPES:
             raise UnsupportedError(
                 f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "

@@ -1,44 +1,74 @@
-"""What a patched layer knows."""
+"""A layer of the model in whose place a handler runs, and what the handler needs to know."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from peft_multibatch.adapters.bank import Bank
 from peft_multibatch.errors import MergedAdaptersError, UnsupportedError
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.adapters.bank import Bank
     from peft_multibatch.calls.router import Router
     from peft_multibatch.layers.fusion import Group
 
 STATE = "_multibatch"
-"""Attribute of a patched module that holds its ``Patch``."""
+"""Attribute of a patched module that holds its ``PatchedLayer``."""
 
 
-class Patch:
-    """What a patched layer needs to know. A copy or a pickle of the layer has None in its place, and is plain PEFT.
+class PatchedLayer:
+    """A PEFT layer whose forward is a handler. A copy or a pickle of the layer has None here, and is plain PEFT.
+
+    What its handler is depends on the layer's class alone, so that adapters come and go without a layer being patched
+    anew, which calls under way would notice.
 
     Attributes:
-        name: the layer's name in the model.
-        router: tells which call is in force.
+        module: the layer.
+        name: its name in the model.
+        handler: what runs in the place of its forward.
+        reason: why that isn't the fast one, or the empty string.
+        is_fast: whether it is.
+        refusal: why adapters that have anything in the layer can't take part, or the empty string.
+        router: tells which call is active.
         original: the layer's own ``forward``, bound.
         bank: the layer's bank, alone; None where it runs per segment.
-        group: the projection group it belongs to, or None where it runs by itself.
-        index: its slice in the group.
+        group: the projection group it belongs to and its slice in it; None where it runs by itself.
     """
 
-    def __init__(self, name: str, router: Router, original: Callable[..., Tensor], bank: Bank | None) -> None:
-        self.name = name
-        self.router = router
-        self.original = original
-        self.bank = bank
-        self.group: Group | None = None
-        self.index = 0
+    def __init__(
+        self, module: Any, name: str, router: Router, handler: Callable[..., Any], reason: str, refusal: str
+    ) -> None:
+        self.module, self.name, self.router = module, name, router
+        self.handler, self.reason, self.refusal = handler, reason, refusal
+        self.is_fast = getattr(handler, "is_fast", False)
+        self.bank = Bank([module]) if self.is_fast else None
+        self.group: tuple[Group, int] | None = None
+        attributes = module.__dict__
+        is_handler = getattr(getattr(attributes.get("forward"), "__func__", None), "is_handler", False)
+        if is_handler and attributes.get(STATE) is None:
+            del attributes["forward"]  # of a copy: what was put there belongs to the original
+        attribute = own_attribute(module, "forward")
+        self.original: Callable[..., Any] = getattr(module, attribute)
+        attributes[STATE] = self
+        self._forward = Replacement(module, attribute, types.MethodType(handler, module))
+
+    def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
+        """Let another handler run."""
+        self.handler, self.reason, self.refusal = handler, reason, refusal
+        self.is_fast = getattr(handler, "is_fast", False)
+        self.bank = Bank([self.module]) if self.is_fast else None
+        self.group = None
+        self._forward.change(types.MethodType(handler, self.module))
+
+    def remove(self) -> None:
+        """Put the layer's own forward back."""
+        self._forward.undo()
+        self.module.__dict__.pop(STATE, None)
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -47,7 +77,61 @@ class Patch:
         return type(None), ()
 
 
-def check_state(name: str, layer: Any) -> None:
+def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
+    """Marks a function as a handler."""
+
+    def mark(function: Any) -> Any:
+        function.is_handler, function.is_fast = True, is_fast
+        function.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's
+        return function
+
+    return mark
+
+
+def own_attribute(module: nn.Module, method: str) -> str:
+    """Where the method is that calls arrive at behind accelerate's hooks, which move inputs and weights before."""
+    # put in front of the hooks, ours would go with them when somebody removes them or adds others
+    return "_old_forward" if method == "forward" and {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else method
+
+
+class Replacement:
+    """A method in the place of another one, as an attribute of a module."""
+
+    def __init__(self, module: nn.Module, attribute: str, method: Callable) -> None:
+        self._module, self._attribute, self._method = module, attribute, method
+        self._before = module.__dict__.get(attribute, _MISSING)
+        module.__dict__[attribute] = method
+
+    def change(self, method: Callable) -> None:
+        """Put another method in its place; in between there is no moment without one."""
+        for name in self._names():
+            if self._module.__dict__.get(name) is self._method:
+                self._module.__dict__[name] = method
+        self._method = method
+
+    def undo(self) -> None:
+        """Put back what was there before, also where somebody else moved the method in the meantime."""
+        attributes = self._module.__dict__
+        for name in self._names():
+            if attributes.get(name) is not self._method:
+                continue
+            if self._before is not _MISSING:
+                attributes[name] = self._before
+            elif name == self._attribute:
+                del attributes[name]
+            else:
+                attributes[name] = types.MethodType(getattr(type(self._module), self._attribute), self._module)
+
+    def _names(self) -> tuple[str, ...]:
+        # accelerate moves a forward to another name when it adds a hook, and back when it removes one
+        moved = ("forward", "_old_forward")
+        return moved if self._attribute in moved else (self._attribute,)
+
+
+_MISSING: Any = object()
+
+
+def check_merged(name: str, layer: Any) -> None:
     """Raise where a layer's adapters can't be told apart by rows.
 
     Raises:

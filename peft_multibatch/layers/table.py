@@ -1,17 +1,18 @@
 """How each PEFT layer class runs a mixed batch: one handler per class, found through a table, or refused by name.
 
-A handler is a function in the place of the layer's ``forward``. Without a call in force it does what PEFT does.
+A handler is a function in the place of the layer's ``forward``. Without an active call it does what PEFT does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from peft_multibatch.adapters import shards
-from peft_multibatch.adapters.weights import KNOWN_VARIANTS
+from peft_multibatch.adapters.checks import TUNERS
+from peft_multibatch.adapters.views import get_base
 from peft_multibatch.compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -23,13 +24,8 @@ from peft_multibatch.compat import (
 )
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.linear import linear
-from peft_multibatch.layers.per_segment import attention, per_segment, tiled_experts
-from peft_multibatch.layers.views import get_base
+from peft_multibatch.layers.per_segment import attention, base_only, per_segment, tiled_experts
 
-
-ALL = (linear, per_segment, tiled_experts, attention)
-for _handler in ALL:
-    _handler.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's forward
 
 PER_SEGMENT = "per segment"
 SEGMENTED = "segmented"
@@ -56,17 +52,6 @@ BASE_PLUS_DELTA = {
         "torchao.TorchaoLoraLinear",
     )
 }  # fmt: skip
-
-# Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
-# compared with PEFT one adapter at a time (tests/layers/test_tuners.py); whoever isn't here is refused.
-TUNERS = (
-    "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
-    "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora", "road", "shira",
-    "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
-)  # fmt: skip
-
-# Variants whose forward depends on more than the rows and the adapter: other adapters.
-CONTEXT_VARIANTS = ("Arrow",)
 
 # Parts of a layer's name whose rows aren't those of the samples, and what they are.
 OTHER_ROWS = {
@@ -97,18 +82,37 @@ def _has_media(config: Any) -> bool:
     return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
-def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) -> tuple[Callable[..., Tensor], str]:
-    """The handler of a layer and, where it is not the fast one, the reason.
+class Choice(NamedTuple):
+    """How a layer runs.
+
+    Attributes:
+        handler: what runs in the place of its forward.
+        reason: why that isn't the fast one, or the empty string.
+        refusal: why adapters that have anything in the layer can't take part, or the empty string. Rows of all others
+            get what the base layer gives.
+    """
+
+    handler: Callable[..., Tensor]
+    reason: str = ""
+    refusal: str = ""
+
+
+def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Choice:
+    """How a layer runs, which depends on what it is and where, and not on the adapters that it has.
 
     Args:
         name: the layer's name in the model, for messages.
         layer: a PEFT layer.
         config: the model's transformers configuration, or None.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
-
-    Raises:
-        UnsupportedError: a row of a mixed batch would not be right in this layer.
     """
+    try:
+        return Choice(*_find_handler(name, layer, config, is_gathered))
+    except UnsupportedError as error:
+        return Choice(base_only, "adapters that have anything in it are refused", str(error))
+
+
+def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
     kind = type(layer).__name__
     expected = "expected LoRA layers that see the rows of each sample together"
     advice = "Remove the adapters from it, or run the adapters one at a time without adapter_ids."
@@ -137,9 +141,9 @@ def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) 
             f"{name} is a {kind} around a {type(base).__name__}, two tuners on one layer: {expected}. {advice}"
         )
     if isinstance(layer, ModulesToSaveWrapper):
-        inner = [key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
-        if inner:
-            raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner[0]}): {expected}. {advice}")
+        inner = next((key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if inner is not None:
+            raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner}): {expected}. {advice}")
     shards.check_parts(name, layer, advice)
     if is_gathered:
         shards.check_gathered(name, layer, advice)
@@ -150,21 +154,10 @@ def find_handler(name: str, layer: Any, config: Any, is_gathered: bool = False) 
         return handler, f"{what} runs PEFT's own code"
     if isinstance(layer, lora.ParamWrapper) and type(get_base(layer)).__name__ in TILED_EXPERTS:
         handler = tiled_experts
-    variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
-    for variant in variants:
-        if variant.startswith(CONTEXT_VARIANTS):
-            raise UnsupportedError(f"{name} has an adapter of the variant {variant}, which is not supported. {advice}")
     if is_gathered and handler is linear:
         return per_segment, "FSDP gathers its weights when it runs"
     if f"{type(layer).__module__}.{kind}" not in BASE_PLUS_DELTA:
         if handler is linear:
             return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
         return handler, f"{kind} runs PEFT's own code"
-    if not variants <= KNOWN_VARIANTS:
-        return per_segment, f"an adapter is of the variant {', '.join(sorted(variants))}"
-    submodules = [module for modules in (layer.lora_A, layer.lora_B) for module in modules._modules.values()]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in submodules):
-        return per_segment, "somebody hooked its lora_A or lora_B"
-    if any(layer.lora_bias.values()):
-        return per_segment, "an adapter has a bias (lora_bias)"
     return linear, ""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from peft_multibatch.calls.router import Router
-from peft_multibatch.errors import NotEnabledError
 
 
 CHECKPOINT = "_gradient_checkpointing_func"
@@ -16,7 +15,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 class WithIds:
     """A checkpointing function that runs layers again under the ids under which they ran first.
 
-    ``backward`` comes after the call, when its ids are no longer in force, and on a GPU in a thread of its own.
+    ``backward`` comes after the call, when its ids are no longer active, and on a GPU in a thread of its own.
 
     Args:
         router: holds the ids.
@@ -28,21 +27,13 @@ class WithIds:
         self.original = original
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.router.call.get()
+        call = self.router.active()
         if call is None:
             return self.original(function, *args, **kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            if not self.router.is_enabled:
-                raise NotEnabledError(
-                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
-                    "to stay enabled until then. Call backward first."
-                )
-            token = self.router.call.set(call.again())
-            try:
+            with self.router.block(call.again):
                 return function(*args, **kwargs)
-            finally:
-                self.router.call.reset(token)
 
         return self.original(again, *args, **kwargs)
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from peft_multibatch.calls.call import Call, Invocations
 from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
-from peft_multibatch.layers.patch import STATE
-from peft_multibatch.model.scan import own_attribute, replace
+from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.plan.segments import BASE
 
 
@@ -68,7 +67,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         adapter_ids = pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
             raise copy_error()
-        call = handle._router.in_force() if handle is not None else None
+        call = handle._router.active() if handle is not None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)
@@ -94,11 +93,11 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                     call.invocations.step(*_num_tokens(args, kwargs))
             return original(*args, **kwargs)
         # a block of `batch()` is open, and much may have happened to the model since it began
-        handle._check(call.mix.adapters)
+        base_layers = handle._check(call.plan.ids_in_use)
         if not handle._has_layers(self):
             return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
-        check_length(len(call.mix.ids), samples)
-        with handle._router.routing(call.mix.ids, method == "generate") as own_call:
+        check_length(len(call.plan.ids), samples)
+        with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
             own_call.inside = True
             own_call.invocations = _invocations(handle, own_call, args, kwargs)
             return original(*args, **kwargs)
@@ -106,7 +105,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
     wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return replace(module, attribute, types.MethodType(wrapper, module))
+    return Replacement(module, attribute, types.MethodType(wrapper, module)).undo
 
 
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
@@ -140,7 +139,9 @@ def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -
     """Where aLoRA adapters begin in a call that brings ``input_ids``; None where none of its adapters is one."""
     configs: Any = handle._inner.peft_config
     # mixtures of variants are refused where layers run
-    names = [None if isinstance(entry, tuple) or entry == BASE else handle._names[entry] for entry in call.mix.ids]
+    adapters = call.plan.adapters
+    entries = call.plan.entries
+    names = [None if isinstance(entry, tuple) or entry == BASE else adapters[entry].name for entry in entries]
     if not any(name and getattr(configs[name], "alora_invocation_tokens", None) for name in names):
         return None
     given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args]

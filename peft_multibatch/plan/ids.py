@@ -1,4 +1,4 @@
-"""What users pass as ``adapter_ids`` → slots."""
+"""What users pass as ``adapter_ids`` → an entry for every sample."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from peft_multibatch.errors import AdapterIdsLengthError, AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
+from peft_multibatch.plan.names import AdapterNames
 from peft_multibatch.plan.segments import BASE
 
 
@@ -21,16 +22,16 @@ SHOWN = 3
 """Adapters that an error names at most."""
 
 Entry = int | tuple[tuple[int, float], ...]
-"""What one sample runs under: a slot, or a mixture of several, each with its weight, in the order of the slots."""
+"""What one sample runs under: an id, or a mixture of several, each with its weight, in the order of the ids."""
 
 
-def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[Entry]:
-    """Turn adapter ids into slots.
+def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
+    """Turn what users pass into ids.
 
     Args:
         adapter_ids: a list or tuple of ids, names and mixtures, a 1-D integer tensor or array; ``-1`` and
             ``"__base__"`` stand for the base model alone, ``{"sql": 0.7, "poet": 0.3}`` for a weighted sum.
-        names: adapter names by slot; None where an adapter was deleted.
+        names: the adapters that are there.
 
     Returns:
         One entry per sample.
@@ -54,22 +55,21 @@ def resolve(adapter_ids: Any, names: Sequence[str | None]) -> list[Entry]:
             f"adapter_ids is {_show(adapter_ids)}: expected a list, tuple or tensor with one id or name for every "
             "sample, such as [0, 0, 1] or ['sql', '__base__']."
         )
-    if all(name is None for name in names):
+    if not names:
         raise NoAdaptersError(
             "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
             "model.add_adapter(...)."
         )
-    slots = {name: slot for slot, name in enumerate(names) if name is not None} | {BASE_NAME: BASE}
     return [
-        _mixture(entry, index, slots, names) if isinstance(entry, Mapping) else _slot(entry, index, slots, names)
+        _mixture(entry, index, names) if isinstance(entry, Mapping) else _id(entry, index, names)
         for index, entry in enumerate(adapter_ids)
     ]
 
 
-def terms(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]]:
-    """Take mixtures apart: the n-th term has the slot and the weight of every entry's n-th adapter.
+def components(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]]:
+    """Take mixtures apart: the n-th component has the id and the weight of every entry's n-th adapter.
 
-    Without mixtures that is one term, whose weights are None.
+    Without mixtures that is one component, whose weights are None.
     """
     mixtures = [entry for entry in entries if isinstance(entry, tuple)]
     if not mixtures:
@@ -78,7 +78,7 @@ def terms(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]
     found: list[tuple[list[int], list[float] | None]] = []
     for index in range(max(map(len, mixtures))):
         pairs = [part[index] if index < len(part) else (BASE, 1.0) for part in parts]
-        found.append(([slot for slot, _ in pairs], [weight for _, weight in pairs]))
+        found.append(([each for each, _ in pairs], [weight for _, weight in pairs]))
     return found
 
 
@@ -94,38 +94,38 @@ def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
         )
 
 
-def label_of(entry: Entry, names: Sequence[str | None]) -> str:
+def label_of(entry: Entry, names: AdapterNames) -> str:
     """How an entry is named for people: an adapter's name, or the names of a mixture and their weights."""
     if isinstance(entry, tuple):
-        return " + ".join(f"{weight:g} {names[slot]}" for slot, weight in entry)
-    return BASE_NAME if entry == BASE else str(names[entry])
+        return " + ".join(f"{weight:g} {names.by_id.get(each)}" for each, weight in entry)
+    return BASE_NAME if entry == BASE else str(names.by_id.get(entry))
 
 
-def slots_of(entry: Entry) -> tuple[int, ...]:
-    """The slots of an entry's adapters; none for the base model alone."""
+def ids_of(entry: Entry) -> tuple[int, ...]:
+    """The ids of an entry's adapters; none for the base model alone."""
     if isinstance(entry, tuple):
-        return tuple(slot for slot, _ in entry)
+        return tuple(each for each, _ in entry)
     return () if entry == BASE else (entry,)
 
 
-def check_live(slots: Iterable[int], names: Sequence[str | None]) -> None:
-    """Raise where an adapter is gone whose slot is in use.
+def check_live(ids: Iterable[int], names: AdapterNames) -> None:
+    """Raise where an adapter is gone that a block of ``mb.batch()`` names.
 
     Raises:
         UnknownAdapterError: it was deleted.
     """
-    for slot in slots:
-        if names[slot] is None:
+    for each in ids:
+        if each not in names.by_id:
             raise UnknownAdapterError(
-                f"the adapter with the id {slot} was deleted while ids that name it are in force: expected "
-                f"{_nearest(slot, names)}. Leave mb.batch() before you delete an adapter that it uses."
+                f"the adapter with the id {each} was deleted while ids that name it are in force: expected "
+                f"{_nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
             )
 
 
-def _mixture(entry: Mapping[Any, Any], index: int, slots: dict[str, int], names: Sequence[str | None]) -> Entry:
+def _mixture(entry: Mapping[Any, Any], index: int, names: AdapterNames) -> Entry:
     weights: dict[int, float] = {}
     for key, weight in entry.items():
-        slot = _slot(key, index, slots, names)
+        number = _id(key, index, names)
         try:
             is_number = not isinstance(weight, (bool, str)) and not getattr(weight, "requires_grad", False)
             value = float(weight) if is_number else math.nan
@@ -136,65 +136,66 @@ def _mixture(entry: Mapping[Any, Any], index: int, slots: dict[str, int], names:
                 f"adapter_ids[{index}] gives {key!r} the weight {_show(weight)}: expected a finite number in float32, "
                 "as in {'sql': 0.7, 'poet': 0.3}."
             )
-        if slot == BASE:
+        if number == BASE:
             raise AdapterIdsTypeError(
                 f"adapter_ids[{index}] gives the base model a weight: expected adapters alone, because a row is the "
                 "base model's output plus the weighted sum of its adapters' deltas. Leave it out."
             )
-        if slot in weights:
+        if number in weights:
             raise AdapterIdsTypeError(
-                f"adapter_ids[{index}] names {names[slot]!r} twice: expected each adapter once, by its id or its name."
+                f"adapter_ids[{index}] names {names.by_id[number]!r} twice: expected each adapter once, by its id or "
+                "its name."
             )
-        weights[slot] = value
+        weights[number] = value
     if not weights:
         raise AdapterIdsTypeError(
             f"adapter_ids[{index}] is an empty mixture: expected at least one adapter, as in {{'sql': 0.7, "
             f"'poet': 0.3}}, or '{BASE_NAME}'."
         )
-    pairs = tuple((slot, weight) for slot, weight in sorted(weights.items()) if weight)
+    pairs = tuple((number, weight) for number, weight in sorted(weights.items()) if weight)
     if not pairs:
         return BASE
     return pairs[0][0] if len(pairs) == 1 and pairs[0][1] == 1 else pairs
 
 
-def _slot(entry: Any, index: int, slots: dict[str, int], names: Sequence[str | None]) -> int:
+def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if isinstance(entry, str):
-        if entry not in slots:
+        number = BASE if entry == BASE_NAME else names.ids.get(entry)
+        if number is None:
             raise UnknownAdapterError(
                 f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {_nearest(entry, names)}."
             )
-        return slots[entry]
+        return number
     try:
-        slot = operator.index(entry)
+        number = operator.index(entry)
     except TypeError:
-        slot = None
-    if slot is None or isinstance(entry, bool):
+        number = None
+    if number is None or isinstance(entry, bool):
         raise AdapterIdsTypeError(
             f"adapter_ids[{index}] is {_show(entry)}: expected an integer id or an adapter's name, -1 or "
             f"'{BASE_NAME}' for the base model alone, or a mixture such as {{'sql': 0.7, 'poet': 0.3}}."
         )
-    if slot != BASE and (not 0 <= slot < len(names) or names[slot] is None):
-        gone = " (any more: it was deleted)" if 0 <= slot < len(names) else ""
+    if number != BASE and number not in names.by_id:
+        gone = " (any more: it was deleted)" if 0 <= number < names.count else ""
         raise UnknownAdapterError(
-            f"adapter_ids[{index}] is {slot}, and no adapter has this id{gone}: expected {_nearest(slot, names)}."
+            f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {_nearest(number, names)}."
         )
-    return slot
+    return number
 
 
-def _nearest(wanted: str | int, names: Sequence[str | None]) -> str:
+def _nearest(wanted: str | int, names: AdapterNames) -> str:
     """What may have been meant, for messages: few adapters, however many there are, because others may be others'."""
-    known = {slot: name for slot, name in enumerate(names) if name is not None}
-    if len(known) > SHOWN:
+    known = dict(sorted(names.by_id.items()))
+    is_whole = len(known) <= SHOWN
+    if not is_whole:
         if isinstance(wanted, int):
-            slots = sorted(known, key=lambda slot: abs(slot - wanted))[:SHOWN]
+            numbers = sorted(known, key=lambda number: abs(number - wanted))[:SHOWN]
         else:
             close = {*difflib.get_close_matches(wanted, known.values(), SHOWN)}
-            slots = [slot for slot, name in known.items() if name in close]
-        known = {slot: known[slot] for slot in sorted(slots)}
-    listed = ", ".join([*(f"{slot} ({name!r})" for slot, name in known.items()), f"-1 ('{BASE_NAME}')"])
-    return (
-        f"one of {listed}" if len(known) == sum(name is not None for name in names) else f"another, such as {listed}"
-    )
+            numbers = [number for number, name in known.items() if name in close]
+        known = {number: known[number] for number in sorted(numbers)}
+    listed = ", ".join([*(f"{number} ({name!r})" for number, name in known.items()), f"-1 ('{BASE_NAME}')"])
+    return f"one of {listed}" if is_whole else f"another, such as {listed}"
 
 
 def _show(value: Any) -> str:

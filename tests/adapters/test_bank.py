@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -233,46 +234,63 @@ def test_adapters_that_are_compared_in_turns_all_have_one():
     model = peft_model()
     for index in range(5):
         model.add_adapter(f"more {index}", lora_configs()["eight"])
-    router = peft_multibatch.enable(model)._router
+    registry = peft_multibatch.enable(model)._registry
     many, few = list(range(8)), list(range(5))
-    before = router.adapters(many)
-    for adapter in before.values():
-        adapter.parts([layer_of(model)])
+    before = registry.adapters(many)
     last = layer_of(model).lora_B["more 4"]
     last.weight = torch.nn.Parameter(last.weight * 2)
     for step in range(8):
-        router.mix([few, many][step % 2], checks=4)
-    assert router.adapters(many, checks=0)[7] is not before[7]
+        registry.adapters([few, many][step % 2], checks=4)
+    assert registry.adapters(many, checks=0)[7] is not before[7]
 
 
 def test_adapters_that_another_thread_lets_go_of_are_read_again():
-    router = peft_multibatch.enable(peft_model())._router
+    registry = peft_multibatch.enable(peft_model())._registry
 
-    class LetGo(dict):
-        def __contains__(self, slot):
-            found = super().__contains__(slot)
+    class LetGo(OrderedDict):
+        def get(self, number):
+            found = super().get(number)
             self.clear()
             return found
 
-    before = router.adapters([0])
-    router._adapters = LetGo(before)
-    assert router.adapters([0])[0].name == before[0].name
+    before = registry.adapters([0])
+    registry._current = LetGo(registry._current)
+    assert registry.adapters([0])[0].name == before[0].name
 
 
 def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     """A block that is still open has the adapter as it was read, and weights of another rank stand in its place."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
-    router, bank, device = mb._router, layer_of(model)._multibatch.bank, torch.device("cpu")
-    before = router.adapters([2])
-    bank.tables(before, device, 3)
-    bank.hold(before, device, is_captured=False)
-    assert [table.rank for table in bank.held] == [8]
+    registry, bank, device = mb._registry, layer_of(model)._multibatch.bank, torch.device("cpu")
+
+    def in_slots():
+        return {adapter.slot: adapter for adapter in registry.adapters([2]).values()}
+
+    before = in_slots()
+    bank.tables(before, device, 16)
+    bank.extend_for_graphs(before, device, is_captured=False)
+    assert [table.rank for table in bank.graph_tables] == [8]
     a, b = layer_of(model).lora_A["eight"].weight, layer_of(model).lora_B["eight"].weight
     a.data, b.data = torch.randn(40, a.shape[1]), torch.randn(b.shape[0], 40)
-    after = router.adapters([2])
-    assert after != before
-    bank.tables(after, device, 3)  # as another thread does
-    bank.tables(before, device, 3)
-    bank.hold(before, device, is_captured=False)
-    assert [table.rank for table in bank.held] == [40]
+    after = in_slots()
+    assert not {*after} & {*before}
+    bank.tables(after, device, 16)  # as another thread does
+    (found,) = bank.tables(before, device, 16)
+    assert found.rank == 8
+    assert found.rows[[*before], :, 2].tolist() == [[8]]
+    bank.extend_for_graphs(before, device, is_captured=False)
+    bank.extend_for_graphs(after, device, is_captured=False)
+    assert [table.rank for table in bank.graph_tables] == [40]
+    assert found.rows[[*after], :, 2].tolist() == [[40]]
+
+
+def test_slots_are_given_back_and_ids_are_not():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    for index in range(40):
+        model.add_adapter(f"new {index}", lora_configs()["three"])
+        logits(model, [f"new {index}"] * 6)
+        model.delete_adapter(f"new {index}")
+    assert mb._registry.slots.capacity == 16
+    assert mb.adapter_names == ["three", "four", "eight"] + [None] * 40

@@ -87,8 +87,11 @@ def test_every_way_to_change_a_dictionary_is_noticed(change):
     model = peft_model()
     peft_multibatch.enable(model)
     configs, plain = model.peft_config, dict(model.peft_config)
-    before = configs.changes
+    names = configs.names
+    before = names.changes
     change(configs), change(plain)
-    assert configs.changes > before
+    assert names.changes > before
     assert configs == plain
-    assert list(configs.ever) == ["three", "four", "eight", *(name for name in plain if name in "xy")]
+    new = [name for name in plain if name in "xy"]
+    assert names.listed() == [*(name if name in plain else None for name in ("three", "four", "eight")), *new]
+    assert list(names.ids) == list(plain)

@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.layers.table import find_handler
+from peft_multibatch.layers.table import choose
 
 
 NAMES = ["three", "__base__", "eight", "four", "eight", "three"]
@@ -299,23 +299,24 @@ def what_cannot_be_split_is_refused(folder, device):
         with pytest.raises(errors.UnsupportedError, match=message):
             peft_multibatch.enable(model)
     layer = split.base_model.model.model.layers[0].self_attn.q_proj
-    with pytest.raises(errors.UnsupportedError, match="sharded by FSDP"):
-        find_handler("q_proj", layer, None, is_gathered=True)
+    assert "sharded by FSDP" in choose("q_proj", layer, None, is_gathered=True).refusal
     layer = layer.lora_B["three"]
     before, base = layer.weight, split.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     base._hf_tp_plan = None  # as PEFT leaves it that doesn't know of transformers' plans
-    with pytest.raises(errors.UnsupportedError, match=r"the plan None.*peft 0\.21\.1 or newer"):
-        peft_multibatch.enable(split)
-    base._hf_tp_plan = "colwise"
-    layer.weight = torch.nn.Parameter(before.full_tensor(), requires_grad=False)
-    with pytest.raises(errors.UnsupportedError, match="not split with it"):
-        peft_multibatch.enable(split)
-    layer.weight = before
     mb = peft_multibatch.enable(split)
-    layer.weight = torch.nn.Parameter(before.full_tensor(), requires_grad=False)
-    with pytest.raises(errors.ModelStateError, match="since enable"):
+    with pytest.raises(errors.UnsupportedError, match=r"the plan None.*peft 0\.21\.1 or newer"):
         logits(split, inputs_on(device), adapter_ids=NAMES)
+    mb.disable()
+    base._hf_tp_plan = "colwise"
+    mb, inputs = peft_multibatch.enable(split), inputs_on(device)
+    others = [name if name != "three" else "eight" for name in NAMES]
+    before_all = logits(split, inputs, adapter_ids=others)
+    layer.weight = torch.nn.Parameter(before.full_tensor(), requires_grad=False)
+    with pytest.raises(errors.UnsupportedError, match="adapter 'three' are not split with it"):
+        logits(split, inputs, adapter_ids=NAMES)
+    assert_close(logits(split, inputs, adapter_ids=others), before_all)
     layer.weight = before
+    logits(split, inputs, adapter_ids=NAMES)
     mb.disable()
 
 

@@ -158,7 +158,7 @@ def test_what_runs_before_a_capture_makes_room_for_all_adapters_as_they_are():
         model(**inputs(), use_cache=False)
     assert mb._router.graph.is_captured
     with mb.batch(["eight"] * 6):
-        assert max(table.rank for bank in mb._router.graph.banks for table in bank.held) == 40
+        assert max(table.rank for bank in mb._router.graph.banks for table in bank.graph_tables) == 40
 
 
 def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
@@ -178,7 +178,7 @@ def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
         monkeypatch.setattr(linear, "check_not_capturing", refuse)
         with pytest.raises(peft_multibatch.UnsupportedError):
             model(**inputs(), use_cache=False)
-        assert not call.mix._plans
+        assert not call.plan._plans
 
 
 @pytest.mark.parametrize("fuse", [True, "weights"])
@@ -436,7 +436,7 @@ def test_a_thread_without_ids_never_runs_under_those_of_another(compiled):
 def test_dora_in_a_graph_is_refused(compiled):
     model, mb, fast, _ = compiled
     names = add_dora(model)
-    with mb.batch(names), pytest.raises(Exception, match="compiled with DoRA adapters"):
+    with mb.batch(names), pytest.raises(Exception, match="a model was compiled, and a DoRA adapter is used"):
         logits(fast, None, use_cache=False)
 
 

@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.continuous import admission, prefixes
-from peft_multibatch.continuous.scheduler import FairQueue
+from peft_multibatch.continuous.scheduler import FairScheduler
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -439,7 +439,8 @@ def test_adapters_disabled_and_enabled_in_the_middle_of_a_step(how):
             if name.endswith("lora_A.eight"):
                 module.register_forward_hook(lambda *_: None)
     mb = peft_multibatch.enable(model, fuse=False)
-    assert {layer.how for layer in mb.report()} == {how}
+    assert {layer.how for layer in mb.report()} == {"segmented"}
+    assert bool(mb.report().adapters[2].reason) == (how == "per segment")
     inputs, entries = prompts(3), ["three", "eight", "__base__"]
     want = row_by_row(model, inputs, entries)
     layers, toggled = model.get_base_model().model.layers, []
@@ -625,7 +626,7 @@ def test_a_flood_for_one_adapter_does_not_starve_the_others():
             self.initial_tokens = [1] * 10
             self.status, self.generated_tokens, self._true_initial_tokens = 0, [], 0
 
-    queue, waiting, begun = FairQueue(), [Request(0) for _ in range(100)], []
+    queue, waiting, begun = FairScheduler(), [Request(0) for _ in range(100)], []
     for step in range(110):
         if step == 20:
             waiting += [Request(1) for _ in range(10)]

@@ -111,8 +111,8 @@ def test_nothing_of_a_call_is_kept_after_it():
     mb = peft_multibatch.enable(model)
     with mb.batch(NAMES):
         model(x, order="q")  # k and v were computed for nobody
-    assert mb._router.call.get() is None
-    assert mb._router.graph.stash == {}
+    assert mb._router.active() is None
+    assert mb._router.graph.sibling_outputs == {}
 
 
 def logits(model, **kwargs):

@@ -49,17 +49,22 @@ def test_other_layers_run_peft_per_segment(layer):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"lora_bias": True}, {"init_lora_weights": "mica"}],
+    ("options", "reason"),
+    [
+        ({"lora_bias": True}, "its lora_B has a bias"),
+        ({"init_lora_weights": "mica"}, "it is of the variant MiCALinearVariant"),
+    ],
     ids=["lora_bias", "MiCA"],
 )
-def test_linear_variants_run_peft_per_segment(options):
+def test_adapters_that_are_more_than_two_products_run_peft_beside_the_others(options, reason):
     model = build(second=options)
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             nn.init.normal_(parameter)
-    mb = check(model, "linear", make_input("linear"), PER_SEGMENT)
-    assert mb.report()[0].reason
+    mb = check(model, "linear", make_input("linear"), SEGMENTED)
+    plain, other = mb.report().adapters
+    assert (plain.state, plain.reason) == ("ready", "")
+    assert (other.state, other.reason) == ("ready", f"runs per segment, because {reason}")
 
 
 def randomize(model):
@@ -96,10 +101,15 @@ def test_dora_sees_changes_in_place():
 
 
 def test_variants_that_need_more_than_their_rows_are_refused(monkeypatch):
-    monkeypatch.setattr("peft_multibatch.layers.table.CONTEXT_VARIANTS", ("ALora",))
+    monkeypatch.setattr("peft_multibatch.adapters.checks.CONTEXT_VARIANTS", ("ALora",))
     model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
-    with pytest.raises(peft_multibatch.UnsupportedError, match="linear has an adapter of the variant ALora"):
-        peft_multibatch.enable(model)
+    peft_multibatch.enable(model)
+    x = make_input("linear")
+    with pytest.raises(peft_multibatch.UnsupportedError, match="adapter 'two' is of the variant ALora"):
+        model(layer="linear", x=x, adapter_ids=NAMES)
+    names = ["one", "__base__", "one", "one", "one"]
+    expected = torch.cat(row_by_row(model, names, {"x": x}, lambda row: model(layer="linear", x=row["x"])))
+    assert_close(model(layer="linear", x=x, adapter_ids=names), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str)

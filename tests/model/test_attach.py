@@ -149,7 +149,7 @@ def test_after_an_exception_the_next_call_is_plain(call):
                 logits(model)
     handle.remove()
     assert torch.equal(logits(model), plain)
-    assert mb._router.call.get() is None
+    assert mb._router.active() is None
     assert not mb._router.graph.active
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -203,8 +203,9 @@ def what_fsdp_cannot_run_is_refused(_, device):
             if root:
                 fully_shard(model.get_base_model())
             message = rf"by itself \({part[7:]}\).*decoder layers.*fully_shard"
+            peft_multibatch.enable(model)
             with pytest.raises(errors.UnsupportedError, match=message):
-                peft_multibatch.enable(model)
+                logits(model, inputs, adapter_ids=["three"] * 6)
     options = {"use_orig_params": True, "device_id": device}
     model = peft_model().to(device)
     layers = model.get_base_model().model.layers

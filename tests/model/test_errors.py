@@ -11,6 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.plan.ids import resolve
+from peft_multibatch.plan.names import AdapterNames
 
 
 KNOWN = "0 ('three'), 1 ('four'), 2 ('eight'), -1 ('__base__')"
@@ -219,11 +220,11 @@ def test_rows_that_can_not_be_mapped():
     ids=["list", "tuple", "tensor", "array", "mixed"],
 )
 def test_good_ids(ids):
-    assert resolve(ids, ["a", "b"]) == [0, 1, -1]
+    assert resolve(ids, AdapterNames(["a", "b"])) == [0, 1, -1]
 
 
 def test_an_adapter_called_base_is_reached_by_its_id():
-    assert resolve(["__base__", 0], ["__base__"]) == [-1, 0]
+    assert resolve(["__base__", 0], AdapterNames(["__base__"])) == [-1, 0]
 
 
 def test_the_hierarchy_is_the_one_that_is_drawn():

@@ -16,8 +16,8 @@ from torch import nn
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.layers.table import find_handler
-from peft_multibatch.model import scan as places
+from peft_multibatch.layers.table import choose
+from peft_multibatch.model import scan
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -58,7 +58,7 @@ def logits_of(model, inputs):
 
 
 def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr("peft_multibatch.layers.table.CONTEXT_VARIANTS", ("ALora",))
+    monkeypatch.setattr("peft_multibatch.adapters.checks.CONTEXT_VARIANTS", ("ALora",))
     model = peft_model()
     mb = peft_multibatch.enable(model)
     mixed = logits(model, adapter_ids=NAMES)
@@ -66,7 +66,11 @@ def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
     model.add_adapter("positions", config)
     for _ in range(2):
         with pytest.raises(errors.UnsupportedError, match="variant ALora"):
-            logits(model, adapter_ids=NAMES)
+            logits(model, adapter_ids=[*NAMES[:-1], "positions"])
+        assert torch.equal(logits(model, adapter_ids=NAMES), mixed)  # which don't name it
+    refused = mb.report().adapters[3]
+    assert (refused.name, refused.state) == ("positions", "refused")
+    assert "variant ALora" in refused.reason
     model.delete_adapter("positions")
     assert torch.equal(logits(model, adapter_ids=NAMES), mixed)
     assert mb.adapter_names == ["three", "four", "eight", None]  # the refused one had an id, as PEFT had it
@@ -74,11 +78,11 @@ def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
 
 def test_adding_adapters_while_other_threads_run(monkeypatch):
     def slowly(model):
-        found = places.Survey(model)
+        found = scan.LayerScan(model)
         threading.Event().wait(0.02)
         return found
 
-    monkeypatch.setattr("peft_multibatch.model.handle.Survey", slowly)
+    monkeypatch.setattr("peft_multibatch.model.handle.LayerScan", slowly)
     model = peft_model()
     mb = peft_multibatch.enable(model)
     expected = logits(model, adapter_ids=NAMES)
@@ -284,7 +288,7 @@ def test_compiled_training_does_not_drop_dropout():
     model = get_peft_model(base_model(), config, "one").train()
     mb = peft_multibatch.enable(model)
     fast = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
-    with mb.batch([0] * 6), pytest.raises(Exception, match="because it trains with dropout"):
+    with mb.batch([0] * 6), pytest.raises(Exception, match="an adapter trains with dropout"):
         fast(**left_padded(), use_cache=False)
 
 
@@ -397,7 +401,7 @@ def test_compiled_graphs_keep_nothing():
 
     with torch.no_grad(), mb.batch(NAMES):
         only_q(torch.randn(6, 3, 48))
-    assert mb._router.graph.stash == {}
+    assert mb._router.graph.sibling_outputs == {}
 
 
 def test_a_users_own_forward():
@@ -469,8 +473,8 @@ def test_a_disabled_handle_lets_go_of_the_model():
 def test_models_whose_rows_are_tiled_are_refused_by_name():
     layer = peft_model().base_model.model.model.layers[0].self_attn.q_proj
     for kind in ("dia", "musicgen", "fsmt", "led"):
-        with pytest.raises(errors.UnsupportedError, match=f"of the type '{kind}', whose rows aren't in the order"):
-            find_handler("decoder.q_proj", layer, SimpleNamespace(model_type=kind))
+        choice = choose("decoder.q_proj", layer, SimpleNamespace(model_type=kind))
+        assert f"of the type '{kind}', whose rows aren't in the order" in choice.refusal
 
 
 def test_generate_that_drops_rows():

@@ -123,12 +123,24 @@ def test_report_of_the_real_model(demo):
     report = peft_multibatch.enable(demo.model).report()
     peft_multibatch.disable(demo.model)
     assert len(report) == 30 * 7
-    assert str(report) == (
+    layers, adapters = str(report).split("\nid  ")
+    assert layers == (
         "backend torch: torch finds no CUDA device\n"
         "   90 × fused q_proj/k_proj/v_proj, such as model.layers.0.self_attn.q_proj\n"
         "   60 × segmented, such as model.layers.0.self_attn.o_proj\n"
         "   60 × fused gate_proj/up_proj, such as model.layers.0.mlp.gate_proj"
     )
+    assert [line.split()[:3] for line in adapters.splitlines()[1:]] == [
+        ["0", "shakespeare", "PEFT"],
+        ["1", "devil", "PEFT"],
+        ["2", "kjv", "PEFT"],
+    ]
+    assert [(each.ranks, each.dtype, each.bytes, each.layers, each.state) for each in report.adapters] == [
+        ((8,), "float32", 3686400, 120, "ready"),
+        ((8,), "float32", 3686400, 120, "ready"),
+        ((4,), "float32", 3041280, 90, "ready"),
+    ]
+    assert report._repr_html_().count("<tr>") == 4 + 4
 
 
 def test_bfloat16():

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from peft_multibatch import SegmentBuffer, Segments, ops
-from peft_multibatch.adapters.tables import Part, Table
+from peft_multibatch.adapters.tables import LayerWeights, WeightTable
 from peft_multibatch.ops import launches
 
 
@@ -23,7 +23,7 @@ def random_parts(ranks, inputs, widths, dtype):
     """Random adapters: `ranks` has a row per slot and a column per slice; 0 is no adapter."""
     return {
         slot: [
-            Part(
+            LayerWeights(
                 (torch.randn(rank, inputs) / inputs**0.5).to(DEVICE, dtype),
                 torch.randn(width, rank).to(DEVICE, dtype),
                 [2.0, -0.5, 0.25, 1.0][(slot + i) % 4],
@@ -37,7 +37,7 @@ def random_parts(ranks, inputs, widths, dtype):
 
 
 def table_of(parts, dtype, slots=None):
-    table = Table(dtype, slots or len(parts), len(parts[0]), DEVICE)
+    table = WeightTable(dtype, slots or len(parts), len(parts[0]), DEVICE)
     table.update(parts)
     return table.describe(parts)
 
@@ -100,7 +100,7 @@ def test_two_adapters_three_samples_three_slices(path):
     expected = y.clone()
     for row, (slot, scaling) in enumerate([(0, 1.0), (0, 1.0), (1, 0.5)]):
         for i in range(3):
-            a, b, _ = parts[slot][i]
+            a, b, *_ = parts[slot][i]
             expected[row, 3 * i : 3 * i + 3] += scaling * (b @ (a @ x[row]))
     ys = list(y.split(3, dim=1))
     if path == "eager":
@@ -189,7 +189,7 @@ def test_partial_sums(splits):
 
 def test_a_table_follows_its_parts():
     parts = random_parts([[4], [8]], 32, [16], torch.float32)
-    table = Table(torch.float32, 4, 1, DEVICE)
+    table = WeightTable(torch.float32, 4, 1, DEVICE)
     one = {1: parts[1]}
     table.update(one)
     assert table.rows[1, 0, 2] == 8 and table.rows[0].eq(0).all()
@@ -198,8 +198,8 @@ def test_a_table_follows_its_parts():
     table.update(parts)
     assert table.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
     assert not table.describe(parts).is_aligned  # rows of four elements are no multiple of 16 bytes in every dtype
-    a, b, _ = parts[0][0]
-    parts[0] = [Part(a.half(), b.half(), 3.0)]
+    a, b, *_ = parts[0][0]
+    parts[0] = [LayerWeights(a.half(), b.half(), 3.0)]
     table.update(parts)
     assert table.rows[:, 0, 2].tolist() == [0, 8, 0, 0]  # belongs into another table
     assert table.rows.data_ptr() == place
@@ -241,7 +241,7 @@ def test_sizes_on_a_gpu(mix, rows, slots):
 def test_a_graph_serves_every_mix():
     """Captured once with a plan buffer and a table: replays follow what is written into both."""
     parts = random_parts([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
-    table = Table(torch.bfloat16, 8, 2, "cuda")
+    table = WeightTable(torch.bfloat16, 8, 2, "cuda")
     table.update(parts)
     buffer = SegmentBuffer(16, "cuda")
     buffer.update(Segments.from_ids([0] * 6))
@@ -253,8 +253,8 @@ def test_a_graph_serves_every_mix():
         triton_backend.add_(ys, x, [96, 64], buffer.packed, [table.describe(parts)])
     for mix in ([0, 0, 1, 1, 2, 2], [2, 1, 0, -1, 1, 0], [-1] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]):
         if mix[0] == 1:
-            a, b, _ = parts[1][0]
-            parts[1] = [Part(torch.randn_like(a), torch.randn_like(b), 7.0), None]
+            a, b, *_ = parts[1][0]
+            parts[1] = [LayerWeights(torch.randn_like(a), torch.randn_like(b), 7.0), None]
             table.update(parts)
         plan = Segments.from_ids(mix)
         buffer.update(plan)

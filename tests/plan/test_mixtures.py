@@ -14,7 +14,8 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import Segments, errors, ops
-from peft_multibatch.plan.ids import resolve, terms
+from peft_multibatch.plan.ids import components, resolve
+from peft_multibatch.plan.names import AdapterNames
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,15 +171,18 @@ def test_another_tuner_is_refused():
 )
 def test_bad_mixtures(entry, message):
     with pytest.raises(errors.AdapterIdsError) as caught:
-        resolve(["a", entry], ["a", "b"])
+        resolve(["a", entry], AdapterNames(["a", "b"]))
     assert message in str(caught.value)
 
 
 def test_what_a_mixture_comes_to():
-    entries = resolve([{"b": 2, "a": 0.5}, {"a": 1}, {"a": 0.0}, {"a": 0.0, 1: 3}, "b"], ["a", "b"])
+    entries = resolve([{"b": 2, "a": 0.5}, {"a": 1}, {"a": 0.0}, {"a": 0.0, 1: 3}, "b"], AdapterNames(["a", "b"]))
     assert entries == [((0, 0.5), (1, 2.0)), 0, -1, ((1, 3.0),), 1]
-    assert terms(entries) == [([0, 0, -1, 1, 1], [0.5, 1.0, 1.0, 3.0, 1.0]), ([1, -1, -1, -1, -1], [2.0, 1, 1, 1, 1])]
-    assert terms([0, -1]) == [([0, -1], None)]
+    assert components(entries) == [
+        ([0, 0, -1, 1, 1], [0.5, 1.0, 1.0, 3.0, 1.0]),
+        ([1, -1, -1, -1, -1], [2.0, 1, 1, 1, 1]),
+    ]
+    assert components([0, -1]) == [([0, -1], None)]
 
 
 def test_segments_of_a_slot_with_several_weights():

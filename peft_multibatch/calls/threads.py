@@ -1,4 +1,4 @@
-"""What compiled code asks about the calls in force on its own thread."""
+"""What compiled code asks about the calls that are active on its own thread."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import asyncio
 import threading
 
 
-class InForce:
-    """What compiled code asks about the calls in force on its thread, on all tasks of it.
+class ThreadState:
+    """What compiled code asks about the active calls of its thread, on all tasks of it.
 
     Attributes:
         active: whether there are any.
         samples: entries of their plans; 0 where these differ, and inside ``generate``, which multiplies rows.
+        name: the thread's name, for messages.
     """
 
     def __init__(self) -> None:
         self.active = False
         self.samples = 0
+        self.name = threading.current_thread().name
 
 
-class Here(threading.local):
-    """Gives every thread, compiled code included, what is in force on that thread."""
+class PerThread(threading.local):
+    """Gives every thread, compiled code included, the state of that thread."""
 
     def __init__(self) -> None:
-        self.thread = InForce()
+        self.thread = ThreadState()
 
 
 def current_task() -> int:

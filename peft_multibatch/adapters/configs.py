@@ -1,0 +1,105 @@
+"""PEFT's dictionary of configurations, and word of every adapter that comes or goes in it.
+
+PEFT, and transformers for its own models, keep such a dictionary by adapter name, and change it whenever an adapter is
+added or deleted. A ``WatchedConfigs`` stands in its place while a model is enabled.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+from torch import nn
+
+from peft_multibatch.plan.names import AdapterNames
+
+
+CONFIGS = "peft_config"
+"""Attribute of models and tuners that holds the dictionary."""
+
+
+class WatchedConfigs(dict):
+    """Configurations by adapter name. A copy or a pickle of it is a plain dictionary.
+
+    Args:
+        configs: the dictionary in whose place it stands.
+        names: hears of every adapter that comes or goes.
+    """
+
+    def __init__(self, configs: dict[str, Any], names: AdapterNames) -> None:
+        super().__init__(configs)
+        self.original = configs
+        self.names = names
+        names.update(configs)
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        super().__setitem__(name, config)
+        self.names.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.names.remove(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        found = super().pop(name, *default)
+        self.names.remove(name)
+        return found
+
+    def popitem(self) -> tuple[str, Any]:
+        name, config = super().popitem()
+        self.names.remove(name)
+        return name, config
+
+    def clear(self) -> None:
+        super().clear()
+        self.names.update(())
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> WatchedConfigs:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return dict, (dict(self),)
+
+
+def watch(model: nn.Module, names: AdapterNames) -> None:
+    """Have a model's configurations watched from now on, wherever an object holds them."""
+    configs = model.__dict__.get(CONFIGS)
+    if configs is None:
+        if names:
+            names.update(())
+    elif not isinstance(configs, WatchedConfigs) or configs.names is not names:
+        _replace(configs, WatchedConfigs(configs, names))
+
+
+def unwatch(model: nn.Module) -> None:
+    """Put the dictionary back that was there before, as it would be by now."""
+    configs = model.__dict__.get(CONFIGS)
+    if isinstance(configs, WatchedConfigs):
+        configs.original.clear()
+        configs.original.update(configs)
+        _replace(configs, configs.original)
+
+
+def _replace(old: dict, new: dict) -> None:
+    """Put one dictionary in the place of another in all objects that hold it: a model and its tuner share one."""
+    for holder in gc.get_referrers(old):
+        attributes = holder if type(holder) is dict else getattr(holder, "__dict__", None)
+        if type(attributes) is dict and attributes.get(CONFIGS) is old:
+            attributes[CONFIGS] = new

@@ -1,0 +1,57 @@
+"""What is noticed when it happens, and so needn't be looked for: hooks, and modules and parameters that come in.
+
+torch tells whoever asks of every module and every parameter that becomes part of another module, and counts hooks. It
+tells nobody when a tensor gets other memory (``.data = ``, ``set_``, ``swap_tensors``), when a module's dictionaries
+are written behind its back, or when a forward is replaced; for these a call looks at the adapters that it needs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+
+
+class Listener(Protocol):
+    """Hears of PEFT layers before they are part of a model."""
+
+    def layer_comes(self, parent: nn.Module, key: str, layer: Any) -> None: ...
+
+
+listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _Noticed:
+    registrations = 0
+
+
+def now() -> tuple[int, int]:
+    """Another value whenever something was noticed that may concern an adapter, or somebody else's modules."""
+    return torch.utils.hooks.RemovableHandle.next_id, _Noticed.registrations
+
+
+def _parameter(module: nn.Module, key: str, parameter: Any) -> None:
+    if not torch.compiler.is_compiling():  # or it would be part of graphs, and a reason to compile anew
+        _Noticed.registrations += 1
+
+
+def _module(parent: nn.Module, key: str, child: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    _Noticed.registrations += 1
+    if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        for listener in list(listeners):
+            listener.layer_comes(parent, key, child)
+
+
+# for as long as the process lives: torch iterates over its hooks, which must not change while it does
+register_module_parameter_registration_hook(_parameter)
+register_module_module_registration_hook(_module)

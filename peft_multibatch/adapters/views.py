@@ -1,0 +1,154 @@
+"""A PEFT layer as it is under certain adapters, without touching the layer, which other threads may be using."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peft_multibatch.adapters.offload import are_loaded_when_called
+from peft_multibatch.compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    BufferDict,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    lora,
+)
+from peft_multibatch.errors import ModelStateError
+
+
+# Layers that read no parameter but through the forward of the module that holds it, as long as no variant does.
+CALLS_ITS_PARTS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, ModulesToSaveWrapper)
+
+CONTAINERS = {nn.ModuleDict: "_modules", nn.ParameterDict: "_parameters", BufferDict: "_buffers"}
+"""Where PEFT keeps what adapters have in a layer, by their names, and the attribute that holds the entries."""
+
+PARTS = ("base_layer", "original_module", "token_adapter")
+"""Modules of a layer that are no containers by adapter name, whatever they are."""
+
+OF_MODULES = frozenset(nn.Module().__dict__)
+"""Attributes of every module, which are no dictionaries by adapter name."""
+
+
+def attribute_of(child: Any) -> str | None:
+    """The attribute that holds a container's entries; None of what is no container."""
+    return next((CONTAINERS[cls] for cls in CONTAINERS if isinstance(child, cls)), None)
+
+
+def entries(layer: Any) -> list[dict[str, Any]]:
+    """The dictionaries in which a layer keeps what adapters have in it, by their names."""
+    found = []
+    for key, child in layer._modules.items():
+        attribute = None if key in PARTS else attribute_of(child)
+        if attribute is not None:
+            found.append(child.__dict__[attribute])
+    if isinstance(layer, TrainableTokensWrapper):
+        found += entries(layer.token_adapter)
+    return found
+
+
+def has(layer: Any, name: str) -> bool:
+    """Whether an adapter has anything in a layer."""
+    return any(name in each for each in entries(layer))
+
+
+def view_of(layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> Any:
+    """The same layer, its modules and parameters shared, with these adapters active, or with none.
+
+    Whatever becomes of the adapters, the view keeps what they have now.
+
+    Args:
+        layer: the layer.
+        sources: for every adapter that is active the layer, or a view of it, from which what it has is taken.
+        weights: of a mixture, what each adapter counts beside its scaling.
+    """
+    view: Any = copy.copy(layer)
+    view._disable_adapters = not sources
+    view._active_adapter = list(sources)
+    for key, value in layer.__dict__.items():
+        if type(value) is dict and key not in OF_MODULES:
+            own = _own({name: source.__dict__[key] for name, source in sources.items()})
+            if own or isinstance(layer, LoraLayer):  # other tuners also keep dictionaries by other names
+                view.__dict__[key] = own
+    view._modules = dict(layer._modules)
+    for key, child in layer._modules.items():
+        attribute = None if key in PARTS else attribute_of(child)
+        if attribute is not None:
+            own = _own({name: source._modules[key].__dict__[attribute] for name, source in sources.items()})
+            if own or isinstance(layer, LoraLayer):
+                view._modules[key] = _with(child, attribute, own)
+    if weights is not None:
+        view.scaling = {key: scaling * weights.get(key, 1.0) for key, scaling in view.scaling.items()}
+    if isinstance(layer, TrainableTokensWrapper):  # what does the work has a state of its own, and may lack the name
+        inner = {name: source.token_adapter for name, source in sources.items() if has(source.token_adapter, name)}
+        view._modules["token_adapter"] = view_of(layer.token_adapter, inner)
+    # these two put weights into the base module while they run: into a copy of it, here
+    elif isinstance(layer, lora.ParamWrapper):
+        inner = {name: source.base_layer for name, source in sources.items()}
+        is_nested = isinstance(layer.base_layer, lora.ParamWrapper)
+        view._modules["base_layer"] = (
+            view_of(layer.base_layer, inner, weights) if is_nested else _copy_of(layer.base_layer)
+        )
+    elif isinstance(layer, lora.MultiheadAttention):
+        inner = {name: source.base_layer.out_proj for name, source in sources.items()}
+        base, out_proj = _copy_of(layer.base_layer), view_of(layer.base_layer.out_proj, inner, weights)
+        out_proj._modules["base_layer"] = _copy_of(out_proj.base_layer)
+        base._modules["out_proj"] = out_proj
+        view._modules["base_layer"] = base
+        view.merged_adapters, out_proj.merged_adapters = [], []
+    return view
+
+
+def check_loaded(view: Any) -> Any:
+    """A view whose parameters are all there, or will be when their modules are called.
+
+    Raises:
+        ModelStateError: a parameter that the layer reads by itself is offloaded.
+    """
+    read = get_base(view) if view._disable_adapters else view
+    if any(parameter.is_meta for parameter in read.parameters()) and not (
+        type(view) in CALLS_ITS_PARTS and not getattr(view, "lora_variant", None) and are_loaded_when_called(read)
+    ):
+        raise ModelStateError(
+            f"parameters of a {type(view).__name__} are on the meta device, as offloading leaves them between calls, "
+            "and it reads them without calling their modules: expected them on a real device. Leave this layer out of "
+            "what is offloaded."
+        )
+    return view
+
+
+def _own(sources: Mapping[str, dict]) -> dict:
+    """What each adapter has in its own dictionary by adapters' names."""
+    return {name: source[name] for name, source in sources.items() if name in source}
+
+
+def _with(container: nn.Module, attribute: str, entries: dict) -> nn.Module:
+    """A container with these entries alone."""
+    copied = copy.copy(container)
+    copied.__dict__[attribute] = entries
+    if isinstance(container, nn.ParameterDict):
+        copied.__dict__["_keys"] = dict.fromkeys(entries)
+    return copied
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A module with the same parameters that may be replaced without touching the original's."""
+    copied = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[name] = dict(module.__dict__[name])
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.requires_grad:
+            # with a version counter of its own: parametrizations count as changes, which autograd would complain of
+            copied._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
+    return copied
+
+
+def get_base(layer: Any) -> nn.Module:
+    """The module of the base model that a PEFT layer stands for."""
+    while isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    return layer

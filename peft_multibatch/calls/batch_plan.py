@@ -1,0 +1,217 @@
+"""Who serves which sample: the segments of a call, its adapters, and what was made from both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_multibatch.adapters.weights import Adapter
+from peft_multibatch.plan.ids import Entry, components, ids_of
+from peft_multibatch.plan.segments import BASE, Segments
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.adapters.tables import SlotWeights, TableRows
+
+
+class Apart(NamedTuple):
+    """Adapters that PEFT's own modules run, in the layers of a bank where all others run as one product.
+
+    Attributes:
+        slots: theirs.
+        reason: why, for messages.
+        dropouts: of the others, by slot; where one of them drops anything, its adapter runs apart as well.
+    """
+
+    slots: frozenset[int]
+    reason: str
+    dropouts: tuple[tuple[int, nn.Dropout], ...]
+
+    def dropping(self) -> frozenset[int]:
+        """The slots whose dropouts drop anything now."""
+        return frozenset(slot for slot, dropout in self.dropouts if dropout.training and dropout.p)
+
+
+class BatchPlan:
+    """Who serves which sample, the adapters in use, and what was made from both.
+
+    Calls with the same ids share one for as long as PEFT has the same weights, so that a decode step makes nothing
+    anew.
+
+    Attributes:
+        ids: what every sample runs under, as it was asked for.
+        ids_in_use: the adapters' ids, in the order of ``adapters``.
+        entries: the same with slots in the place of ids.
+        components: segments for every adapter that a sample may have: one plan, and more where samples have mixtures.
+        segments: the first of them.
+        adapters: those in use, by slot.
+        slots: how many slots there are, in use or not.
+        mixed: those that are part of a mixture.
+        placed: positions at which graphs of ops last took the adapters, and the packed plans with these.
+        products: for each bank what the backend for kernels prepared.
+
+    Args:
+        ids: an entry for every sample.
+        adapters: those in use, by id.
+        slots: how many slots there are.
+    """
+
+    def __init__(self, ids: Sequence[Entry], adapters: Mapping[int, Adapter], slots: int) -> None:
+        self.ids = ids
+        self.ids_in_use = list(adapters)
+        slot_of = {number: adapter.slot for number, adapter in adapters.items()}
+        self.entries = [_with_slots(entry, slot_of) for entry in ids]
+        self._fill({adapter.slot: adapter for adapter in adapters.values()}, slots)
+
+    def _fill(self, adapters: dict[int, Adapter], slots: int) -> None:
+        with torch.inference_mode(False):  # kept for other calls, which may want gradients
+            self.components = [
+                Segments.from_ids(slots, weights=weights) for slots, weights in components(self.entries)
+            ]
+        self.segments = self.components[0]
+        self.adapters = adapters
+        self.slots = slots
+        self.products: dict[Bank, Any] = {}
+        self._weights: dict[Bank, dict[int, SlotWeights]] = {}
+        self._tables: dict[tuple[Bank, torch.device], tuple[TableRows, ...]] = {}
+        self._plans: dict[torch.device, list[Tensor]] = {}
+        self._dense_plans: list[Tensor] | None = None
+        self._index = {slot: position for position, slot in enumerate(adapters)}
+        self._positions: dict[torch.device, Tensor] = {}
+        self._kinds = list(dict.fromkeys(self.entries))
+        self.mixed = {slot for entry in self._kinds if isinstance(entry, tuple) for slot in ids_of(entry)}
+        self.placed: tuple[Mapping[int, int], list[Tensor]] | None = None
+        self._has_dora: dict[Bank, bool] = {}
+        self._apart: dict[Bank, Apart | None] = {}
+        self._without: dict[frozenset[int], BatchPlan] = {}
+
+    def apart(self, bank: Bank) -> Apart | None:
+        """Adapters that don't run as a product in a bank's layers, or might not; None where all do."""
+        if bank in self._apart:
+            return self._apart[bank]
+        slots, dropouts, reasons = set(), [], []
+        for slot, adapter in self.adapters.items():
+            found = [adapter.apart[layer] for layer in bank.layers if layer in adapter.apart]
+            if found:
+                slots.add(slot)
+                reasons.append(f"adapter {adapter.name!r} runs per segment ({found[0]})")
+            dropouts += [(slot, adapter.dropouts[layer]) for layer in bank.layers if layer in adapter.dropouts]
+        apart = Apart(frozenset(slots), ", ".join(reasons), tuple(dropouts)) if slots or dropouts else None
+        self._apart[bank] = apart
+        return apart
+
+    def has_dora(self, bank: Bank) -> bool:
+        """Whether any adapter in use is a DoRA adapter in a bank's layers."""
+        found = self._has_dora.get(bank)
+        if found is None:
+            parts = [part for adapter in self.adapters.values() for part in adapter.parts(bank.layers) if part]
+            found = self._has_dora[bank] = any(part.magnitude is not None for part in parts)
+        return found
+
+    def why_not_compiled(self, banks: Iterable[Bank]) -> str:
+        """Why compiled code can't run the plan, or the empty string."""
+        for bank in banks:
+            apart = self.apart(bank)
+            if apart is not None and apart.reason:
+                return apart.reason
+            if apart is not None and apart.dropping():
+                return "an adapter trains with dropout"
+            if self.has_dora(bank):
+                return "a DoRA adapter is used, whose norms are computed when a call begins"
+        return ""
+
+    def is_whole(self, slots: frozenset[int]) -> bool:
+        """Whether every entry names one of these slots."""
+        return all(slots.intersection(ids_of(entry)) for entry in self._kinds)
+
+    def without(self, slots: frozenset[int]) -> BatchPlan:
+        """The same with the base model alone in the place of every entry that names one of these slots."""
+        found = self._without.get(slots)
+        if found is None:
+            found = self._without[slots] = BatchPlan.__new__(BatchPlan)
+            found.ids, found.ids_in_use = self.ids, self.ids_in_use
+            found.entries = [BASE if slots.intersection(ids_of(entry)) else entry for entry in self.entries]
+            found._fill({slot: adapter for slot, adapter in self.adapters.items() if slot not in slots}, self.slots)
+        return found
+
+    def weights(self, bank: Bank) -> dict[int, SlotWeights]:
+        """Weights for torch's products."""
+        found = self._weights.get(bank)
+        if found is None:
+            found = self._weights[bank] = {slot: bank.weights(adapter) for slot, adapter in self.adapters.items()}
+        return found
+
+    def trains(self, bank: Bank) -> bool:
+        """Whether any weight in use wants a gradient."""
+        return any(
+            part.parameters[0].requires_grad or part.parameters[1].requires_grad
+            for adapter in self.adapters.values()
+            for part in adapter.parts(bank.layers)
+            if part
+        )
+
+    def component(self, index: int) -> Segments:
+        """The segments of one component, for which no sample need have an adapter."""
+        none = [BASE] * len(self.entries)
+        return self.components[index] if index < len(self.components) else Segments.from_ids(none)
+
+    def packed_at(self, positions: Mapping[int, int]) -> list[Tensor]:
+        """The packed plans with positions in the place of slots."""
+        positions = {**positions, BASE: BASE}
+        with torch.inference_mode(False):
+            return [
+                Segments.from_ids([positions[slot] for slot in slots], weights=weights).pack()
+                for slots, weights in components(self.entries)
+            ]
+
+    def plans(self, device: torch.device) -> list[Tensor]:
+        """The packed plans on a device."""
+        found = self._plans.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._plans[device] = [each.pack().to(device, non_blocking=True) for each in self.components]
+        return found
+
+    def positions(self, device: torch.device) -> Tensor:
+        """int64 ``[E]``: where each entry's adapter stands among those in use, ``-1`` for the base model alone.
+
+        Mixtures have ``-1`` as well.
+        """
+        found = self._positions.get(device)
+        if found is None:
+            positions = [BASE if isinstance(entry, tuple) else self._index.get(entry, BASE) for entry in self.entries]
+            with torch.inference_mode(False):
+                found = self._positions[device] = torch.tensor(positions, device=device)
+        return found
+
+    @cached_property
+    def runs(self) -> tuple[Segments, list[Entry]]:
+        """A plan that keeps mixtures whole, for layers that run them whole, and what its slots stand for."""
+        slots = {entry: slot for slot, entry in enumerate(self._kinds)}
+        with torch.inference_mode(False):
+            return Segments.from_ids([slots[entry] for entry in self.entries]), self._kinds
+
+    def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
+        """Tables for kernels, one for each dtype."""
+        found = self._tables.get((bank, device))
+        if found is None:
+            found = self._tables[bank, device] = bank.tables(self.adapters, device, self.slots)
+        return found
+
+    def op_inputs(self, bank: Bank) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Plans, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
+        with torch.inference_mode(False):  # autograd will save them
+            if self._dense_plans is None:
+                self._dense_plans = self.packed_at(self._index)
+            return self._dense_plans, *bank.gather(self.adapters.values())
+
+
+def _with_slots(entry: Entry, slots: Mapping[int, int]) -> Entry:
+    if isinstance(entry, tuple):
+        return tuple(sorted((slots[number], weight) for number, weight in entry))
+    return BASE if entry == BASE else slots[entry]

@@ -45,8 +45,8 @@ class Life(RuleBasedStateMachine):
     """One model, and what is known of it.
 
     Attributes:
-        ids: names of the adapters and their integer ids: the n-th that was ever added is n, whoever looked when.
-        added: how many were ever added.
+        ids: names of the adapters and their integer ids: the n-th name that was ever added is n, whoever looked when.
+        ever: these of all names that there ever were.
         kinds: what each was added as.
         faults: of those that can't run.
         resized: those of which a layer has another rank than its configuration says.
@@ -57,7 +57,7 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.folder = folder
         self.model = self.mb = None
-        self.ids, self.added, self.kinds, self.faults, self.resized, self.hooks = {}, 0, {}, {}, set(), []
+        self.ids, self.ever, self.kinds, self.faults, self.resized, self.hooks = {}, {}, {}, {}, set(), []
 
     def describe(self):
         adapters = [f"{self.ids[name]} {name}: {self.faults.get(name, kind)}" for name, kind in self.kinds.items()]
@@ -66,8 +66,7 @@ class Life(RuleBasedStateMachine):
     # Adapters come and go.
 
     def came(self, name, kind):
-        self.kinds[name], self.ids[name] = kind, self.added
-        self.added += 1
+        self.kinds[name], self.ids[name] = kind, self.ever.setdefault(name, len(self.ever))
 
     def went(self, name):
         self.ids.pop(name)

@@ -74,6 +74,8 @@ def view_of(layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float]
             own = _own({name: source.__dict__[key] for name, source in sources.items()})
             if own or isinstance(layer, LoraLayer):  # other tuners also keep dictionaries by other names
                 view.__dict__[key] = own
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        view._adapters = set(sources)
     view._modules = dict(layer._modules)
     for key, child in layer._modules.items():
         attribute = None if key in PARTS else attribute_of(child)

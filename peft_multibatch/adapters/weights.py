@@ -84,7 +84,8 @@ class Adapter:
         self._halves: list[nn.Module] = []  # lora_A and lora_B in turn
         self._attributes: list[dict] = []  # of these
         self._numbers: list[int] = []  # how many they are
-        self._parameters: list[dict] = []
+        self._weights: list[dict] = []  # their parameters
+        self._parameters: list[dict] = []  # of those that run as products
         self._tensors: list[Tensor] = []
         self._whole: list[Tensor] = []  # of these, those that are no DTensors
         self._addresses: list[int] = []
@@ -120,11 +121,10 @@ class Adapter:
 
     def tensors(self) -> list[Tensor]:
         """All of its weights, as far as they have been read."""
-        found = [own(each) for each in self._tensors]
+        found = [each for part in self._parts.values() if part is not None for each in part[:2]]
         for layer, view in self._views.items():
             if self._parts.get(layer) is None:
-                held = [entries[self.name] for entries in views.entries(view) if self.name in entries]
-                for each in held:
+                for each in (entries[self.name] for entries in views.entries(view) if self.name in entries):
                     found += each.parameters() if isinstance(each, nn.Module) else [each]
         found += [part.magnitude for part in self._parts.values() if part is not None and part.magnitude is not None]
         return found
@@ -174,11 +174,11 @@ class Adapter:
 
     def view(self, layer: Any) -> Any:
         """A layer with this adapter active, as it had it when it was read; with none where it had nothing there."""
-        view = self._views.get(layer)
-        if view is None:
-            view = views.view_of(layer, {self.name: layer} if self._parts.get(layer) is not None else {})
-            self._views[layer] = view
-        return view
+        if not self.has(layer):
+            return views.view_of(layer, {})
+        if layer not in self._views:
+            self._views[layer] = views.view_of(layer, {self.name: layer})
+        return self._views[layer]
 
     def variant(self, layer: Any) -> str:
         """The variant of LoRA that it is in a layer; the empty string where it is none."""
@@ -199,7 +199,7 @@ class Adapter:
             noticed: as ``notices.now`` gives it.
         """
         try:
-            tensors = list(map(_weight, self._parameters))
+            tensors = list(map(_weight, self._weights))
             is_same = (
                 not self._is_volatile
                 and all(map(operator.is_, map(self._get, self._dicts), self._entries))
@@ -249,6 +249,9 @@ class Adapter:
         if reason:
             self.apart[module] = reason
             self._parts[module] = None
+            halves = module.lora_A[name], module.lora_B[name]
+            if all("weight" in half._parameters for half in halves) and not _comes_later(module, name):
+                self._track(module, *halves)
 
     def _read(self, layer: LoraLayer) -> LayerWeights | None:
         name = self.name
@@ -263,44 +266,20 @@ class Adapter:
             check_halves(name, layer)
             module_a, module_b, scaling = modules_a[name], modules_b[name], layer.scaling[name]
             assert module_a is not None and module_b is not None
-            held = module_a._parameters.get("weight"), module_b._parameters.get("weight")
-            a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
-            assert a is not None and b is not None
-            if split_of(layer) is None and isinstance(a, SHARDED) + isinstance(b, SHARDED):
-                raise ModelStateError(
-                    f"the weights of adapter {name!r} are sharded over devices, and its layers aren't: expected both "
-                    "or none. Add the adapter after the model was split."
-                )
-            if a.is_meta or b.is_meta:
-                raise AdapterMismatchError(
-                    f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
-                    "expected them on a real device. Load all adapters first, from complete files, and offload the "
-                    "model afterwards."
-                )
-            check_fit(name, layer, a, b, scaling)
+            a, b = self._track(layer, module_a, module_b)
             variants = layer.lora_variant
             magnitude = layer.lora_magnitude_vector[name].weight if name in variants else None
             self._dicts += modules_a, modules_b, layer.scaling
             self._entries += module_a, module_b, scaling
             self._halves += module_a, module_b
-            self._attributes += module_a.__dict__, module_b.__dict__
-            self._numbers += len(module_a.__dict__), len(module_b.__dict__)
             self._parameters += module_a._parameters, module_b._parameters
-            self._tensors += a, b
-            for tensor in (a, b):
-                is_sharded = isinstance(tensor, SHARDED)
-                (self._sharded if is_sharded else self._whole).append(tensor)
-                (self._shard_addresses if is_sharded else self._addresses).append(own(tensor).data_ptr())
-            self._are_contiguous += (tensor.is_contiguous() for tensor in (a, b) if not isinstance(tensor, SHARDED))
-            self._sizes += a.numel(), b.numel()
             if magnitude is None:
                 self._lacking.append(variants)
             else:
                 entries = layer.lora_magnitude_vector._modules
                 self._dicts += entries, variants
                 self._entries += entries[name], variants[name]
-            # written in place, or copied from where it was offloaded to: what changes there can't be seen from here
-            if isinstance(scaling, Tensor) or a is not held[0] or b is not held[1]:
+            if isinstance(scaling, Tensor):  # written in place
                 self._is_volatile = True
             self._close_attributes += module_a.__dict__, module_b.__dict__
             dropout = layer.lora_dropout._modules.get(name)
@@ -314,6 +293,40 @@ class Adapter:
             part = LayerWeights(own(a).data, own(b).data, float(scaling), (own(a), own(b)), magnitude)
             self._parts[layer] = part
         return part
+
+    def _track(self, layer: LoraLayer, module_a: nn.Module, module_b: nn.Module) -> tuple[Tensor, Tensor]:
+        """Check the weights of a layer, and remember where they are."""
+        name = self.name
+        a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
+        assert a is not None and b is not None
+        if split_of(layer) is None and isinstance(a, SHARDED) + isinstance(b, SHARDED):
+            raise ModelStateError(
+                f"the weights of adapter {name!r} are sharded over devices, and its layers aren't: expected both "
+                "or none. Add the adapter after the model was split."
+            )
+        if a.is_meta or b.is_meta:
+            raise AdapterMismatchError(
+                f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
+                "expected them on a real device. Load all adapters first, from complete files, and offload the "
+                "model afterwards."
+            )
+        check_fit(name, layer, a, b, layer.scaling[name])
+        for module, tensor in ((module_a, a), (module_b, b)):
+            self._attributes.append(module.__dict__)
+            self._numbers.append(len(module.__dict__))
+            self._weights.append(module._parameters)
+            self._tensors.append(tensor)
+            self._sizes.append(tensor.numel())
+            if isinstance(tensor, SHARDED):
+                self._sharded.append(tensor)
+                self._shard_addresses.append(own(tensor).data_ptr())
+            else:
+                self._whole.append(tensor)
+                self._addresses.append(tensor.data_ptr())
+                self._are_contiguous.append(tensor.is_contiguous())
+            # copied from where it was offloaded to: what changes there can't be seen from here
+            self._is_volatile = self._is_volatile or tensor is not module._parameters["weight"]
+        return a, b
 
 
 _serials = itertools.count()

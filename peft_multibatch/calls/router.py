@@ -33,6 +33,7 @@ class Router:
         split: how tensor parallelism splits layers of the model, or None.
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
+        disabled: layers whose adapters were disabled on the thread or task that asks.
         graph: what compiled code sees instead.
     """
 
@@ -45,6 +46,7 @@ class Router:
         self.is_gathered = False
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
+        self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())
         self.graph = Graph(self.active)
         self._last: BatchPlan | None = None
 

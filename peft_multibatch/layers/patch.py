@@ -49,13 +49,30 @@ class PatchedLayer:
         self.bank = Bank([module]) if self.is_fast else None
         self.group: tuple[Group, int] | None = None
         attributes = module.__dict__
-        is_handler = getattr(getattr(attributes.get("forward"), "__func__", None), "is_handler", False)
-        if is_handler and attributes.get(STATE) is None:
-            del attributes["forward"]  # of a copy: what was put there belongs to the original
+        for method in ("forward", "enable_adapters"):
+            is_ours = getattr(getattr(attributes.get(method), "__func__", None), "is_handler", False)
+            if is_ours and attributes.get(STATE) is None:
+                del attributes[method]  # of a copy: what was put there belongs to the original
         attribute = own_attribute(module, "forward")
         self.original: Callable[..., Any] = getattr(module, attribute)
         attributes[STATE] = self
         self._forward = Replacement(module, attribute, types.MethodType(handler, module))
+        self._enable = Replacement(module, "enable_adapters", types.MethodType(_enable_adapters, module))
+        self._is_disabled_somewhere = False
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether somebody disabled the layer's adapters on this thread or task, or on all of them."""
+        return self.module in self.router.disabled.get() or (
+            self.module._disable_adapters and not self._is_disabled_somewhere
+        )
+
+    def note(self, is_enabled: bool) -> None:
+        """PEFT was asked to enable or disable the layer's adapters on this thread or task."""
+        disabled = self.router.disabled.get()
+        self._is_disabled_somewhere = not is_enabled
+        if is_enabled != (self.module not in disabled):
+            self.router.disabled.set(disabled - {self.module} if is_enabled else disabled | {self.module})
 
     def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         """Let another handler run."""
@@ -68,6 +85,7 @@ class PatchedLayer:
     def remove(self) -> None:
         """Put the layer's own forward back."""
         self._forward.undo()
+        self._enable.undo()
         self.module.__dict__.pop(STATE, None)
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -86,6 +104,18 @@ def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
         return function
 
     return mark
+
+
+def _enable_adapters(self: Any, enabled: bool) -> None:
+    """What ``disable_adapter()`` of PEFT calls: notes on which thread or task it does, because ids hold on others."""
+    patch = self.__dict__.get(STATE)
+    if patch is not None:
+        patch.note(enabled)
+    type(self).enable_adapters(self, enabled)
+
+
+_enable_adapters.__name__ = "enable_adapters"  # by which bound methods are pickled
+_enable_adapters.is_handler = True  # type: ignore[attr-defined]
 
 
 def own_attribute(module: nn.Module, method: str) -> str:
@@ -137,7 +167,7 @@ def check_merged(name: str, layer: Any) -> None:
     Raises:
         MergedAdaptersError: an adapter is merged into the base weights.
     """
-    if layer.merged_adapters and not layer._disable_adapters:
+    if layer.merged_adapters:
         raise MergedAdaptersError(
             f"adapter_ids was passed while {layer.merged_adapters} is merged into the base weights of {name}: "
             "expected unmerged adapters. Call model.unmerge_adapter() first."

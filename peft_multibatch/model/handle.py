@@ -221,10 +221,10 @@ class Handle:
         Raises:
             MergedAdaptersError: an adapter is merged into the base weights.
         """
-        disabled = []
+        disabled, any_here = [], bool(self._router.disabled.get())
         for layer in list(self._layers.values()):  # another thread may be adding some
             module = layer.module
-            if module._disable_adapters:
+            if (any_here or module._disable_adapters) and layer.is_disabled:
                 disabled.append(module)
             elif module.merged_adapters:
                 check_merged(layer.name, module)

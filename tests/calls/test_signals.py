@@ -97,10 +97,6 @@ CALLS = ("CALL", "PRECALL")  # beginnings of opcodes' names
 GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 pytestmark = [
-    pytest.mark.skipif(
-        "MULTIBATCH_OPEN" not in os.environ,
-        reason="known to fail: a signal between two instructions can leave ids behind; MULTIBATCH_OPEN=1 runs it",
-    ),
     # struck where nothing can be raised, as when a generator is collected
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),

@@ -34,20 +34,27 @@ class _Noticed:
 
 
 def now() -> tuple[int, int]:
-    """Another value whenever something was noticed that may concern an adapter, or somebody else's modules."""
+    """Another value whenever something was noticed that may concern an adapter."""
     return torch.utils.hooks.RemovableHandle.next_id, _Noticed.registrations
 
 
+LAYERS = BaseTunerLayer, AuxiliaryTrainingWrapper
+
+
 def _parameter(module: nn.Module, key: str, parameter: Any) -> None:
-    if not torch.compiler.is_compiling():  # or it would be part of graphs, and a reason to compile anew
+    # of weights a call looks at each; in compiled code this would be part of the graph, and a reason to compile anew
+    if key == "bias" and parameter is not None and not torch.compiler.is_compiling():
         _Noticed.registrations += 1
 
 
 def _module(parent: nn.Module, key: str, child: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    _Noticed.registrations += 1
-    if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    # what adapters have is in containers by their names, and parametrizations come in one; slices of a model's layers,
+    # which models make as they run, are lists
+    if isinstance(child, (nn.ModuleDict, *LAYERS)) or isinstance(parent, (nn.ModuleDict, *LAYERS)):
+        _Noticed.registrations += 1
+    if isinstance(child, LAYERS):
         for listener in list(listeners):
             listener.layer_comes(parent, key, child)
 

@@ -31,7 +31,7 @@ from tolerances import RELATIVE_ERROR, relative_error  # noqa: E402
 from torch import nn  # noqa: E402
 
 import peft_multibatch  # noqa: E402
-from peft_multibatch.layers.table import TUNERS  # noqa: E402
+from peft_multibatch.adapters.checks import TUNERS  # noqa: E402
 
 
 NAMES = ["one", "two", "__base__", "two", "one"]
@@ -163,7 +163,10 @@ NOTES = {
     "Variants and options of LoRA": """\
 PiSSA, OLoRA, LoftQ and LoRA-GA change the base weights when they are initialised. All rows see the changed ones, those
 of the base model alone and of other adapters included, as they do in PEFT. Convert such adapters to plain LoRA
-(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to keep the base model as it was.""",
+(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to keep the base model as it was.
+
+Where the reason is the adapter's ("it is of the variant", "its lora_B has a bias"), it alone runs per segment, and
+plain adapters in the same batch stay in the fused product.""",
     "Quantized base models": """\
 The base layer runs once for the whole batch, however it keeps its weights. LLM.int8() looks for outliers in all rows,
 as it does without adapters, so that a row may be rounded otherwise than in a batch of its own. Rows of the table whose

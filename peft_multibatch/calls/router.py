@@ -127,13 +127,15 @@ class Router:
             check_same(ids, self.registry.names.listed(), self.split)
         return call
 
-    def block(self, begin: Callable[[], Call]) -> ActiveCall:
-        """What makes a call active that is begun when the block is entered."""
-        return ActiveCall(begin, self.call, self.live, self.graph)
+    def routing(self, ids: Sequence[Entry] | Callable[[], Call], **options: Any) -> ActiveCall:
+        """A block in which ids are active for this thread or task.
 
-    def routing(self, ids: Sequence[Entry], **options: Any) -> ActiveCall:
-        """A block in which ids are active for this thread or task. Arguments as in ``begin``."""
-        return self.block(lambda: self.begin(ids, **options))
+        Args:
+            ids: an entry for every sample, or what begins a call when the block is entered.
+            **options: as in ``begin``.
+        """
+        begin = ids if callable(ids) else lambda: self.begin(ids, **options)
+        return ActiveCall(begin, self.call, self.live, self.graph)
 
     def forget(self) -> None:
         """Let go of everything that was made for adapters: some of them came or went."""

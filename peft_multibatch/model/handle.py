@@ -200,7 +200,7 @@ class Handle:
                 raise
             return router.begin(ids, expands, base_layers=base_layers)
 
-        return self._router.block(begin)
+        return self._router.routing(begin)
 
     def _has_layers(self, model: nn.Module) -> bool:
         """Whether any patched layer is in this part of the model."""

@@ -32,7 +32,7 @@ class WithIds:
             return self.original(function, *args, **kwargs)
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            with self.router.block(call.again):
+            with self.router.routing(call.again):
                 return function(*args, **kwargs)
 
         return self.original(again, *args, **kwargs)

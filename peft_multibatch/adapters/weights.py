@@ -105,7 +105,7 @@ class Adapter:
         with self._lock:
             if self._slot is None:
                 self._slot = self._slots.take()
-                weakref.finalize(self, self._slots.give_back, self._slot)
+                weakref.finalize(self, self._slots.give_back, self._slot).atexit = False
             return self._slot
 
     @property

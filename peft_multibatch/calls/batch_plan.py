@@ -50,6 +50,7 @@ class BatchPlan:
         components: segments for every adapter that a sample may have: one plan, and more where samples have mixtures.
         segments: the first of them.
         adapters: those in use, by slot.
+        serials: their serials, by slot.
         slots: how many slots there are, in use or not.
         mixed: those that are part of a mixture.
         placed: positions at which graphs of ops last took the adapters, and the packed plans with these.
@@ -75,6 +76,7 @@ class BatchPlan:
             ]
         self.segments = self.components[0]
         self.adapters = adapters
+        self.serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         self.slots = slots
         self.products: dict[Bank, Any] = {}
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}

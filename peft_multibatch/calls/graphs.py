@@ -306,7 +306,7 @@ class Graph:
     def _make_ready(self, plan: BatchPlan) -> None:
         """Have the adapters of a plan in all tables that graphs read."""
         slots, ready = self._ready
-        serials = {slot: adapter.serial for slot, adapter in plan.adapters.items()}
+        serials = plan.serials
         if slots == plan.slots and serials.items() <= ready.items():
             return
         self._ready = 0, {}  # until all of them are known to have these
@@ -322,9 +322,10 @@ class Graph:
 
     def outgrown_by(self, plan: BatchPlan) -> bool:
         """Whether graphs were captured that can't run a plan: its adapters have larger ranks, or other dtypes."""
-        return self.is_captured and not all(
-            bank.serves(plan.adapters, device, plan.slots) for bank, device in self._devices.items()
-        )
+        slots, ready = self._ready
+        if not self.is_captured or (slots == plan.slots and plan.serials.items() <= ready.items()):
+            return False
+        return not all(bank.serves(plan.adapters, device, plan.slots) for bank, device in self._devices.items())
 
     def _read_by_graphs(self, bank: Bank, device: torch.device) -> None:
         """Keep a bank's tables as graphs need them from now on."""

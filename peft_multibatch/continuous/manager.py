@@ -255,14 +255,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     self.served[label_of(entry, self._registry.names)] += future.query_length
             entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
             self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
+            if self._router.graph.outgrown_by(self._router.plan(entries, checks=0)):
+                self._forget_graphs()
             while True:
                 # plans are copied in the order of the stream that computes
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
                 with _on(io.compute_stream), routing as call:
                     if not (self._admission.uses_graphs and self._router.graph.contended):
                         call.inside, call.for_graphs = True, self._admission.uses_graphs
-                        if self._router.graph.outgrown_by(call.plan):
-                            self._forget_graphs()
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 

@@ -150,9 +150,8 @@ class Handle:
             if calls:
                 names = ", ".join(sorted({call.thread.name if call.thread else "?" for call in calls}))
                 raise ModelStateError(
-                    f"disable was called while {len(calls)} calls with ids were under way, or blocks of mb.batch() "
-                    f"open, on the threads {names}: expected none, because they would go on under the active adapter. "
-                    "Wait for them, leave the blocks, and call it again."
+                    f"disable was called during {len(calls)} calls with ids, or open blocks of mb.batch(), on the threads "
+                    f"{names}: expected none, which would go on without ids. Wait for them, and call it again."
                 )
             self._is_enabled = False
             self._remove()

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.continuous import admission, prefixes
+from peft_multibatch.continuous.manager import AdapterBatchingManager
 from peft_multibatch.continuous.scheduler import FairScheduler
 
 
@@ -98,6 +99,33 @@ def test_fifty_requests_that_share_prefixes_in_a_cache_that_evicts_them(enabled,
     assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
     assert hits >= 32  # prompts under one adapter share their prefix
     assert set(served) == {"three", "__base__", "eight", "0.7 four + 0.3 eight", "four"}
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled, monkeypatch):
+    """Adapters of the ranks that there were come without a new graph; one of a larger rank gets new ones."""
+    model, mb = enabled
+    forgotten, forget = [], AdapterBatchingManager._forget_graphs
+    monkeypatch.setattr(AdapterBatchingManager, "_forget_graphs", lambda self: forgotten.append(1) or forget(self))
+    config = settings(40, use_cuda_graph=True, use_async_batching=True)
+    shared = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    inputs, said = prompts(6), []
+
+    def ask(entries):
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, len(inputs), timeout=120)
+        said.append((entries, [found[name].generated_tokens for name in names]))
+
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
+        ask(["three", "eight", "__base__"] * 2)
+        for rank in (8, 64):
+            with manager.changing():
+                model.add_adapter(f"rank {rank}", LoraConfig(r=rank, **shared))
+                model.to(DEVICE).eval()
+            ask(["three", f"rank {rank}", "__base__"] * 2)
+            assert len(forgotten) == (rank == 64)
+    for entries, texts in said:
+        assert texts == row_by_row(model, inputs, entries)
 
 
 @pytest.mark.gpu

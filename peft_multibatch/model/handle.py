@@ -118,8 +118,7 @@ class Handle:
         """How every patched layer runs, and every adapter's state. Printed, a summary; in notebooks, tables.
 
         Args:
-            check_weights: read all weights as well, and say which adapters have some that aren't finite, or whose
-                deltas are all zero.
+            check_weights: read all weights, to find some that aren't finite, and adapters that change nothing.
 
         Returns:
             A sequence of ``LayerReport``, with the adapters beside it.
@@ -150,7 +149,7 @@ class Handle:
             if calls:
                 names = ", ".join(sorted({call.thread.name if call.thread else "?" for call in calls}))
                 raise ModelStateError(
-                    f"disable was called during {len(calls)} calls with ids, or open blocks of mb.batch(), on the threads "
+                    f"disable was called during {len(calls)} calls with ids, or blocks of mb.batch(), on the threads "
                     f"{names}: expected none, which would go on without ids. Wait for them, and call it again."
                 )
             self._is_enabled = False

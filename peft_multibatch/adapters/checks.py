@@ -25,6 +25,9 @@ def check_halves(name: str, layer: LoraLayer) -> None:
     """
     parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "scaling": layer.scaling}
     missing = [what for what, found in parts.items() if name not in found]
+    if not missing:
+        halves = {"lora_A": layer.lora_A._modules[name], "lora_B": layer.lora_B._modules[name]}
+        missing = [f"weight of {what}" for what, half in halves.items() if half._parameters.get("weight", 0) is None]
     if missing:
         there = ", ".join(what for what in parts if what not in missing)
         raise AdapterMismatchError(
@@ -77,11 +80,16 @@ def check_scaling(name: str, scaling: Any) -> None:
     Raises:
         AdapterMismatchError: it is no finite number in float32.
     """
-    number = float(scaling)
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        return  # which PEFT's module multiplies element by element
+    try:
+        number = float(scaling)
+    except (TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
         raise AdapterMismatchError(
-            f"adapter {name!r} has a scaling of {number:g}: expected a finite number in float32, which lora_alpha / r "
-            "gives. Set another lora_alpha; rows without it are not affected."
+            f"adapter {name!r} has a scaling of {scaling!r}: expected a finite number in float32, which lora_alpha / "
+            "r gives. Set another lora_alpha; rows without it are not affected."
         )
 
 
@@ -159,7 +167,13 @@ def why_apart(layer: LoraLayer, name: str) -> str:
             return f"its {what} is a {type(half).__name__}"
         if half._parameters.get("bias") is not None:
             return f"its {what} has a bias"
-    for what, module in (*halves.items(), ("dropout", dropout)):
+        weight = half._parameters.get("weight")
+        if weight is not None and weight.layout != torch.strided:
+            return f"its {what} isn't dense"
+    if isinstance(layer.scaling.get(name), Tensor) and layer.scaling[name].numel() != 1:
+        return "its scaling is no number"
+    magnitude = layer.lora_magnitude_vector._modules.get(name) if variant else None
+    for what, module in (*halves.items(), ("dropout", dropout), ("magnitude", magnitude)):
         attributes = {} if module is None else module.__dict__
         forward = getattr(attributes.get("forward"), "__qualname__", "")
         is_known = "_hf_hook" in attributes or forward.startswith("TensorParallelLayer.")

@@ -39,3 +39,14 @@ def are_loaded_when_called(layer: nn.Module) -> bool:
         for module in layer.modules()
         if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
     )
+
+
+def comes_later(layer: Any, name: str) -> bool:
+    """Whether a layer's weights are offloaded until they, or the part of the model around them, run."""
+    for module in (layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)):
+        weight = None if module is None else module._parameters.get("weight")
+        if module is not None and weight is not None and weight.is_meta:
+            base = layer.get_base_layer()
+            is_around = loader(base) is None and any(parameter.is_meta for parameter in base.parameters())
+            return loader(module) is not None or is_around
+    return False

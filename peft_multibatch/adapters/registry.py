@@ -52,9 +52,16 @@ class PeftModules:
             AdapterMismatchError: it doesn't fit the model.
         """
         check_kind(name, self.configs.get(name))
-        adapter, noticed = Adapter(name, self._slots), notices.now()
-        adapter.read(self.layers)
-        adapter.begin(noticed)
+        adapter = Adapter(name, self._slots)
+        try:
+            adapter.read(self.layers)
+        except MultibatchError:
+            raise
+        except Exception as error:
+            raise AdapterMismatchError(
+                f"adapter {name!r} can't be read, which raises {type(error).__name__} ({error}): expected weights and "
+                "a scaling that PEFT's modules can run. Load it again; rows without it are not affected."
+            ) from error
         if not adapter.reaches_any:
             raise AdapterMismatchError(
                 f"adapter {name!r} has weights in no layer of the model, and would be the base model: expected one at "
@@ -78,6 +85,7 @@ class Registry:
         self.source = PeftModules(self.slots)
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._turn = 0
+        self.names.gone = self._forget_one
         self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
 
     def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, Adapter]:
@@ -147,6 +155,9 @@ class Registry:
         """These changed, and nobody can see it: their weights were written in place."""
         for each in ids:
             self._current.pop(each, None)
+
+    def _forget_one(self, number: int) -> None:
+        self._current.pop(number, None)
 
     def forget(self) -> None:
         """Let go of all that was read."""

@@ -51,20 +51,29 @@ def entries(layer: Any) -> list[dict[str, Any]]:
     return found
 
 
+def settings(layer: Any) -> list[dict[str, Any]]:
+    """What a layer keeps by adapters' names beside modules and parameters: scalings, variants."""
+    found = (getattr(layer, key, None) for key in ("scaling", "lora_variant"))
+    return [each for each in found if isinstance(each, dict)]
+
+
 def has(layer: Any, name: str) -> bool:
     """Whether an adapter has anything in a layer."""
     return any(name in each for each in entries(layer))
 
 
-def view_of(layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> Any:
+def view_of(
+    layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float] | None = None, runs: bool = True
+) -> Any:
     """The same layer, its modules and parameters shared, with these adapters active, or with none.
 
-    Whatever becomes of the adapters, the view keeps what they have now.
+    Whatever becomes of the adapters, the view keeps what they have now; of all else, what the layer has now.
 
     Args:
         layer: the layer.
         sources: for every adapter that is active the layer, or a view of it, from which what it has is taken.
         weights: of a mixture, what each adapter counts beside its scaling.
+        runs: False for a view that is kept as a source for others.
     """
     view: Any = copy.copy(layer)
     view._disable_adapters = not sources
@@ -87,18 +96,24 @@ def view_of(layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float]
         view.scaling = {key: scaling * weights.get(key, 1.0) for key, scaling in view.scaling.items()}
     if isinstance(layer, TrainableTokensWrapper):  # what does the work has a state of its own, and may lack the name
         inner = {name: source.token_adapter for name, source in sources.items() if has(source.token_adapter, name)}
-        view._modules["token_adapter"] = view_of(layer.token_adapter, inner)
+        view._modules["token_adapter"] = view_of(layer.token_adapter, inner, runs=runs)
     # these two put weights into the base module while they run: into a copy of it, here
     elif isinstance(layer, lora.ParamWrapper):
         inner = {name: source.base_layer for name, source in sources.items()}
         is_nested = isinstance(layer.base_layer, lora.ParamWrapper)
-        view._modules["base_layer"] = (
-            view_of(layer.base_layer, inner, weights) if is_nested else _copy_of(layer.base_layer)
-        )
+        if is_nested:
+            view._modules["base_layer"] = view_of(layer.base_layer, inner, weights, runs)
+        elif runs:
+            view._modules["base_layer"] = _copy_of(layer.base_layer)
     elif isinstance(layer, lora.MultiheadAttention):
         inner = {name: source.base_layer.out_proj for name, source in sources.items()}
-        base, out_proj = _copy_of(layer.base_layer), view_of(layer.base_layer.out_proj, inner, weights)
-        out_proj._modules["base_layer"] = _copy_of(out_proj.base_layer)
+        out_proj = view_of(layer.base_layer.out_proj, inner, weights, runs)
+        if runs:
+            base = _copy_of(layer.base_layer)
+            out_proj._modules["base_layer"] = _copy_of(out_proj.base_layer)
+        else:
+            base = copy.copy(layer.base_layer)
+            base._modules = dict(base._modules)
         base._modules["out_proj"] = out_proj
         view._modules["base_layer"] = base
         view.merged_adapters, out_proj.merged_adapters = [], []
@@ -146,6 +161,17 @@ def _copy_of(module: nn.Module) -> nn.Module:
         if parameter is not None and not parameter.requires_grad:
             # with a version counter of its own: parametrizations count as changes, which autograd would complain of
             copied._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
+    return copied
+
+
+def bare(module: Any) -> Any:
+    """A module without any adapter anywhere inside: itself wherever there are none, and copies around them."""
+    module = get_base(module)
+    children = {key: child and bare(child) for key, child in module._modules.items()}
+    if all(child is module._modules[key] for key, child in children.items()):
+        return module
+    copied = copy.copy(module)
+    copied._modules = children
     return copied
 
 

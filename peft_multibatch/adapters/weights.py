@@ -6,15 +6,15 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from peft_multibatch.adapters import views
+from peft_multibatch.adapters import notices, views
 from peft_multibatch.adapters.checks import HOOKS, check_fit, check_halves, check_scaling, why_apart
-from peft_multibatch.adapters.offload import loader, onloaded
+from peft_multibatch.adapters.offload import comes_later, onloaded
 from peft_multibatch.adapters.shards import SHARDED, check_adapter, own, shard_of, split_of
 from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.compat import LoraLayer
@@ -87,6 +87,8 @@ class Adapter:
         self._weights: list[dict] = []  # their parameters
         self._parameters: list[dict] = []  # of those that run as products
         self._tensors: list[Tensor] = []
+        self._magnitudes: list[dict] = []  # of DoRA, whose values are read anew by every call
+        self._magnitude_tensors: list[Tensor] = []
         self._whole: list[Tensor] = []  # of these, those that are no DTensors
         self._addresses: list[int] = []
         self._sharded: list[Any] = []  # and those that are
@@ -95,6 +97,8 @@ class Adapter:
         self._are_contiguous: list[bool] = []
         self._is_volatile = False
         self.reaches_any = False
+        self._layers: list[Any] = []  # in which it has anything
+        self._containers: list[dict] = []  # of these
         self._close_dicts: list[dict] = []  # looked at only where something was noticed
         self._close_entries: list[Any] = []
         self._close_attributes: list[dict] = []
@@ -140,6 +144,7 @@ class Adapter:
             UnsupportedError: it has something in a layer that can't take part in a mixed batch.
             AdapterMismatchError: its weights don't fit.
         """
+        self._seen = notices.now()
         for layer in layers:
             module = layer.module
             held = views.entries(module)
@@ -151,6 +156,8 @@ class Adapter:
                     self._parts[module] = None
                 continue
             self.reaches_any = True
+            self._layers.append(module)
+            self._containers += views.entries(module)
             if layer.refusal:
                 raise UnsupportedError(f"adapter {self.name!r} can't run in a mixed batch: {layer.refusal}")
             if layer.is_fast:
@@ -159,7 +166,7 @@ class Adapter:
                 reason = why_apart(module, self.name)
                 if reason:
                     self._read_apart(layer, reason)
-                elif not _comes_later(module, self.name):
+                elif not comes_later(module, self.name):
                     self._read(module)
             else:
                 self._read_apart(layer, "")
@@ -174,10 +181,12 @@ class Adapter:
 
     def view(self, layer: Any) -> Any:
         """A layer with this adapter active, as it had it when it was read; with none where it had nothing there."""
-        if not self.has(layer):
-            return views.view_of(layer, {})
+        return views.view_of(layer, {self.name: self.source(layer)} if self.has(layer) else {})
+
+    def source(self, layer: Any) -> Any:
+        """What it had in a layer, from which views are made."""
         if layer not in self._views:
-            self._views[layer] = views.view_of(layer, {self.name: layer})
+            self._views[layer] = views.view_of(layer, {self.name: layer}, runs=False)
         return self._views[layer]
 
     def variant(self, layer: Any) -> str:
@@ -204,11 +213,13 @@ class Adapter:
                 not self._is_volatile
                 and all(map(operator.is_, map(self._get, self._dicts), self._entries))
                 and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
+                and all(map(operator.is_, map(_weight, self._magnitudes), self._magnitude_tensors))
                 and list(map(Tensor.data_ptr, self._whole)) == self._addresses
                 and list(map(Tensor.data_ptr, map(shard_of, self._sharded))) == self._shard_addresses
                 and list(map(Tensor.numel, tensors)) == self._sizes
                 and list(map(Tensor.is_contiguous, self._whole)) == self._are_contiguous
                 and list(map(len, self._attributes)) == self._numbers  # a forward of its own is one more
+                and all(map(operator.is_, map(type, self._halves), itertools.repeat(nn.Linear)))
             )
         except KeyError:
             return False
@@ -221,7 +232,7 @@ class Adapter:
     def _holds_closely(self) -> bool:
         """Whether nothing was hooked, biased, wrapped or added that is noticed when it happens, to whomever."""
         return (
-            all(map(operator.is_, map(type, self._halves), itertools.repeat(nn.Linear)))
+            all(map(operator.is_, itertools.chain.from_iterable(map(views.entries, self._layers)), self._containers))
             and all(map(operator.is_, map(_bias, self._parameters), itertools.repeat(None)))
             and not any(itertools.chain.from_iterable(map(_hooks_of, self._close_attributes)))
             and all(map(operator.is_, map(self._get, self._close_dicts), self._close_entries))
@@ -229,18 +240,14 @@ class Adapter:
             and all(why_apart(module, self.name) == reason for module, reason in self.apart.items())
         )
 
-    def begin(self, noticed: object) -> None:
-        """It was read while this was what had been noticed."""
-        self._seen = noticed
-
     def _read_apart(self, layer: ReadLayer, reason: str) -> None:
         module, name = layer.module, self.name
         if isinstance(module, LoraLayer):
             if name in module.lora_A or name in module.lora_B:
                 check_halves(name, module)
             check_scaling(name, module.scaling.get(name, 1.0))
-        self._views[module] = views.view_of(module, {name: module})
-        for entries in (*views.entries(module), *_dicts_of(module)):
+        self._views[module] = views.view_of(module, {name: module}, runs=False)
+        for entries in (*views.entries(module), *views.settings(module)):
             if name in entries:
                 self._dicts.append(entries)
                 self._entries.append(entries[name])
@@ -250,7 +257,10 @@ class Adapter:
             self.apart[module] = reason
             self._parts[module] = None
             halves = module.lora_A[name], module.lora_B[name]
-            if all("weight" in half._parameters for half in halves) and not _comes_later(module, name):
+            weights = [half._parameters.get("weight") for half in halves]
+            if all(each is not None and each.layout == torch.strided for each in weights) and not comes_later(
+                module, name
+            ):
                 self._track(module, *halves)
 
     def _read(self, layer: LoraLayer) -> LayerWeights | None:
@@ -279,6 +289,9 @@ class Adapter:
                 entries = layer.lora_magnitude_vector._modules
                 self._dicts += entries, variants
                 self._entries += entries[name], variants[name]
+                self._magnitudes.append(entries[name]._parameters)
+                self._magnitude_tensors.append(magnitude)
+                self._close_attributes.append(entries[name].__dict__)
             if isinstance(scaling, Tensor):  # written in place
                 self._is_volatile = True
             self._close_attributes += module_a.__dict__, module_b.__dict__
@@ -287,9 +300,11 @@ class Adapter:
                 self._close_dicts.append(layer.lora_dropout._modules)
                 self._close_entries.append(dropout)
                 self._close_attributes.append(dropout.__dict__)
+                self._attributes.append(dropout.__dict__)
+                self._numbers.append(len(dropout.__dict__))
             if isinstance(dropout, nn.Dropout):
                 self.dropouts[layer] = dropout
-                self._views[layer] = views.view_of(layer, {name: layer})
+                self._views[layer] = views.view_of(layer, {name: layer}, runs=False)
             part = LayerWeights(own(a).data, own(b).data, float(scaling), (own(a), own(b)), magnitude)
             self._parts[layer] = part
         return part
@@ -330,21 +345,3 @@ class Adapter:
 
 
 _serials = itertools.count()
-
-
-def _comes_later(layer: LoraLayer, name: str) -> bool:
-    """Whether a layer's weights are offloaded until they, or the part of the model around them, run."""
-    for module in (layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)):
-        weight = None if module is None else module._parameters.get("weight")
-        if module is not None and weight is not None and weight.is_meta:
-            base = layer.get_base_layer()
-            is_around = loader(base) is None and any(parameter.is_meta for parameter in base.parameters())
-            return loader(module) is not None or is_around
-    return False
-
-
-def _dicts_of(layer: Any) -> Sequence[dict]:
-    """What a layer keeps by adapters' names beside modules and parameters: scalings, variants."""
-    return [
-        getattr(layer, key) for key in ("scaling", "lora_variant") if isinstance(getattr(layer, key, None), Mapping)
-    ]

@@ -97,6 +97,11 @@ def _leave(block: ActiveCall, *error: Any) -> None:
             "first. A generator that holds mb.batch() open must not be passed between threads, nor end inside a block "
             "that began after it; pass adapter_ids to each call instead."
         ) from None
+    outer = block._calls.get()
+    if outer is not None and outer.ended and (outer.thread, outer.task) == (call.thread, call.task):
+        while outer is not None and outer.ended:  # it was left before this one, and told so
+            outer = outer.outer
+        block._calls.set(outer)
     call.ended = True  # and where an exception comes before this, the call is over because its end is gone
     block._graph.leave(call)
     call.end = over  # and nobody needs to hear of the end any more

@@ -11,7 +11,7 @@ place of three. PEFT's and transformers' parameters become views of it: names, v
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peft_multibatch.adapters.bank import Bank, base_device
+from peft_multibatch.calls.graphs import Graph
 
 
 if TYPE_CHECKING:
+    from peft_multibatch.calls.call import Call
     from peft_multibatch.compat import LoraLayer
 
 logger = logging.get_logger(__name__)
@@ -59,6 +61,7 @@ class Group:
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
         self.is_split = False
+        self._is_known = False  # how its input is treated in inference mode
         self._weight: Tensor | None = None  # of all base layers, side by side
         self._bias: Tensor | None = None
         self._addresses: list[int] = []
@@ -111,6 +114,28 @@ class Group:
         self.label = self.label.replace("fused with base weights", "fused", 1)
         self.reason = self.reason or reason
 
+    def version(self, call: Call | Graph, x: Tensor) -> Any:
+        """What tells whether a group's input is written in place before the last of its layers has read it.
+
+        Graphs don't let that happen. Tensors of inference mode count nothing; what a model does there is looked at
+        once, when its group runs for the first time.
+        """
+        if isinstance(call, Graph) or (x.is_inference() and self._is_known):
+            return 0
+        return x.clone() if x.is_inference() else x._version
+
+    def is_unchanged(self, call: Call | Graph, x: Tensor, version: Any, index: int) -> bool:
+        """Whether the layer with this index gets the input of which ``version`` was told."""
+        if isinstance(call, Graph):
+            return True
+        if not isinstance(version, Tensor):
+            return version == (0 if x.is_inference() else x._version)
+        is_same = torch.equal(version, x)
+        if not is_same:
+            self.split("its input is written in place between its projections")
+        self._is_known = self._is_known or (is_same and index == len(self.layers) - 1)
+        return is_same
+
     def check_weights(self) -> None:
         """Part base weights that aren't what was put side by side any more, or that somebody wants to hook.
 
@@ -128,9 +153,7 @@ class Group:
     def base_output(self, x: Tensor) -> Tensor | None:
         """The base layers' outputs side by side, ``[..., ΣN]``, or None where they have to run apart."""
         weight, bias = self._weight, self._bias
-        if weight is None:
-            return None
-        if torch.is_grad_enabled() and any(p.requires_grad for layer in self.layers for p in _parameters(layer)):
+        if weight is None or torch.is_grad_enabled():  # a part of it can't be written in place where gradients flow
             return None
         return F.linear(x, weight, bias)
 

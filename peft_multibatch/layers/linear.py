@@ -104,10 +104,10 @@ def _run_sibling(
             ys = _run(call, plan, router, group.bank, x)
         else:
             ys = list(_add_deltas(call, plan, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
-        call.sibling_outputs[group] = x, _version(call, x), [None, *ys[1:]]
+        call.sibling_outputs[group] = x, group.version(call, x), [None, *ys[1:]]
         return ys[0]
     source, version, waiting = call.sibling_outputs.get(group, (None, 0, []))
-    y = waiting[index] if source is x and version == _version(call, x) else None
+    y = waiting[index] if source is x and group.is_unchanged(call, x, version, index) else None
     if y is not None:
         waiting[index] = None
         if index == len(waiting) - 1:
@@ -143,11 +143,6 @@ def _run(
     ys = _add_deltas(call, plan, router, bank, ys, x)
     ys = [shards.sum_up(layer, split, x, y) if split else y for (layer, split), y in zip(splits, ys)]
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
-
-
-def _version(call: Call | Graph, x: Tensor) -> int:
-    """Tells whether a tensor was written in place; graphs don't let that happen, and inference tensors don't count."""
-    return 0 if isinstance(call, Graph) or x.is_inference() else x._version
 
 
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

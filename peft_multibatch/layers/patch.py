@@ -63,8 +63,8 @@ class PatchedLayer:
     @property
     def is_disabled(self) -> bool:
         """Whether somebody disabled the layer's adapters on this thread or task, or on all of them."""
-        return self.module in self.router.disabled.get() or (
-            self.module._disable_adapters and not self._is_disabled_somewhere
+        return self.module._disable_adapters and (
+            not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
 
     def note(self, is_enabled: bool) -> None:

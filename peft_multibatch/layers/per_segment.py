@@ -50,9 +50,16 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if call is None:
         return patch.original(*args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
-    if isinstance(call, Graph) and not isinstance(self, lora.MultiheadAttention):
-        return get_base(self)(*args, **kwargs)
-    return run_base(self, patch, *args, **kwargs)
+    return views.bare(self)(*args, **kwargs)
+
+
+@handles()
+def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A layer whose forward somebody replaced, of which nobody knows what it does with rows."""
+    patch = getattr(self, STATE)
+    if patch is None or patch.router.current() is None:
+        return type(self).forward(self, *args, **kwargs) if patch is None else patch.original(*args, **kwargs)
+    raise UnsupportedError(patch.refusal)
 
 
 def run_base(layer: Any, patch: PatchedLayer, *args: Any, **kwargs: Any) -> Any:

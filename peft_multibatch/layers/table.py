@@ -24,7 +24,7 @@ from peft_multibatch.compat import (
 )
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.linear import linear
-from peft_multibatch.layers.per_segment import attention, base_only, per_segment, tiled_experts
+from peft_multibatch.layers.per_segment import attention, base_only, per_segment, replaced, tiled_experts
 
 
 PER_SEGMENT = "per segment"
@@ -106,6 +106,15 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
         config: the model's transformers configuration, or None.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
+    forward = layer.__dict__.get("forward")
+    is_known = getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.") or "_hf_hook" in layer.__dict__
+    if forward is not None and not is_known and not getattr(getattr(forward, "__func__", None), "is_handler", False):
+        return Choice(
+            replaced,
+            "its forward was replaced",
+            f"{name} has a forward of its own, and what it does with rows nobody knows: expected PEFT's. Remove it, "
+            "or run the adapters one at a time without adapter_ids.",
+        )
     try:
         return Choice(*_find_handler(name, layer, config, is_gathered))
     except UnsupportedError as error:
@@ -140,8 +149,11 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
         raise UnsupportedError(
             f"{name} is a {kind} around a {type(base).__name__}, two tuners on one layer: {expected}. {advice}"
         )
-    if isinstance(layer, ModulesToSaveWrapper):
-        inner = next((key for key, module in layer.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        own = (layer, getattr(layer, "token_adapter", None))
+        kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+        found = (key for key, module in layer.named_modules() if isinstance(module, kinds) and module not in own)
+        inner = next(found, None)
         if inner is not None:
             raise UnsupportedError(f"{name} is a {kind} with adapters inside it ({inner}): {expected}. {advice}")
     shards.check_parts(name, layer, advice)

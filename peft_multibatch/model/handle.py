@@ -20,8 +20,8 @@ from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import (
+    AuxiliaryTrainingWrapper,
     BaseTuner,
-    ModulesToSaveWrapper,
     PeftMixedModel,
     PeftModel,
 )
@@ -120,8 +120,6 @@ class Handle:
         Args:
             check_weights: read all weights, to find some that aren't finite, and adapters that change nothing.
 
-        Returns:
-            A sequence of ``LayerReport``, with the adapters beside it.
         """
         self._refresh()
         groups = {layer: group for group in self._groups for layer in group.layers}
@@ -219,10 +217,10 @@ class Handle:
         Raises:
             MergedAdaptersError: an adapter is merged into the base weights.
         """
-        disabled, any_here = [], bool(self._router.disabled.get())
+        disabled = []
         for layer in list(self._layers.values()):  # another thread may be adding some
             module = layer.module
-            if (any_here or module._disable_adapters) and layer.is_disabled:
+            if module._disable_adapters and layer.is_disabled:
                 disabled.append(module)
             elif module.merged_adapters:
                 check_merged(layer.name, module)
@@ -253,8 +251,7 @@ class Handle:
     def _refresh(self) -> None:
         """Patch what was added since the last call, and let go of what is no longer part of the model.
 
-        Other threads may be in the middle of a forward: layers that stay keep their patch, whatever adapters come and
-        go. An exception at any point leaves a state from which the next call begins anew.
+        Layers that stay keep their patch. An exception at any point leaves a state from which the next call begins.
         """
         with self._lock:
             if not self._is_enabled:
@@ -273,6 +270,7 @@ class Handle:
                 self._registry.forget()
             scan = LayerScan(self._inner)
             is_gathered = is_gathered or scan.is_gathered()
+            before = {each: known.refusal for each, known in self._layers.items()}
             for layer, name in scan.layers.items():
                 if not names and layer not in self._layers and layer._get_available_adapters():
                     raise UnsupportedError(
@@ -284,6 +282,8 @@ class Handle:
                 self._layers.pop(layer).remove()
             self._layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
             router.is_gathered = is_gathered
+            if before != {each: known.refusal for each, known in self._layers.items()}:
+                self._registry.forget()  # what was read elsewhere may be inside of another layer by now
             self._registry.source.layers = tuple(self._layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
             self._regroup()
@@ -294,7 +294,7 @@ class Handle:
         """Have a handler in the place of a layer's forward, if it has none yet."""
         known = self._layers.get(layer)
         is_same = known is not None and is_gathered == self._router.is_gathered
-        if is_same and not isinstance(layer, ModulesToSaveWrapper):  # whose inside may get adapters
+        if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # whose inside may get adapters
             return
         choice = handlers.choose(name, layer, getattr(self._inner, "config", None), is_gathered)
         if known is None:

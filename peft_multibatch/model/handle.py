@@ -120,6 +120,8 @@ class Handle:
         Args:
             check_weights: read all weights, to find some that aren't finite, and adapters that change nothing.
 
+        Returns:
+            A sequence of ``LayerReport``, with the adapters beside it.
         """
         self._refresh()
         groups = {layer: group for group in self._groups for layer in group.layers}
@@ -209,10 +211,7 @@ class Handle:
         return self._check_state()
 
     def _check_state(self) -> frozenset:
-        """Raise where no mixed batch can run now.
-
-        Returns:
-            Layers whose adapters are disabled.
+        """The layers whose adapters are disabled.
 
         Raises:
             MergedAdaptersError: an adapter is merged into the base weights.

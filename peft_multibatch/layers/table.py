@@ -106,9 +106,7 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
         config: the model's transformers configuration, or None.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
-    forward = layer.__dict__.get("forward")
-    is_known = getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.") or "_hf_hook" in layer.__dict__
-    if forward is not None and not is_known and not getattr(getattr(forward, "__func__", None), "is_handler", False):
+    if _is_replaced(layer):
         return Choice(
             replaced,
             "its forward was replaced",
@@ -119,6 +117,15 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
         return Choice(*_find_handler(name, layer, config, is_gathered))
     except UnsupportedError as error:
         return Choice(base_only, "adapters that have anything in it are refused", str(error))
+
+
+def _is_replaced(layer: Any) -> bool:
+    """Whether a layer's forward is anything but its class's, a handler's, or that of a library which is known."""
+    forward = layer.__dict__.get("forward")
+    function = getattr(forward, "__func__", None)
+    is_own = function is type(layer).forward or getattr(function, "is_handler", False)
+    is_known = getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.") or "_hf_hook" in layer.__dict__
+    return forward is not None and not is_own and not is_known
 
 
 def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:

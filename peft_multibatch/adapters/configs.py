@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -78,28 +79,41 @@ class WatchedConfigs(dict):
         return dict, (dict(self),)
 
 
-def watch(model: nn.Module, names: AdapterNames) -> None:
-    """Have a model's configurations watched from now on, wherever an object holds them."""
+def watch(model: nn.Module, names: AdapterNames, around: Iterable[nn.Module] = ()) -> None:
+    """Have a model's configurations watched from now on, wherever an object holds them.
+
+    Args:
+        model: the model.
+        names: hears of what comes and goes.
+        around: models that share the configurations, or may.
+    """
     configs = model.__dict__.get(CONFIGS)
     if configs is None:
         if names:
             names.update(())
     elif not isinstance(configs, WatchedConfigs) or configs.names is not names:
-        _replace(configs, WatchedConfigs(configs, names))
+        _replace(configs, WatchedConfigs(configs, names), [model, *around])
 
 
-def unwatch(model: nn.Module) -> None:
+def unwatch(model: nn.Module, around: Iterable[nn.Module] = ()) -> None:
     """Put the dictionary back that was there before, as it would be by now."""
     configs = model.__dict__.get(CONFIGS)
     if isinstance(configs, WatchedConfigs):
         configs.original.clear()
         configs.original.update(configs)
-        _replace(configs, configs.original)
+        _replace(configs, configs.original, [model, *around])
 
 
-def _replace(old: dict, new: dict) -> None:
-    """Put one dictionary in the place of another in all objects that hold it: a model and its tuner share one."""
-    for holder in gc.get_referrers(old):
+def _replace(old: dict, new: dict, known: Iterable[Any]) -> None:
+    """Put one dictionary in the place of another in all objects that hold it: a model and its tuner share one.
+
+    Args:
+        old: the dictionary.
+        new: the other one.
+        known: objects that may hold it, which Python doesn't find after ``gc.freeze()``.
+    """
+    holders = [*known, *(getattr(each, "base_model", None) for each in known), *gc.get_referrers(old)]
+    for holder in holders:
         attributes = holder if type(holder) is dict else getattr(holder, "__dict__", None)
         if type(attributes) is dict and attributes.get(CONFIGS) is old:
             attributes[CONFIGS] = new

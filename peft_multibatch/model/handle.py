@@ -59,7 +59,7 @@ class Handle:
         self._asked_backend = backend
         self._backend, self._backend_reason, kernels = choose_backend(backend)
         logger.info(f"backend {self._backend}: {self._backend_reason}")
-        self._inner = inner
+        self._inner, self._outer = inner, model
         self._fuse = fuse
         self._registry = Registry()
         self._changes = -1  # of adapters, at the last look
@@ -166,13 +166,14 @@ class Handle:
         for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
             undo()
         notices.listeners.discard(self)
+        attached = [self._outer, *self._attached]
         # let go of the model
         self._layers, self._groups, self._attached = {}, [], {}
-        unwatch(self._inner)
+        unwatch(self._inner, attached)
         self._scan = None
         self._registry = Registry()
         self._router = Router(None, self._registry, self._check)
-        self._inner = nn.Module()
+        self._inner = self._outer = nn.Module()
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
         """Let calls take ids: of the model that holds the layers, of parts of it, of the ``PeftModel`` around it."""
@@ -258,7 +259,7 @@ class Handle:
                     "this handle was disabled: call peft_multibatch.enable(model) again and use its result."
                 )
             names, router = self._registry.names, self._router
-            watch(self._inner, names)
+            watch(self._inner, names, [self._outer, *self._attached])
             changes = names.changes
             is_gathered = router.is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
             is_same = changes == self._changes and is_gathered == router.is_gathered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -95,3 +96,22 @@ def test_every_way_to_change_a_dictionary_is_noticed(change):
     new = [name for name in plain if name in "xy"]
     assert names.listed() == [*(name if name in plain else None for name in ("three", "four", "eight")), *new]
     assert list(names.ids) == list(plain)
+
+
+def test_dictionaries_that_the_garbage_collector_does_not_show():
+    """As where a server calls ``gc.freeze()`` after it has loaded its model."""
+    model = peft_model()
+    before = model.peft_config
+    gc.collect()
+    gc.freeze()
+    try:
+        mb = peft_multibatch.enable(model)
+        watched = model.peft_config
+        assert watched is model.base_model.peft_config is model.get_base_model().peft_config is not before
+        model.add_adapter("new", lora_configs()["three"])
+        assert mb.adapter_names == ["three", "four", "eight", "new"]
+        assert model.peft_config is watched
+        mb.disable()
+        assert model.peft_config is model.base_model.peft_config is before
+    finally:
+        gc.unfreeze()

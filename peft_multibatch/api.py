@@ -40,7 +40,7 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
         The handle. A model that is enabled already gives back the handle it has.
 
     Raises:
-        UnsupportedError: this is no model, or one whose rows can't be routed; the message names the layer.
+        UnsupportedError: this is no model, or none of its adapters can run in a mixed batch; the message says why.
         BackendUnavailableError: ``backend`` is none that can run here.
 
     Example:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_multibatch.adapters.shards import own, split_of
+from peft_multibatch.adapters.shards import is_split_forward, own, split_of
 from peft_multibatch.errors import AdapterMismatchError, UnsupportedError
 
 
@@ -175,8 +175,7 @@ def why_apart(layer: LoraLayer, name: str) -> str:
     magnitude = layer.lora_magnitude_vector._modules.get(name) if variant else None
     for what, module in (*halves.items(), ("dropout", dropout), ("magnitude", magnitude)):
         attributes = {} if module is None else module.__dict__
-        forward = getattr(attributes.get("forward"), "__qualname__", "")
-        is_known = "_hf_hook" in attributes or forward.startswith("TensorParallelLayer.")
+        is_known = "_hf_hook" in attributes or is_split_forward(attributes.get("forward"))
         if "forward" in attributes and not is_known:
             return f"its {what} has a forward of its own"
         if any(attributes.get(hooks) for hooks in HOOKS):
@@ -185,3 +184,4 @@ def why_apart(layer: LoraLayer, name: str) -> str:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""

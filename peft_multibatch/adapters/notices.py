@@ -17,7 +17,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, BufferDict
+from peft_multibatch.adapters.views import CONTAINERS
+from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 
 class Listener(Protocol):
@@ -39,7 +40,7 @@ def now() -> tuple[int, int]:
 
 
 LAYERS = BaseTunerLayer, AuxiliaryTrainingWrapper
-CONTAINERS = nn.ModuleDict, nn.ParameterDict, BufferDict
+CHANGED = *CONTAINERS, *LAYERS
 
 
 def _parameter(module: nn.Module, key: str, parameter: Any) -> None:
@@ -53,7 +54,7 @@ def _module(parent: nn.Module, key: str, child: Any) -> None:
         return
     # what adapters have is in containers by their names, and parametrizations come in one; slices of a model's layers,
     # which models make as they run, are lists
-    if isinstance(child, (*CONTAINERS, *LAYERS)) or isinstance(parent, (*CONTAINERS, *LAYERS)):
+    if isinstance(child, CHANGED) or isinstance(parent, CHANGED):
         _Noticed.registrations += 1
     if isinstance(child, LAYERS):
         for listener in list(listeners):

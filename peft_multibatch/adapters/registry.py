@@ -85,7 +85,6 @@ class Registry:
         self.source = PeftModules(self.slots)
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._turn = 0
-        self.names.gone = self._forget_one
         self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
 
     def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, Adapter]:
@@ -155,9 +154,6 @@ class Registry:
         """These changed, and nobody can see it: their weights were written in place."""
         for each in ids:
             self._current.pop(each, None)
-
-    def _forget_one(self, number: int) -> None:
-        self._current.pop(number, None)
 
     def forget(self) -> None:
         """Let go of all that was read."""

@@ -188,11 +188,15 @@ def sum_up(layer: LoraLayer, split: Split, x: Tensor, y: Tensor) -> Tensor:
     return y if bias is None else y + own(bias)
 
 
+def is_split_forward(forward: Any) -> bool:
+    """Whether a forward is what transformers' tensor parallelism puts in its place."""
+    return getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.")
+
+
 def _is_hooked(base: nn.Module) -> bool:
     """Whether anybody but transformers' tensor parallelism wants to see the base layer run."""
-    forward = getattr(base.__dict__.get("forward"), "__qualname__", "")
     return bool(
-        not forward.startswith("TensorParallelLayer.")
+        not is_split_forward(base.__dict__.get("forward"))
         or base._forward_hooks
         or base._forward_pre_hooks
         or nn.modules.module._has_any_global_hook()

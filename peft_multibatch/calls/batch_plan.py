@@ -94,8 +94,11 @@ class BatchPlan:
 
     def apart(self, bank: Bank) -> Apart | None:
         """Adapters that don't run as a product in a bank's layers, or might not; None where all do."""
-        if bank in self._apart:
-            return self._apart[bank]
+        if bank not in self._apart:
+            self._apart[bank] = self._find_apart(bank)
+        return self._apart[bank]
+
+    def _find_apart(self, bank: Bank) -> Apart | None:
         slots, dropouts, reasons = set(), [], []
         for slot, adapter in self.adapters.items():
             found = [adapter.apart[layer] for layer in bank.layers if layer in adapter.apart]
@@ -103,9 +106,7 @@ class BatchPlan:
                 slots.add(slot)
                 reasons.append(f"adapter {adapter.name!r} runs per segment ({found[0]})")
             dropouts += [(slot, adapter.dropouts[layer]) for layer in bank.layers if layer in adapter.dropouts]
-        apart = Apart(frozenset(slots), ", ".join(reasons), tuple(dropouts)) if slots or dropouts else None
-        self._apart[bank] = apart
-        return apart
+        return Apart(frozenset(slots), ", ".join(reasons), tuple(dropouts)) if slots or dropouts else None
 
     def has_dora(self, bank: Bank) -> bool:
         """Whether any adapter in use is a DoRA adapter in a bank's layers."""

@@ -162,12 +162,12 @@ class Graph:
         Raises:
             NotEnabledError: the model was disabled in the meantime.
         """
-        if self._is_closed and call.is_repeated:
-            raise NotEnabledError(
-                "backward runs layers again under ids, and disable was called in the meantime: expected the model to "
-                "stay enabled until then. Call backward first."
-            )
         if call.is_repeated:  # which compiled code doesn't see
+            if self._is_closed:
+                raise NotEnabledError(
+                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
+                    "to stay enabled until then. Call backward first."
+                )
             return
         self._exclusively(functools.partial(self._enter, call))
 
@@ -305,6 +305,12 @@ class Graph:
 
     def _make_ready(self, plan: BatchPlan) -> None:
         """Have the adapters of a plan in all tables that graphs read."""
+        reason = plan.why_not_compiled(self._devices) if self.is_captured else ""
+        if reason:
+            raise ModelStateError(
+                f"a CUDA graph was captured, and {reason}, which no graph can hold: expected adapters that run "
+                "segmented, without variants and dropout. Call disable and enable to use it, without CUDA graphs."
+            )
         slots, ready = self._ready
         serials = plan.serials
         if slots == plan.slots and serials.items() <= ready.items():

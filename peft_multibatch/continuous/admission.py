@@ -14,7 +14,6 @@ from peft_multibatch.adapters.views import get_base
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.layers.patch import STATE
 from peft_multibatch.layers.per_segment import view_for
 from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
@@ -165,14 +164,13 @@ class Admission:
                     f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
                     "another one, because continuous batching cuts prompts. Use generate for it."
                 )
-        for adapter in adapters.values():
-            if self.uses_graphs and adapter.apart:
-                layer, reason = next(iter(adapter.apart.items()))
-                raise UnsupportedError(
-                    f"adapter {adapter.name!r} runs PEFT's own code per segment in {getattr(layer, STATE).name}, "
-                    f"because {reason}, which a CUDA graph can't hold: expected plain LoRA. Pass "
-                    "ContinuousBatchingConfig(use_cuda_graph=False)."
-                )
+        plan = self._handle._router.plan([entry])
+        reason = plan.why_not_compiled(self._handle._router.graph.banks) if self.uses_graphs else ""
+        if reason:
+            raise UnsupportedError(
+                f"a request can't run in continuous batching with CUDA graphs, because {reason}: expected plain LoRA. "
+                "Pass ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
         if not isinstance(entry, tuple):
             return
         most = self._handle._router.graph.components
@@ -181,7 +179,6 @@ class Admission:
                 f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {most}: "
                 "expected no more. Pass mixtures=... to mb.continuous_batching."
             )
-        plan = self._handle._router.plan([entry])
         for layer in list(self._handle._layers.values()):
             view_for(layer.module, plan.entries[0], plan, layer)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peft_multibatch.adapters.bank import Bank, base_device
+from peft_multibatch.adapters.checks import HOOKS
 from peft_multibatch.calls.graphs import Graph
 
 
@@ -118,11 +119,14 @@ class Group:
         """What tells whether a group's input is written in place before the last of its layers has read it.
 
         Graphs don't let that happen. Tensors of inference mode count nothing; what a model does there is looked at
-        once, when its group runs for the first time.
+        once, when its group runs for the first time, unless a CUDA graph is being captured.
         """
-        if isinstance(call, Graph) or (x.is_inference() and self._is_known):
+        if isinstance(call, Graph):
             return 0
-        return x.clone() if x.is_inference() else x._version
+        if not x.is_inference():
+            return x._version
+        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        return 0 if self._is_known or is_capturing else x.clone()
 
     def is_unchanged(self, call: Call | Graph, x: Tensor, version: Any, index: int) -> bool:
         """Whether the layer with this index gets the input of which ``version`` was told."""
@@ -176,10 +180,7 @@ def _is_quantized(base: nn.Module) -> bool:
 def _is_hooked(base: nn.Module) -> bool:
     return bool(
         "forward" in base.__dict__
-        or base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
+        or any(base.__dict__[hooks] for hooks in HOOKS)
         or nn.modules.module._has_any_global_hook()
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_multibatch import ops
 from peft_multibatch.adapters import shards
+from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.take_plan import take_plan
@@ -24,7 +25,6 @@ from peft_multibatch.layers.per_segment import per_segment, run_apart, run_base
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.calls.batch_plan import BatchPlan
     from peft_multibatch.calls.router import Router
     from peft_multibatch.layers.fusion import Group
 
@@ -100,7 +100,7 @@ def _run_sibling(
     """What one layer of a group gives; the first one computes it for all of them."""
     if index == 0:
         whole = group.base_output(x)
-        if whole is None or (isinstance(call, Call) and call.plan.has_dora(group.bank)):
+        if whole is None or (isinstance(plan, BatchPlan) and plan.has_dora(group.bank)):
             ys = _run(call, plan, router, group.bank, x)
         else:
             ys = list(_add_deltas(call, plan, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))

@@ -44,14 +44,10 @@ class PatchedLayer:
         self, module: Any, name: str, router: Router, handler: Callable[..., Any], reason: str, refusal: str
     ) -> None:
         self.module, self.name, self.router = module, name, router
-        self.handler, self.reason, self.refusal = handler, reason, refusal
-        self.is_fast = getattr(handler, "is_fast", False)
-        self.bank = Bank([module]) if self.is_fast else None
-        self.group: tuple[Group, int] | None = None
+        self._choose(handler, reason, refusal)
         attributes = module.__dict__
         for method in ("forward", "enable_adapters"):
-            is_ours = getattr(getattr(attributes.get(method), "__func__", None), "is_handler", False)
-            if is_ours and attributes.get(STATE) is None:
+            if is_handler(attributes.get(method)) and attributes.get(STATE) is None:
                 del attributes[method]  # of a copy: what was put there belongs to the original
         attribute = own_attribute(module, "forward")
         self.original: Callable[..., Any] = getattr(module, attribute)
@@ -76,11 +72,14 @@ class PatchedLayer:
 
     def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         """Let another handler run."""
+        self._choose(handler, reason, refusal)
+        self._forward.change(types.MethodType(handler, self.module))
+
+    def _choose(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         self.handler, self.reason, self.refusal = handler, reason, refusal
         self.is_fast = getattr(handler, "is_fast", False)
         self.bank = Bank([self.module]) if self.is_fast else None
-        self.group = None
-        self._forward.change(types.MethodType(handler, self.module))
+        self.group: tuple[Group, int] | None = None
 
     def remove(self) -> None:
         """Put the layer's own forward back."""
@@ -104,6 +103,11 @@ def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
         return function
 
     return mark
+
+
+def is_handler(method: Any) -> bool:
+    """Whether a bound method is a handler's."""
+    return getattr(getattr(method, "__func__", None), "is_handler", False)
 
 
 def _enable_adapters(self: Any, enabled: bool) -> None:

@@ -57,8 +57,10 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A layer whose forward somebody replaced, of which nobody knows what it does with rows."""
     patch = getattr(self, STATE)
-    if patch is None or patch.router.current() is None:
-        return type(self).forward(self, *args, **kwargs) if patch is None else patch.original(*args, **kwargs)
+    if patch is None:
+        return type(self).forward(self, *args, **kwargs)
+    if patch.router.current() is None:
+        return patch.original(*args, **kwargs)
     raise UnsupportedError(patch.refusal)
 
 

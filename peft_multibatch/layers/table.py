@@ -24,6 +24,7 @@ from peft_multibatch.compat import (
 )
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.linear import linear
+from peft_multibatch.layers.patch import is_handler
 from peft_multibatch.layers.per_segment import attention, base_only, per_segment, replaced, tiled_experts
 
 
@@ -122,9 +123,8 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
 def _is_replaced(layer: Any) -> bool:
     """Whether a layer's forward is anything but its class's, a handler's, or that of a library which is known."""
     forward = layer.__dict__.get("forward")
-    function = getattr(forward, "__func__", None)
-    is_own = function is type(layer).forward or getattr(function, "is_handler", False)
-    is_known = getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.") or "_hf_hook" in layer.__dict__
+    is_own = getattr(forward, "__func__", None) is type(layer).forward or is_handler(forward)
+    is_known = shards.is_split_forward(forward) or "_hf_hook" in layer.__dict__
     return forward is not None and not is_own and not is_known
 
 

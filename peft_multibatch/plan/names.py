@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 
 MOST_GONE = 65_536
@@ -17,7 +17,6 @@ class AdapterNames:
         by_id: its name, by id.
         count: how many ids were ever given.
         changes: how often an adapter came or went.
-        gone: hears of the id of every adapter that went.
 
     Args:
         names: those that are there from the beginning.
@@ -28,7 +27,6 @@ class AdapterNames:
         self.by_id: dict[int, str] = {}
         self.count = 0
         self.changes = 0
-        self.gone: Callable[[int], None] | None = None
         self._gone: dict[str, int] = {}
         self.update(names)
 
@@ -49,8 +47,6 @@ class AdapterNames:
         if name in self.ids:
             number = self._gone[name] = self.ids.pop(name)
             del self.by_id[number]
-            if self.gone is not None:
-                self.gone(number)
             if len(self._gone) > MOST_GONE:
                 del self._gone[next(iter(self._gone))]
         self.changes += 1

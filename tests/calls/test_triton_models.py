@@ -440,6 +440,25 @@ def test_dora_in_a_graph_is_refused(compiled):
         logits(fast, None, use_cache=False)
 
 
+def test_what_no_captured_graph_can_hold_is_refused_when_a_call_begins(compiled):
+    """A replay runs no code that would notice."""
+    model, mb, fast, _ = compiled
+    with mb.batch([0] * 6):
+        logits(fast, None, use_cache=False)
+    names = add_dora(model)
+    model.to(DEVICE)
+    mb._router.graph.is_captured = True
+    with (
+        pytest.raises(peft_multibatch.ModelStateError, match="was captured, and a DoRA adapter is used"),
+        mb.batch(names),
+    ):
+        pass
+    with mb.batch([0] * 6):
+        logits(fast, None, use_cache=False)
+    mb._router.graph.is_captured = False
+    assert_close(logits(model, names), expected(model, names))
+
+
 def test_gradients_in_a_graph(compiled):
     model, mb, fast, _ = compiled
     model.set_requires_grad(["three", "four", "eight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -99,6 +100,42 @@ def test_fifty_requests_that_share_prefixes_in_a_cache_that_evicts_them(enabled,
     assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
     assert hits >= 32  # prompts under one adapter share their prefix
     assert set(served) == {"three", "__base__", "eight", "0.7 four + 0.3 eight", "four"}
+
+
+def add_what_no_graph_can_hold(model):
+    shared = {"target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model.add_adapter("DoRA", LoraConfig(r=4, use_dora=True, **shared))
+    model.add_adapter("bias", LoraConfig(r=4, lora_bias=True, **shared))
+    model.to(DEVICE).eval()
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_entries_that_no_graph_can_hold_are_not_admitted(enabled):
+    model, mb = enabled
+    add_what_no_graph_can_hold(model)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        for uses_graphs in (False, True):
+            manager._admission.uses_graphs = uses_graphs
+            for entry, reason in ((3, "a DoRA adapter is used"), (4, "its lora_B has a bias")):
+                refused = pytest.raises(errors.UnsupportedError, match=reason)
+                with refused if uses_graphs else contextlib.nullcontext():
+                    manager._admission.check_entry(entry)
+            manager._admission.check_entry(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_requests_that_no_graph_can_hold_end_with_an_error(enabled):
+    model, mb = enabled
+    add_what_no_graph_can_hold(model)
+    config, inputs = settings(40, use_cuda_graph=True), prompts(4)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=config) as manager:
+        names = manager.add_requests(inputs, adapter_ids=["three", "DoRA", "bias", "__base__"])
+        found = results(manager, 4, timeout=120)
+    assert "a DoRA adapter is used" in found[names[1]].error
+    assert "its lora_B has a bias" in found[names[2]].error
+    texts = [found[names[index]].generated_tokens for index in (0, 3)]
+    assert texts == row_by_row(model, [inputs[0], inputs[3]], ["three", "__base__"])
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
 from peft_multibatch.api import Multibatch, disable, enable
-from peft_multibatch.compat import check as _check_versions
 from peft_multibatch.errors import (
     AdapterIdsError,
     AdapterIdsLengthError,
@@ -49,5 +48,3 @@ __all__ = [
     "disable",
     "enable",
 ]
-
-_check_versions()

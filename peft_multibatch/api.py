@@ -10,11 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_multibatch.adapters.checks import check_any_kind
-from peft_multibatch.compat import PeftMixedModel, PeftModel
+from peft_multibatch.compat import PeftMixedModel, PeftModel, check
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.layers.patch import STATE
 from peft_multibatch.model.handle import Handle, inner_model
+from peft_multibatch.model.verify import Verifier
+from peft_multibatch.plan.ids import ids_of, resolve
+from peft_multibatch.report import Verification
 
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
         model.generate(**inputs, adapter_ids=[0, -1, 1])
         ```
     """
+    check()
     if fuse not in (True, False, "weights"):
         raise UnsupportedError(f"enable was called with fuse={fuse!r}: expected True, False or 'weights'.")
     inner = inner_model(model)
@@ -110,6 +114,37 @@ class Multibatch(Handle):
         """
         self._refresh()
         return Batching(self, mixtures=mixtures).continuous_batching_context_manager(**options)
+
+    def verify(self, adapter_ids: Any, tolerance: float | None = None, **inputs: Any) -> Verification:
+        """Compare a mixed batch with PEFT, one adapter at a time, and look for layers whose rows aren't the samples'.
+
+        For a model that this package doesn't know, or an adapter on unusual layers. It calls the model about twice as
+        often as there are samples, so pass a small batch, of samples that differ; other threads must not use the model
+        meanwhile, whose active adapter changes. Nothing of the model is different afterwards.
+
+        Args:
+            adapter_ids: as for ``forward``; at least two entries.
+            tolerance: the largest error that counts as right, as a part of an output's largest value; by default what
+                rounding explains in the dtype of the model.
+            **inputs: keyword arguments of the model's ``forward``.
+
+        Returns:
+            What differs, per output and per layer; true if nothing does. Printed, a summary.
+
+        Raises:
+            MultibatchError: the batch can't run mixed.
+
+        Example:
+            ```python
+            inputs = tokenizer(["one", "two", "three"], return_tensors="pt")
+            print(mb.verify(**inputs, adapter_ids=["sql", "poet", -1]))
+            ```
+        """
+        self._refresh()
+        entries = resolve(adapter_ids, self._registry.names)
+        names = {number: self._registry.names.by_id[number] for entry in {*entries} for number in ids_of(entry)}
+        layers = {each.module: each.name for each in self._layers.values()}
+        return Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance).run(adapter_ids)
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
         is_new = model not in self._attached

@@ -6,10 +6,12 @@ them on a layer of the installed version.
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 
 from packaging.version import Version
 from peft import PeftMixedModel, PeftModel
+from peft.functional import set_adapter
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
@@ -38,6 +40,7 @@ __all__ = [
     "check",
     "dequantize_module_weight",
     "lora",
+    "set_adapter",
 ]
 
 logger = logging.get_logger(__name__)
@@ -46,7 +49,7 @@ ALORA_OFFSETS = "alora_offsets"
 """Argument with which PEFT's hooks tell layers where aLoRA adapters begin."""
 
 # The oldest and the newest release that all tests ran with; patch releases of the newest count as tested.
-TESTED = {"peft": ("0.21.0", "0.21"), "transformers": ("5.17.0", "5.23"), "torch": ("2.11.0", "2.13")}
+TESTED = {"peft": ("0.21.0", "0.21"), "transformers": ("5.17.0", "5.24"), "torch": ("2.11.0", "2.15")}
 
 ATTRIBUTES = (
     "lora_A",
@@ -61,19 +64,23 @@ ATTRIBUTES = (
 )
 
 
+@functools.cache
 def check() -> None:
-    """Log a warning for every installed version outside of what was tested.
+    """Log one warning where versions are installed that weren't tested; the first model that is enabled asks for it.
 
     Raises:
         ImportError: a layer of the installed PEFT lacks an attribute that this package reads.
     """
+    untested = []
     for package, (oldest, newest) in TESTED.items():
         installed = Version(version(package))
         if installed < Version(oldest) or installed.release[:2] > Version(newest).release[:2]:
-            logger.warning(
-                f"peft_multibatch was tested with {package} {oldest} to {newest}, and {installed} is installed: "
-                "results may be wrong where its internals changed. Install a version in between, or run the tests."
-            )
+            untested.append(f"{package} {oldest} to {newest}, and {installed} is installed")
+    if untested:
+        logger.warning(
+            f"peft_multibatch was tested with {'; with '.join(untested)}: results may be wrong where internals "
+            "changed. Compare with PEFT through mb.verify(...), or install a version in between."
+        )
     layer = lora.Linear(nn.Linear(1, 1), "default", LoraConfig(r=1), r=1)
     missing = [name for name in ATTRIBUTES if not hasattr(layer, name)]
     if missing:

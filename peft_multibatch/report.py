@@ -1,4 +1,4 @@
-"""What ``mb.report()`` returns: how every patched layer runs, every adapter's state, and why."""
+"""What ``mb.report()`` and ``mb.verify()`` return: how layers and adapters run, and whether a batch is right."""
 
 from __future__ import annotations
 
@@ -101,6 +101,79 @@ class Report(Sequence[LayerReport]):
             (counts[how, reason], f"{how}{f' ({reason})' if reason else ''}", example)
             for (how, reason), example in examples.items()
         ]
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output of a mixed batch beside PEFT's.
+
+    Attributes:
+        name: such as ``"logits"`` or ``"hidden_states[1]"``.
+        shape: its shape.
+        error: the largest difference, as a part of the output's largest value.
+        wrong: samples whose difference is larger than the tolerance.
+        note: what couldn't be compared and why, or the empty string.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    wrong: tuple[int, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer of a mixed batch, as often as it ran.
+
+    Attributes:
+        name: the layer's name in the model.
+        error: the largest difference of its output from PEFT's, as a part of the largest value.
+        problem: why its rows can't be those of the samples in order, or the empty string.
+    """
+
+    name: str
+    error: float
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a mixed batch compares with PEFT, one adapter at a time. True where all that could be compared is right.
+
+    Attributes:
+        outputs: one entry per tensor that the model returns.
+        layers: one entry for each time that a patched layer ran, in that order.
+        tolerance: the largest error that counts as right.
+    """
+
+    outputs: tuple[OutputCheck, ...]
+    layers: tuple[LayerCheck, ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared, all of it is right, and no layer's rows are in another order."""
+        is_any = any(not each.note.endswith("not compared") for each in self.outputs)
+        return (
+            is_any and not any(each.wrong for each in self.outputs) and not any(each.problem for each in self.layers)
+        )
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        lines = [f"{'right' if self.ok else 'NOT VERIFIED'}, tolerance {self.tolerance:.0e}"]
+        for each in self.outputs:
+            wrong = f", wrong for samples {', '.join(map(str, each.wrong))}" if each.wrong else ""
+            lines.append(
+                f"{each.name} {[*each.shape]}: error {each.error:.1e}{wrong}{f' ({each.note})' * bool(each.note)}"
+            )
+        first = next((each for each in self.layers if each.error > self.tolerance), None)
+        if first is not None:
+            lines.append(f"first layer that differs: {first.name}, error {first.error:.1e}")
+        lines += [f"{each.name}: {each.problem}" for each in self.layers if each.problem]
+        return "\n".join(lines)
 
 
 def _cells(adapter: AdapterReport) -> tuple[str, ...]:

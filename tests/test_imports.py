@@ -56,14 +56,41 @@ def test_versions_outside_of_what_was_tested(monkeypatch, installed, warned):
     found = {"peft": installed, "transformers": "5.17.0", "torch": "2.13.0+cpu"}
     monkeypatch.setattr(compat, "version", found.get)
     monkeypatch.setattr(compat.logger, "warning", warnings.append)
-    compat.check()
+    compat.check.__wrapped__()
     assert [f"and {installed} is installed" in warning for warning in warnings] == [True] * warned
 
 
 def test_a_peft_whose_layers_changed_is_named(monkeypatch):
     monkeypatch.setattr(compat, "ATTRIBUTES", ("lora_A", "lora_C"))
     with pytest.raises(ImportError, match="whose layers have no lora_C: expected peft"):
-        compat.check()
+        compat.check.__wrapped__()
+
+
+def test_untested_versions_are_one_warning_of_the_first_model_alone():
+    code = """
+import importlib.metadata, sys
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: {"peft": "9.0", "torch": "9.0"}.get(name) or version(name)
+import peft_multibatch, torch
+from peft import LoraConfig, get_peft_model
+models = [get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"])) for _ in "ab"]
+print("imported", file=sys.stderr)
+for model in models:
+    peft_multibatch.enable(model)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stderr.partition("imported")
+    assert "was tested with" not in before
+    assert after.count("was tested with") == 1
+    assert after.count("9.0 is installed") == 2
+
+
+def test_the_version_option_prints_the_version_alone():
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_multibatch", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == peft_multibatch.__version__
 
 
 ROOT = Path(peft_multibatch.__file__).parent

@@ -31,6 +31,9 @@ INPUTS = (
 )
 
 
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Arguments that carry a model's cache, in newer transformers and in older ones."""
+
 UNPREPARED = "_original_forward"
 """Attribute in which accelerate's prepare keeps a model's forward, until its unwrap_model gives it back."""
 
@@ -113,7 +116,7 @@ def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     asked = [kwargs.get("cache_implementation"), *(getattr(each, "cache_implementation", None) for each in configs)]
     chosen = next((each for each in asked if each is not None), "")
-    offloads = str(chosen).startswith("offloaded") or getattr(kwargs.get("past_key_values"), "offloading", False)
+    offloads = str(chosen).startswith("offloaded") or getattr(_cache(kwargs), "offloading", False)
     if offloads and model.device.type != "cpu":
         raise UnsupportedError(
             "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
@@ -160,9 +163,13 @@ def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -
 
 def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     """Tokens of a forward, and tokens in its cache."""
-    tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), kwargs.get("past_key_values")
+    tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), _cache(kwargs)
     assert tensor is not None
     return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def copy_error() -> NotEnabledError:

@@ -144,7 +144,15 @@ class Multibatch(Handle):
         entries = resolve(adapter_ids, self._registry.names)
         names = {number: self._registry.names.by_id[number] for entry in {*entries} for number in ids_of(entry)}
         layers = {each.module: each.name for each in self._layers.values()}
-        return Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance).run(adapter_ids)
+        verifier = Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance)
+        is_tried = self._router.is_tried
+        self._router.is_tried = True  # whatever the order is, it is found
+        try:
+            found = verifier.run(adapter_ids)
+            is_tried = is_tried or found.ok
+        finally:
+            self._router.is_tried = is_tried
+        return found
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
         is_new = model not in self._attached

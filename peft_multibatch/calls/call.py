@@ -59,6 +59,7 @@ class Call:
         packed: True where entries are tokens, all in one row, as in continuous batching.
         base_layers: layers whose adapters were disabled when the call began, so that all rows get the base model.
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
+        is_tried: whether the order of rows in models of this type is known, so that it needn't be looked at.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
         inside: True while a model's forward runs that has checked this call.
         is_repeated: True where ``backward`` runs layers once more.
@@ -82,6 +83,7 @@ class Call:
         self.packed = packed
         self.base_layers = base_layers
         self.is_hooked = nn.modules.module._has_any_global_hook()
+        self.is_tried = True
         self.for_graphs = False
         self.inside = False
         self.is_repeated = False
@@ -104,7 +106,7 @@ class Call:
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
-        again.is_repeated = True
+        again.is_repeated, again.is_tried = True, self.is_tried
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 
@@ -112,11 +114,27 @@ class Call:
         """Rows that belong to entries in a layer's input of the shape ``[..., K]``.
 
         Raises:
-            RowMappingError: they are no multiple of the entries.
+            RowMappingError: they are no multiple of the entries, or look like another dimension.
         """
         rows = math.prod(shape[:-1]) if self.packed else shape[0]
-        self.plan.segments.rows_per_entry(rows)
+        per_entry = self.plan.segments.rows_per_entry(rows)
+        if not (self.is_tried or self.packed or per_entry == 1):
+            self._check_order(shape)
         return rows
+
+    def _check_order(self, shape: Sequence[int]) -> None:
+        """Raise where rows look like another dimension than the samples', in a model that nobody tried.
+
+        Raises:
+            RowMappingError: they do.
+        """
+        samples = {self.plan.segments.num_entries, self.rows}
+        if shape[0] not in samples and samples.intersection(shape[1:-1]):
+            raise RowMappingError(
+                f"a layer received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
+                "which may have the samples in a later dimension, in a model of a type that wasn't tried: expected "
+                "them first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
+            )
 
     def check_rows(self, rows: int | None) -> None:
         """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.

@@ -32,6 +32,7 @@ class Router:
         registry: the model's adapters.
         split: how tensor parallelism splits layers of the model, or None.
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
+        is_tried: whether the model is of a type whose rows are known to be in the order of the samples.
         call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
         disabled: layers whose adapters were disabled on the thread or task that asks.
         graph: what compiled code sees instead.
@@ -44,6 +45,7 @@ class Router:
         self.registry = registry
         self.split: Split | None = None
         self.is_gathered = False
+        self.is_tried = True
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())
@@ -123,6 +125,7 @@ class Router:
             base_layers: as in ``Call``.
         """
         call = Call(self.plan(ids, checks), expands, packed, base_layers)
+        call.is_tried = self.is_tried
         if self.split is not None:
             check_same(ids, self.registry.names.listed(), self.split)
         return call

@@ -23,6 +23,7 @@ from peft_multibatch.compat import (
     lora,
 )
 from peft_multibatch.errors import UnsupportedError
+from peft_multibatch.layers import architectures
 from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import is_handler
 from peft_multibatch.layers.per_segment import attention, base_only, per_segment, replaced, tiled_experts
@@ -68,12 +69,6 @@ MEDIA_PARTS = (
 )  # fmt: skip
 MEDIA_CONFIGS = (
     "acoustic_tokenizer_encoder_config", "audio_config", "codec_config", "projector_config", "vision_config",
-)  # fmt: skip
-
-# Models whose layers see positions first and samples second, or whose rows are tiled.
-OTHER_ORDER = (
-    "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_decoder", "musicgen_melody",
-    "musicgen_melody_decoder", "oneformer", "vibevoice", "xlnet",
 )  # fmt: skip
 
 
@@ -136,10 +131,10 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
     tuner = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
-    if getattr(config, "model_type", None) in OTHER_ORDER:
+    known = architectures.why_refused(config, name)
+    if known:
         raise UnsupportedError(
-            f"{name} belongs to a model of the type {config.model_type!r}, whose rows aren't in the order of the "
-            f"samples: {expected}. {advice}"
+            f"{name} belongs to a model of the type {config.model_type!r}, and {known}: {expected}. {advice}"
         )
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():

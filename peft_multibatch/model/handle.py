@@ -32,6 +32,7 @@ from peft_multibatch.errors import (
     NotEnabledError,
     UnsupportedError,
 )
+from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
@@ -77,6 +78,7 @@ class Handle:
         except BaseException:
             self._remove()
             raise
+        self._router.is_tried = architectures.look_up(inner)
         notices.listeners.add(self)
         self._attach(inner)
         for part in inner.modules():

@@ -443,7 +443,7 @@ def musicgen() -> Any:
 )
 def test_musicgen_is_refused(build):
     model = two_adapters(build(), ["q_proj"])
-    with pytest.raises(errors.UnsupportedError, match=r"of the type 'musicgen.*', whose rows aren't in the order"):
+    with pytest.raises(errors.UnsupportedError, match=r"of the type 'musicgen.*', and its rows are tiled"):
         peft_multibatch.enable(model)
 
 

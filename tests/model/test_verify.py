@@ -124,3 +124,31 @@ def test_what_cannot_run_is_raised_and_one_sample_shows_nothing():
         mb.verify(x=long, adapter_ids=["a", "b", "d"])
     assert state(model) == before
     model(x=long)
+
+
+def test_samples_in_a_later_dimension_are_refused_until_verified():
+    """The net under models that nobody tried: a multiple of the samples' number by luck."""
+    _, mb = tiny(Transposing(), ["first", "second"])
+    x = torch.randn(3, 6, 8)
+    with pytest.raises(errors.RowMappingError, match=r"of the shape \[6, 3, 8\] for 3 samples.*Ask mb.verify"):
+        mb._outer(x, adapter_ids=["a", "b", "c"])
+    assert not mb.verify(x=x, adapter_ids=["a", "b", "c"])
+    with pytest.raises(errors.RowMappingError):
+        mb._outer(x, adapter_ids=["a", "b", "c"])
+
+
+def test_a_model_that_was_verified_counts_as_tried():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x):  # windows of three rows, as Swin has them
+            return self.first(x.reshape(-1, 3, 8)).view(x.shape)
+
+    _, mb = tiny(Windows(), ["first"])
+    x = torch.randn(3, 6, 8)
+    with pytest.raises(errors.RowMappingError):
+        mb._outer(x, adapter_ids=["a", "b", "c"])
+    assert mb.verify(x=x, adapter_ids=["a", "b", "c"])
+    mb._outer(x, adapter_ids=["a", "b", "c"])

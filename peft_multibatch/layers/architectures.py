@@ -1,0 +1,68 @@
+"""Which model types were tried beside PEFT, one adapter at a time, and which of their layers can't take part.
+
+`make sweep` tries every model type of transformers and writes `architectures.json`; tests/sweep/sweep.py says how.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+POSITIONS_FIRST = "its rows are positions first and samples second"
+TILED = "its rows are tiled, so that a sample's don't stand side by side"
+
+# By model type, layers whose names (with # for numbers) match, and why adapters in them can't take part.
+REFUSED: dict[str, dict[str, str]] = {
+    "dia": {"": TILED},
+    "fsmt": {"": POSITIONS_FIRST},
+    "led": {"": POSITIONS_FIRST},
+    "longformer": {"": POSITIONS_FIRST},
+    "mask2former": {"": POSITIONS_FIRST},
+    "musicgen": {"": TILED},
+    "musicgen_decoder": {"": TILED},
+    "musicgen_melody": {"": TILED},
+    "musicgen_melody_decoder": {"": TILED},
+    "oneformer": {"": POSITIONS_FIRST},
+    "vibevoice": {"": TILED},
+    "xlnet": {"": POSITIONS_FIRST},
+}
+
+
+@functools.cache
+def tried() -> frozenset[str]:
+    """The model types that were tried."""
+    found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
+    return frozenset(found["tried"])
+
+
+def look_up(model: nn.Module) -> bool:
+    """Whether models of this type were tried, so that what isn't refused is known to be right; once, a word if not."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    is_tried = model_type in tried() or model_type in REFUSED
+    if not is_tried:
+        logger.warning_once(
+            f"{type(model).__name__} is of a type that peft_multibatch wasn't tried with: call mb.verify(...) with a "
+            "small batch to compare it with PEFT."
+        )
+    return is_tried
+
+
+def why_refused(config: Any, name: str) -> str:
+    """Why adapters in a layer can't take part; the empty string where nothing is known against them.
+
+    Args:
+        config: the model's transformers configuration, or None.
+        name: the layer's name in the model.
+    """
+    numbered = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+    refused = REFUSED.get(getattr(config, "model_type", ""), {})
+    return next((reason for layers, reason in refused.items() if re.search(layers, numbered)), "")

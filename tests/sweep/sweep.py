@@ -1,0 +1,293 @@
+"""Every model type of the installed transformers, tiny and random: mixed batches beside PEFT, one adapter at a time.
+
+`make sweep` runs all of them and writes what it found: `peft_multibatch/layers/architectures.json`, which `enable`
+reads, and the page "Architectures" of the docs. `tests/model/test_architectures.py` runs a sample.
+
+Each model gets three adapters on all of its linear layers. A layer that is refused is left out by its name, with the
+layers of the same name elsewhere, and the model is tried again; what was left out, and why, is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from sweep.tiny import NotBuilt, Tiny, build, model_types
+from transformers.utils import logging
+
+import peft_multibatch
+from peft_multibatch.errors import MultibatchError
+from peft_multibatch.layers.table import choose
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/architectures.csv"
+KNOWN = ROOT / "peft_multibatch/layers/architectures.json"
+PAGE = ROOT / "docs/architectures.md"
+RANKS = {"a": 2, "b": 3, "c": 4}
+BATCHES = (  # ids, whether samples are equally long, whether in train mode
+    (["a", "b", "c"], True, False),
+    (["c", "__base__", "a", "a"], True, False),
+    (["b", "a", "b", "a"], False, False),
+    (["a", "b", "c"], True, True),
+)
+MOST_LEFT_OUT = 40
+NEW_TOKENS = 4
+
+RIGHT, REFUSED, MIXES, NOT_BUILT, WRONG = "right", "refused", "mixes samples", "not built", "WRONG"
+
+PAGE_HEAD = """# Architectures
+
+<!-- written by `make sweep`, from tests/sweep/sweep.py -->
+
+{types} model types of transformers {version}, each as a tiny random model with three adapters on all of its linear
+layers: the base model, and one class with a head. Batches of three and four different samples, of equal and of
+unequal length, in eval and in train mode, are compared with PEFT, one adapter at a time, over everything that the
+model returns; `generate` token for token. *Right* means that every row equals PEFT's. Adapters that have anything in
+a refused layer can't be named in a mixed batch; leave these layers out of their targets, or run such adapters one at
+a time. For a model that isn't here, ask `mb.verify(...)`.
+"""
+
+
+@dataclass
+class Row:
+    """What was found of one class of one model type."""
+
+    model_type: str
+    class_name: str
+    status: str
+    reason: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)  # layers, with # for numbers, and why
+    generates: str = ""
+    error: float = 0.0
+    seconds: float = 0.0
+
+
+def pattern(name: str) -> str:
+    """A layer's name, the same for all layers of a stack."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+
+
+def with_adapters(model: Any, left_out: Iterable[str]) -> Any:
+    """Three adapters on all linear layers but those whose patterns are left out."""
+    names = {pattern(name): [] for name, _ in model.named_modules()}
+    for name, _ in model.named_modules():
+        names[pattern(name)].append(name)
+    excluded = [name for each in left_out for name in names.get(each, [])]
+    adapted = None
+    for adapter, rank in RANKS.items():
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=excluded or None,
+            init_lora_weights=False,
+        )  # fmt: skip
+        if adapted is None:
+            adapted = get_peft_model(model, config, adapter_name=adapter)
+        else:
+            adapted.add_adapter(adapter, config)
+    return adapted.eval()
+
+
+def layer_in(message: str, names: Iterable[str]) -> str | None:
+    """The layer that a message names."""
+    words = {word.strip("()'\",:;") for word in message.split()}
+    return max((name for name in names if name in words), key=len, default=None)
+
+
+def sweep(model_type: str, head: bool) -> Row:
+    """Try one class of a model type."""
+    begin = time.perf_counter()
+    try:
+        tiny = build(model_type, head)
+    except NotBuilt as error:
+        return Row(model_type, "head" if head else "base", NOT_BUILT, str(error))
+    row = Row(model_type, tiny.class_name, RIGHT)
+    for _ in range(MOST_LEFT_OUT):
+        again = _try(tiny, row)
+        if not again:
+            break
+        tiny = build(model_type, head)
+    row.seconds = time.perf_counter() - begin
+    return row
+
+
+def _try(tiny: Tiny, row: Row) -> bool:
+    """Compare with PEFT as far as nothing is refused; whether something was, and the model has to be tried again."""
+    try:
+        model = with_adapters(tiny.model, row.left_out)
+    except (ValueError, TypeError) as error:  # of PEFT, about a model without any linear layer that is left
+        is_first = not row.left_out
+        row.status = NOT_BUILT if is_first else REFUSED
+        row.reason = f"PEFT: {_first_line(error)}" if is_first else "no linear layer is left"
+        return False
+    names = [name for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
+    try:
+        for name in names:
+            refusal = choose(name, model.get_base_model().get_submodule(name), tiny.model.config).refusal
+            if refusal:
+                row.left_out[pattern(name)] = _without_name(refusal, name)
+        if any(pattern(name) in row.left_out for name in names):
+            return True
+        mb = peft_multibatch.enable(model)
+        for ids, equal, trains in BATCHES:
+            model.train(trains)
+            found = mb.verify(**tiny.inputs(len(ids), equal=equal), adapter_ids=ids)
+            row.error = max([row.error, *(each.error for each in found.outputs)])
+            if not found.ok:
+                problem = next((each for each in found.layers if each.problem), None)
+                is_mixed = all(each.note.endswith("not compared") for each in found.outputs)
+                row.status = MIXES if is_mixed else WRONG
+                row.reason = " / ".join(
+                    str(found).splitlines()[1:4] + [f"{problem.name}: {problem.problem}"] * bool(problem)
+                )
+                return False
+        model.eval()
+        row.generates = _generates(tiny, model) if tiny.generates else ""
+    except MultibatchError as error:
+        name = layer_in(str(error), names)
+        if name is None or pattern(name) in row.left_out:
+            row.status, row.reason = REFUSED, str(error)
+            return False
+        row.left_out[pattern(name)] = _without_name(str(error), name)
+        return True
+    except Exception as error:
+        row.status = WRONG
+        row.reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
+        return False
+    if row.generates == "differs":
+        row.status, row.reason = WRONG, "generate differs from PEFT"
+    return False
+
+
+def _generates(tiny: Tiny, model: Any) -> str:
+    """Whether `generate` says for each sample what it says under that sample's adapter."""
+    ids = ["c", "a", "__base__", "a"]
+    inputs = tiny.inputs(len(ids), equal=False)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mixed = model.generate(**inputs, **options, adapter_ids=ids)
+    for sample, name in enumerate(ids):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(**inputs, **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(**inputs, **options)
+        if not torch.equal(mixed[sample], alone[sample]):
+            return "differs"
+    return "right"
+
+
+def _without_name(refusal: str, name: str) -> str:
+    return refusal.split(": expected")[0].replace(name, "it", 1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _where(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
+def _one(job: tuple[str, bool]) -> Row:
+    _quiet()
+    try:
+        return sweep(*job)
+    except Exception as error:
+        return Row(
+            job[0],
+            "head" if job[1] else "base",
+            NOT_BUILT,
+            f"{type(error).__name__}: {_first_line(error)} at {_where(error)}",
+        )
+
+
+def publish(rows: list[Row]) -> None:
+    """Write what was found: for `enable`, as CSV, and as a page of the docs."""
+    sound = {row.model_type for row in rows if row.status in (RIGHT, REFUSED, MIXES)}
+    tried = sorted(sound - {row.model_type for row in rows if row.status == WRONG})
+    versions = {"transformers": transformers.__version__, "tried": tried}
+    KNOWN.write_text(json.dumps(versions, indent=1) + "\n")
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([each.name for each in fields(Row)])
+        for row in rows:
+            left_out = "; ".join(f"{layer}: {why}" for layer, why in row.left_out.items())
+            writer.writerow([*astuple(row)[:4], left_out, row.generates, f"{row.error:.1e}", f"{row.seconds:.1f}"])
+    counts = Counter(_result(row) for row in rows)
+    types = {row.model_type for row in rows if row.status != NOT_BUILT}
+    lines = [
+        PAGE_HEAD.format(types=len(types), version=transformers.__version__),
+        *(f"- {count} × {result}" for result, count in counts.most_common()),
+        "",
+        "| model type | class | result | `generate` | refused layers, or why |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        why: dict[str, list[str]] = {}
+        for layer, reason in row.left_out.items():
+            why.setdefault(reason, []).append(f"`{layer}`")
+        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()] + [row.reason] * bool(row.reason)
+        cells = [f"`{row.model_type}`", row.class_name, _result(row), row.generates or "–", "<br>".join(notes)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _result(row: Row) -> str:
+    return "right, some layers refused" if row.status == RIGHT and row.left_out else row.status
+
+
+def run(wanted: list[tuple[str, bool]], jobs: int) -> list[Row]:
+    """Try classes of model types in processes of their own, some of which may crash or hang."""
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
+        for row in pool.imap_unordered(_one, wanted):
+            rows.append(row)
+            what = [
+                f"{row.seconds:5.1f}s",
+                row.model_type,
+                row.class_name,
+                row.status,
+                row.generates,
+                row.reason[:300],
+            ]
+            print(*what, *row.left_out, flush=True)
+    return sorted(rows, key=lambda row: (row.model_type, row.class_name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types to try; all of them by default, which are published")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    rows = run([(name, head) for name in arguments.types or model_types() for head in (False, True)], arguments.jobs)
+    if not arguments.types:
+        publish(rows)
+    wrong = [f"{row.model_type} {row.class_name}: {row.reason}" for row in rows if row.status == WRONG]
+    sys.exit("\n".join(["wrong:", *wrong]) if wrong else None)
+
+
+if __name__ == "__main__":
+    main()

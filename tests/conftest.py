@@ -53,6 +53,17 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {devices}"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """From transformers 5.24 on, adapters of models without a `PeftModel` ask for peft 0.22, which isn't released."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "PEFT you are using is not compatible, please use a version >= 0.22" in str(error):
+            pytest.skip("the transformers model's own add_adapter asks for peft 0.22, see docs/support.md")
+        raise
+
+
 @pytest.fixture
 def compiled():
     """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""

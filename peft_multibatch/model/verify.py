@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer, PeftModel, set_adapter
-from peft_multibatch.errors import AdapterIdsLengthError
+from peft_multibatch.errors import AdapterIdsLengthError, MultibatchError
 from peft_multibatch.plan.ids import Entry
 from peft_multibatch.plan.segments import BASE
 from peft_multibatch.report import LayerCheck, OutputCheck, Verification
@@ -60,6 +60,7 @@ class Verifier:
         self._model, self._inner, self._layers = model, inner, layers
         self._entries, self._names, self._inputs = entries, names, inputs
         dtypes = [each.dtype for each in inner.parameters() if each.dtype in TOLERANCES]
+        self._unexchanged: list[int] = []
         self._tolerance = tolerance or max((TOLERANCES[dtype] for dtype in set(dtypes)), default=1e-4)
 
     def run(self, adapter_ids: Any) -> Verification:
@@ -79,10 +80,7 @@ class Verifier:
                     errors[index] = max(errors[index], self._row_error(actual, expected, samples))
         with self._under(BASE):
             base, rows = self._call(self._inputs, keeps_inputs=True)
-            exchanged = [
-                self._call(_exchanged(self._inputs, sample, len(self._entries)), keeps_inputs=True)
-                for sample in range(len(self._entries))
-            ]
+            exchanged = [self._exchange(sample) for sample in range(len(self._entries))]
         outputs = tuple(
             self._check_output(name, value, base, [each[0] for each in exchanged], references)
             for name, value in mixed.items()
@@ -93,6 +91,18 @@ class Verifier:
             for index, (layer, _) in enumerate(inside)
         )
         return Verification(outputs, layers, self._tolerance)
+
+    def _exchange(self, sample: int) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
+        """The base model with one sample exchanged; nothing where the model can't take another one in its place."""
+        try:
+            return self._call(_exchanged(self._inputs, sample, len(self._entries)), keeps_inputs=True)
+        except MultibatchError:
+            raise
+        except (
+            Exception
+        ):  # such as other numbers of images, which belong to inputs of which nobody knows whose they are
+            self._unexchanged.append(sample)
+            return {}, []
 
     def _call(self, inputs: dict[str, Any], keeps_inputs: bool) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
         """What the model returns, and what went into or came out of its layers, in the order in which they ran."""
@@ -160,9 +170,11 @@ class Verifier:
         references: dict[Entry, dict[str, Tensor]],
     ) -> OutputCheck:
         shape, known = tuple(actual.shape), [*references.values(), base, *exchanged]
-        if any(name not in each or each[name].shape != actual.shape for each in known):
+        if any(each and (name not in each or each[name].shape != actual.shape) for each in known):
             return OutputCheck(name, shape, 0.0, (), "its shape depends on the samples or the adapters: not compared")
-        owners = _owners(base[name], [each[name] for each in exchanged], self._tolerance)
+        owners = _owners(base[name], [each.get(name, base[name]) for each in exchanged], self._tolerance)
+        if len(self._unexchanged) == len(exchanged):  # then nothing tells but what users expect
+            owners = _parts(actual.shape, 0, len(exchanged)) if actual.dim() else None
         if owners is None:
             return OutputCheck(name, shape, 0.0, (), "every part of it depends on several samples: not compared")
         scale = max(float(each[name].abs().max()) if actual.numel() else 0.0 for each in references.values())
@@ -184,6 +196,8 @@ class Verifier:
             note = "it is the same under all of these adapters: nothing could be seen"
         elif sum(int(own.sum()) for own in owners) < actual.numel():
             note = "a part of it depends on several samples or on none: the rest was compared"
+        elif self._unexchanged:
+            note = f"samples {', '.join(map(str, self._unexchanged))} can't be exchanged: compared by their order"
         return OutputCheck(name, shape, largest, tuple(wrong), note)
 
 
@@ -244,21 +258,27 @@ def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Ten
     """Which elements are which sample's, a mask for each; None where all that change do so with several samples."""
     scale = base.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(TINY) if base.numel() else TINY
     changes = [(each - base).abs().nan_to_num(0.0) > tolerance * scale for each in exchanged]
-    count = len(changes)
-    for dim, size in enumerate(base.shape):
-        if size % count:
+    for dim in range(base.dim()):
+        masks = _parts(base.shape, dim, len(changes))
+        if masks is None or not any(change.any() for change in changes):
             continue
-        masks = []
-        for sample in range(count):
-            mask = torch.zeros(base.shape, dtype=torch.bool)
-            mask.narrow(dim, sample * (size // count), size // count).fill_(True)
-            masks.append(mask)
-        if all(change.any() for change in changes) and not any((c & ~mask).any() for c, mask in zip(changes, masks)):
+        if not any((change & ~mask).any() for change, mask in zip(changes, masks)):
             return masks
     times = torch.stack(changes).sum(0)
     if (times > 1).any() and not (times == 1).any():
         return None
     return [change & (times == 1) for change in changes]
+
+
+def _parts(shape: Sequence[int], dim: int, count: int) -> list[Tensor] | None:
+    """The elements of each sample where a dimension has their rows in order; None where it can't have them."""
+    size = shape[dim] // count
+    if shape[dim] % count:
+        return None
+    masks = [torch.zeros(shape, dtype=torch.bool) for _ in range(count)]
+    for sample, mask in enumerate(masks):
+        mask.narrow(dim, sample * size, size).fill_(True)
+    return masks
 
 
 def _flat(value: Any, name: str) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ class Row:
     reason: str = ""
     left_out: dict[str, str] = field(default_factory=dict)  # layers, with # for numbers, and why
     generates: str = ""
+    notes: list[str] = field(default_factory=list)
     error: float = 0.0
     seconds: float = 0.0
 
@@ -131,6 +132,11 @@ def _try(tiny: Tiny, row: Row) -> bool:
     try:
         model = with_adapters(tiny.model, row.left_out)
     except (ValueError, TypeError) as error:  # of PEFT, about a model without any linear layer that is left
+        unfit = re.search(r"Module '(\w+)' is incompatible", str(error))
+        names = [name for name, _ in tiny.model.named_modules() if unfit and name.rpartition(".")[2] == unfit[1]]
+        if any(pattern(name) not in row.left_out for name in names):
+            row.left_out |= {pattern(name): "PEFT doesn't let it have adapters" for name in names}
+            return True
         is_first = not row.left_out
         row.status = NOT_BUILT if is_first else REFUSED
         row.reason = f"PEFT: {_first_line(error)}" if is_first else "no linear layer is left"
@@ -146,12 +152,20 @@ def _try(tiny: Tiny, row: Row) -> bool:
         mb = peft_multibatch.enable(model)
         for ids, equal, trains in BATCHES:
             model.train(trains)
-            found = mb.verify(**tiny.inputs(len(ids), equal=equal), adapter_ids=ids)
+            inputs = tiny.inputs(len(ids), equal=equal)
+            problem = _plain_problem(model, inputs)
+            if problem:
+                row.notes += [f"not {'in train mode' if trains else 'with unequal samples'}: {problem}"] * (
+                    problem not in str(row.notes)
+                )
+                continue
+            found = mb.verify(**inputs, adapter_ids=ids)
             row.error = max([row.error, *(each.error for each in found.outputs)])
             if not found.ok:
+                is_wrong = any(each.wrong for each in found.outputs)
+                is_mixed = any("several samples" in each.note for each in found.outputs)
+                row.status = MIXES if is_mixed and not is_wrong else WRONG
                 problem = next((each for each in found.layers if each.problem), None)
-                is_mixed = all(each.note.endswith("not compared") for each in found.outputs)
-                row.status = MIXES if is_mixed else WRONG
                 row.reason = " / ".join(
                     str(found).splitlines()[1:4] + [f"{problem.name}: {problem.problem}"] * bool(problem)
                 )
@@ -169,7 +183,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
         row.status = WRONG
         row.reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
         return False
-    if row.generates == "differs":
+    if row.generates == WRONG:
         row.status, row.reason = WRONG, "generate differs from PEFT"
     return False
 
@@ -188,8 +202,33 @@ def _generates(tiny: Tiny, model: Any) -> str:
             model.set_adapter(name)
             alone = model.generate(**inputs, **options)
         if not torch.equal(mixed[sample], alone[sample]):
-            return "differs"
-    return "right"
+            return MIXES if _mixes_in_generate(tiny, model, options) else WRONG
+    return RIGHT
+
+
+def _mixes_in_generate(tiny: Tiny, model: Any, options: dict[str, Any]) -> bool:
+    """Whether what one sample says depends on another one in the base model, too."""
+    inputs = tiny.inputs(4, equal=True)
+    other = {
+        name: value[[0, 1, 2, 2]] if isinstance(value, torch.Tensor) and len(value) == 4 else value
+        for name, value in inputs.items()
+    }
+    with model.disable_adapter():
+        first, second = (
+            model.generate(**each, **options, output_logits=True, return_dict_in_generate=True).logits
+            for each in (inputs, other)
+        )
+    return any((one[:3] - two[:3]).abs().max() > 1e-4 * one.abs().max() for one, two in zip(first, second))
+
+
+def _plain_problem(model: Any, inputs: dict[str, Any]) -> str:
+    """Why PEFT itself can't run a batch; the empty string where it can."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return ""
 
 
 def _without_name(refusal: str, name: str) -> str:
@@ -235,7 +274,8 @@ def publish(rows: list[Row]) -> None:
         writer.writerow([each.name for each in fields(Row)])
         for row in rows:
             left_out = "; ".join(f"{layer}: {why}" for layer, why in row.left_out.items())
-            writer.writerow([*astuple(row)[:4], left_out, row.generates, f"{row.error:.1e}", f"{row.seconds:.1f}"])
+            numbers = f"{row.error:.1e}", f"{row.seconds:.1f}"
+            writer.writerow([*astuple(row)[:4], left_out, row.generates, "; ".join(row.notes), *numbers])
     counts = Counter(_result(row) for row in rows)
     types = {row.model_type for row in rows if row.status != NOT_BUILT}
     lines = [
@@ -249,7 +289,8 @@ def publish(rows: list[Row]) -> None:
         why: dict[str, list[str]] = {}
         for layer, reason in row.left_out.items():
             why.setdefault(reason, []).append(f"`{layer}`")
-        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()] + [row.reason] * bool(row.reason)
+        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()]
+        notes += [row.reason] * bool(row.reason) + row.notes
         cells = [f"`{row.model_type}`", row.class_name, _result(row), row.generates or "–", "<br>".join(notes)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     PAGE.write_text("\n".join(lines) + "\n")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.call import Call
@@ -26,10 +27,9 @@ FOLLOWED = f"peft_multibatch.model.{SENTENCES}"
 
 def reads(model: nn.Module, keyword: str, custom_generate: Any = None) -> bool:
     """Whether any part of a model, PEFT's aside, or a function in the place of ``generate`` has such a parameter."""
-    functions = {type(part).forward for part in model.modules() if not type(part).__module__.startswith("peft.")}
-    if callable(custom_generate):
-        functions.add(custom_generate)
-    return any(keyword in inspect.signature(function).parameters for function in functions)
+    classes = {type(part) for part in model.modules() if not type(part).__module__.startswith("peft.")}
+    functions = [getattr(each, "forward", None) for each in classes] + [custom_generate]
+    return any(keyword in inspect.signature(each).parameters for each in functions if inspect.isfunction(each))
 
 
 def check_order(entries: Sequence[Entry]) -> None:
@@ -72,10 +72,12 @@ def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     if len(input_ids) % samples or input_ids.shape[1] < tokens or (cache is not None and cache.get_seq_length()):
         return
-    begins = input_ids[:, None, :tokens].eq(prompts.to(input_ids.device)).all(-1).view(samples, -1, samples)
-    own = begins.diagonal(dim1=0, dim2=2)  # [rows of a sample, samples]
-    strange = begins.any(-1).t() & ~own
-    if strange.any():
+    rows = torch.cat([prompts.to(input_ids.device), input_ids[:, :tokens]])
+    known, found = rows.unique(dim=0, return_inverse=True)[1].split(
+        [samples, len(input_ids)]
+    )  # equal rows, one number
+    is_another = found != known.repeat_interleave(len(input_ids) // samples)
+    if (is_another & torch.isin(found, known)).any():
         raise RowMappingError(
             f"custom_generate put {len(input_ids)} rows in an order in which some begin with the prompt of another of "
             f"the {samples} samples: expected a sample's rows side by side. Write repeat_interleave where it says "

@@ -57,7 +57,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             args = args[1:]
         passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
         if torch.compiler.is_compiling():
-            if passed or any(speaks_of_adapters(name) and name not in parameters for name in kwargs):
+            is_asked = self is getattr(handle, "_inner", self)  # and not the PeftModel around it, which takes anything
+            if passed or (is_asked and any(speaks_of_adapters(name) for name in kwargs if name not in parameters)):
                 raise UnsupportedError(
                     "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
                     "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"

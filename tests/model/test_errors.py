@@ -239,6 +239,22 @@ def test_an_adapter_called_base_is_reached_by_its_id(entry):
     assert resolve(["__base__"], AdapterNames(["sql"])) == [-1]
 
 
+def test_ids_without_enable():
+    """What docs/loops.md says of models that aren't enabled, or not any more."""
+    model = peft_model()
+    for _ in range(2):
+        for owner in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="not used by the model"):
+                owner.generate(**left_padded(), adapter_ids=[0] * 6, max_new_tokens=2)
+        mb = peft_multibatch.enable(model)
+        assert peft_multibatch.enable(model) is mb
+        with pytest.raises(errors.NotEnabledError, match="copy of an enabled model"):
+            copy.deepcopy(model)(**left_padded(), adapter_ids=[0] * 6)
+        mb.disable()
+        with pytest.raises(errors.NotEnabledError, match="was disabled"), mb.batch([0] * 6):
+            pass
+
+
 MISSPELT = ["adapter_id", "adapters", "adapter_name", "adaptor_ids", "adpater_ids", "lora_request", "peft_ids"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -277,6 +278,53 @@ def test_a_peft_model_around(tmp_path):
     mb.disable()
     assert peft_multibatch.enable(reader) is not mb
     assert_close(torch.as_tensor(reader.encode(TEXTS, adapter_ids=NAMES, batch_size=4)), expected)
+
+
+@pytest.mark.parametrize("kind", ["SparseEncoder", "MultiVectorEncoder"])
+def test_other_encoders(tmp_path, kind):
+    head = "BertForMaskedLM" if kind == "SparseEncoder" else "BertModel"
+    encoder = adapted(tmp_path, getattr(library, kind)(folder(tmp_path / "base", head), device="cpu"))
+    alone = [under(encoder, name, lambda text=text: encoder.encode([text])[0]) for name, text in zip(NAMES, TEXTS)]
+    mb = peft_multibatch.enable(encoder)
+    with mb.batch(NAMES):
+        blocked = encoder.encode(TEXTS, batch_size=4)
+    for found in (blocked, encoder.encode(TEXTS, adapter_ids=NAMES, batch_size=4)):
+        for mine, theirs in zip(found, alone):
+            assert_close(mine.to_dense(), theirs.to_dense())
+
+
+def test_threads_with_other_ids(reader):
+    """Each takes its own ids along, while a third has none."""
+    choices = [NAMES, NAMES[::-1], None]
+    peft_multibatch.enable(reader)
+    expected = [reader.encode(TEXTS, adapter_ids=ids, batch_size=2) for ids in choices]
+    found = [[] for _ in choices]
+
+    def encode(index):
+        for _ in range(5):
+            found[index].append(reader.encode(TEXTS, adapter_ids=choices[index], batch_size=2))
+
+    threads = [threading.Thread(target=encode, args=(index,)) for index in range(len(choices))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for mine, right in zip(found, expected):
+        assert len(mine) == 5
+        for each in mine:
+            assert_close(torch.as_tensor(each), torch.as_tensor(right))
+
+
+def test_after_an_exception(reader):
+    before = reader.encode(TEXTS)
+    mb = peft_multibatch.enable(reader)
+    layer = reader.transformers_model.encoder.layer[1]
+    calls = iter([False, False, True])
+    hook = layer.register_forward_hook(lambda *_: 1 / 0 if next(calls) else None)
+    with mb.batch(NAMES), pytest.raises(ZeroDivisionError):
+        reader.encode(TEXTS, batch_size=2)
+    hook.remove()
+    assert np.array_equal(reader.encode(TEXTS), before)
 
 
 def test_what_is_refused(reader):

@@ -61,6 +61,7 @@ class Call:
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         is_tried: whether the order of rows in models of this type is known, so that it needn't be looked at.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        is_used: whether the model ran with these ids.
         inside: True while a model's forward runs that has checked this call.
         is_repeated: True where ``backward`` runs layers once more.
         end: gives None once the block was left, by whatever way; see ``ActiveCall``.
@@ -73,6 +74,7 @@ class Call:
         workspaces: memory for intermediate results, for each device and stream.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
+        prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Call:
         self.is_hooked = nn.modules.module._has_any_global_hook()
         self.is_tried = True
         self.for_graphs = False
+        self.is_used = False
         self.inside = False
         self.is_repeated = False
         self.end: Callable[[], Any] = over
@@ -97,6 +100,7 @@ class Call:
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
         self.invocations: Invocations | None = None
+        self.prompts: Tensor | None = None
 
     @property
     def is_active(self) -> bool:

@@ -88,6 +88,7 @@ class Router:
 
     def _outside(self, call: Call) -> Call:
         """A layer is called by itself inside a block, with no model around it that checked the call."""
+        call.is_used = True
         call.base_layers = self._check(call.plan.ids_in_use)
         call.plan = self.plan(call.plan.ids)
         return call

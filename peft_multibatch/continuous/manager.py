@@ -27,7 +27,7 @@ from peft_multibatch.continuous.admission import Admission, vocabulary_of
 from peft_multibatch.continuous.prefixes import Prefixes
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.plan.ids import BASE_NAME, Entry, check_requests, ids_of, label_of, resolve
+from peft_multibatch.plan.ids import BASE_NAME, Entry, check_keywords, check_requests, ids_of, label_of, resolve
 from peft_multibatch.plan.segments import BASE
 
 
@@ -82,7 +82,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         input_ids: list[int],
         request_id: str | None = None,
         *args: Any,
-        adapter_id: Any = BASE_NAME,
+        adapter_id: Any = BASE,
         **kwargs: Any,
     ) -> str | None:
         """Add a request.
@@ -99,6 +99,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             The request's id. A request that can't run (a prompt that is empty, too long or has tokens which the model
             doesn't know; an adapter that isn't there) gives an output with an error, and no tokens.
         """
+        check_keywords("add_request", kwargs, takes="adapter_id")
         error: Exception | None = None
         entry: Entry = BASE
         try:
@@ -131,9 +132,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             AdapterIdsLengthError: there are more prompts than ids, or fewer.
         """
+        check_keywords("add_requests", kwargs)
         if adapter_ids is None:
             known = [dict(entry) if isinstance(entry, tuple) else entry for entry in self._waiting_ids]
-            adapter_ids = known or [BASE_NAME] * len(inputs)
+            adapter_ids = known or [BASE] * len(inputs)
         entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
         check_requests(entries, inputs)
         eos = self.generation_config.eos_token_id
@@ -328,12 +330,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     # What is checked.
 
     def _resolve(self, adapter_id: Any) -> Entry:
-        if isinstance(adapter_id, (int, str)) and adapter_id in (
-            BASE,
-            BASE_NAME,
-        ):  # also where there are no adapters at all
+        names = self._registry.names
+        is_base = isinstance(adapter_id, (int, str)) and adapter_id in (BASE, BASE_NAME)
+        if is_base and BASE_NAME not in names.ids:  # also where there are no adapters at all
             return BASE
-        return resolve([adapter_id], self._registry.names)[0]
+        return resolve([adapter_id], names)[0]
 
     def _check_not_changing(self, method: str) -> None:
         if threading.get_ident() in self._changing:

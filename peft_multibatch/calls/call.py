@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.origin import Origin
 from peft_multibatch.errors import RowMappingError, UnsupportedError
 
 
@@ -60,8 +62,9 @@ class Call:
         base_layers: layers whose adapters were disabled when the call began, so that all rows get the base model.
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        origin: where it began.
         inside: True while a model's forward runs that has checked this call.
-        is_repeated: True where ``backward`` runs layers once more.
+        is_watched: whether layers have to look before they run under it; see ``Router.current``.
         end: gives None once the block was left, by whatever way; see ``ActiveCall``.
         ended: True once it was left as it should be.
         outer: the call that was active before, and will be again.
@@ -83,8 +86,9 @@ class Call:
         self.base_layers = base_layers
         self.is_hooked = nn.modules.module._has_any_global_hook()
         self.for_graphs = False
+        self.origin = Origin.here()
         self.inside = False
-        self.is_repeated = False
+        self.is_watched = True
         self.end: Callable[[], Any] = over
         self.ended = False
         self.outer: Call | None = None
@@ -101,10 +105,14 @@ class Call:
         """Whether its block is still open."""
         return not self.ended and self.end() is not None
 
+    def begin_model(self, invocations: Invocations | None = None) -> None:
+        """A model's forward begins that has checked the call. Without gradients nothing will run its layers again."""
+        self.inside, self.is_watched = True, torch.is_grad_enabled()
+        self.invocations = invocations
+
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
-        again.is_repeated = True
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 

@@ -46,7 +46,7 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    call = patch.router.current()
+    call = patch.router.current(patch)
     if call is None:
         return patch.original(*args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
@@ -59,7 +59,7 @@ def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    if patch.router.current() is None:
+    if patch.router.current(patch) is None:
         return patch.original(*args, **kwargs)
     raise UnsupportedError(patch.refusal)
 
@@ -251,7 +251,7 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _current_call(patch: PatchedLayer, layer: Any) -> Call | None:
-    call = patch.router.current()
+    call = patch.router.current(patch)
     if call is None:
         return None
     if isinstance(call, Graph):

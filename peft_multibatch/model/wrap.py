@@ -67,7 +67,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         adapter_ids = pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
             raise copy_error()
-        call = handle._router.active() if handle is not None else None
+        call = handle._router.look() if handle is not None and adapter_ids is None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)
@@ -82,8 +82,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             samples = 1 if samples is None else samples  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
-                own_call.inside = True
-                own_call.invocations = _invocations(handle, own_call, args, kwargs)
+                own_call.begin_model(_invocations(handle, own_call, args, kwargs))
                 return original(*args, **kwargs)
         assert call is not None
         if call.inside:
@@ -98,8 +97,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
         check_length(len(call.plan.ids), samples)
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
-            own_call.inside = True
-            own_call.invocations = _invocations(handle, own_call, args, kwargs)
+            own_call.begin_model(_invocations(handle, own_call, args, kwargs))
+            handle._router.replays.note(own_call, call.origin)
             return original(*args, **kwargs)
 
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__

@@ -1,7 +1,7 @@
-"""All that is reached into in PEFT, and a word where versions are installed that weren't tested.
+"""All that is reached into in PEFT and torch, and a word where versions are installed that weren't tested.
 
 Beside these classes the package reads attributes of PEFT's layers, which ``ATTRIBUTES`` lists, and ``check`` looks for
-them on a layer of the installed version.
+them on a layer of the installed version. Of torch's own it takes what tells layers that ``backward`` runs them again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from torch._C import _current_autograd_node as current_node
+from torch._C import _current_graph_task_id as current_backward
+from torch._C import _FunctionBase as FunctionNode
+from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
+from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
+from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
+from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
+from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.utils import logging
 
 
@@ -30,6 +38,8 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "BufferDict",
+    "CheckpointFrame",
+    "FunctionNode",
     "LoraLayer",
     "LoraParallelLinear",
     "ModulesToSaveWrapper",
@@ -38,8 +48,14 @@ __all__ = [
     "TrainableTokensWrapper",
     "calculate_alora_offsets",
     "check",
+    "current_backward",
+    "current_node",
     "dequantize_module_weight",
+    "is_forward_mode_enabled",
     "lora",
+    "pop_saved_tensors_hooks",
+    "push_saved_tensors_hooks",
+    "saved_tensors_hooks",
     "set_adapter",
 ]
 
@@ -69,7 +85,7 @@ def check() -> None:
     """Log one warning where versions are installed that weren't tested; the first model that is enabled asks for it.
 
     Raises:
-        ImportError: a layer of the installed PEFT lacks an attribute that this package reads.
+        ImportError: a layer of the installed PEFT lacks an attribute that this package reads, or torch one.
     """
     untested = []
     for package, (oldest, newest) in TESTED.items():
@@ -87,4 +103,9 @@ def check() -> None:
         raise ImportError(
             f"peft {version('peft')} is installed, whose layers have no {', '.join(missing)}: expected peft "
             f"{TESTED['peft'][0]} to {TESTED['peft'][1]}. Install one of these."
+        )
+    if "recompute_fn" not in CheckpointFrame.__init__.__code__.co_names:
+        raise ImportError(
+            f"torch {version('torch')} is installed, whose checkpoints have no recompute_fn: expected torch "
+            f"{TESTED['torch'][0]} to {TESTED['torch'][1]}. Install one of these."
         )

@@ -255,7 +255,7 @@ class Bank:
     @staticmethod
     def _absent(layer: LoraLayer) -> LayerWeights:
         # a rank that no graph takes for a constant, as it does with 0 and 1
-        a = torch.zeros(2, layer.in_features, device=base_device(layer))
+        a = torch.zeros(2, layer.in_features, dtype=torch.float32, device=base_device(layer))
         b = a.new_zeros(layer.out_features, 2)
         return LayerWeights(a, b, 0.0, (a, b))
 

@@ -189,7 +189,7 @@ class BatchPlan:
         if found is None:
             positions = [BASE if isinstance(entry, tuple) else self._index.get(entry, BASE) for entry in self.entries]
             with torch.inference_mode(False):
-                found = self._positions[device] = torch.tensor(positions, device=device)
+                found = self._positions[device] = torch.tensor(positions, dtype=torch.int64, device=device)
         return found
 
     @cached_property

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.origin import Origin
 from peft_multibatch.errors import RowMappingError, UnsupportedError
 
 
@@ -61,9 +63,10 @@ class Call:
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         is_tried: whether the order of rows in models of this type is known, so that it needn't be looked at.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        origin: where it began.
         is_used: whether the model ran with these ids.
         inside: True while a model's forward runs that has checked this call.
-        is_repeated: True where ``backward`` runs layers once more.
+        is_watched: whether layers have to look before they run under it; see ``Router.current``.
         end: gives None once the block was left, by whatever way; see ``ActiveCall``.
         ended: True once it was left as it should be.
         outer: the call that was active before, and will be again.
@@ -87,9 +90,10 @@ class Call:
         self.is_hooked = nn.modules.module._has_any_global_hook()
         self.is_tried = True
         self.for_graphs = False
+        self.origin = Origin.here()
         self.is_used = False
         self.inside = False
-        self.is_repeated = False
+        self.is_watched = True
         self.end: Callable[[], Any] = over
         self.ended = False
         self.outer: Call | None = None
@@ -107,10 +111,15 @@ class Call:
         """Whether its block is still open."""
         return not self.ended and self.end() is not None
 
+    def begin_model(self, invocations: Invocations | None = None) -> None:
+        """A model's forward begins that has checked the call. Without gradients nothing will run its layers again."""
+        self.inside, self.is_watched = True, torch.is_grad_enabled()
+        self.invocations = invocations
+
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
-        again.is_repeated, again.is_tried = True, self.is_tried
+        again.is_tried = self.is_tried
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 

@@ -50,12 +50,13 @@ class Graph:
 
     Args:
         active_call: gives the active call for the thread or task that asks, and raises where it has ended.
+        note: told of a call under which compiled code runs, and whether it was compiled with gradients.
     """
 
     packed = False
     base_layers: frozenset = frozenset()
 
-    def __init__(self, active_call: Callable[[], Call | None]) -> None:
+    def __init__(self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None]) -> None:
         self.key = number(self)
         self.active = False
         self.here = PerThread()
@@ -68,7 +69,7 @@ class Graph:
         self.buffers = self._buffers.by_device
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._active_call = active_call
+        self._active_call, self._note = active_call, note
         self._calls: dict[Call, None] = {}  # that are active
         self._is_closed = False
         self._synced: BatchPlan | None = None
@@ -162,13 +163,6 @@ class Graph:
         Raises:
             NotEnabledError: the model was disabled in the meantime.
         """
-        if call.is_repeated:  # which compiled code doesn't see
-            if self._is_closed:
-                raise NotEnabledError(
-                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
-                    "to stay enabled until then. Call backward first."
-                )
-            return
         self._exclusively(functools.partial(self._enter, call))
 
     def _enter(self, call: Call) -> None:
@@ -223,7 +217,7 @@ class Graph:
         self._synced = None
         self._positions.forget(self._in_use())
 
-    def plan(self, shape: Sequence[int], index: int) -> Tensor:
+    def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
         """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
 
         Raises:
@@ -244,6 +238,7 @@ class Graph:
                 "compiled model don't overlap. Pass ids of -1 instead of none, run the calls after each other, and "
                 "backward inside mb.batch(...)."
             )
+        self._note(call, trains)
         call.num_rows(shape)
         rows = math.prod(shape[:-1])
         if rows and index < len(call.plan.components):

@@ -264,7 +264,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
                 with _on(io.compute_stream), routing as call:
                     if not (self._admission.uses_graphs and self._router.graph.contended):
-                        call.inside, call.for_graphs = True, self._admission.uses_graphs
+                        call.begin_model()
+                        call.for_graphs = self._admission.uses_graphs
                         return compute(model, batch_data)
                 time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
 

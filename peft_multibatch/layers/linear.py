@@ -36,7 +36,7 @@ def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
-    call = router.current()
+    call = router.current(patch)
     if call is None:
         return patch.original(x, *args, **kwargs)
     if self._disable_adapters and isinstance(call, Graph):
@@ -248,8 +248,8 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
     kernels = router.kernels
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plans = [take_plan(graph.plans, x.shape, graph.key, index) for index in range(graph.components)]
         trains = torch.is_grad_enabled()
+        plans = [take_plan(graph.plans, x.shape, graph.key, index, trains) for index in range(graph.components)]
         lora_a, lora_b = (bank.lora_a, bank.lora_b) if trains else (bank.inference_a, bank.inference_b)
         return _add_through_ops((plans, lora_a, lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:

@@ -46,7 +46,7 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    call = patch.router.current()
+    call = patch.router.current(patch)
     if call is None:
         return patch.original(*args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
@@ -59,7 +59,7 @@ def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    if patch.router.current() is None:
+    if patch.router.current(patch) is None:
         return patch.original(*args, **kwargs)
     raise UnsupportedError(patch.refusal)
 
@@ -90,8 +90,9 @@ def run_apart(
             continue
         part = run(loaded_view_for(self, kinds[index], call.plan, patch), rows).to(y.dtype)
         if torch.is_grad_enabled() and (part.requires_grad or rows_y.requires_grad):
-            where = torch.arange(len(rows_x), device=x.device)[rows] if isinstance(rows, slice) else rows
-            rows_y = rows_y.index_copy(0, where, part)
+            if isinstance(rows, slice):
+                rows = torch.arange(len(rows_x), dtype=torch.int64, device=x.device)[rows]
+            rows_y = rows_y.index_copy(0, rows, part)
         else:
             rows_y[rows] = part
     return rows_y.view(y.shape)
@@ -130,7 +131,8 @@ def _runner(
 
     def run(view: Any, rows: slice | Tensor) -> Any:
         if offsets is not None:
-            kwargs[ALORA_OFFSETS] = [offsets[row] for row in torch.arange(len(x))[rows].tolist()]
+            numbers = range(len(x))[rows] if isinstance(rows, slice) else rows.tolist()
+            kwargs[ALORA_OFFSETS] = [offsets[number] for number in numbers]
 
         def own(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) else value
@@ -249,7 +251,7 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _current_call(patch: PatchedLayer, layer: Any) -> Call | None:
-    call = patch.router.current()
+    call = patch.router.current(patch)
     if call is None:
         return None
     if isinstance(call, Graph):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -36,7 +35,6 @@ from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
-from peft_multibatch.model.replay import CHECKPOINT, WithIds
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.wrap import check_length, wrap
 from peft_multibatch.ops.backends import choose_backend
@@ -162,9 +160,7 @@ class Handle:
             layer.remove()
         for group in self._groups:
             group.part_weights()
-        for module in self._inner.modules():
-            if isinstance(module.__dict__.get(CHECKPOINT), WithIds):
-                module.__dict__[CHECKPOINT] = module.__dict__[CHECKPOINT].original
+        self._router.replays.end()
         for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
             undo()
         notices.listeners.discard(self)
@@ -228,12 +224,6 @@ class Handle:
                 check_merged(layer.name, module)
         for group in self._groups:
             group.check_weights()
-        if torch.is_grad_enabled():
-            assert self._scan is not None
-            for module in self._scan.modules:
-                checkpoint = module.__dict__.get(CHECKPOINT)
-                if checkpoint is not None and not isinstance(checkpoint, WithIds):
-                    module.__dict__[CHECKPOINT] = WithIds(self._router, checkpoint)
         return frozenset(disabled)
 
     def _check_any_runs(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.call import Call, Invocations
+from peft_multibatch.calls.origin import Origin
 from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
@@ -75,7 +76,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_keywords(method, kwargs, lambda name: reads(self, name, kwargs.get("custom_generate")))
         if adapter_ids is not None and handle is None:
             raise copy_error()
-        call = handle._router.active() if handle is not None else None
+        call = handle._router.look() if handle is not None and adapter_ids is None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(args, kwargs)
@@ -109,7 +110,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_order(call.plan.ids)
         call.is_used = True
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
-            return _run(handle, own_call, original, args, kwargs)
+            return _run(handle, own_call, original, args, kwargs, call.origin)
 
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
@@ -136,10 +137,22 @@ def with_ids(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=[*parameters[:last], named, *parameters[last:]])
 
 
-def _run(handle: Any, call: Call, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run a method whose ids were checked against its samples."""
-    call.inside = True
-    call.invocations = _invocations(handle, call, args, kwargs)
+def _run(
+    handle: Any,
+    call: Call,
+    original: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    origin: Origin | None = None,
+) -> Any:
+    """Run a method whose ids were checked against its samples.
+
+    Args:
+        origin: where the ids became active, if that was before the method was called.
+    """
+    call.begin_model(_invocations(handle, call, args, kwargs))
+    if origin is not None:
+        handle._router.replays.note(call, origin)
     if kwargs.get("custom_generate") is not None:
         prompts = _first_tensor([kwargs.get(name) for name in INPUTS[:2]] + [args])
         is_tokens = prompts is not None and prompts.dim() == 2 and not prompts.is_floating_point()

@@ -81,7 +81,7 @@ class Segments:
             bits = torch.as_tensor(weights, dtype=torch.float32, device="cpu").view(torch.int32)
             keys = torch.stack([bits, keys], dim=1).view(torch.int64).flatten()
         if lens is not None:
-            keys = keys.repeat_interleave(torch.as_tensor(lens, device="cpu"))
+            keys = keys.repeat_interleave(torch.as_tensor(lens, dtype=torch.int64, device="cpu"))
         distinct, seg_lens = torch.unique_consecutive(keys, return_counts=True)
         permutation = None
         if distinct.unique().numel() < distinct.numel():
@@ -198,7 +198,7 @@ class Segments:
         if self.permutation is None:
             return slice(start * per_entry, stop * per_entry)
         entries = self.permutation[start:stop, None].long()
-        return (entries * per_entry + torch.arange(per_entry, device="cpu")).flatten().to(device)
+        return (entries * per_entry + torch.arange(per_entry, dtype=torch.int64, device="cpu")).flatten().to(device)
 
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
@@ -209,7 +209,7 @@ class Segments:
         """
         is_permuted = self.permutation is not None
         header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
-        weights = torch.ones(self.num_segments, device="cpu") if self.weights is None else self.weights
+        weights = torch.tensor(self.scales, dtype=torch.float32, device="cpu")
         triples = torch.zeros(self.num_segments + 1, 3, dtype=torch.int32, device="cpu")
         triples[:-1, 0], triples[-1, 0] = self.weight_indices, BASE
         triples[:, 1] = self.seg_indptr

@@ -300,7 +300,7 @@ def test_plans_are_no_constants_where_weights_are(compiled):
     _, mb, _, _ = compiled
     known, graph = mb._router.graph, torch.fx.Graph()
     take_plan = torch.ops.peft_multibatch.take_plan.default
-    graph.output(graph.call_function(take_plan, (graph.get_attr("plans"), [6, 5, 48], known.key, 0)))
+    graph.output(graph.call_function(take_plan, (graph.get_attr("plans"), [6, 5, 48], known.key, 0, False)))
     module = torch.fx.GraphModule({"plans": known.plans}, graph)
     with mb.batch(MIXES[0]):
         known.arm()  # as when a graph is made

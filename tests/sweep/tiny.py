@@ -47,26 +47,29 @@ KEEP = object()  # an override: leave this attribute as it is by default
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
+def entries(value: Any, rule: Callable[[int], int]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(entries(entry, rule) for entry in value)
+    return rule(value) if type(value) is int else value
+
+
 def most(number: int) -> Callable:
     """A rule that makes a number, or every number of a list, at most `number`."""
+    return lambda value, width: entries(value, lambda entry: min(entry, number))
 
-    def rule(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(rule(entry) for entry in value)
-        return min(value, number) if type(value) is int else value
 
-    return rule
+def most_wide(number: int) -> Callable:
+    """The same for numbers that grow with the width of a model."""
+    return lambda value, width: entries(value, lambda entry: min(entry, number * width))
 
 
 def exactly(number: int) -> Callable:
-    """The same for what must fit another rule's numbers: whatever is larger than a handful becomes `number`."""
+    """A rule that makes all numbers but small ones `number` times the width, which is 1 for the smallest models."""
+    return lambda value, width: entries(value, lambda entry: number * width if entry > 8 else entry)
 
-    def rule(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(rule(entry) for entry in value)
-        return number if type(value) is int and value > 8 else value
 
-    return rule
+def unchanged(value: Any, width: int) -> Any:
+    return value
 
 
 LAYERS = (
@@ -81,18 +84,20 @@ NOT_LAYERS = (
 )
 # the first that matches the whole name counts; a level is the last at which the rule still holds
 RULES: list[tuple[int, str, Callable]] = [
-    (3, NOT_LAYERS, lambda value: value),
+    (3, NOT_LAYERS, unchanged),
     (3, LAYERS, most(2)),
     (3, r"(\w+_)?vocab_size(_\w+)?", most(VOCABULARY)),
     (3, r"first_k_dense_replace|num_dense_layers", most(1)),
     (3, r"num_nextn_predict_layers|num_mtp_layers|mtp_num_layers|num_hash_layers", most(0)),
     (2, r"(\w+_)?(kv|key_value|key)_heads|(\w+_)?n_head_kv|multi_query_group_num|num_kv", most(2)),
+    (2, r"mamba_n(um)?_heads", most(8)),
     (2, r"(\w+_)?(n_?)?heads?|(\w+_)?num_heads", most(4)),
     (2, r"(num|n)_(\w+_)?experts|(\w+_)?num_(\w+_)?experts|n_routed_experts", most(4)),
     (2, r"(\w+_)?(num_)?experts_per_to?k(en)?|moe_top_?k|top_k_experts|num_selected_experts|moe_k", most(2)),
     (2, r"n_groups?|topk_group|num_expert_groups?|mamba_n_groups|num_groups", most(1)),
-    (2, r"(\w+_)?qk_head_dim", most(16)),
-    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most(8)),
+    (2, r"rotary_dim", most_wide(4)),
+    (2, r"(\w+_)?qk_head_dim", most_wide(16)),
+    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?lora_rank|\w+_rank|rank", most(16)),
     (2, r"(\w+_)?(intermediate_size|intermediate_dim|ffn_hidden_size|ffn_dim|ffn_size|d_ff|mlp_dim|n_inner|d_inner"
         r"|feedforward_dim|dim_feedforward|inner_dim|d_mlp|ff_dim)(_\w+)?", exactly(64)),
@@ -105,17 +110,39 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image|default_output_length", most(4)),
     (2, r"codebook_size|num_codevectors_per_group|num_embeddings|n_embed", most(64)),
     (2, r"(\w*_)?(kernel_size|kernel_sizes|window_size|block_size|chunk_size|num_\w+|max_\w+|batch_size|stride|strides"
-        r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes|type_vocab_size)", lambda value: value),
+        r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes|type_vocab_size)", unchanged),
     (2, r"(d_model|dim|n_embd|width|embed_dim|hidden_size|hidden_dim|(\w+_)?(size|sizes|dim|dims|dimension|channels?|width|units|filters"
         r"|hidden|features_out|dim_out|channels_list|channel_list|conv_dim|planes)(_global|_per_layer_input)?)", exactly(32)),
 ]  # fmt: skip
 TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
 INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes)"
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-TEXT_BERT = {"model_type": "bert"}
+ROPES = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+TIME_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
+DECODING_BERT = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
 # model type (at any depth) -> attribute, a dot before those of parts, -> value
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "align_vision_model": {"width_coefficient": 1.0},
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "autoformer": TIME_SERIES | {"label_length": 4, "moving_average": 3},
+    "blip-2": {"image_token_index": 119},
+    "chameleon": {"vocabulary_map": {"<image>": 119, "IMGIMGA": 118}},
+    "cohere_compass_text": {"rope_parameters": ROPES},
+    "dots1": {"n_routed_experts": 4},
+    "embedding_gemma2_text": {"global_head_dim": 16, "num_global_key_value_heads": 1},
+    "diffusion_gemma_text": {"global_head_dim": 16},
+    "emu3": {"vocabulary_map": {"<image>": 119, "<|extra_200|>": 118}},
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": DECODING_BERT},
+    "esm": {"vocab_size": 120, "pad_token_id": 1, "mask_token_id": 118},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "informer": TIME_SERIES,
+    "mamba2": {"num_heads": 8},
+    "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": DECODING_BERT},
+    "time_series_transformer": TIME_SERIES,
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": DECODING_BERT},
+}
 
 
 def default(config_class: type, value: Any = None) -> dict[str, Any]:
@@ -134,8 +161,9 @@ GENERAL = set(default(PreTrainedConfig))
 class Shrinking:
     """Makes a configuration smaller; equal special tokens stay equal through all of its parts."""
 
-    def __init__(self, level: int):
+    def __init__(self, level: int, width: int = 1):
         self.level = level
+        self.width = width
         self.tokens: dict[int, int] = {}
 
     def token(self, value: Any) -> Any:
@@ -177,9 +205,12 @@ class Shrinking:
             arguments = {"embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}
             return transformers.ResNetConfig(**arguments, layer_type="basic", out_features=stages)
         defaults = default(config_class)
-        values = {name: getattr(config, name) for name in defaults if name not in GENERAL and hasattr(config, name)}
-        fresh = config_class() if config_class is not type(None) and self.level < 4 else config
-        arguments = {}
+        values = {name: vars(config)[name] for name in defaults if name not in GENERAL and name in vars(config)}
+        try:
+            fresh = vars(config_class())
+        except Exception:
+            fresh = {}
+        arguments: dict[str, Any] = {}
         for name, value in values.items():
             if isinstance(value, PreTrainedConfig):
                 arguments[name] = self.smaller(value)
@@ -189,8 +220,10 @@ class Shrinking:
                 continue  # the class works it out from the others
             else:
                 small = self.by_rule(name, value)
-                if small is not value or repr(value) != repr(getattr(fresh, name, None)):
+                if small is not value or repr(value) != repr(fresh.get(name)):
                     arguments[name] = small
+        if self.level < 3:
+            self.relations(config, values, arguments)
         if self.level < 4:
             if self.level != 2:
                 arguments |= self.layers(config, values)
@@ -208,6 +241,17 @@ class Shrinking:
                 arguments[name] = value
         return config_class(**arguments)
 
+    def relations(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """What must fit other numbers: as many heads for keys as there are, sections of rotary dimensions."""
+        heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
+        if keys is not None and keys == heads and "num_attention_heads" in arguments:
+            arguments["num_key_value_heads"] = arguments["num_attention_heads"]
+        if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
+            rope = dict(values.get("rope_parameters") or {})
+            half = int(8 * self.width * rope.get("partial_rotary_factor", 1)) // 2
+            rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+            arguments["rope_parameters"] = rope
+
     def changed(self, config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedConfig:
         for name, value in rest.items():
             setattr(config, name, value)
@@ -218,7 +262,7 @@ class Shrinking:
             return self.token(value)
         for level, pattern, rule in RULES:
             if re.fullmatch(pattern, name):
-                return rule(value) if self.level <= level else value
+                return rule(value, self.width) if self.level <= level else value
         return value
 
 
@@ -633,6 +677,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
         case "query_embeds":
             return [Spec("floats", (4, config.hidden_size))]
         case "encoder_hidden_states":
+            required = required or "query_embeds" in names
             width = find(config, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", "d_model")
             return [Spec("floats", (5, width))] if required or find(config, "add_cross_attention") else []
         case "inputs":
@@ -843,25 +888,25 @@ def build(model_type: str, head: bool = False) -> Tiny:
         except Exception as error:
             raise NotBuilt(reason(error)) from error
         reasons = []
-        for level in range(1, 5):
+        for level, width in ((1, 1), (1, 4), (2, 1), (2, 4), (3, 1), (4, 1)):
             try:
-                config = Shrinking(level).smaller(starting_config(model_type))
+                config = Shrinking(level, width).smaller(starting_config(model_type))
                 model = built(found, config, careful=level > 2)
             except Exception as error:
-                reasons.append(f"{reason(error)} [{level}, build]")
+                reasons.append(f"{reason(error)} [{level}, {width}, build]")
                 continue
             try:
-                return Tiny(model_type, found.__name__, model, fitting(model))
+                return Tiny(model_type, found.__name__, model, fitting(model, 24 if level < 3 else 6))
             except Exception as error:
-                reasons.append(f"{reason(error)} [{level}, forward]")
+                reasons.append(f"{reason(error)} [{level}, {width}, forward]")
     told = NotBuilt(next((r for r in reasons if r.startswith("needs the package")), reasons[0]))
     told.add_note("\n".join(reasons))
     raise told
 
 
-def fitting(model: PreTrainedModel) -> Recipe:
+def fitting(model: PreTrainedModel, tries: int) -> Recipe:
     first: Exception | None = None
-    for recipe in recipes(model):
+    for recipe in itertools.islice(recipes(model), tries):
         for _ in range(4):
             try:
                 return checked(model, recipe)

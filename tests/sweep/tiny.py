@@ -44,6 +44,15 @@ TEXT, FRAMES = 10, 64
 KEEP = object()  # an override: leave this attribute as it is by default
 
 
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one argument of forward is made: its kind, the shape of a sample, and a bound or a value."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+    high: Any = None
+
+
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +98,7 @@ RULES: list[tuple[int, str, Callable]] = [
     (3, r"(\w+_)?vocab_size(_\w+)?", most(VOCABULARY)),
     (3, r"first_k_dense_replace|num_dense_layers", most(1)),
     (3, r"num_nextn_predict_layers|num_mtp_layers|mtp_num_layers|num_hash_layers", most(0)),
+    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?(kv|key_value|key)_heads|(\w+_)?n_head_kv|multi_query_group_num|num_kv", most(2)),
     (2, r"mamba_n(um)?_heads", most(8)),
     (2, r"(\w+_)?(n_?)?heads?|(\w+_)?num_heads", most(4)),
@@ -97,7 +107,6 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"n_groups?|topk_group|num_expert_groups?|mamba_n_groups|num_groups", most(1)),
     (2, r"rotary_dim", most_wide(4)),
     (2, r"(\w+_)?qk_head_dim", most_wide(16)),
-    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?lora_rank|\w+_rank|rank", most(16)),
     (2, r"(\w+_)?(intermediate_size|intermediate_dim|ffn_hidden_size|ffn_dim|ffn_size|d_ff|mlp_dim|n_inner|d_inner"
         r"|feedforward_dim|dim_feedforward|inner_dim|d_mlp|ff_dim)(_\w+)?", exactly(64)),
@@ -108,6 +117,7 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(\w+_)?max_\w*position\w*|n_positions|n_ctx|max_seq_len|max_sequence_length", most(512)),
     (2, r"max_length|\w*num_(queries|query_tokens|latents|object_queries)|two_stage_num_proposals|\w*num_learnable_queries", most(8)),
     (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image|default_output_length", most(4)),
+    (2, r"\w*groups?", exactly(32)),
     (2, r"codebook_size|num_codevectors_per_group|num_embeddings|n_embed", most(64)),
     (2, r"(\w*_)?(kernel_size|kernel_sizes|window_size|block_size|chunk_size|num_\w+|max_\w+|batch_size|stride|strides"
         r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes|type_vocab_size)", unchanged),
@@ -123,12 +133,13 @@ DECODING_BERT = {"model_type": "bert", "is_decoder": True, "add_cross_attention"
 # model type (at any depth) -> attribute, a dot before those of parts, -> value
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 1.0},
-    "audio-spectrogram-transformer": {"max_length": 64},
+    "audio-spectrogram-transformer": {"max_length": 64, "inputs": {"input_values": Spec("floats", (64, 128)), "attention_mask": None}},
     "autoformer": TIME_SERIES | {"label_length": 4, "moving_average": 3},
     "blip-2": {"image_token_index": 119},
     "chameleon": {"vocabulary_map": {"<image>": 119, "IMGIMGA": 118}},
     "cohere_compass_text": {"rope_parameters": ROPES},
-    "dots1": {"n_routed_experts": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "embedding_gemma2_text": {"global_head_dim": 16, "num_global_key_value_heads": 1},
     "diffusion_gemma_text": {"global_head_dim": 16},
     "emu3": {"vocabulary_map": {"<image>": 119, "<|extra_200|>": 118}},
@@ -230,7 +241,11 @@ class Shrinking:
             for name, value in arguments.items():
                 if re.fullmatch(INDEXES, name) and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
                     arguments[name] = type(value)(v if v < 0 else index for index, v in enumerate(value))
+            if "stage_names" in vars(config):
+                self.stages(config, values, arguments)
         for name, value in OVERRIDES.get(config_class.model_type, {}).items():
+            if name == "inputs":
+                continue
             if value is KEEP:
                 arguments.pop(name, None)
             elif isinstance(value, dict) and "model_type" in value:
@@ -240,6 +255,16 @@ class Shrinking:
             else:
                 arguments[name] = value
         return config_class(**arguments)
+
+    def stages(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """As many features out of a backbone as there were, from stages that the smaller one has."""
+        name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        wanted = len(config.out_indices)
+        if type(values.get(name)) is int and len(config.stage_names) == values[name] + 1:  # every layer is a stage
+            arguments[name] = max(2, wanted)
+            arguments["out_indices"] = list(range(arguments[name] + 1))[-wanted:]
+        else:
+            arguments["out_indices"] = list(config.out_indices)
 
     def relations(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
         """What must fit other numbers: as many heads for keys as there are, sections of rotary dimensions."""
@@ -411,15 +436,6 @@ def built(found: type[PreTrainedModel], config: PreTrainedConfig, careful: bool)
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """How one argument of forward is made: its kind, the shape of a sample, and a bound or a value."""
-
-    kind: str
-    shape: tuple[int, ...] = ()
-    high: Any = None
-
-
 @dataclasses.dataclass
 class Recipe:
     """The arguments of a forward, and how many tokens of its texts stand for images, videos and sounds."""
@@ -542,7 +558,7 @@ def single(value: Any) -> Any:
 SKIPPED = r"inputs_embeds|position_ids|cache|past_key_values|use_cache|labels|encoder_outputs|head_mask|output_\w+|return_dict|return_\w+|kwargs|self|interpolate_pos_encoding"
 
 
-def candidates(name: str, config: PreTrainedConfig, names: list[str], required: bool) -> list[Spec]:
+def candidates(name: str, config: PreTrainedConfig, names: list[str], required: bool) -> list[Spec | None]:
     """What an argument of this name may be, the likeliest first; nothing where it is better left out."""
     text = "input_ids" in names
     size = single(find(config, "image_size", "img_size", "input_size", "crop_size", within="vision"))
@@ -567,10 +583,8 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("text", (), pad)]
         case "attention_mask":
             if text:
-                return [Spec("text_mask")]
-            if sound == "input_values":
-                return [Spec("frames", (1600,)), Spec("frames", (FRAMES,))]
-            return [Spec("frames", (FRAMES,))] if sound else []
+                return [Spec("text_mask"), None]
+            return [Spec("frames", (FRAMES,)), None] if sound else []
         case "mm_token_type_ids" | "moe_mm_token_type_ids":
             return [Spec("text_types")]
         case "token_type_ids":
@@ -696,8 +710,8 @@ MODALITIES = {
 MODES = [("text", "image", "audio"), ("text", "image"), ("text", "audio"), ("text",), ("image",), ("audio",)]
 
 
-def recipes(model: PreTrainedModel) -> Iterator[Recipe]:
-    """What to try as the arguments of forward, in order."""
+def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
+    """What to try as the arguments of forward, in order: `each` for every choice of modalities."""
     config = model.config
     signature = inspect.signature(model.forward).parameters
     required = {name for name, p in signature.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -709,21 +723,24 @@ def recipes(model: PreTrainedModel) -> Iterator[Recipe]:
     }
     around = (find(config, "vision_start_token_id"), find(config, "vision_end_token_id"))
     seen = []
+    lacking = {m for m, part in (("image", "vision_config"), ("audio", "audio_config")) if getattr(config, part, 0) is None}
     for mode in MODES:
+        if lacking & set(mode):
+            continue
         names = []
         for name in signature:
             modality = next((m for m, pattern in MODALITIES.items() if re.fullmatch(pattern, name)), None)
             if modality is None or modality in mode or name in required:
                 names.append(name)
         options = {name: [given[name]] if name in given else candidates(name, config, names, name in required) for name in names}
-        options = {name: [s for s in specs if s] for name, specs in options.items() if any(specs)}
+        options = {name: specs for name, specs in options.items() if specs}
         if options in seen or not options:
             continue
         seen.append(options)
         has = {m: any(re.fullmatch(MODALITIES[m], name) for name in options) for m in ("image", "audio")}
         placeholders = {m: 4 for m in ("image", "audio") if has[m] and "input_ids" in options and tokens[m] is not None}
-        for choice in itertools.islice(itertools.product(*options.values()), 16):
-            specs = dict(zip(options, choice))
+        for choice in itertools.islice(itertools.product(*options.values()), each):
+            specs = {name: spec for name, spec in zip(options, choice) if spec is not None}
             if "attention_mask" in specs and "input_ids" not in specs:  # as long as the sound
                 long = next((s for n, s in specs.items() if n in ("input_values", "input_features")), None)
                 if long is not None:
@@ -888,7 +905,7 @@ def build(model_type: str, head: bool = False) -> Tiny:
         except Exception as error:
             raise NotBuilt(reason(error)) from error
         reasons = []
-        for level, width in ((1, 1), (1, 4), (2, 1), (2, 4), (3, 1), (4, 1)):
+        for level, width, tries in ((1, 1, 16), (1, 4, 4), (2, 1, 4), (2, 4, 4), (3, 1, 2), (4, 1, 2)):
             try:
                 config = Shrinking(level, width).smaller(starting_config(model_type))
                 model = built(found, config, careful=level > 2)
@@ -896,7 +913,7 @@ def build(model_type: str, head: bool = False) -> Tiny:
                 reasons.append(f"{reason(error)} [{level}, {width}, build]")
                 continue
             try:
-                return Tiny(model_type, found.__name__, model, fitting(model, 24 if level < 3 else 6))
+                return Tiny(model_type, found.__name__, model, fitting(model, tries))
             except Exception as error:
                 reasons.append(f"{reason(error)} [{level}, {width}, forward]")
     told = NotBuilt(next((r for r in reasons if r.startswith("needs the package")), reasons[0]))
@@ -904,9 +921,9 @@ def build(model_type: str, head: bool = False) -> Tiny:
     raise told
 
 
-def fitting(model: PreTrainedModel, tries: int) -> Recipe:
+def fitting(model: PreTrainedModel, each: int) -> Recipe:
     first: Exception | None = None
-    for recipe in itertools.islice(recipes(model), tries):
+    for recipe in recipes(model, each):
         for _ in range(4):
             try:
                 return checked(model, recipe)

@@ -126,7 +126,9 @@ RULES: list[tuple[int, str, Callable]] = [
 ]  # fmt: skip
 TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
 INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes)"
-ROPES = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPES = {kind: ROPE for kind in ("full_attention", "sliding_attention")}
 TIME_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
 DECODING_BERT = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
@@ -139,6 +141,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 119, "IMGIMGA": 118}},
     "cohere_compass_text": {"rope_parameters": ROPES},
     "bamba": {"attn_layer_indices": [1]},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "dia": {"inputs": {"decoder_input_ids": Spec("words", (6, 9))}},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3, "layer_types": KEEP},
+    "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "unlimited_ocr_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "embedding_gemma2_text": {"global_head_dim": 16, "num_global_key_value_heads": 1},
     "diffusion_gemma_text": {"global_head_dim": 16},
@@ -147,7 +156,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 120, "pad_token_id": 1, "mask_token_id": 118},
     "gemma4_text": {"global_head_dim": 16},
     "gemma4_unified_text": {"global_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "instructblip": {"image_token_index": 119},
+    "instructblipvideo": {"video_token_index": 119, "inputs": {"pixel_values": Spec("floats", (2, 3, 32, 32))}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
+    "idefics": {"inputs": {"image_attention_mask": Spec("ones", (TEXT, 1)), "pixel_values": Spec("floats", (1, 3, 32, 32))}},
     "informer": TIME_SERIES,
+    "kosmos-2": {"latent_query_num": 4, "inputs": {"image_embeds_position_mask": Spec("first", (), 4)}},
+    "kyutai_speech_to_text": {"inputs": {"input_ids": Spec("words", (TEXT, 33))}},
+    "lightglue": {"inputs": {"pixel_values": Spec("floats", (2, 3, 64, 64))}},
+    "superglue": {"inputs": {"pixel_values": Spec("floats", (2, 3, 64, 64))}},
+    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
+    "lw_detr_vit": {"num_windows": 4, "num_windows_side": 2},
     "mamba2": {"num_heads": 8},
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": DECODING_BERT},
@@ -225,6 +251,8 @@ class Shrinking:
         for name, value in values.items():
             if isinstance(value, PreTrainedConfig):
                 arguments[name] = self.smaller(value)
+            elif value is None and name in MISSING:
+                arguments[name] = MISSING[name]
             elif self.level == 4 or value is None:
                 continue
             elif defaults[name] is None and (name == "head_dim" or isinstance(value, (list, tuple, dict))):
@@ -243,7 +271,8 @@ class Shrinking:
                     arguments[name] = type(value)(v if v < 0 else index for index, v in enumerate(value))
             if "stage_names" in vars(config):
                 self.stages(config, values, arguments)
-        for name, value in OVERRIDES.get(config_class.model_type, {}).items():
+        own = OVERRIDES.get(config_class.model_type, {}) | OVERRIDES.get(config_class.__name__, {})
+        for name, value in own.items():
             if name == "inputs":
                 continue
             if value is KEEP:
@@ -390,12 +419,14 @@ def useful_weights(model: PreTrainedModel) -> None:
         return torch.randn(like.shape, generator=generator).to(like) * std
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or not parameter.numel():
             continue
         unset = not parameter.isfinite().all() or parameter.abs().max() > 1e4
-        if parameter.ndim < 2:
-            if unset:
+        if parameter.numel() == max(parameter.shape, default=1):
+            if name.endswith(("original0", "weight_g")):  # the norms of weight_norm
+                parameter.fill_(1)
+            elif unset:
                 parameter.copy_(1 + normal(parameter, 0.1))
             elif parameter.abs().max() < 0.3:  # biases at zero, scales of layers close to it
                 parameter.copy_(normal(parameter, 0.1) + (0.5 if parameter.max() == parameter.min() != 0 else 0))
@@ -407,8 +438,8 @@ def useful_weights(model: PreTrainedModel) -> None:
         if unset or parameter.numel() > 1 and not parameter.std() > 0.7 * std:
             parameter.copy_(normal(parameter, std))
     for buffer in model.buffers():
-        if buffer.is_floating_point() and buffer.isnan().any():
-            buffer.nan_to_num_(0.0)
+        if buffer.is_floating_point() and buffer.ndim > 1 and not buffer.nan_to_num().any():  # codebooks, say
+            buffer.copy_(normal(buffer, 1))
 
 
 def parameters_of(model: PreTrainedModel) -> int:
@@ -443,6 +474,7 @@ class Recipe:
     specs: dict[str, Spec]
     placeholders: dict[str, int] = dataclasses.field(default_factory=dict)
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    last_word: int = LAST_WORD
     left: bool = False
     unequal_text: bool = True
     unequal_images: bool = False
@@ -473,7 +505,7 @@ class Recipe:
         kind, shape, high = spec.kind, spec.shape, spec.high
         rows = (samples, *shape)
         if kind == "text":
-            ids = torch.randint(FIRST_WORD, LAST_WORD, (samples, length), generator=generator)
+            ids = torch.randint(FIRST_WORD, self.last_word, (samples, length), generator=generator)
             for row in range(samples):
                 kept = length - cut[row]
                 start = cut[row] if self.left else 0
@@ -496,12 +528,14 @@ class Recipe:
                 for index, token in enumerate(special[row]):
                     types[row, start + index] = kinds.get(token, 0)
             return types
+        if kind == "first":  # where an image's tokens stand
+            return (torch.arange(length) < high).long().repeat(samples, 1)
         if kind == "zeros":
             return torch.zeros(samples, *(shape or (length,)), dtype=torch.long)
         if kind == "ids":
             return torch.randint(0, high or LAST_WORD, rows, generator=generator)
         if kind == "words":
-            return torch.randint(FIRST_WORD, LAST_WORD, rows, generator=generator)
+            return torch.randint(FIRST_WORD, self.last_word, rows, generator=generator)
         if kind == "floats":
             return torch.randn(rows, generator=generator)
         if kind == "unit":
@@ -640,7 +674,8 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("unit", ((sizes[0] // patch) ** 2,))]
         case "input_features" | "audio_mel" | "audio_features" | "fbank":
             same = [Spec("floats", (mels, FRAMES)), Spec("floats", (FRAMES, mels))]
-            return [*same, Spec("floats", (1, 64, mels)), Spec("floats", (mels, 3000))]
+            stacked = [Spec("floats", (FRAMES, mels * n)) for n in (2, 4, find(config, "num_stacked_frames") or 2)]
+            return [*same, Spec("floats", (1, 64, mels)), Spec("floats", (mels, 3000)), *stacked]
         case "input_features_mask" | "feature_attention_mask" | "audio_mel_mask" | "input_features_attention_mask":
             return [Spec("frames", frames_of_sound[0])]
         case "padding_mask" | "input_values_mask":
@@ -698,6 +733,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("floats", (TEXT, find(config, "d_model") or 32))]
         case "latents" | "hidden_states" | "inputs_embeds" | "query_embeds" | "spectrogram" | "embeddings":
             width = find(config, "hidden_size", "d_model", "embed_dim", "model_in_dim", "hidden_dim") or 32
+            width = single(width)
             return [Spec("floats", (TEXT, width)), Spec("floats", (width, TEXT))] if required else []
     return []
 
@@ -722,6 +758,8 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
         for modality in ("image", "video", "audio")
     }
     around = (find(config, "vision_start_token_id"), find(config, "vision_end_token_id"))
+    vocabulary = find(config, "vocab_size", within="text")
+    last = min(LAST_WORD, vocabulary) if type(vocabulary) is int and vocabulary > FIRST_WORD else LAST_WORD
     seen = []
     lacking = {m for m, part in (("image", "vision_config"), ("audio", "audio_config")) if getattr(config, part, 0) is None}
     for mode in MODES:
@@ -745,7 +783,7 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
                 long = next((s for n, s in specs.items() if n in ("input_values", "input_features")), None)
                 if long is not None:
                     specs["attention_mask"] = Spec("frames", (FRAMES if FRAMES in long.shape else max(long.shape),))
-            yield Recipe(specs, dict(placeholders), tokens, left, before_and_after=around)
+            yield Recipe(specs, dict(placeholders), tokens, last, left, before_and_after=around)
 
 
 MISMATCH = re.compile(r"tokens?[^0-9]*(\d+)[^0-9]*features?\D*(\d+)", re.IGNORECASE | re.DOTALL)

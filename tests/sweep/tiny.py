@@ -98,6 +98,8 @@ RULES: list[tuple[int, str, Callable]] = [
     (3, r"(\w+_)?vocab_size(_\w+)?", most(VOCABULARY)),
     (3, r"first_k_dense_replace|num_dense_layers", most(1)),
     (3, r"num_nextn_predict_layers|num_mtp_layers|mtp_num_layers|num_hash_layers", most(0)),
+    (2, r"(\w+_)?qk_head_dim", most_wide(16)),
+    (2, r"rotary_dim", most_wide(4)),
     (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?(kv|key_value|key)_heads|(\w+_)?n_head_kv|multi_query_group_num|num_kv", most(2)),
     (2, r"mamba_n(um)?_heads", most(8)),
@@ -105,8 +107,6 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(num|n)_(\w+_)?experts|(\w+_)?num_(\w+_)?experts|n_routed_experts", most(4)),
     (2, r"(\w+_)?(num_)?experts_per_to?k(en)?|moe_top_?k|top_k_experts|num_selected_experts|moe_k", most(2)),
     (2, r"n_groups?|topk_group|num_expert_groups?|mamba_n_groups|num_groups", most(1)),
-    (2, r"rotary_dim", most_wide(4)),
-    (2, r"(\w+_)?qk_head_dim", most_wide(16)),
     (2, r"(\w+_)?lora_rank|\w+_rank|rank", most(16)),
     (2, r"(\w+_)?(intermediate_size|intermediate_dim|ffn_hidden_size|ffn_dim|ffn_size|d_ff|mlp_dim|n_inner|d_inner"
         r"|feedforward_dim|dim_feedforward|inner_dim|d_mlp|ff_dim)(_\w+)?", exactly(64)),
@@ -125,7 +125,7 @@ RULES: list[tuple[int, str, Callable]] = [
         r"|hidden|features_out|dim_out|channels_list|channel_list|conv_dim|planes)(_global|_per_layer_input)?)", exactly(32)),
 ]  # fmt: skip
 TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
-INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes)"
+INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)"
 MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {kind: ROPE for kind in ("full_attention", "sliding_attention")}
@@ -173,6 +173,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lightglue": {"inputs": {"pixel_values": Spec("floats", (2, 3, 64, 64))}},
     "superglue": {"inputs": {"pixel_values": Spec("floats", (2, 3, 64, 64))}},
     "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "superpoint": {"keypoint_decoder_dim": 65},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0], "inputs": {"pixel_values": Spec("floats", (3, 128, 128))}},
     "lw_detr_vit": {"num_windows": 4, "num_windows_side": 2},
     "mamba2": {"num_heads": 8},
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
@@ -255,7 +258,11 @@ class Shrinking:
                 arguments[name] = MISSING[name]
             elif self.level == 4 or value is None:
                 continue
-            elif defaults[name] is None and (name == "head_dim" or isinstance(value, (list, tuple, dict))):
+            elif (
+                defaults[name] is None
+                and (name == "head_dim" or isinstance(value, (list, tuple, dict)))
+                and not re.fullmatch(INDEXES, name)
+            ):
                 continue  # the class works it out from the others
             else:
                 small = self.by_rule(name, value)
@@ -300,6 +307,8 @@ class Shrinking:
         heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
         if keys is not None and keys == heads and "num_attention_heads" in arguments:
             arguments["num_key_value_heads"] = arguments["num_attention_heads"]
+        if "head_dim" in vars(config) and values.get("head_dim") is None and heads is not None:
+            arguments["head_dim"] = 8 * self.width
         if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
             rope = dict(values.get("rope_parameters") or {})
             half = int(8 * self.width * rope.get("partial_rotary_factor", 1)) // 2
@@ -656,8 +665,8 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("ones", (1,))]
         case "aspect_ratio_mask":
             return [Spec("ones", (1, find(config, "max_num_tiles") or 4))]
-        case "cross_attention_mask":
-            return []
+        case "target_sizes":
+            return [Spec("per_image", (), (4, 4))]
         case "pixel_values" | "pixel_values_videos" | "pixel_values_images" | "image" | "images" | "prompt_pixel_values":
             video = name == "pixel_values_videos"
             if video and not required and "pixel_values" in names:

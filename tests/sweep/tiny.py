@@ -77,6 +77,12 @@ def exactly(number: int) -> Callable:
     return lambda value, width: entries(value, lambda entry: number * width if entry > 8 else entry)
 
 
+def few_heads(value: Any, width: int) -> Any:
+    if isinstance(value, (list, tuple)):  # per stage, whose dimensions are multiples of 32
+        return type(value)(min(entry, 2) if type(entry) is int else entry for entry in value)
+    return min(value, 4) if type(value) is int else value
+
+
 def unchanged(value: Any, width: int) -> Any:
     return value
 
@@ -103,7 +109,7 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?(kv|key_value|key)_heads|(\w+_)?n_head_kv|multi_query_group_num|num_kv", most(2)),
     (2, r"mamba_n(um)?_heads", most(8)),
-    (2, r"(\w+_)?(n_?)?heads?|(\w+_)?num_heads", most(4)),
+    (2, r"(\w+_)?(n_?)?heads?|(\w+_)?num_heads", few_heads),
     (2, r"(num|n)_(\w+_)?experts|(\w+_)?num_(\w+_)?experts|n_routed_experts", most(4)),
     (2, r"(\w+_)?(num_)?experts_per_to?k(en)?|moe_top_?k|top_k_experts|num_selected_experts|moe_k", most(2)),
     (2, r"n_groups?|topk_group|num_expert_groups?|mamba_n_groups|num_groups", most(1)),
@@ -112,6 +118,7 @@ RULES: list[tuple[int, str, Callable]] = [
         r"|feedforward_dim|dim_feedforward|inner_dim|d_mlp|ff_dim)(_\w+)?", exactly(64)),
     (1, r"(\w+_)?(image_size|img_size|resolution)", exactly(32)),
     (1, r"patch_size|tubelet_size", most(8)),
+    (1, r"image_grid_pinpoints", lambda value, width: [[32, 32], [64, 64]]),
     (2, r"(sliding_window|attention_window|local_attention|sliding_window_size|sliding_window_length)", most(8)),
     (3, r"max_source_positions", most(FRAMES // 2)),
     (2, r"(\w+_)?max_\w*position\w*|n_positions|n_ctx|max_seq_len|max_sequence_length", most(512)),
@@ -125,7 +132,7 @@ RULES: list[tuple[int, str, Callable]] = [
         r"|hidden|features_out|dim_out|channels_list|channel_list|conv_dim|planes)(_global|_per_layer_input)?)", exactly(32)),
 ]  # fmt: skip
 TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
-INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)"
+INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
 MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {kind: ROPE for kind in ("full_attention", "sliding_attention")}
@@ -138,6 +145,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "inputs": {"input_values": Spec("floats", (64, 128)), "attention_mask": None}},
     "autoformer": TIME_SERIES | {"label_length": 4, "moving_average": 3},
     "blip-2": {"image_token_index": 119},
+    "blt": {"encoder_hash_byte_group_vocab": 200},
     "chameleon": {"vocabulary_map": {"<image>": 119, "IMGIMGA": 118}},
     "cohere_compass_text": {"rope_parameters": ROPES},
     "bamba": {"attn_layer_indices": [1]},
@@ -177,6 +185,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "superpoint": {"keypoint_decoder_dim": 65},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0], "inputs": {"pixel_values": Spec("floats", (3, 128, 128))}},
     "lw_detr_vit": {"num_windows": 4, "num_windows_side": 2},
+    "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2},
+    "musicgen": {"inputs": {"decoder_input_ids": Spec("word_rows", (4, 6))}},
+    "musicgen_decoder": {"inputs": {"input_ids": Spec("word_rows", (4, TEXT))}},
+    "musicgen_melody": {"inputs": {"decoder_input_ids": Spec("word_rows", (4, 6))}},
+    "musicgen_melody_decoder": {"inputs": {"input_ids": Spec("word_rows", (4, TEXT))}},
+    "mistral4": {"head_dim": 16},
+    "mllama_vision_model": {
+        "num_hidden_layers": 2, "num_global_layers": 1, "intermediate_layers_indices": [0, 1], "vision_output_dim": 96,
+    },
     "mamba2": {"num_heads": 8},
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": DECODING_BERT},
@@ -216,7 +233,8 @@ class Shrinking:
     def layers(self, config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
         """Lists with an entry per layer, cut to as few layers as show every kind of layer that there is."""
         count = getattr(config, "num_hidden_layers", None)
-        if type(count) is not int or count <= 2:
+        field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        if type(count) is not int or count <= 2 or field not in values:
             return {}
         lists = {
             name: value
@@ -226,17 +244,13 @@ class Shrinking:
         indexed = [v for n, v in values.items() if re.fullmatch(INDEXES, n) and isinstance(v, (list, tuple))]
         if not lists:
             wanted = max([2, *(len(value) for value in indexed)])
-            name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-            return {name: wanted} if wanted > 2 and name in values else {}
+            return {field: wanted} if wanted > 2 else {}
         rows = list(zip(*lists.values()))
         kept = [index for index, row in enumerate(rows) if row not in rows[:index]][:4]
         while len(kept) < 2:
             kept.append(len(rows) - 1)
-        cut: dict[str, Any] = {name: type(value)(value[index] for index in kept) for name, value in lists.items()}
-        name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        if name in values:
-            cut[name] = len(kept)
-        return cut
+        cut = {name: type(value)(value[index] for index in kept) for name, value in lists.items()}
+        return {name: self.by_rule(name, value) for name, value in cut.items()} | {field: len(kept)}
 
     def smaller(self, config: PreTrainedConfig) -> PreTrainedConfig:
         config_class = type(config)
@@ -266,7 +280,7 @@ class Shrinking:
                 continue  # the class works it out from the others
             else:
                 small = self.by_rule(name, value)
-                if small is not value or repr(value) != repr(fresh.get(name)):
+                if re.fullmatch(INDEXES, name) or small is not value or repr(value) != repr(fresh.get(name)):
                     arguments[name] = small
         if self.level < 3:
             self.relations(config, values, arguments)
@@ -305,7 +319,7 @@ class Shrinking:
     def relations(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
         """What must fit other numbers: as many heads for keys as there are, sections of rotary dimensions."""
         heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
-        if keys is not None and keys == heads and "num_attention_heads" in arguments:
+        if "num_key_value_heads" in values and keys in (None, heads) and "num_attention_heads" in arguments:
             arguments["num_key_value_heads"] = arguments["num_attention_heads"]
         if "head_dim" in vars(config) and values.get("head_dim") is None and heads is not None:
             arguments["head_dim"] = 8 * self.width
@@ -409,7 +423,15 @@ def model_class(model_type: str, head: bool) -> type[PreTrainedModel]:
         raise NotBuilt("it is a configuration without a model class of its own")
     if head and len(names) == 1:
         raise NotBuilt(f"it has no class but {names[0]}")
-    return class_named(names[1 if head else 0], model_type)
+    fitting_classes = [found for found in (class_named(name, model_type) for name in names) if takes(found, model_type)]
+    if len(fitting_classes) <= head:
+        raise NotBuilt(f"no class of it takes its configuration alone: {', '.join(names)}")
+    return fitting_classes[1 if head else 0]
+
+
+def takes(found: type[PreTrainedModel], model_type: str) -> bool:
+    """Whether the class is for this configuration, not one for a part of it."""
+    return found.config_class is None or issubclass(CONFIG_MAPPING[model_type], found.config_class)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -469,6 +491,8 @@ def built(found: type[PreTrainedModel], config: PreTrainedConfig, careful: bool)
         raise NotBuilt(f"the smallest configuration that works has {count:.1e} parameters")
     torch.manual_seed(0)
     model = found(config).float().eval()
+    if config.is_encoder_decoder and model.can_generate() and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0
     useful_weights(model)
     return model
 
@@ -545,6 +569,8 @@ class Recipe:
             return torch.randint(0, high or LAST_WORD, rows, generator=generator)
         if kind == "words":
             return torch.randint(FIRST_WORD, self.last_word, rows, generator=generator)
+        if kind == "word_rows":  # several rows of a sample, such as codebooks
+            return torch.randint(FIRST_WORD, self.last_word, (samples * shape[0], *shape[1:]), generator=generator)
         if kind == "floats":
             return torch.randn(rows, generator=generator)
         if kind == "unit":
@@ -651,6 +677,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
                 Spec("patches", (side * side, flat)),
                 Spec("patches", (side * side, channels, patch, patch)),
                 Spec("patches", (side * side, hidden)),
+                Spec("patches", (side * side, channels * patch * patch * 2)),
                 Spec("patches", (side * side, channels * patch * patch)),
             ]
         case "pixel_values" if "spatial_shapes" in names:
@@ -678,7 +705,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
         case "flattened_patches":
             return [Spec("floats", (16, 2 + channels * patch * patch))]
         case "image_sizes":
-            return [Spec("per_image", (), (sizes[0], sizes[0]))]
+            return [Spec("per_image", (), (sizes[0], sizes[0])), None]
         case "noise":
             return [Spec("unit", ((sizes[0] // patch) ** 2,))]
         case "input_features" | "audio_mel" | "audio_features" | "fbank":
@@ -798,7 +825,7 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
 MISMATCH = re.compile(r"tokens?[^0-9]*(\d+)[^0-9]*features?\D*(\d+)", re.IGNORECASE | re.DOTALL)
 
 
-def repaired(recipe: Recipe, error: Exception, samples: int) -> Recipe | None:
+def repaired(recipe: Recipe, error: Exception, samples: int, hidden: int) -> Recipe | None:
     """The recipe with as many placeholders as the model asked for, or as long a sound."""
     message = str(error)
     if (match := MISMATCH.search(message)) and recipe.placeholders:
@@ -807,6 +834,8 @@ def repaired(recipe: Recipe, error: Exception, samples: int) -> Recipe | None:
         if modality not in recipe.placeholders:
             modality = next(iter(recipe.placeholders))
         held = recipe.placeholders[modality]
+        if have == want and held % hidden == 0:  # they were told as numbers, not as tokens
+            return dataclasses.replace(recipe, placeholders=recipe.placeholders | {modality: held // hidden})
         if have != want and have % samples == 0:
             ratio = have / (held * samples) if held else 1
             number = want / samples / (ratio if ratio >= 1 else 1)
@@ -976,7 +1005,7 @@ def fitting(model: PreTrainedModel, each: int) -> Recipe:
                 return checked(model, recipe)
             except Exception as error:
                 first = first or error
-                better = repaired(recipe, error, 3)
+                better = repaired(recipe, error, 3, find(model.config, "hidden_size", "d_model", within="text") or 32)
                 if better is None:
                     break
                 recipe = better

@@ -20,7 +20,6 @@ import math
 import multiprocessing
 import re
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -99,6 +98,7 @@ NOT_LAYERS = (
 )
 # the first that matches the whole name counts; a level is the last at which the rule still holds
 RULES: list[tuple[int, str, Callable]] = [
+    (3, r"vision_feature_layers?", lambda value, width: entries(value, lambda layer: max(-2, min(layer, 1)))),
     (3, NOT_LAYERS, unchanged),
     (3, LAYERS, most(2)),
     (3, r"(\w+_)?vocab_size(_\w+)?", most(VOCABULARY)),
@@ -124,7 +124,12 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(\w+_)?max_\w*position\w*|n_positions|n_ctx|max_seq_len|max_sequence_length", most(512)),
     (2, r"max_length|\w*num_(queries|query_tokens|latents|object_queries)|two_stage_num_proposals|\w*num_learnable_queries", most(8)),
     (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image|default_output_length", most(4)),
+    (2, r"input_feat_\w+", unchanged),
     (2, r"\w*groups?", exactly(32)),
+    (2, r"num_pos_feats", most_wide(16)),
+    (2, r"num_attention_heads_per_stage", few_heads),
+    (3, r"blocks_per_stage", most(2)),
+    (2, r"embed_dim_per_stage|backbone_channel_list", exactly(32)),
     (2, r"codebook_size|num_codevectors_per_group|num_embeddings|n_embed", most(64)),
     (2, r"(\w*_)?(kernel_size|kernel_sizes|window_size|block_size|chunk_size|num_\w+|max_\w+|batch_size|stride|strides"
         r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes|type_vocab_size)", unchanged),
@@ -132,17 +137,22 @@ RULES: list[tuple[int, str, Callable]] = [
         r"|hidden|features_out|dim_out|channels_list|channel_list|conv_dim|planes)(_global|_per_layer_input)?)", exactly(32)),
 ]  # fmt: skip
 TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
-INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|vision_feature_layer|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
+INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
 MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {kind: ROPE for kind in ("full_attention", "sliding_attention")}
 TIME_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
+WINDOWS = {"image_size": 64, "window_size": 2}
+SOUND = {"inputs": None, "input_values": Spec("floats", (1600,)), "input_features": None, "attention_mask": None}
 DECODING_BERT = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
 # model type (at any depth) -> attribute, a dot before those of parts, -> value
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 1.0},
-    "audio-spectrogram-transformer": {"max_length": 64, "inputs": {"input_values": Spec("floats", (64, 128)), "attention_mask": None}},
+    "audio-spectrogram-transformer": {
+        "max_length": 64,
+        "inputs": {"input_values": Spec("floats", (64, 128)), "attention_mask": None},
+    },
     "autoformer": TIME_SERIES | {"label_length": 4, "moving_average": 3},
     "blip-2": {"image_token_index": 119},
     "blt": {"encoder_hash_byte_group_vocab": 200},
@@ -152,7 +162,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dia": {"inputs": {"decoder_input_ids": Spec("words", (6, 9))}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3, "layer_types": KEEP},
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "num_hidden_layers": 3,
+        "layer_types": KEEP,
+    },
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "unlimited_ocr_text": {"mlp_layer_types": ["dense", "sparse"]},
@@ -174,7 +190,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
-    "idefics": {"inputs": {"image_attention_mask": Spec("ones", (TEXT, 1)), "pixel_values": Spec("floats", (1, 3, 32, 32))}},
+    "idefics": {
+        "inputs": {"image_attention_mask": Spec("ones", (TEXT, 1)), "pixel_values": Spec("floats", (1, 3, 32, 32))}
+    },
     "informer": TIME_SERIES,
     "kosmos-2": {"latent_query_num": 4, "inputs": {"image_embeds_position_mask": Spec("first", (), 4)}},
     "kyutai_speech_to_text": {"inputs": {"input_ids": Spec("words", (TEXT, 33))}},
@@ -183,8 +201,34 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "superpoint": {"keypoint_decoder_dim": 65},
-    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0], "inputs": {"pixel_values": Spec("floats", (3, 128, 128))}},
+    "depth_pro": {
+        "patch_size": 32,
+        "intermediate_hook_ids": [1, 0],
+        "inputs": {"pixel_values": Spec("floats", (3, 128, 128))},
+    },
     "lw_detr_vit": {"num_windows": 4, "num_windows_side": 2},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
+    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 192},
+    "swin": WINDOWS,
+    "donut-swin": WINDOWS,
+    "maskformer-swin": WINDOWS,
+    "clap_audio_model": {"hidden_size": 256, "spec_size": 64, "num_mel_bins": 32, "window_size": 2},
+    "oneformer": {"inputs": {"task_inputs": Spec("words", (77,))}},
+    "paddleocr_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "qwen3_asr_encoder": {"n_window": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "sam2_hiera_det_model": {
+        "embed_dim_per_stage": [32] * 4,
+        "num_attention_heads_per_stage": [2] * 4,
+        "blocks_per_stage": [1, 2, 2, 1],
+        "global_attention_blocks": [2],
+    },
+    "SpeechT5Model": {
+        "input_values": Spec("floats", (TEXT, 32)),
+        "decoder_input_values": Spec("floats", (6, 32)),
+        "attention_mask": None,
+    },
     "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2},
     "musicgen": {"inputs": {"decoder_input_ids": Spec("word_rows", (4, 6))}},
     "musicgen_decoder": {"inputs": {"input_ids": Spec("word_rows", (4, TEXT))}},
@@ -192,11 +236,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"inputs": {"input_ids": Spec("word_rows", (4, TEXT))}},
     "mistral4": {"head_dim": 16},
     "mllama_vision_model": {
-        "num_hidden_layers": 2, "num_global_layers": 1, "intermediate_layers_indices": [0, 1], "vision_output_dim": 96,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "intermediate_layers_indices": [0, 1],
+        "vision_output_dim": 96,
     },
     "mamba2": {"num_heads": 8},
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
-    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": DECODING_BERT},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": DECODING_BERT, "inputs": SOUND},
     "time_series_transformer": TIME_SERIES,
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": DECODING_BERT},
 }
@@ -288,7 +335,11 @@ class Shrinking:
             if self.level != 2:
                 arguments |= self.layers(config, values)
             for name, value in arguments.items():
-                if re.fullmatch(INDEXES, name) and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+                if (
+                    re.fullmatch(INDEXES, name)
+                    and isinstance(value, (list, tuple))
+                    and all(type(v) is int for v in value)
+                ):
                     arguments[name] = type(value)(v if v < 0 else index for index, v in enumerate(value))
             if "stage_names" in vars(config):
                 self.stages(config, values, arguments)
@@ -323,8 +374,8 @@ class Shrinking:
             arguments["num_key_value_heads"] = arguments["num_attention_heads"]
         if "head_dim" in vars(config) and values.get("head_dim") is None and heads is not None:
             arguments["head_dim"] = 8 * self.width
-        if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
-            rope = dict(values.get("rope_parameters") or {})
+        rope = dict(values.get("rope_parameters") or {})
+        if "mrope_section" in (*rope, *(getattr(config, "ignore_keys_at_rope_validation", None) or ())):
             half = int(8 * self.width * rope.get("partial_rotary_factor", 1)) // 2
             rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
             arguments["rope_parameters"] = rope
@@ -423,7 +474,9 @@ def model_class(model_type: str, head: bool) -> type[PreTrainedModel]:
         raise NotBuilt("it is a configuration without a model class of its own")
     if head and len(names) == 1:
         raise NotBuilt(f"it has no class but {names[0]}")
-    fitting_classes = [found for found in (class_named(name, model_type) for name in names) if takes(found, model_type)]
+    fitting_classes = [
+        found for found in (class_named(name, model_type) for name in names) if takes(found, model_type)
+    ]
     if len(fitting_classes) <= head:
         raise NotBuilt(f"no class of it takes its configuration alone: {', '.join(names)}")
     return fitting_classes[1 if head else 0]
@@ -534,7 +587,9 @@ class Recipe:
             ids += part * (images if modality == "image" else 1)
         return ids
 
-    def one(self, spec: Spec, samples: int, counts: list, cut: list, special: list, length: int, generator: Any) -> Any:
+    def one(
+        self, spec: Spec, samples: int, counts: list, cut: list, special: list, length: int, generator: Any
+    ) -> Any:
         kind, shape, high = spec.kind, spec.shape, spec.high
         rows = (samples, *shape)
         if kind == "text":
@@ -573,6 +628,10 @@ class Recipe:
             return torch.randint(FIRST_WORD, self.last_word, (samples * shape[0], *shape[1:]), generator=generator)
         if kind == "floats":
             return torch.randn(rows, generator=generator)
+        if kind == "placed":  # patches that begin with their row and column
+            patches = torch.randn(rows, generator=generator)
+            patches[..., 0], patches[..., 1] = torch.arange(shape[0]) // 4 + 1, torch.arange(shape[0]) % 4 + 1
+            return patches
         if kind == "unit":
             return torch.rand(rows, generator=generator)
         if kind == "images":  # one after another, however many a sample has
@@ -580,7 +639,11 @@ class Recipe:
         if kind == "patches":
             return torch.randn(sum(counts) * shape[0], *shape[1:], generator=generator)
         if kind == "per_image":
-            return torch.tensor([list(high)] * sum(counts)) if isinstance(high, tuple) else torch.tensor([high] * sum(counts))
+            return (
+                torch.tensor([list(high)] * sum(counts))
+                if isinstance(high, tuple)
+                else torch.tensor([high] * sum(counts))
+            )
         if kind == "per_sample":
             return torch.tensor([list(high)] * samples)
         if kind == "boxes":
@@ -635,7 +698,21 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
     channels = channels if type(channels) is int and channels < 20 else 3
     patch = single(find(config, "patch_size", within="vision")) or 8
     frames = find(config, "num_frames", "frames_per_clip", "image_model_input_frames") or 2
-    mels = find(config, "num_mel_bins", "feature_size", "input_feat_size", "mel_bins", "n_mels", "input_dim", "audio_in_channel", within="audio") or 80
+    mels = (
+        find(
+            config,
+            "num_mel_bins",
+            "feature_size",
+            "input_feat_size",
+            "input_feat_per_channel",
+            "mel_bins",
+            "n_mels",
+            "input_dim",
+            "audio_in_channel",
+            within="audio",
+        )
+        or 80
+    )
     mels = mels if type(mels) is int else 80
     merge = single(find(config, "spatial_merge_size", "merge_kernel_size", within="vision")) or 1
     temporal = single(find(config, "temporal_patch_size", within="vision")) or 1
@@ -694,16 +771,19 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("ones", (1, find(config, "max_num_tiles") or 4))]
         case "target_sizes":
             return [Spec("per_image", (), (4, 4))]
-        case "pixel_values" | "pixel_values_videos" | "pixel_values_images" | "image" | "images" | "prompt_pixel_values":
+        case (
+            "pixel_values" | "pixel_values_videos" | "pixel_values_images" | "image" | "images" | "prompt_pixel_values" | "prompt_masks"
+        ):
             video = name == "pixel_values_videos"
             if video and not required and "pixel_values" in names:
                 return []
             flat = [Spec("images" if text else "floats", (channels, s, s)) for s in sizes]
             more = [Spec("floats", (count, channels, s, s)) for s in sizes[:2] for count in (frames, 1)]
             patches = [Spec("floats", (16, channels * patch * patch))]
-            return more + flat + patches if video else flat + more + patches
+            first = [*more[:1], *flat[:1]] if video else [*flat[:1], *more[:1]]
+            return [*first, *(spec for spec in flat + more + patches if spec not in first)]
         case "flattened_patches":
-            return [Spec("floats", (16, 2 + channels * patch * patch))]
+            return [Spec("placed", (16, 2 + channels * patch * patch))]
         case "image_sizes":
             return [Spec("per_image", (), (sizes[0], sizes[0])), None]
         case "noise":
@@ -738,7 +818,11 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
         case "future_time_features":
             return [Spec("floats", (find(config, "prediction_length") or 4, find(config, "num_time_features") or 0))]
         case "freq" | "past_values_padding":
-            return [Spec("zeros", (1,) if name == "freq" else (find(config, "context_length") or 16,))] if required else []
+            return (
+                [Spec("zeros", (1,) if name == "freq" else (find(config, "context_length") or 16,))]
+                if required
+                else []
+            )
         case "states":
             return [Spec("floats", (5, config.state_dim))]
         case "actions":
@@ -786,7 +870,11 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
     """What to try as the arguments of forward, in order: `each` for every choice of modalities."""
     config = model.config
     signature = inspect.signature(model.forward).parameters
-    required = {name for name, p in signature.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    required = {
+        name
+        for name, p in signature.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
     given = OVERRIDES.get(config.model_type, {}).get("inputs", {}) | OVERRIDES.get(type(model).__name__, {})
     left = not config.is_encoder_decoder and model.can_generate()
     tokens = {
@@ -797,7 +885,9 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
     vocabulary = find(config, "vocab_size", within="text")
     last = min(LAST_WORD, vocabulary) if type(vocabulary) is int and vocabulary > FIRST_WORD else LAST_WORD
     seen = []
-    lacking = {m for m, part in (("image", "vision_config"), ("audio", "audio_config")) if getattr(config, part, 0) is None}
+    lacking = {
+        m for m, part in (("image", "vision_config"), ("audio", "audio_config")) if getattr(config, part, 0) is None
+    }
     for mode in MODES:
         if lacking & set(mode):
             continue
@@ -806,13 +896,18 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
             modality = next((m for m, pattern in MODALITIES.items() if re.fullmatch(pattern, name)), None)
             if modality is None or modality in mode or name in required:
                 names.append(name)
-        options = {name: [given[name]] if name in given else candidates(name, config, names, name in required) for name in names}
+        options = {
+            name: [given[name]] if name in given else candidates(name, config, names, name in required)
+            for name in names
+        }
         options = {name: specs for name, specs in options.items() if specs}
         if options in seen or not options:
             continue
         seen.append(options)
         has = {m: any(re.fullmatch(MODALITIES[m], name) for name in options) for m in ("image", "audio")}
-        placeholders = {m: 4 for m in ("image", "audio") if has[m] and "input_ids" in options and tokens[m] is not None}
+        placeholders = {
+            m: 4 for m in ("image", "audio") if has[m] and "input_ids" in options and tokens[m] is not None
+        }
         for choice in itertools.islice(itertools.product(*options.values()), each):
             specs = {name: spec for name, spec in zip(options, choice) if spec is not None}
             if "attention_mask" in specs and "input_ids" not in specs:  # as long as the sound
@@ -858,7 +953,9 @@ def tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output.detach()] if output.is_floating_point() and output.numel() else []
     if isinstance(output, dict):
-        return [t for name, value in output.items() if "cache" not in name and "past" not in name for t in tensors(value)]
+        return [
+            t for name, value in output.items() if "cache" not in name and "past" not in name for t in tensors(value)
+        ]
     if isinstance(output, (list, tuple)):
         return [t for value in output for t in tensors(value)]
     return []
@@ -1060,4 +1157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""A tiny random model of every model type of transformers, with inputs: `python tests/sweep/tiny.py [TYPE ...] [--head]`.
+"""Tiny random models of all types that transformers has, with inputs: `python tests/sweep/tiny.py [TYPE ...]`.
 
 Models are made from configurations alone, without the network. Each class's default configuration is made smaller by
 the names of its attributes (`RULES`), then tried as it is with fewer layers, then untouched; `OVERRIDES` holds what
@@ -88,12 +88,15 @@ def unchanged(value: Any, width: int) -> Any:
 
 LAYERS = (
     r"(num_|n_)?layers?|(\w+_)?(num|n)_(\w+_)?layers?|(en|de)coder_layers|\w+_(en|de)coder_layers|depths?|layers"
-    r"|(num_|stage_num_)?blocks|num_block_repeats|resampler_depth|layer_depths|encoder_depth|decoder_depth|layers_count"
+    r"|(num_|stage_num_)?blocks|num_block_repeats|resampler_depth|layer_depths|encoder_depth|decoder_depth"
+    r"|layers_count"
     r"|n_layers|num_encoder_blocks|num_res_blocks|depth_mult"
 )
 NOT_LAYERS = (
-    r"num_feat_extract_layers|num_adapter_layers|num_kv_shared_layers|num_residual_layers|num_lstm_layers|mlp_only_layers"
-    r"|aligner_num_add_layers|num_nextn_predict_layers|max_window_layers|num_dense_layers|speech_decoder_postnet_layers"
+    r"num_feat_extract_layers|num_adapter_layers|num_kv_shared_layers|num_residual_layers|num_lstm_layers"
+    r"|mlp_only_layers"
+    r"|aligner_num_add_layers|num_nextn_predict_layers|max_window_layers|num_dense_layers"
+    r"|speech_decoder_postnet_layers"
     r"|encode_proj_layers|lqe_layers|vision_feature_layer|num_stages|no_rope_layers"
 )
 # the first that matches the whole name counts; a level is the last at which the rule still holds
@@ -106,7 +109,8 @@ RULES: list[tuple[int, str, Callable]] = [
     (3, r"num_nextn_predict_layers|num_mtp_layers|mtp_num_layers|num_hash_layers", most(0)),
     (2, r"(\w+_)?qk_head_dim", most_wide(16)),
     (2, r"rotary_dim", most_wide(4)),
-    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key|mamba_d_head)", most_wide(8)),
+    (2, r"(\w+_)?(\w*head_dim|d_kv|d_head|dim_head|kv_channels|head_size|attention_head_size|dim_key"
+        r"|mamba_d_head)", most_wide(8)),
     (2, r"(\w+_)?(kv|key_value|key)_heads|(\w+_)?n_head_kv|multi_query_group_num|num_kv", most(2)),
     (2, r"mamba_n(um)?_heads", most(8)),
     (2, r"(\w+_)?(n_?)?heads?|(\w+_)?num_heads", few_heads),
@@ -122,9 +126,11 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(sliding_window|attention_window|local_attention|sliding_window_size|sliding_window_length)", most(8)),
     (3, r"max_source_positions", most(FRAMES // 2)),
     (2, r"(\w+_)?max_\w*position\w*|n_positions|n_ctx|max_seq_len|max_sequence_length", most(512)),
-    (2, r"max_length|\w*num_(queries|query_tokens|latents|object_queries)|two_stage_num_proposals|\w*num_learnable_queries", most(8)),
-    (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image|default_output_length", most(4)),
-    (2, r"input_feat_\w+", unchanged),
+    (2, r"max_length|\w*num_(queries|query_tokens|latents|object_queries)|two_stage_num_proposals"
+        r"|\w*num_learnable_queries", most(8)),
+    (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image"
+        r"|default_output_length", most(4)),
+    (2, r"input_feat_\w+|input_dim|feature_projection_input_dim", unchanged),
     (2, r"\w*groups?", exactly(32)),
     (2, r"num_pos_feats", most_wide(16)),
     (2, r"num_attention_heads_per_stage", few_heads),
@@ -132,15 +138,23 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"embed_dim_per_stage|backbone_channel_list", exactly(32)),
     (2, r"codebook_size|num_codevectors_per_group|num_embeddings|n_embed", most(64)),
     (2, r"(\w*_)?(kernel_size|kernel_sizes|window_size|block_size|chunk_size|num_\w+|max_\w+|batch_size|stride|strides"
-        r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes|type_vocab_size)", unchanged),
-    (2, r"(d_model|dim|n_embd|width|embed_dim|hidden_size|hidden_dim|(\w+_)?(size|sizes|dim|dims|dimension|channels?|width|units|filters"
-        r"|hidden|features_out|dim_out|channels_list|channel_list|conv_dim|planes)(_global|_per_layer_input)?)", exactly(32)),
+        r"|hidden_size_per_layer_input_\w+|shard_\w+|sampling_rate|feature_size|pool_size|patch_sizes"
+        r"|type_vocab_size)", unchanged),
+    (2, r"(d_model|dim|n_embd|width|embed_dim|hidden_size|hidden_dim|(\w+_)?(size|sizes|dim|dims|dimension"
+        r"|channels?|width|units|filters|hidden|features_out|dim_out|channels_list|channel_list|conv_dim"
+        r"|planes)(_global|_per_layer_input)?)", exactly(32)),
 ]  # fmt: skip
-TOKEN = r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index|(bos|eos|pad|boi|eoi)_id)"
-INDEXES = r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|attention_layers|feature_layers|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
+TOKEN = (
+    r"(\w+_)?(token_id|token_ids|token_index|tokens_ids?|(bos|eos|pad|unk|sep|mask|boi|eoi|boa|eoa)_index"
+    r"|(bos|eos|pad|boi|eoi)_id)"
+)
+INDEXES = (
+    r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|attention_layers|feature_layers"
+    r"|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
+)
 MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-ROPES = {kind: ROPE for kind in ("full_attention", "sliding_attention")}
+ROPES = {"full_attention": ROPE, "sliding_attention": ROPE}
 TIME_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
 WINDOWS = {"image_size": 64, "window_size": 2}
 SOUND = {"inputs": None, "input_values": Spec("floats", (1600,)), "input_features": None, "attention_mask": None}
@@ -229,6 +243,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "decoder_input_values": Spec("floats", (6, 32)),
         "attention_mask": None,
     },
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "tvp": {"visual_prompt_size": 4, "max_img_size": 32},
+    "vitmatte": {"convstream_hidden_sizes": [32, 32, 32], "fusion_hidden_sizes": [32, 32, 32, 16]},
     "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2},
     "musicgen": {"inputs": {"decoder_input_ids": Spec("word_rows", (4, 6))}},
     "musicgen_decoder": {"inputs": {"input_ids": Spec("word_rows", (4, TEXT))}},
@@ -303,8 +321,8 @@ class Shrinking:
         config_class = type(config)
         if config_class.__name__ == "TimmBackboneConfig":  # which is another package's; a ResNet is the nearest
             stages = [f"stage{index}" for index in (2, 3, 4)][-max(1, min(3, len(config.out_indices or [0]))) :]
-            arguments = {"embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}
-            return transformers.ResNetConfig(**arguments, layer_type="basic", out_features=stages)
+            sizes = {"embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}
+            return transformers.ResNetConfig(**sizes, layer_type="basic", out_features=stages)
         defaults = default(config_class)
         values = {name: vars(config)[name] for name in defaults if name not in GENERAL and name in vars(config)}
         try:
@@ -354,7 +372,7 @@ class Shrinking:
                 part = self.smaller(CONFIG_MAPPING[value["model_type"]]())
                 arguments[name] = self.changed(part, rest)
             else:
-                arguments[name] = value
+                arguments[name] = copy.deepcopy(value)
         return config_class(**arguments)
 
     def stages(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -405,18 +423,21 @@ def starting_config(model_type: str) -> PreTrainedConfig:
 
 # --- classes --------------------------------------------------------------------------------------------------------
 
-HEADS = [
+HEADS = [  # the most used first
     f"MODEL_FOR_{name}_MAPPING_NAMES"
     for name in (
-        "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM", "CAUSAL_LM", "CTC", "RNNT",
-        "TDT", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING",
-        "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION",
-        "INSTANCE_SEGMENTATION", "UNIVERSAL_SEGMENTATION", "SEMANTIC_SEGMENTATION", "IMAGE_SEGMENTATION", "DEPTH_ESTIMATION",
-        "ZERO_SHOT_IMAGE_CLASSIFICATION", "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING", "TABLE_QUESTION_ANSWERING",
-        "MASKED_IMAGE_MODELING", "IMAGE_TO_IMAGE", "KEYPOINT_DETECTION", "KEYPOINT_MATCHING", "POSE_ESTIMATION", "MASK_GENERATION",
-        "IMAGE_MATTING", "TIME_SERIES_PREDICTION", "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION", "RETRIEVAL", "PRETRAINING",
-        "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "BACKBONE", "TEXT_ENCODING", "TABLE_RECOGNITION", "TEXT_RECOGNITION", "NORMAL_ESTIMATION",
-        "POINTMAP_ESTIMATION", "CAUSAL_IMAGE_MODELING", "DECISION", "IMAGE",
+        "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM", "CAUSAL_LM",
+        "CTC", "RNNT", "TDT", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM", "SEQUENCE_CLASSIFICATION",
+        "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+        "AUDIO_CLASSIFICATION", "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "INSTANCE_SEGMENTATION",
+        "UNIVERSAL_SEGMENTATION", "SEMANTIC_SEGMENTATION", "IMAGE_SEGMENTATION", "DEPTH_ESTIMATION",
+        "ZERO_SHOT_IMAGE_CLASSIFICATION", "VISUAL_QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING",
+        "TABLE_QUESTION_ANSWERING", "MASKED_IMAGE_MODELING", "IMAGE_TO_IMAGE", "KEYPOINT_DETECTION",
+        "KEYPOINT_MATCHING", "POSE_ESTIMATION", "MASK_GENERATION", "IMAGE_MATTING", "TIME_SERIES_PREDICTION",
+        "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION", "RETRIEVAL", "PRETRAINING",
+        "AUDIO_FRAME_CLASSIFICATION", "AUDIO_XVECTOR", "BACKBONE", "TEXT_ENCODING", "TABLE_RECOGNITION",
+        "TEXT_RECOGNITION", "NORMAL_ESTIMATION", "POINTMAP_ESTIMATION", "CAUSAL_IMAGE_MODELING", "DECISION",
+        "IMAGE",
     )
 ]  # fmt: skip
 
@@ -433,9 +454,12 @@ def own_classes(model_type: str) -> list[str]:
     return [
         name
         for name, found in vars(module).items()
-        if inspect.isclass(found) and issubclass(found, PreTrainedModel) and found.config_class is config_class
-        and "PreTrainedModel" not in name and "forward" in {n for c in found.__mro__[:-8] for n in vars(c)}
-    ]  # fmt: skip
+        if isinstance(found, type(PreTrainedModel))
+        and issubclass(found, PreTrainedModel)
+        and found.config_class is config_class
+        and found.forward is not PreTrainedModel.forward
+        and "PreTrainedModel" not in name
+    ]
 
 
 def class_named(name: str, model_type: str) -> type[PreTrainedModel]:
@@ -519,7 +543,7 @@ def useful_weights(model: PreTrainedModel) -> None:
             continue
         fan_in = math.prod(parameter.shape[1:]) if parameter.ndim != 3 else max(parameter.shape[1:])
         std = 0.3 if id(parameter) in embeddings else min(0.5, 1 / math.sqrt(fan_in))
-        if unset or parameter.numel() > 1 and not parameter.std() > 0.7 * std:
+        if unset or not parameter.std() > 0.7 * std:
             parameter.copy_(normal(parameter, std))
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.ndim > 1 and not buffer.nan_to_num().any():  # codebooks, say
@@ -687,7 +711,10 @@ def single(value: Any) -> Any:
     return single(value[-1]) if isinstance(value, (list, tuple)) and value else value
 
 
-SKIPPED = r"inputs_embeds|position_ids|cache|past_key_values|use_cache|labels|encoder_outputs|head_mask|output_\w+|return_dict|return_\w+|kwargs|self|interpolate_pos_encoding"
+SKIPPED = (
+    r"inputs_embeds|position_ids|cache|past_key_values|use_cache|labels|encoder_outputs|head_mask"
+    r"|output_\w+|return_dict|return_\w+|kwargs|self|interpolate_pos_encoding"
+)
 
 
 def candidates(name: str, config: PreTrainedConfig, names: list[str], required: bool) -> list[Spec | None]:
@@ -701,6 +728,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
     mels = (
         find(
             config,
+            "feature_projection_input_dim",
             "num_mel_bins",
             "feature_size",
             "input_feat_size",
@@ -748,10 +776,10 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
         case "image_grid_hws" | "grid_hws":
             return [Spec("per_image", (), (side, side))]
         case "hidden_states" | "pixel_values" if {"image_grid_thw", "grid_thw", "image_grid_hws"} & set(names):
-            flat = channels * temporal * patch * patch
+            numbers = channels * temporal * patch * patch
             hidden = find(config, "hidden_size", "embed_dim", within="vision") or 32
             return [
-                Spec("patches", (side * side, flat)),
+                Spec("patches", (side * side, numbers)),
                 Spec("patches", (side * side, channels, patch, patch)),
                 Spec("patches", (side * side, hidden)),
                 Spec("patches", (side * side, channels * patch * patch * 2)),
@@ -771,9 +799,7 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [Spec("ones", (1, find(config, "max_num_tiles") or 4))]
         case "target_sizes":
             return [Spec("per_image", (), (4, 4))]
-        case (
-            "pixel_values" | "pixel_values_videos" | "pixel_values_images" | "image" | "images" | "prompt_pixel_values" | "prompt_masks"
-        ):
+        case "pixel_values" | "pixel_values_videos" | "pixel_values_images" | "image" | "images" | "prompt_masks":
             video = name == "pixel_values_videos"
             if video and not required and "pixel_values" in names:
                 return []
@@ -784,6 +810,8 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
             return [*first, *(spec for spec in flat + more + patches if spec not in first)]
         case "flattened_patches":
             return [Spec("placed", (16, 2 + channels * patch * patch))]
+        case "merge_sizes" | "image_merge_sizes":
+            return [Spec("per_image", (), 2)]
         case "image_sizes":
             return [Spec("per_image", (), (sizes[0], sizes[0])), None]
         case "noise":
@@ -799,9 +827,9 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
         case "input_values" | "audio_values" | "audio":
             tall = find(config, "max_length") or FRAMES
             return [
-                Spec("floats", (1600,)), Spec("floats", (1, 1600)), Spec("floats", (tall, mels)), Spec("floats", (FRAMES, mels)),
-                Spec("floats", (1, 9600)), Spec("floats", (9600,)),
-            ]  # fmt: skip
+                Spec("floats", shape)
+                for shape in ((1600,), (1, 1600), (tall, mels), (FRAMES, mels), (1, 9600), (9600,))
+            ]
         case "past_values":
             context = find(config, "context_length") or 16
             lags = max(find(config, "lags_sequence") or [0])
@@ -859,7 +887,8 @@ def candidates(name: str, config: PreTrainedConfig, names: list[str], required: 
 
 
 MODALITIES = {
-    "image": r"pixel_\w+|image_\w+|images|flattened_patches|spatial_shapes|aspect_ratio_\w+|grid_\w+|prompt_pixel_values|qformer_\w+",
+    "image": r"pixel_\w+|image_\w+|images|flattened_patches|spatial_shapes|aspect_ratio_\w+|grid_\w+"
+    r"|prompt_pixel_values|qformer_\w+",
     "audio": r"input_features\w*|input_values\w*|audio_\w+|feature_attention_mask|padding_mask",
     "text": r"input_ids|mm_token_type_ids|moe_mm_token_type_ids|bbox|decoder_input_ids|token_type_ids",
 }
@@ -1069,7 +1098,7 @@ def build(model_type: str, head: bool = False) -> Tiny:
     Raises:
         NotBuilt: with the reason in one line.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             found = model_class(model_type, head)

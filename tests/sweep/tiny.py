@@ -267,7 +267,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "voxtral": {"audio_token_id": 119},
     "xclip_vision_model": {"inputs": {"pixel_values": Spec("patches", (8, 3, 32, 32))}},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layer_types": KEEP, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
 }
 
 

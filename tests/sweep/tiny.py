@@ -502,7 +502,11 @@ def model_class(model_type: str, head: bool) -> type[PreTrainedModel]:
         except AttributeError:
             own = []
         plain = [name for name in own if re.search(r"(Model|Encoder|Decoder|Backbone|Transformer)$", name)]
-        names = list(dict.fromkeys([*bases[:1], *([] if bases else plain[:1]), *heads, *own]))
+        names = list(
+            dict.fromkeys(
+                [*bases[:1], *([] if bases else plain[:1]), *heads, *sorted(own, key=lambda name: "For" not in name)]
+            )
+        )
     if not names:
         raise NotBuilt("it is a configuration without a model class of its own")
     if head and len(names) == 1:

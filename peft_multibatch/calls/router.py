@@ -32,6 +32,7 @@ class Router:
         registry: the model's adapters.
         split: how tensor parallelism splits layers of the model, or None.
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
+        buffers: where the model's modules keep theirs.
         call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
         disabled: layers whose adapters were disabled on the thread or task that asks.
         graph: what compiled code sees instead.
@@ -44,6 +45,7 @@ class Router:
         self.registry = registry
         self.split: Split | None = None
         self.is_gathered = False
+        self.buffers: list[dict[str, Any]] = []
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())

@@ -281,7 +281,7 @@ class Handle:
             for layer in [layer for layer in self._layers if layer not in scan.layers]:
                 self._layers.pop(layer).remove()
             self._layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
-            router.is_gathered = is_gathered
+            router.is_gathered, router.buffers = is_gathered, scan.buffers
             if before != {each: known.refusal for each, known in self._layers.items()}:
                 self._registry.forget()  # what was read elsewhere may be inside of another layer by now
             self._registry.source.layers = tuple(self._layers.values())

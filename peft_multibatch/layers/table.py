@@ -5,6 +5,7 @@ A handler is a function in the place of the layer's ``forward``. Without an acti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,6 +84,22 @@ def _has_media(config: Any) -> bool:
     return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
+def _is_spliced(model: Any) -> bool:
+    """Whether what a model reads of pictures or sound goes in between its text, in any number for a sample.
+
+    The configuration alone doesn't tell: image classifiers have that of the dual encoder which their tower is from.
+    """
+    reads_text = "input_ids" in inspect.signature(type(model).forward).parameters
+    return reads_text and _has_media(model.config) and not is_dual_encoder(model)
+
+
+def is_dual_encoder(model: Any) -> bool:
+    """Whether a model reads text and pictures or sound apart, to compare them, as CLIP: one of each for a sample."""
+    own = getattr(model, "_parameters", ())
+    is_scaled = any(name.startswith(("logit_scale", "temperature")) for name in own)
+    return is_scaled and _has_media(getattr(model, "config", None))
+
+
 class Choice(NamedTuple):
     """How a layer runs.
 
@@ -98,13 +115,13 @@ class Choice(NamedTuple):
     refusal: str = ""
 
 
-def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Choice:
+def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choice:
     """How a layer runs, which depends on what it is and where, and not on the adapters that it has.
 
     Args:
         name: the layer's name in the model, for messages.
         layer: a PEFT layer.
-        config: the model's transformers configuration, or None.
+        model: the model that holds it, for what is known of its type.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
     if _is_replaced(layer):
@@ -115,7 +132,7 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
             "or run the adapters one at a time without adapter_ids.",
         )
     try:
-        return Choice(*_find_handler(name, layer, config, is_gathered))
+        return Choice(*_find_handler(name, layer, model, is_gathered))
     except UnsupportedError as error:
         return Choice(base_only, "adapters that have anything in it are refused", str(error))
 
@@ -128,17 +145,18 @@ def _is_replaced(layer: Any) -> bool:
     return forward is not None and not is_own and not is_known
 
 
-def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
-    kind = type(layer).__name__
+def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
+    kind, config = type(layer).__name__, getattr(model, "config", None)
     expected = "expected LoRA layers that see the rows of each sample together"
     advice = "Remove the adapters from it, or run the adapters one at a time without adapter_ids."
     handler = next((HANDLERS[cls] for cls in type(layer).__mro__ if cls in HANDLERS), None)
     tuner = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
-    if getattr(config, "model_type", None) in OTHER_ORDER:
+    model_type = getattr(config, "model_type", None)
+    if model_type in OTHER_ORDER:
         raise UnsupportedError(
-            f"{name} belongs to a model of the type {config.model_type!r}, whose rows aren't in the order of the "
+            f"{name} belongs to a model of the type {model_type!r}, whose rows aren't in the order of the "
             f"samples: {expected}. {advice}"
         )
     parts = name.split(".")
@@ -146,7 +164,7 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
     words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
-    if _has_media(config) and any(word in part for part in parts for word in words):
+    if any(word in part for part in parts for word in words) and config is not None and _is_spliced(model):
         raise UnsupportedError(
             f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
             f"frames, not samples: {expected}. {advice}"

@@ -296,7 +296,7 @@ class Handle:
         is_same = known is not None and is_gathered == self._router.is_gathered
         if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # whose inside may get adapters
             return
-        choice = handlers.choose(name, layer, getattr(self._inner, "config", None), is_gathered)
+        choice = handlers.choose(name, layer, self._inner, is_gathered)
         if known is None:
             if layer.__dict__.get(STATE) is not None:
                 raise ModelStateError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.plan.ids import Entry
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Call:
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
         inside: True while a model's forward runs that has checked this call.
-        is_repeated: True where ``backward`` runs layers once more.
+        is_repeated: True where ``backward`` runs layers once more, or a part of the model runs segment by segment.
         end: gives None once the block was left, by whatever way; see ``ActiveCall``.
         ended: True once it was left as it should be.
         outer: the call that was active before, and will be again.
@@ -107,6 +108,12 @@ class Call:
         again.is_repeated = True
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
+
+    def alone(self, entry: Entry) -> Call:
+        """The same for the samples of one entry alone, of a part of the model that runs inside of this one."""
+        alone = self.again()
+        alone.plan = self.plan.alone(entry)
+        return alone
 
     def num_rows(self, shape: Sequence[int]) -> int:
         """Rows that belong to entries in a layer's input of the shape ``[..., K]``.

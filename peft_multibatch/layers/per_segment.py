@@ -297,7 +297,7 @@ def _for_each_segment(
     parts = [run(views_of[index], rows) for index, rows in found]
     if len(parts) == 1:
         return parts[0]
-    labels = [_label(entries[index], call.plan) for index, _ in found]
+    labels = [label(entries[index], call.plan) for index, _ in found]
     outputs = Outputs(patch.name, segments, parts, labels, dim_of)
     if not (is_known or outputs.is_certain or outputs.spec == patch.outputs):
         both = torch.cat([torch.arange(num_rows, device=device)[rows] for _, rows in found[:2]])
@@ -318,6 +318,7 @@ def _without_traces(view: nn.Module) -> Iterator[Any]:
         buffer.data.copy_(value)  # which autograd isn't told
 
 
-def _label(entry: Entry, plan: BatchPlan) -> str:
+def label(entry: Entry, plan: BatchPlan) -> str:
+    """How messages name what a segment runs under."""
     names = [repr(plan.adapters[slot].name) for slot in ids_of(entry)]
     return f"the mixture of {' and '.join(names)}" if isinstance(entry, tuple) else "".join(names) or "no adapter"

@@ -51,16 +51,16 @@ class Inputs:
     ) -> None:
         self._name, self._entries = name, segments.num_entries
         self._values, self._spec = pytree.tree_flatten((args, kwargs))
-        own = {
-            index: value
-            for index, value in enumerate(self._values)
-            if isinstance(value, Tensor) and value.dim() and not is_shared(value)
-        }
-        self.num_tensors = len(own)
-        if not own:
-            raise UnsupportedError(
-                f"{name} was called without a tensor that has rows of samples: expected one. {ADVICE}"
+        tensors = {i: each for i, each in enumerate(self._values) if isinstance(each, Tensor) and each.dim()}
+        own = {index: value for index, value in tensors.items() if not is_shared(value)}
+        if not own and segments.num_segments > 1:
+            shapes = [list(each.shape) for each in tensors.values()]
+            raise RowMappingError(
+                f"{name} was called without tensors but the model's own ({shapes}): expected one with rows of samples. "
+                "Leave this layer out of target_modules, or give all samples of a batch the same adapter."
             )
+        own = own or tensors or {0: torch.zeros(1)}
+        self.num_tensors = len(own)
         self.dim = int(packed and next(iter(own.values())).dim() > 2)
         rows = {index: value.shape[self.dim] for index, value in own.items() if value.dim() > self.dim}
         fits = (index for index, number in rows.items() if number and not number % max(self._entries, 1))

@@ -19,22 +19,12 @@ from peft_multibatch.adapters.shards import GATHERED, check_same
 from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
-from peft_multibatch.compat import (
-    AuxiliaryTrainingWrapper,
-    BaseTuner,
-    PeftMixedModel,
-    PeftModel,
-)
-from peft_multibatch.errors import (
-    AdapterIdsError,
-    ModelStateError,
-    MultibatchError,
-    NotEnabledError,
-    UnsupportedError,
-)
+from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTuner, PeftMixedModel, PeftModel
+from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
+from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.replay import CHECKPOINT, WithIds
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.wrap import check_length, wrap
@@ -67,6 +57,7 @@ class Handle:
         self._groups: list[Group] = []
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
+        self._positions: dict[nn.Module, SharedPositions] = {}
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
@@ -158,6 +149,8 @@ class Handle:
     def _remove(self) -> None:
         for layer in self._layers.values():
             layer.remove()
+        for attention in self._positions.values():
+            attention.remove()
         for group in self._groups:
             group.part_weights()
         for module in self._inner.modules():
@@ -168,7 +161,7 @@ class Handle:
         notices.listeners.discard(self)
         attached = [self._outer, *self._attached]
         # let go of the model
-        self._layers, self._groups, self._attached = {}, [], {}
+        self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
         unwatch(self._inner, attached)
         self._scan = None
         self._registry = Registry()
@@ -286,6 +279,7 @@ class Handle:
                 self._registry.forget()  # what was read elsewhere may be inside of another layer by now
             self._registry.source.layers = tuple(self._layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
+            attach(self._positions, scan.names, router)
             self._regroup()
             router.forget()
             self._scan, self._changes = scan, changes

@@ -22,28 +22,39 @@ from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
 
 
-@handles()
-def per_segment(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
-    patch = getattr(self, STATE)
-    if patch is None:
-        return type(self).forward(self, *args, **kwargs)
-    call = _current_call(patch, self)
-    if call is None:
-        return patch.original(*args, **kwargs)
-    if self in call.base_layers:
-        return run_base(self, patch, *args, **kwargs)
-    kwargs.pop(ALORA_OFFSETS, None)
-    if isinstance(self, BaseTunerLayer) and not args and "x" not in kwargs:
-        raise UnsupportedError(no_input(patch.name, kwargs))
-    run, inputs = _runner(self, call, patch, args, kwargs)
-    first, dim = inputs.first, inputs.dim
+def _along(dim: int) -> Callable[..., Any]:
+    """The handler for layers whose tensors have the rows of samples in this dimension."""
 
-    def dim_of(number: int, part: Tensor) -> int:
-        return dim if part.dim() == first.dim() else 0
+    @handles()
+    def per_segment(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        patch = getattr(self, STATE)
+        if patch is None:
+            return type(self).forward(self, *args, **kwargs)
+        call = _current_call(patch, self)
+        if call is None:
+            return patch.original(*args, **kwargs)
+        if self in call.base_layers:
+            return run_base(self, patch, *args, **kwargs)
+        kwargs.pop(ALORA_OFFSETS, None)
+        if isinstance(self, BaseTunerLayer) and not args and "x" not in kwargs:
+            raise UnsupportedError(no_input(patch.name, kwargs))
+        run, inputs = _runner(self, call, patch, args, kwargs, dim)
+        first = inputs.first
 
-    is_known = not isinstance(self, ModulesToSaveWrapper)  # which may hold anything
-    return _for_each_segment(call, patch, self, inputs.num_rows, first.device, run, dim_of, is_known)
+        def dim_of(number: int, part: Tensor) -> int:
+            return inputs.dim if part.dim() == first.dim() else 0
+
+        is_known = not isinstance(self, ModulesToSaveWrapper)  # which may hold anything
+        return _for_each_segment(call, patch, self, inputs.num_rows, first.device, run, dim_of, is_known)
+
+    return per_segment
+
+
+per_segment = _along(0)
+"""Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
+
+PER_SEGMENT_ALONG = {1: _along(1), 2: _along(2)}
+"""The same for layers that have the rows of samples behind something else, by the dimension in which they are."""
 
 
 def no_input(name: str, kwargs: dict[str, Any]) -> str:
@@ -113,7 +124,7 @@ def run_apart(
 
 
 def _runner(
-    self: Any, call: Call, patch: PatchedLayer, args: tuple, kwargs: dict[str, Any]
+    self: Any, call: Call, patch: PatchedLayer, args: tuple, kwargs: dict[str, Any], dim: int = 0
 ) -> tuple[Callable[[Any, slice | Tensor], Any], Inputs]:
     """What runs a view of a layer on some rows of its input, and of all that comes beside it."""
     entries = call.plan.segments.num_entries
@@ -121,7 +132,10 @@ def _runner(
     if call.inside and isinstance(get_base(self), nn.Embedding) and isinstance(x, Tensor) and len(x) == 1 < entries:
         # positions, which are the same for all samples
         args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]
-    inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, call.packed, patch.is_shared)
+    if call.packed:  # the tokens of all requests in one row
+        first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+        dim = int(first.dim() > 2)
+    inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
     if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(
             f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "

@@ -28,12 +28,12 @@ class Inputs:
         segments: whose rows they are.
         args: positional arguments; tensors in lists, tuples and dictionaries count as well.
         kwargs: arguments by name.
-        packed: whether samples are tokens, all in one row.
+        dim: the dimension in which tensors have their rows.
         is_shared: tells of a tensor whether it is the model's own, and so the same for all samples.
 
     Attributes:
         first: the tensor whose rows tell how many there are.
-        dim: the dimension in which all tensors have their rows.
+        dim: the dimension in which they are in all tensors.
         num_tensors: how many tensors there are, but for the model's own.
 
     Raises:
@@ -46,7 +46,7 @@ class Inputs:
         segments: Segments,
         args: tuple,
         kwargs: dict[str, Any],
-        packed: bool,
+        dim: int,
         is_shared: Callable[[Tensor], bool],
     ) -> None:
         self._name, self._entries = name, segments.num_entries
@@ -56,12 +56,12 @@ class Inputs:
         if not own and segments.num_segments > 1:
             shapes = [list(each.shape) for each in tensors.values()]
             raise RowMappingError(
-                f"{name} was called without tensors but the model's own ({shapes}): expected one with rows of samples. "
-                "Leave this layer out of target_modules, or give all samples of a batch the same adapter."
+                f"{name} was called without tensors but the model's own ({shapes}): expected some with rows of "
+                "samples. Leave this layer out of target_modules, or give all samples of a batch the same adapter."
             )
-        own = own or tensors or {0: torch.zeros(1)}
+        own = own or tensors or {0: torch.zeros(1)}  # of one adapter, whose rows nobody has to tell apart
         self.num_tensors = len(own)
-        self.dim = int(packed and next(iter(own.values())).dim() > 2)
+        self.dim = dim
         rows = {index: value.shape[self.dim] for index, value in own.items() if value.dim() > self.dim}
         fits = (index for index, number in rows.items() if number and not number % max(self._entries, 1))
         self.first: Tensor = own[next(fits, min(own))]
@@ -77,7 +77,7 @@ class Inputs:
 
     def of(self, rows: slice | Tensor) -> tuple[tuple, dict[str, Any]]:
         """The arguments with these rows of ``first`` alone, and the same samples' of all others."""
-        index: Any = (slice(None), rows) if self.dim else rows
+        index: Any = (*[slice(None)] * self.dim, rows)
         values = [value[index] if number in self._split else value for number, value in enumerate(self._values)]
         return pytree.tree_unflatten(values, self._spec)
 

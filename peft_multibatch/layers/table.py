@@ -26,7 +26,14 @@ from peft_multibatch.compat import (
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import is_handler
-from peft_multibatch.layers.per_segment import attention, base_only, per_segment, replaced, tiled_experts
+from peft_multibatch.layers.per_segment import (
+    PER_SEGMENT_ALONG,
+    attention,
+    base_only,
+    per_segment,
+    replaced,
+    tiled_experts,
+)
 
 
 PER_SEGMENT = "per segment"
@@ -60,6 +67,15 @@ OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
+# Layers of certain models whose samples aren't in front, and in which dimension they are.
+SAMPLES_BEHIND = {
+    "bros": {
+        "bbox_projection": 2,
+        "entity_linker": 1,
+        "initial_token_classifier": 1,
+        "subsequent_token_classifier": 1,
+    },
+}
 # Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
 TILED_EXPERTS = ("Llama4TextExperts",)
 
@@ -74,7 +90,7 @@ MEDIA_CONFIGS = (
 # Models whose layers see positions first and samples second, or whose rows are tiled.
 OTHER_ORDER = (
     "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_decoder", "musicgen_melody",
-    "musicgen_melody_decoder", "oneformer", "vibevoice", "xlnet",
+    "musicgen_melody_decoder", "oneformer", "seggpt", "vibevoice", "xlnet",
 )  # fmt: skip
 
 
@@ -169,6 +185,12 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
             f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
             f"frames, not samples: {expected}. {advice}"
         )
+    if getattr(config, "sparse_prediction", False) and parts[0] in ("head", "decoder"):
+        raise UnsupportedError(
+            f"{name} sees the tokens that labels select out of all samples, because the model's configuration has "
+            f"sparse_prediction=True: {expected}. Set it to False, or leave the layer out of target_modules and "
+            "modules_to_save."
+        )
     base = getattr(layer, "base_layer", None)
     if isinstance(base, BaseTunerLayer) and not (isinstance(layer, lora.ParamWrapper) and type(base) is type(layer)):
         raise UnsupportedError(
@@ -186,6 +208,10 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
         shards.check_gathered(name, layer, advice)
     elif shards.is_sharded(layer):
         shards.check(name, layer, advice)
+    behind = SAMPLES_BEHIND.get(model_type or "", {})
+    for part in parts:
+        if part in behind:
+            return PER_SEGMENT_ALONG[behind[part]], f"its samples are in dimension {behind[part]}"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
         return handler, f"{what} runs PEFT's own code"

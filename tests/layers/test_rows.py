@@ -330,3 +330,65 @@ def test_routers_that_flatten_tokens_or_take_a_bias(kind):
         mb = peft_multibatch.enable(model)
         assert any(entry.name.endswith("gate") for entry in mb.report())
         assert_close(model(input_ids=ids, adapter_ids=names).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+@pytest.mark.parametrize(
+    "kind", ["TokenClassification", "SpadeEEForTokenClassification", "SpadeELForTokenClassification"]
+)
+def test_samples_behind_tokens(kind, rows):
+    """BROS compares tokens in `[tokens, samples, features]`, also where there are as many tokens as samples."""
+    torch.manual_seed(0)
+    kind = kind if "For" in kind else f"For{kind}"
+    model = getattr(transformers, f"Bros{kind}")(
+        transformers.BrosConfig(
+            vocab_size=40, hidden_size=64, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )  # fmt: skip
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    shared = {"target_modules": targets, "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(r=2, **shared), "one")
+    model.add_adapter("two", LoraConfig(r=3, **shared))
+    model.eval()
+    inputs = {"input_ids": torch.randint(3, 40, (rows, 4 * (rows - 2))), "bbox": torch.rand(rows, 4 * (rows - 2), 4)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    names = ["one", "two", "__base__", "one"][:rows]
+    with torch.no_grad():
+        expected = row_by_row(model, names, inputs, lambda row: model(**row))
+        mb = peft_multibatch.enable(model)
+        assert any("samples are in dimension" in entry.reason for entry in mb.report())
+        actual = model(**inputs, adapter_ids=names)
+    for key, value in actual.items():
+        theirs = torch.cat([each[key] for each in expected])
+        masked = theirs < -1e4
+        assert torch.equal(value < -1e4, masked)
+        assert_close(value.masked_fill(masked, 0), theirs.masked_fill(masked, 0))
+
+
+def modern_bert(target):
+    config = transformers.ModernBertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        sparse_prediction=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    shared = {"target_modules": target, "init_lora_weights": False}
+    model = get_peft_model(transformers.ModernBertForMaskedLM(config), LoraConfig(r=2, **shared), "one")
+    model.add_adapter("two", LoraConfig(r=3, **shared))
+    return model.eval()
+
+
+@pytest.mark.parametrize("target", ["dense", "decoder"])
+def test_layers_that_see_what_labels_select_are_refused(target):
+    with pytest.raises(errors.UnsupportedError, match=rf"{target} sees the tokens that labels select .* Set it to"):
+        peft_multibatch.enable(modern_bert([target]))
+
+
+def test_other_layers_of_a_model_whose_labels_select_tokens():
+    model, ids = modern_bert(["Wqkv", "Wi"]), torch.randint(3, 40, (4, 6))
+    labels = torch.where(torch.rand(4, 6) < 0.4, ids, -100)
+    labels[:, 0] = 5
+    inputs = {"input_ids": ids, "labels": labels}
+    with torch.no_grad():
+        expected = row_by_row(model, MIXES[2], inputs, lambda row: model(**row).logits)
+        peft_multibatch.enable(model)
+        assert_close(model(**inputs, adapter_ids=MIXES[2]).logits, torch.cat(expected))

@@ -25,15 +25,9 @@ from peft_multibatch.compat import (
 )
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.linear import linear
+from peft_multibatch.layers.other_order import attention, tiled, tiled_experts
 from peft_multibatch.layers.patch import is_handler
-from peft_multibatch.layers.per_segment import (
-    PER_SEGMENT_ALONG,
-    attention,
-    base_only,
-    per_segment,
-    replaced,
-    tiled_experts,
-)
+from peft_multibatch.layers.per_segment import PER_SEGMENT_ALONG, base_only, per_segment, replaced
 
 
 PER_SEGMENT = "per segment"
@@ -76,6 +70,8 @@ SAMPLES_BEHIND = {
         "subsequent_token_classifier": 1,
     },
 }
+# Models that put all images and then all of their prompts into one batch.
+TILED_MODELS = ("seggpt",)
 # Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
 TILED_EXPERTS = ("Llama4TextExperts",)
 
@@ -90,7 +86,7 @@ MEDIA_CONFIGS = (
 # Models whose layers see positions first and samples second, or whose rows are tiled.
 OTHER_ORDER = (
     "dia", "fsmt", "led", "longformer", "mask2former", "musicgen", "musicgen_decoder", "musicgen_melody",
-    "musicgen_melody_decoder", "oneformer", "seggpt", "vibevoice", "xlnet",
+    "musicgen_melody_decoder", "oneformer", "vibevoice", "xlnet",
 )  # fmt: skip
 
 
@@ -212,6 +208,8 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     for part in parts:
         if part in behind:
             return PER_SEGMENT_ALONG[behind[part]], f"its samples are in dimension {behind[part]}"
+    if model_type in TILED_MODELS:
+        return tiled, "the model gives it all samples more than once"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
         return handler, f"{what} runs PEFT's own code"

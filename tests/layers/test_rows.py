@@ -392,3 +392,26 @@ def test_other_layers_of_a_model_whose_labels_select_tokens():
         expected = row_by_row(model, MIXES[2], inputs, lambda row: model(**row).logits)
         peft_multibatch.enable(model)
         assert_close(model(**inputs, adapter_ids=MIXES[2]).logits, torch.cat(expected))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_samples_that_come_once_more_as_prompts(rows):
+    config = transformers.SegGptConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=[16, 8], patch_size=4, mlp_dim=24,
+        decoder_hidden_size=8, pretrain_image_size=8, merge_index=1, intermediate_hidden_state_indices=[1, 2],
+    )  # fmt: skip
+    model = transformers.SegGptForImageSegmentation(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    targets = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    shared = {"target_modules": targets, "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(r=2, **shared), "one")
+    model.add_adapter("two", LoraConfig(r=3, **shared))
+    model.eval()
+    inputs = {key: torch.randn(rows, 3, 8, 8) for key in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
+    names = ["one", "two", "__base__"][:rows]
+    with torch.no_grad():
+        expected = torch.cat(row_by_row(model, names, inputs, lambda row: model(**row).pred_masks))
+        peft_multibatch.enable(model)
+        assert_close(model(**inputs, adapter_ids=names).pred_masks, expected)

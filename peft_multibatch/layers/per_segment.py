@@ -42,7 +42,7 @@ def _along(dim: int) -> Callable[..., Any]:
         first = inputs.first
 
         def dim_of(number: int, part: Tensor) -> int:
-            return inputs.dim if part.dim() == first.dim() else 0
+            return inputs.dim if part.dim() >= first.dim() else 0
 
         is_known = not isinstance(self, ModulesToSaveWrapper)  # which may hold anything
         return for_each_segment(call, patch, self, inputs.num_rows, first.device, run, dim_of, is_known)
@@ -134,7 +134,7 @@ def _runner(
         args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]
     if call.packed:  # the tokens of all requests in one row
         first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-        dim = int(first.dim() > 2)
+        dim = int(first.dim() > 1 and len(first) == 1)
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
     if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(

@@ -138,6 +138,7 @@ class Outputs:
         dim_of: Callable[[int, Tensor], int],
     ) -> None:
         self._name, self._segments, self._labels = name, segments, labels
+        self._lens = [stop - start for _, start, stop in segments.spans]
         flat = [pytree.tree_flatten(part) for part in parts]
         self.spec = flat[0][1]
         self._columns = list(zip(*(leaves for leaves, _ in flat)))
@@ -151,7 +152,7 @@ class Outputs:
     @property
     def is_certain(self) -> bool:
         """Whether shapes tell that all outputs have rows of samples: only these grow as segments do, if they do."""
-        return len({*self._segments.seg_lens.tolist()}) > 1
+        return len({*self._lens}) > 1
 
     def check_grows(self, twice: Any) -> None:
         """Raise where an output isn't twice as large for the samples of two segments as for those of the first.
@@ -183,7 +184,7 @@ class Outputs:
                 return parts[0]
             raise self._error([type(part).__name__ for part in parts], "tensors")
         sizes = [part.shape[dim] if part.dim() > dim else 1 for part in parts]
-        lens = self._segments.seg_lens.tolist()
+        lens = self._lens
         shapes = [list(part.shape) for part in parts]
         if (
             min(part.dim() for part in parts) <= dim

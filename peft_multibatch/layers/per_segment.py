@@ -128,13 +128,11 @@ def _runner(
 ) -> tuple[Callable[[Any, slice | Tensor], Any], Inputs]:
     """What runs a view of a layer on some rows of its input, and of all that comes beside it."""
     entries = call.plan.segments.num_entries
-    x = args[0] if args else None
-    if call.inside and isinstance(get_base(self), nn.Embedding) and isinstance(x, Tensor) and len(x) == 1 < entries:
-        # positions, which are the same for all samples
-        args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]
+    x = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if call.packed:  # the tokens of all requests in one row
-        first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-        dim = int(first.dim() > 1 and len(first) == 1)
+        dim = int(x is not None and x.dim() > 1 and len(x) == 1)
+    elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
+        args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, the same for all samples
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
     if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(

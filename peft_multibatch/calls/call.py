@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.origin import Origin
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.plan.ids import Entry
 
 
 if TYPE_CHECKING:
@@ -122,6 +123,12 @@ class Call:
         again.is_tried = self.is_tried
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
+
+    def alone(self, entry: Entry) -> Call:
+        """The same for the samples of one entry alone, of a part of the model that runs inside of this one."""
+        alone = self.again()
+        alone.plan = self.plan.alone(entry)
+        return alone
 
     def num_rows(self, shape: Sequence[int]) -> int:
         """Rows that belong to entries in a layer's input of the shape ``[..., K]``.

@@ -36,6 +36,7 @@ class Router:
         split: how tensor parallelism splits layers of the model, or None.
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         is_tried: whether the model is of a type whose rows are known to be in the order of the samples.
+        buffers: where the model's modules keep theirs.
         call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
         disabled: layers whose adapters were disabled on the thread or task that asks.
         graph: what compiled code sees instead.
@@ -50,6 +51,7 @@ class Router:
         self.split: Split | None = None
         self.is_gathered = False
         self.is_tried = True
+        self.buffers: list[dict[str, Any]] = []
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_multibatch.adapters.bank import Bank
 from peft_multibatch.errors import MergedAdaptersError, UnsupportedError
@@ -38,12 +38,14 @@ class PatchedLayer:
         original: the layer's own ``forward``, bound.
         bank: the layer's bank, alone; None where it runs per segment.
         group: the projection group it belongs to and its slice in it; None where it runs by itself.
+        outputs: the structure of what it returns, where that was seen to have rows of samples throughout.
     """
 
     def __init__(
         self, module: Any, name: str, router: Router, handler: Callable[..., Any], reason: str, refusal: str
     ) -> None:
         self.module, self.name, self.router = module, name, router
+        self.outputs: Any = None
         self._choose(handler, reason, refusal)
         attributes = module.__dict__
         for method in ("forward", "enable_adapters"):
@@ -62,6 +64,12 @@ class PatchedLayer:
         return self.module._disable_adapters and (
             not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the model's own, and so the same for all samples."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        return any(tensor is each for buffers in self.router.buffers for each in buffers.values())
 
     def note(self, is_enabled: bool) -> None:
         """PEFT was asked to enable or disable the layer's adapters on this thread or task."""

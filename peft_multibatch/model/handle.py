@@ -18,23 +18,13 @@ from peft_multibatch.adapters.shards import GATHERED, check_same
 from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
-from peft_multibatch.compat import (
-    AuxiliaryTrainingWrapper,
-    BaseTuner,
-    PeftMixedModel,
-    PeftModel,
-)
-from peft_multibatch.errors import (
-    AdapterIdsError,
-    ModelStateError,
-    MultibatchError,
-    NotEnabledError,
-    UnsupportedError,
-)
+from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTuner, PeftMixedModel, PeftModel
+from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
+from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.wrap import check_length, wrap
 from peft_multibatch.ops.backends import choose_backend
@@ -66,6 +56,7 @@ class Handle:
         self._groups: list[Group] = []
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
+        self._positions: dict[nn.Module, SharedPositions] = {}
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
@@ -158,6 +149,8 @@ class Handle:
     def _remove(self) -> None:
         for layer in self._layers.values():
             layer.remove()
+        for attention in self._positions.values():
+            attention.remove()
         for group in self._groups:
             group.part_weights()
         self._router.replays.end()
@@ -166,7 +159,7 @@ class Handle:
         notices.listeners.discard(self)
         attached = [self._outer, *self._attached]
         # let go of the model
-        self._layers, self._groups, self._attached = {}, [], {}
+        self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
         unwatch(self._inner, attached)
         self._scan = None
         self._registry = Registry()
@@ -273,11 +266,12 @@ class Handle:
             for layer in [layer for layer in self._layers if layer not in scan.layers]:
                 self._layers.pop(layer).remove()
             self._layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
-            router.is_gathered = is_gathered
+            router.is_gathered, router.buffers = is_gathered, scan.buffers
             if before != {each: known.refusal for each, known in self._layers.items()}:
                 self._registry.forget()  # what was read elsewhere may be inside of another layer by now
             self._registry.source.layers = tuple(self._layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
+            attach(self._positions, scan.names, router)
             self._regroup()
             router.forget()
             self._scan, self._changes = scan, changes
@@ -288,7 +282,7 @@ class Handle:
         is_same = known is not None and is_gathered == self._router.is_gathered
         if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # whose inside may get adapters
             return
-        choice = handlers.choose(name, layer, getattr(self._inner, "config", None), is_gathered)
+        choice = handlers.choose(name, layer, self._inner, is_gathered)
         if known is None:
             if layer.__dict__.get(STATE) is not None:
                 raise ModelStateError(

@@ -17,6 +17,7 @@ from peft_multibatch.calls.origin import Origin
 from peft_multibatch.compat import calculate_alora_offsets
 from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
+from peft_multibatch.layers.table import is_dual_encoder
 from peft_multibatch.model.callers import check_order, check_prompts, reads
 from peft_multibatch.plan.ids import check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
@@ -30,6 +31,7 @@ INPUTS = (
     "input_features",
     "input_values",
     "pixel_values",
+    "past_values",
     "decoder_input_ids",
 )
 
@@ -70,7 +72,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             if handle is not None and self is handle._inner:
                 thread = handle._router.graph.here.thread
                 if thread.samples:
-                    check_length(thread.samples, _num_samples(args, kwargs))
+                    check_length(thread.samples, _num_samples(None, args, kwargs))
             return original(*args, **kwargs)
         adapter_ids = pop_ids(kwargs) if passed else None
         check_keywords(method, kwargs, lambda name: reads(self, name, kwargs.get("custom_generate")))
@@ -79,7 +81,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         call = handle._router.look() if handle is not None and adapter_ids is None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
-        samples = _num_samples(args, kwargs)
+        samples = _num_samples(self, args, kwargs)
         if method == "generate":
             if kwargs.get("generation_mode") == "image":
                 raise UnsupportedError(
@@ -237,11 +239,34 @@ def pop_ids(kwargs: dict[str, Any]) -> Any:
     return adapter_names if adapter_ids is None else adapter_ids
 
 
-def _num_samples(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Size of the batch that a call of the model brings, or None where none of its arguments tells."""
-    tensor = _first_tensor([kwargs.get(name) for name in INPUTS]) if kwargs else None
-    if tensor is None:
-        tensor = _first_tensor([args, kwargs])
+def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Size of the batch that a call of the model brings, or None where none of its arguments tells.
+
+    Raises:
+        AdapterIdsLengthError: texts and images, or sounds, that are to be compared aren't as many.
+    """
+    if is_dual_encoder(model):
+        names = inspect.signature(type(model).forward).parameters
+        given = {**dict(zip(names, (model, *args))), **kwargs}
+        sizes = {name: size for name in INPUTS if (size := _num_rows(given.get(name))) is not None}
+        if len(set(sizes.values())) > 1:
+            raise AdapterIdsLengthError(
+                f"adapter_ids was passed with {', '.join(f'{size} {name}' for name, size in sizes.items())}: expected "
+                "as many of each, because an id is one for a text and an image, or a sound. Call the model with "
+                "pairs, or encode texts and images in calls of their own."
+            )
+    for value in [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]:
+        size = _num_rows(value)
+        if size is not None:
+            return size
+    return None
+
+
+def _num_rows(value: Any) -> int | None:
+    """Size of the batch that an argument brings: a tensor with the samples in front, or a list with one for each."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) and x.dim() == 1 for x in value):
+        return len(value)  # series, each as long as it likes
+    tensor = _first_tensor([value])
     return tensor.shape[0] if tensor is not None and tensor.dim() else None
 
 

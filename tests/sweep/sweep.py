@@ -144,7 +144,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
     names = [name for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
     try:
         for name in names:
-            refusal = choose(name, model.get_base_model().get_submodule(name), tiny.model.config).refusal
+            refusal = choose(name, model.get_base_model().get_submodule(name), model.get_base_model()).refusal
             if refusal:
                 row.left_out[pattern(name)] = _without_name(refusal, name)
         if any(pattern(name) in row.left_out for name in names):

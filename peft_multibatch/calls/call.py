@@ -137,23 +137,25 @@ class Call:
             RowMappingError: they are no multiple of the entries, or look like another dimension.
         """
         rows = math.prod(shape[:-1]) if self.packed else shape[0]
-        per_entry = self.plan.segments.rows_per_entry(rows)
-        if not (self.is_tried or self.packed or per_entry == 1):
-            self._check_order(shape)
+        self.plan.segments.rows_per_entry(rows)
+        if not self.packed:
+            self.check_order(shape)
         return rows
 
-    def _check_order(self, shape: Sequence[int]) -> None:
+    def check_order(self, shape: Sequence[int], layer: str = "a layer") -> None:
         """Raise where rows look like another dimension than the samples', in a model that nobody tried.
 
         Raises:
             RowMappingError: they do.
         """
+        if self.is_tried or self.plan.segments.num_segments == 1:
+            return
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):
             raise RowMappingError(
-                f"a layer received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
-                "which may have the samples in a later dimension, in a model of a type that wasn't tried: expected "
-                "them first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
+                f"{layer} received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, which "
+                "may have the samples in a later dimension, in a model of a type that wasn't tried: expected them "
+                "first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
             )
 
     def check_rows(self, rows: int | None) -> None:

@@ -135,6 +135,8 @@ def _runner(
     elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
         args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, the same for all samples
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
+    if not call.packed and dim == 0:
+        call.check_order(inputs.first.shape, patch.name)
     if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(
             f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "

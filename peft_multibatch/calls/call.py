@@ -72,6 +72,7 @@ class Call:
         workspaces: memory for intermediate results, for each device and stream.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
+        head: the call that the layer sees which gives logits, where it gets other rows than all others.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Call:
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
         self.invocations: Invocations | None = None
+        self.head: Call | None = None
 
     @property
     def is_active(self) -> bool:

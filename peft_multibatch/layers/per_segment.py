@@ -33,7 +33,8 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self in call.base_layers:
         return run_base(self, patch, x, *args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
-    if call.packed:  # the tokens of all requests in one row
+    is_flat = isinstance(self, lora.ParamWrapper) and x.dim() == 2  # experts get tokens without a batch around them
+    if call.packed and not is_flat:  # the tokens of all requests in one row
         flat = x.flatten(0, 1)
         call.plan.segments.rows_per_entry(len(flat))
         return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, x.shape[:2])

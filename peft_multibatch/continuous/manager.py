@@ -294,14 +294,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return in_turn
 
     def _salted_search(self, search: Callable[..., int]) -> Callable[..., int]:
+        config: Any = self.continuous_batching_config
+        page = config.page_size if hasattr(config, "page_size") else config.block_size  # in older transformers
+
         def salted_search(request_id: Any, prompt_ids: list[int]) -> int:
             state = self._leaving.find(request_id)
             assert state is not None
             salted = self._prefixes.begin(state, prompt_ids)
             if salted is None or request_id in self._quarantine.suspects:  # which compute everything by themselves
                 return 0
-            # of one that is forked a token has to be left to run before, and one after
-            found = search(request_id, salted[:-1] if state.num_children else salted)
+            if state.num_children:  # a token has to be left to run before it is forked, and one after
+                salted = salted[: (len(salted) - 2) // page * page + 1]
+            found = search(request_id, salted)
             self.prefix_hits += found
             return found
 

@@ -47,10 +47,8 @@ class Steps:
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
         """Let a batch processor run its steps through here."""
         runner, io = processor.model_runner, processor.inputs_and_outputs
-        self._io, self._runner, self._active = io, runner, processor.scheduler.active_requests
-        self._scheduler = processor.scheduler
+        self._io, self._runner, self._scheduler = io, runner, processor.scheduler
         runner.compute_batch = self._with_ids(runner.compute_batch, quarantine)
-        io.prepare_batch_tensors = self._with_whole_masks(io.prepare_batch_tensors)
 
     def _with_ids(self, compute: Callable[..., None], quarantine: Quarantine) -> Callable[..., None]:
         def compute_batch(model: Any, batch_data: dict) -> None:
@@ -98,6 +96,7 @@ class Steps:
             with on_stream(self._io.compute_stream), routing as call:
                 if not (for_graphs and self._router.graph.contended):
                     call.inside, call.for_graphs = True, for_graphs
+                    self._mask_wholly(batch_data)
                     call.head = self._head(model, batch_data, futures, entries)
                     return compute(model, batch_data)
             time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
@@ -115,18 +114,13 @@ class Steps:
         call.inside = True
         return call
 
-    def _with_whole_masks(self, prepare: Callable[..., None]) -> Callable[..., None]:
-        def prepare_batch_tensors(*args: Any, **kwargs: Any) -> None:
-            prepare(*args, **kwargs)
-            packed = self._packed()
-            if packed.attention_mask is None or packed.model_dtype != torch.float16:
-                return
-            # the least number of float16 is one that scores reach, and then requests would see each other
-            for kind, mask in packed.attention_mask.items():
-                block = mask[..., : packed.total_seqlen_q, : packed.total_seqlen_k[kind]]
-                block.masked_fill_(block < 0, -torch.inf)
-
-        return prepare_batch_tensors
+    def _mask_wholly(self, batch_data: dict) -> None:
+        """Let no request see another one in float16, the least number of which is one that scores reach."""
+        masks = batch_data["attention_mask"]
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            if mask is not None and mask.dtype == torch.float16:
+                rows = mask[..., : self._packed().total_seqlen_q, :]  # padding sees what it saw: no row sees nothing
+                rows.masked_fill_(rows < 0, -torch.inf)
 
     def _packed(self) -> Any:
         """transformers' description of the step that is prepared or about to run."""

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from peft_multibatch.calls.call import Call, Invocations
 from peft_multibatch.compat import calculate_alora_offsets
-from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    AdapterIdsLengthError,
+    ModelStateError,
+    NotEnabledError,
+    UnsupportedError,
+)
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.plan.segments import BASE
 
@@ -64,6 +70,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 if thread.samples:
                     check_length(thread.samples, _num_samples(args, kwargs))
             return original(*args, **kwargs)
+        if handle is not None:
+            _check_attention(self, kwargs)
         adapter_ids = pop_ids(kwargs) if passed else None
         if adapter_ids is not None and handle is None:
             raise copy_error()
@@ -106,6 +114,17 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
     wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return Replacement(module, attribute, types.MethodType(wrapper, module)).undo
+
+
+def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where a call would run without a causal mask, because the model's attention is that of packed steps."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "paged|eager" and "write_index" not in kwargs and kwargs.get("cache_implementation") != "paged":
+        raise ModelStateError(
+            "the model was called while continuous batching runs on it with the attention 'paged|eager', which sees "
+            "tokens that are yet to come in any other call: expected no calls beside it. Load the model with "
+            "attn_implementation='sdpa', or wait until the manager has stopped."
+        )
 
 
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:

@@ -106,6 +106,116 @@ def test_keys_that_are_too_large_for_float16(size, attention):
             assert found[name].error or found[name].generated_tokens == want[index]
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["apart", "shared prefixes"])
+@pytest.mark.parametrize("bad", BAD)
+def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, asynchronous):
+    """The next step is under way when a step's tokens are seen, and takes them from the device."""
+    model, mb = enabled
+    with torch.no_grad():
+        BAD[bad](weights_of(model, "eight", ["lora_B"]))
+    inputs = [
+        [9] * 150,
+        [8] * 140,
+        *([7] * 34 + prompt if index % 2 else prompt for index, prompt in enumerate(prompts(10))),
+    ]
+    entries = ["three", "eight", "__base__", "four", {"three": 0.5, "eight": 0.5}, "three"] * 2
+    good = [index for index in range(12) if index % 6 not in (1, 4)]
+    want = row_by_row(model, [inputs[index] for index in good], [entries[index] for index in good])
+    with serve(mb, number=2, allow_block_sharing=shares, **asynchronous) as manager:
+        for _ in range(2):
+            names = manager.add_requests(inputs, adapter_ids=entries)
+            found = results(manager, 24)
+            for copies in (names, [f"{name}__child#0" for name in names]):
+                assert [found[copies[index]].generated_tokens for index in good] == want
+                for index in {*range(12)} - {*good}:
+                    assert "has logits that aren't finite" in found[copies[index]].error
+        assert manager.is_running() and not manager._quarantine.suspects
+        assert bool(cached_values(manager).isfinite().all())
+        assert manager.batch_processor.use_async_batching
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", BAD)
+def test_values_that_are_not_finite_in_graphs(bad, dtype, is_asynchronous):
+    model = peft_model(dtype=dtype, autocast_adapter_dtype=False).to(DEVICE)
+    mb = peft_multibatch.enable(model)
+    with torch.no_grad():
+        BAD[bad](weights_of(model, "eight", ["lora_B"]))
+    inputs = [[7] * 34 + prompt if index % 2 else prompt for index, prompt in enumerate(prompts(12))]
+    entries = ["three", "eight", "__base__", "four", "eight", "three"] * 2
+    good = [index for index in range(12) if entries[index] != "eight"]
+    want = row_by_row(model, [inputs[index] for index in good], [entries[index] for index in good])
+    with serve(mb, number=2, use_cuda_graph=True, use_async_batching=is_asynchronous) as manager:
+        for _ in range(2):
+            names = manager.add_requests(inputs, adapter_ids=entries)
+            found = results(manager, 24, timeout=120)
+            for copies in (names, [f"{name}__child#0" for name in names]):
+                assert [found[copies[index]].generated_tokens for index in good] == want
+                assert all("aren't finite" in found[copies[index]].error for index in {*range(12)} - {*good})
+        assert manager.is_running()
+        assert bool(cached_values(manager).isfinite().all())
+    mb.disable()
+
+
+@pytest.mark.gpu
+def test_adapters_on_the_head_are_refused_where_there_are_graphs():
+    model = peft_model().to(DEVICE)
+    model.add_adapter("head", LoraConfig(r=4, target_modules=["lm_head"], **SHARED))
+    model.add_adapter("words", LoraConfig(r=4, target_modules=["embed_tokens"], **SHARED))
+    model.to(DEVICE).eval()
+    mb = peft_multibatch.enable(model)
+    inputs, entries = prompts(4), ["three", "head", "words", "__base__"]
+    want = row_by_row(model, inputs, entries)
+    with serve(mb, use_cuda_graph=True) as manager:
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, 4, timeout=120)
+    assert "gets the last token of every request alone" in found[names[1]].error
+    assert "runs PEFT's own code per segment" in found[names[2]].error
+    assert [found[names[index]].generated_tokens for index in (0, 3)] == [want[0], want[3]]
+    mb.disable()
+
+
+def test_what_raises_in_an_asynchronous_step(enabled, asynchronous):
+    model, mb = enabled
+    inputs, entries = prompts(9), ["three", "eight", "__base__"] * 3
+    want = row_by_row(model, inputs, entries)
+
+    def refuse(module, args):
+        raise ZeroDivisionError("a hook's own")
+
+    for path, module in model.named_modules():
+        if path.endswith("1.mlp.up_proj.lora_A.eight"):
+            module.register_forward_pre_hook(refuse)
+    with serve(mb, **asynchronous) as manager:
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, 9)
+        assert manager.is_running()
+    for index, name in enumerate(names):
+        if index % 3 == 1:
+            assert "ZeroDivisionError (a hook's own)" in found[name].error
+        else:
+            assert found[name].generated_tokens == want[index]
+
+
+def test_an_id_that_is_used_again_in_asynchronous_steps(enabled, asynchronous):
+    """What a cancelled request's last step gave isn't handed on to another one of the same id."""
+    model, mb = enabled
+    want = row_by_row(model, [[9] * 16], ["eight"], 20)[0]
+    with serve(mb, 20, **asynchronous) as manager:
+        for _ in range(5):
+            manager.add_request([8] * 12, "it", adapter_id="eight", streaming=True, max_new_tokens=200)
+            assert manager.get_result(timeout=60).error is None
+            with manager.changing():  # so that both come between the same two steps
+                manager.cancel_request("it")
+                manager.add_request([9] * 16, "again", adapter_id="eight")
+            found = results(manager, 2)
+            assert "was cancelled" in found["it"].error
+            assert found["again"].generated_tokens == want
+            assert manager.is_running()
+
+
 def test_a_prompt_in_many_steps_and_in_several_copies(enabled):
     """Prompts that take several steps have no logits in most of them, and share their pages when they are forked."""
     model, mb = enabled

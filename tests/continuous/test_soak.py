@@ -180,14 +180,16 @@ class Soak:
 @pytest.mark.parametrize(
     "graphs",
     [
-        pytest.param(None, id="eager"),
-        pytest.param((False, True), id="async", marks=pytest.mark.gpu),
+        pytest.param((False, False), id="eager"),
+        pytest.param((False, True), id="async"),
         pytest.param((True, False), id="graphs", marks=pytest.mark.gpu),
         pytest.param((True, True), id="graphs async", marks=pytest.mark.gpu),
     ],
 )
-def test_everything_at_once(graphs):
-    uses_graphs, is_asynchronous = graphs or (False, False)
+def test_everything_at_once(graphs, request):
+    uses_graphs, is_asynchronous = graphs
+    if is_asynchronous:
+        request.getfixturevalue("asynchronous")
     kinds = PLAIN | ({} if uses_graphs else KINDS) | OTHERS
     model = served_model(kinds)
     mb = peft_multibatch.enable(model)
@@ -199,6 +201,6 @@ def test_everything_at_once(graphs):
             soak.good[pair] += soak._alone([pair])
     for weight in weights_of(model, "swapped"):
         weight.data.div_(-2)
-    options = {"use_cuda_graph": uses_graphs, "use_async_batching": is_asynchronous} if graphs else {}
-    soak.run(settings(8, **options), seconds=60 + REQUESTS)
+    config = settings(8, use_cuda_graph=uses_graphs, use_async_batching=is_asynchronous)
+    soak.run(config, seconds=60 + REQUESTS)
     mb.disable()

@@ -79,6 +79,7 @@ class Call:
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
         prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
+        head: the call that the layer sees which gives logits, where it gets other rows than all others.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Call:
         self.rows: int | None = None
         self.invocations: Invocations | None = None
         self.prompts: Tensor | None = None
+        self.head: Call | None = None
 
     @property
     def is_active(self) -> bool:
@@ -153,9 +155,9 @@ class Call:
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):
             raise RowMappingError(
-                f"{layer} received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, which "
-                "may have the samples in a later dimension, in a model of a type that wasn't tried: expected them "
-                "first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
+                f"{layer} received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
+                "which may have the samples in a later dimension, in a model of a type that wasn't tried: expected "
+                "them first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
             )
 
     def check_rows(self, rows: int | None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from peft_multibatch.continuous.scheduler import entry_of
+from peft_multibatch.errors import MultibatchError
 from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
 
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import RequestState
 
     from peft_multibatch.adapters.registry import Registry
+    from peft_multibatch.adapters.weights import Adapter
 
+
+BEGUN = "_multibatch_begun"
+"""Attribute of a request that tells under what it began; it is forked with it."""
 
 KEPT = 4096
 """Entries of which something is remembered. There are as many as there are mixtures, which nobody can count."""
@@ -35,16 +41,33 @@ class Prefixes:
         self._registry = registry
         self._salts: dict[tuple, int] = {}  # the one that was used last is the last
         self._next_salt = itertools.count(1)
+        # how often the weights of a version had been written when somebody began under it
+        self._writes: weakref.WeakKeyDictionary[Adapter, list[int]] = weakref.WeakKeyDictionary()
 
     def version(self, entry: Entry) -> tuple[int, ...]:
         """Versions of an entry's adapters."""
         return tuple(map(self._registry.version, ids_of(entry)))
 
-    def salted(self, tokens: list[int], entry: Entry) -> list[int]:
+    def key(self, state: RequestState) -> tuple[Entry, tuple[int, ...]]:
+        """What requests have in common that share prefixes: an entry, and the versions of its adapters."""
+        entry = entry_of(state)
+        return entry, self.version(entry)
+
+    def begin(self, state: RequestState, tokens: list[int]) -> list[int] | None:
+        """A request begins: its salted tokens, or None where its adapters can't be read."""
+        ids = ids_of(entry_of(state))
+        try:
+            self._notice_writes(ids)
+            self._registry.adapters(ids)  # so that their versions are known
+        except MultibatchError:
+            return None
+        state.__dict__[BEGUN] = self.key(state)
+        return self.salted(tokens, state.__dict__[BEGUN])
+
+    def salted(self, tokens: list[int], key: tuple[Entry, tuple[int, ...]]) -> list[int]:
         """Tokens of which the first two tell the adapter and its version, too: blocks are hashed by their tokens."""
-        if entry == BASE or len(tokens) < 2:  # no block is that short
+        if key[0] == BASE or len(tokens) < 2:  # no block is that short
             return tokens
-        key = entry, self.version(entry)
         salt = self._salts.pop(key, 0) or next(self._next_salt)
         if -1 not in key[1]:  # of what nobody knows, nobody finds anything again
             self._salts[key] = salt
@@ -53,16 +76,27 @@ class Prefixes:
         high, low = divmod(salt, (2**31 - 1) // self._vocabulary - 1)
         return [tokens[0] + self._vocabulary * low, tokens[1] + self._vocabulary * high, *tokens[2:]]
 
+    def _notice_writes(self, ids: Iterable[int]) -> None:
+        """Adapters whose weights were written in place since somebody began under them are others from now on."""
+        for number in ids:
+            adapter = self._registry.current(number)
+            if adapter is None:
+                continue
+            writes = [-1 if each.is_inference() else each._version for each in adapter.tensors()]
+            if -1 in writes or self._writes.setdefault(adapter, writes) != writes:
+                self._registry.renew([number])
+
     def salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
         """What marks blocks as complete, with salted tokens."""
 
         def salted_mark(state: RequestState, *args: Any) -> None:
-            if not args[0]:  # no block was completed
+            key = self.key(state)
+            if not args[0] or state.__dict__.get(BEGUN, key) != key:  # none is complete, or it is of two versions
                 return
             salted = copy.copy(state)
             # a prompt of one token fills its first block with what was generated
             tokens = state.initial_tokens + state.generated_tokens
-            salted.initial_tokens = self.salted(tokens, entry_of(state))
+            salted.initial_tokens = self.salted(tokens, key)
             salted.generated_tokens = []
             mark(salted, *args)
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from peft_multibatch.calls.call import Call, Invocations
 from peft_multibatch.calls.origin import Origin
 from peft_multibatch.compat import calculate_alora_offsets
-from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    AdapterIdsLengthError,
+    ModelStateError,
+    NotEnabledError,
+    UnsupportedError,
+)
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.layers.table import is_dual_encoder
 from peft_multibatch.model.callers import check_order, check_prompts, reads
@@ -74,6 +80,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 if thread.samples:
                     check_length(thread.samples, _num_samples(None, args, kwargs))
             return original(*args, **kwargs)
+        if handle is not None:
+            _check_attention(self, kwargs)
         adapter_ids = pop_ids(kwargs) if passed else None
         check_keywords(method, kwargs, lambda name: reads(self, name, kwargs.get("custom_generate")))
         if adapter_ids is not None and handle is None:
@@ -160,6 +168,17 @@ def _run(
         is_tokens = prompts is not None and prompts.dim() == 2 and not prompts.is_floating_point()
         call.prompts = prompts if is_tokens else None
     return original(*args, **kwargs)
+
+
+def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where a call would run without a causal mask, because the model's attention is that of packed steps."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "paged|eager" and "write_index" not in kwargs and kwargs.get("cache_implementation") != "paged":
+        raise ModelStateError(
+            "the model was called while continuous batching runs on it with the attention 'paged|eager', which sees "
+            "tokens that are yet to come in any other call: expected no calls beside it. Load the model with "
+            "attn_implementation='sdpa', or wait until the manager has stopped."
+        )
 
 
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:

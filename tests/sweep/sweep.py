@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from sweep.tiny import NotBuilt, Tiny, build, model_types
+from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
 import peft_multibatch
@@ -110,7 +111,7 @@ def layer_in(message: str, names: Iterable[str]) -> str | None:
     return max((name for name in names if name in words), key=len, default=None)
 
 
-def sweep(model_type: str, head: bool) -> Row:
+def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
     """Try one class of a model type."""
     begin = time.perf_counter()
     try:
@@ -119,6 +120,7 @@ def sweep(model_type: str, head: bool) -> Row:
         return Row(model_type, "head" if head else "base", NOT_BUILT, str(error))
     row = Row(model_type, tiny.class_name, RIGHT)
     for _ in range(MOST_LEFT_OUT):
+        tiny.model.to(device)
         again = _try(tiny, row)
         if not again:
             break
@@ -152,7 +154,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
         mb = peft_multibatch.enable(model)
         for ids, equal, trains in BATCHES:
             model.train(trains)
-            inputs = tiny.inputs(len(ids), equal=equal)
+            inputs = _moved(tiny.inputs(len(ids), equal=equal), tiny.model.device)
             problem = _plain_problem(model, inputs)
             if problem:
                 row.notes += [f"not {'in train mode' if trains else 'with unequal samples'}: {problem}"] * (
@@ -174,6 +176,10 @@ def _try(tiny: Tiny, row: Row) -> bool:
         row.generates = _generates(tiny, model) if tiny.generates else ""
     except MultibatchError as error:
         name = layer_in(str(error), names)
+        if name is None and not equal:
+            row.notes.append(f"not with unequal samples: {str(error).split(': expected')[0]}")
+            row.generates = ""
+            return False
         if name is None or pattern(name) in row.left_out:
             row.status, row.reason = REFUSED, str(error)
             return False
@@ -191,7 +197,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
 def _generates(tiny: Tiny, model: Any) -> str:
     """Whether `generate` says for each sample what it says under that sample's adapter."""
     ids = ["c", "a", "__base__", "a"]
-    inputs = tiny.inputs(len(ids), equal=False)
+    inputs = _moved(tiny.inputs(len(ids), equal=False), tiny.model.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mixed = model.generate(**inputs, **options, adapter_ids=ids)
     for sample, name in enumerate(ids):
@@ -208,7 +214,7 @@ def _generates(tiny: Tiny, model: Any) -> str:
 
 def _mixes_in_generate(tiny: Tiny, model: Any, options: dict[str, Any]) -> bool:
     """Whether what one sample says depends on another one in the base model, too."""
-    inputs = tiny.inputs(4, equal=True)
+    inputs = _moved(tiny.inputs(4, equal=True), tiny.model.device)
     other = {
         name: value[[0, 1, 2, 2]] if isinstance(value, torch.Tensor) and len(value) == 4 else value
         for name, value in inputs.items()
@@ -219,6 +225,10 @@ def _mixes_in_generate(tiny: Tiny, model: Any, options: dict[str, Any]) -> bool:
             for each in (inputs, other)
         )
     return any((one[:3] - two[:3]).abs().max() > 1e-4 * one.abs().max() for one, two in zip(first, second))
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), inputs)
 
 
 def _plain_problem(model: Any, inputs: dict[str, Any]) -> str:
@@ -248,19 +258,16 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
 
 
-def _one(job: tuple[str, bool]) -> Row:
+def _one(job: tuple[str, bool, str]) -> Row:
     _quiet()
     try:
         return sweep(*job)
     except Exception as error:
-        return Row(
-            job[0],
-            "head" if job[1] else "base",
-            NOT_BUILT,
-            f"{type(error).__name__}: {_first_line(error)} at {_where(error)}",
-        )
+        reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
+        return Row(job[0], "head" if job[1] else "base", NOT_BUILT, reason)
 
 
 def publish(rows: list[Row]) -> None:
@@ -300,12 +307,13 @@ def _result(row: Row) -> str:
     return "right, some layers refused" if row.status == RIGHT and row.left_out else row.status
 
 
-def run(wanted: list[tuple[str, bool]], jobs: int) -> list[Row]:
-    """Try classes of model types in processes of their own, some of which may crash or hang."""
+def run(wanted: list[tuple[str, bool, str]], jobs: int, out: Path) -> list[Row]:
+    """Try classes of model types in processes of their own, and write each row when it is there."""
     rows = []
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool, out.open("a") as file:
         for row in pool.imap_unordered(_one, wanted):
             rows.append(row)
+            print(json.dumps(asdict(row)), file=file, flush=True)
             what = [
                 f"{row.seconds:5.1f}s",
                 row.model_type,
@@ -315,15 +323,28 @@ def run(wanted: list[tuple[str, bool]], jobs: int) -> list[Row]:
                 row.reason[:300],
             ]
             print(*what, *row.left_out, flush=True)
-    return sorted(rows, key=lambda row: (row.model_type, row.class_name))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types to try; all of them by default, which are published")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("rows.jsonl"), help="where rows are kept; those in it are done"
+    )
     arguments = parser.parse_args()
-    rows = run([(name, head) for name in arguments.types or model_types() for head in (False, True)], arguments.jobs)
+    known = arguments.rows.read_text().splitlines() if arguments.rows.exists() else []
+    rows = [] if arguments.types else [Row(**json.loads(line)) for line in known]
+    done = Counter(row.model_type for row in rows)
+    wanted = [
+        (name, head, arguments.device)
+        for name in arguments.types or model_types()
+        for head in (False, True)
+        if done[name] < 2
+    ]
+    rows = sorted(rows + run(wanted, arguments.jobs, arguments.rows), key=lambda row: (row.model_type, row.class_name))
     if not arguments.types:
         publish(rows)
     wrong = [f"{row.model_type} {row.class_name}: {row.reason}" for row in rows if row.status == WRONG]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ class Graph:
         self._active_call, self._note = active_call, note
         self._calls: dict[Call, None] = {}  # that are active
         self._is_closed = False
-        self._synced: BatchPlan | None = None
+        self._innermost: list[Call] = []  # of those that are nested
+        self._synced: tuple[BatchPlan, set[Adapter], list[bool]] | None = None  # for whom, and what of theirs trains
         self._positions = Positions()  # which graphs of ops read
         self._written: BatchPlan | None = None
         self._is_traced = False
@@ -95,6 +97,8 @@ class Graph:
     def arm(self) -> bool:
         """From now on there is a graph of ops: keep the banks up to date for it at every call."""
         call = self._active_call()
+        # dynamo looks at .grad of every input, and hides the warning about it, but not where warnings are errors
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"torch\.")
         with self._lock:
             if not self._runs_ops and call is not None:
                 self._runs_ops = True
@@ -174,8 +178,7 @@ class Graph:
         call.thread, call.task = self.here.thread, current_task()
         self._calls[call] = None
         self._change(call.thread)
-        if self._runs_ops and self._synced is not call.plan:
-            self._sync(call.plan)
+        self._sync(call.plan)
 
     def leave(self, call: Call) -> None:
         """A call ended, and the one around it is active again. Does nothing the second time."""
@@ -189,6 +192,8 @@ class Graph:
         if call.thread is not None:
             self._change(call.thread)
         self._calls.pop(call, None)
+        if call.outer in self._innermost:
+            self._sync(call.outer.plan)
 
     def drop_ended(self, _: object = None) -> None:
         """An exception, such as Ctrl-C's, may have kept a call from being left."""
@@ -269,6 +274,7 @@ class Graph:
         # of those that are nested on one task the innermost
         calls = [call for call in active if (call, call.thread, call.task) not in around]
         samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
+        self._innermost = calls
         self.contended = any(call.plan is not calls[0].plan for call in calls)
         self.components = max([self.components, *(len(call.plan.components) for call in calls)])
         self._look_apart(calls)
@@ -287,9 +293,16 @@ class Graph:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
 
     def _sync(self, plan: BatchPlan) -> None:
-        self.plans.add_(1)
-        self._positions.fill([*self._in_use(), *plan.adapters.values()], self.banks)
-        self._synced = plan
+        """Have what graphs of ops read as a plan needs it; gradients go to the adapters that code may run under."""
+        if not self._runs_ops:
+            return
+        live = {*plan.adapters.values(), *(each for call in self._innermost for each in call.plan.adapters.values())}
+        is_trained = [each for bank in self.banks for each in bank.trained(live)] if torch.is_grad_enabled() else []
+        known = self._synced
+        if known is None or known[0] is not plan or known[1] != live or (is_trained and known[2] != is_trained):
+            self.plans.add_(1)
+            self._positions.fill([*self._in_use(), *plan.adapters.values()], live, self.banks)
+            self._synced = plan, live, is_trained
 
     def _write(self, plan: BatchPlan) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +30,14 @@ class Positions:
         self._adapters: list[Adapter | None] = []
         self._of_slots: dict[int, int] = {}
 
-    def fill(self, wanted: Iterable[Adapter], banks: Iterable[Bank]) -> None:
-        """Give every wanted adapter a position, and bring what graphs read of the banks up to date."""
+    def fill(self, wanted: Iterable[Adapter], live: Collection[Adapter], banks: Iterable[Bank]) -> None:
+        """Give every wanted adapter a position, and bring what graphs read of the banks up to date.
+
+        Args:
+            wanted: of all calls that are active.
+            live: those of them to which gradients go.
+            banks: all that graphs read.
+        """
         wanted = list(dict.fromkeys(wanted))
         adapters = list(self._adapters)
         adapters += [None] * ((1 << (max(len(wanted), FEWEST) - 1).bit_length()) - len(adapters))
@@ -43,7 +49,7 @@ class Positions:
         # normal tensors even if the first call happens to run in inference mode
         with torch.inference_mode(False), torch.no_grad():
             for bank in banks:
-                bank.sync(adapters)
+                bank.sync(adapters, live)
         self._adapters = adapters
         self._of_slots = {each.slot: position for position, each in enumerate(adapters) if each is not None}
 

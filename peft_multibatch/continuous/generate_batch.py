@@ -41,7 +41,10 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         adapter_ids = pop_ids(kwargs)
         check_keywords("generate_batch", kwargs)
         _check_read(function, kwargs)
-        if handle is not None and handle._router.active() is not None:
+        call = None
+        if handle is not None:  # ids of its own are all that a task needs that outlived its block
+            call = handle._router.active() if adapter_ids is None else handle._router.live()
+        if call is not None and not call.ended:
             raise UnsupportedError(
                 "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
                 "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "

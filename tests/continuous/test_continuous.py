@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 import time
 from collections import Counter
@@ -208,6 +209,13 @@ def test_generate_batch(enabled):
         )
     with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
         model.generate_batch(inputs, generation_config=generation())
+    with mb.batch([0]):
+        outlives = contextvars.copy_context()  # as a task does that was started here
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    outputs = outlives.run(model.generate_batch, inputs[:2], adapter_ids=entries[:2], **options)
+    assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs[:2], entries[:2])
+    with pytest.raises(errors.ModelStateError, match="after that block had ended"):
+        outlives.run(model.generate_batch, inputs[:2], **options)
 
 
 def test_ids_as_a_tensor_and_too_few_of_them(enabled):

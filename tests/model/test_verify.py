@@ -100,7 +100,7 @@ def test_a_model_that_mixes_samples_has_no_reference():
     _, mb = tiny(Mixing(), ["first"])
     found = mb.verify(x=torch.randn(3, 6, 8), adapter_ids=["a", "b", "c"])
     assert not found
-    assert [each.note for each in found.outputs] == ["every part of it depends on several samples: not compared"]
+    assert [each.note for each in found.outputs] == ["parts of it depend on several samples: not compared"]
 
 
 def test_adapters_that_do_nothing_show_nothing():

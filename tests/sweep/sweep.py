@@ -163,15 +163,19 @@ def _try(tiny: Tiny, row: Row) -> bool:
                 continue
             found = mb.verify(**inputs, adapter_ids=ids)
             row.error = max([row.error, *(each.error for each in found.outputs)])
-            if not found.ok:
-                is_wrong = any(each.wrong for each in found.outputs)
-                is_mixed = any("several samples" in each.note for each in found.outputs)
-                row.status = MIXES if is_mixed and not is_wrong else WRONG
-                problem = next((each for each in found.layers if each.problem), None)
-                row.reason = " / ".join(
-                    str(found).splitlines()[1:4] + [f"{problem.name}: {problem.problem}"] * bool(problem)
-                )
-                return False
+            if found.ok:
+                continue
+            problems = [f"{each.name}: {each.problem}" for each in found.layers if each.problem][:1]
+            is_mixed = any("several samples" in each.note for each in found.outputs)
+            if is_mixed and not any(each.wrong for each in found.outputs):
+                if trains:  # as batch norm does
+                    row.notes.append("not in train mode: samples are mixed")
+                    continue
+                row.status = MIXES
+            else:
+                row.status = WRONG
+            row.reason = " / ".join([f"{ids} {equal=} {trains=}", *str(found).splitlines()[1:4], *problems])
+            return False
         model.eval()
         row.generates = _generates(tiny, model) if tiny.generates else ""
     except MultibatchError as error:

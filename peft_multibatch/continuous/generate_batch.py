@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 
+from peft_multibatch.continuous.prompts import integers_of
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement
 from peft_multibatch.model.wrap import copy_error, pop_ids
@@ -45,6 +46,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         handle._refresh()
         entries = resolve(adapter_ids, handle._registry.names)
         check_requests(entries, inputs)
+        inputs = [integers_of("a prompt", prompt) for prompt in inputs]
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
     return Replacement(module, "generate_batch", types.MethodType(generate_batch, module)).undo

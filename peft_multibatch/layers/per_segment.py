@@ -33,11 +33,11 @@ def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self in call.base_layers:
         return run_base(self, patch, x, *args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
-    is_flat = isinstance(self, lora.ParamWrapper) and x.dim() == 2  # experts get tokens without a batch around them
-    if call.packed and not is_flat:  # the tokens of all requests in one row
-        flat = x.flatten(0, 1)
+    if call.packed:  # the tokens of all requests, in one row or in none
+        sizes = x.shape if isinstance(get_base(self), nn.Embedding) else x.shape[:-1]
+        flat = x.flatten(0, len(sizes) - 1)
         call.plan.segments.rows_per_entry(len(flat))
-        return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, x.shape[:2])
+        return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, sizes)
     return _run_per_segment(self, call, patch, x, *args, **kwargs)
 
 
@@ -83,7 +83,7 @@ def run_apart(
         y: the product's output, ``[..., N]``, in which these rows are the base model's; may be written in place.
     """
     check_not_capturing(x.device)
-    rows_x, rows_y = (x.flatten(0, 1), y.flatten(0, 1)) if call.packed else (x, y)
+    rows_x, rows_y = (x.flatten(0, -2), y.flatten(0, -2)) if call.packed else (x, y)
     run = _runner(self, call, patch, rows_x, args, kwargs)
     segments, kinds = call.plan.runs
     for index, rows in segments.rows(len(rows_x), x.device):

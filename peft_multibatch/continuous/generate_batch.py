@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from peft_multibatch.continuous.prompts import integers_of
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement
 from peft_multibatch.model.wrap import copy_error, pop_ids, with_ids
@@ -57,6 +58,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         handle._refresh()
         entries = resolve(adapter_ids, handle._registry.names)
         check_requests(entries, inputs)
+        inputs = [integers_of("a prompt", prompt) for prompt in inputs]
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
     generate_batch.__doc__ = function.__doc__

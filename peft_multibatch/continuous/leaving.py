@@ -60,8 +60,9 @@ class Leaving:
             error: what its output tells.
             clears: whether its pages may hold what isn't finite.
         """
-        self._tell(error, state)
         self._take_out([state], clears)
+        self._tell(error, state)
+        state._status = RequestStatus.FINISHED  # which every batch under way skips
 
     def _tell(self, error: Exception, state: RequestState) -> None:
         router = self._processor.output_router

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers.generation.continuous_batching.requests import RequestState
 
     from peft_multibatch.adapters.registry import Registry
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 
 BEGUN = "_multibatch_begun"
 """Attribute of a request that tells under what it began; it is forked with it."""
+
+HELD = "_multibatch_held"
+"""Attribute of a request that has its id, and the blocks that were completed before it had logits."""
+
+_version = operator.attrgetter("_version")
 
 KEPT = 4096
 """Entries of which something is remembered. There are as many as there are mixtures, which nobody can count."""
@@ -42,7 +50,7 @@ class Prefixes:
         self._salts: dict[tuple, int] = {}  # the one that was used last is the last
         self._next_salt = itertools.count(1)
         # how often the weights of a version had been written when somebody began under it
-        self._writes: weakref.WeakKeyDictionary[Adapter, list[int]] = weakref.WeakKeyDictionary()
+        self._writes: weakref.WeakKeyDictionary[Adapter, tuple[list[Tensor], list[int]]] = weakref.WeakKeyDictionary()
 
     def version(self, entry: Entry) -> tuple[int, ...]:
         """Versions of an entry's adapters."""
@@ -82,22 +90,34 @@ class Prefixes:
             adapter = self._registry.current(number)
             if adapter is None:
                 continue
-            writes = [-1 if each.is_inference() else each._version for each in adapter.tensors()]
-            if -1 in writes or self._writes.setdefault(adapter, writes) != writes:
+            if adapter not in self._writes:  # inference tensors don't count, and can't be written in the usual ways
+                tensors = [each for each in adapter.tensors() if not each.is_inference()]
+                self._writes[adapter] = tensors, list(map(_version, tensors))
+            tensors, writes = self._writes[adapter]
+            if list(map(_version, tensors)) != writes:
                 self._registry.renew([number])
 
     def salted_mark(self, mark: Callable[..., None]) -> Callable[..., None]:
-        """What marks blocks as complete, with salted tokens."""
+        """What marks blocks as complete, with salted tokens, once a request has logits: before nobody knows whether
+        its keys and values are finite."""
 
-        def salted_mark(state: RequestState, *args: Any) -> None:
+        def salted_mark(state: RequestState, complete: Any) -> None:
+            name, held = state.__dict__.get(HELD, (None, None))
+            if held and name == state.request_id:  # and of no fork, which has its parent's blocks, but not to mark
+                is_named = isinstance(held, dict)  # by attention; older transformers have one number
+                complete = dict(Counter(held) + Counter(complete)) if is_named else held + complete
             key = self.key(state)
-            if not args[0] or state.__dict__.get(BEGUN, key) != key:  # none is complete, or it is of two versions
+            if not complete or state.__dict__.get(BEGUN, key) != key:  # none is, or they are of two versions
                 return
+            if not state.generated_tokens:
+                state.__dict__[HELD] = state.request_id, complete
+                return
+            state.__dict__.pop(HELD, None)
             salted = copy.copy(state)
-            # a prompt of one token fills its first block with what was generated
-            tokens = state.initial_tokens + state.generated_tokens
+            # a prompt of one token fills its first block with what was generated; the last token isn't in the cache
+            tokens = [*state.initial_tokens, *state.generated_tokens[:-1]]
             salted.initial_tokens = self.salted(tokens, key)
             salted.generated_tokens = []
-            mark(salted, *args)
+            mark(salted, complete)
 
         return salted_mark

@@ -23,7 +23,7 @@ def tokens_of(input_ids: Any, vocabulary: int) -> list[int]:
     Raises:
         UnsupportedError: it is something else, is empty, or has tokens that the model doesn't know.
     """
-    found = _integers("a prompt", input_ids)
+    found = integers_of("a prompt", input_ids)
     wrong = [token for token in found if not 0 <= token < vocabulary]
     if wrong or not found:
         raise UnsupportedError(
@@ -44,8 +44,8 @@ def ends_of(eos_token_id: Any) -> int | list[int] | None:
     if isinstance(eos_token_id, (set, frozenset)):
         eos_token_id = list(eos_token_id)
     if hasattr(eos_token_id, "__index__") and not getattr(eos_token_id, "ndim", 0):
-        return _integers("eos_token_id", [eos_token_id])[0]
-    return _integers("eos_token_id", eos_token_id)
+        return integers_of("eos_token_id", [eos_token_id])[0]
+    return integers_of("eos_token_id", eos_token_id)
 
 
 def limit_of(max_new_tokens: Any) -> int | None:
@@ -54,13 +54,13 @@ def limit_of(max_new_tokens: Any) -> int | None:
     Raises:
         UnsupportedError: it is neither an integer nor None.
     """
-    return None if max_new_tokens is None else _integers("max_new_tokens", [max_new_tokens])[0]
+    return None if max_new_tokens is None else integers_of("max_new_tokens", [max_new_tokens])[0]
 
 
 def prefix_of(input_ids: Any) -> list[int]:
     """A prompt by which others are sorted; of what is none, nothing."""
     try:
-        return _integers("a prompt", input_ids)
+        return integers_of("a prompt", input_ids)
     except UnsupportedError:
         return []
 
@@ -101,7 +101,16 @@ def check_name(request_id: Any) -> None:
         ) from None
 
 
-def _integers(what: str, values: Any) -> list[int]:
+def integers_of(what: str, values: Any) -> list[int]:
+    """A sequence of integers as a list.
+
+    Args:
+        what: what it is, for messages.
+        values: a sequence, or a 1-D tensor or array.
+
+    Raises:
+        UnsupportedError: it is something else.
+    """
     shape = list(values.shape) if hasattr(values, "shape") else []
     if len(shape) == 1 and hasattr(values, "tolist"):
         values = values.tolist()

@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from peft_multibatch.continuous.leaving import LEFT, Leaving
 from peft_multibatch.continuous.prefixes import KEPT
-from peft_multibatch.continuous.scheduler import entry_of
+from peft_multibatch.continuous.scheduler import entry_of, has_begun
 from peft_multibatch.errors import ModelStateError, MultibatchError
 from peft_multibatch.plan.ids import ids_of, label_of
 
@@ -51,7 +51,8 @@ class Quarantine:
         registry: Registry,
         key_of: Callable[[RequestState], Hashable],
     ) -> None:
-        self.suspects: dict[Any, int] = {}  # ids of requests that run alone, and when each did last
+        # ids of requests all of whose steps they run alone until they have a token, and when each did last
+        self.suspects: dict[Any, int] = {}
         self._apart: dict[Hashable, int] = {}  # whose requests run alone, and for how many steps more
         self._turns = itertools.count(1)
         self._others_are_next = True
@@ -103,7 +104,7 @@ class Quarantine:
             if any(flags[: next(places)]):
                 bad = [is_there and (row is None or flags[row]) for is_there, row in zip(stays, rows)]
                 states = [future.state for future, is_bad in zip(futures, bad) if is_bad]
-                if len(futures) == 1 and states:
+                if len(futures) == 1 and states and states[0].request_id in self.suspects:  # alone from the beginning
                     self._fail(states[0], self._why(states[0]))
                 else:
                     self._suspect(states)
@@ -157,6 +158,8 @@ class Quarantine:
                 groups.insert(0 if self._others_are_next else len(groups), others)
             found = process([], *args) if not groups else ()
             for group in groups:
+                if group is not others and not has_begun(group[0]):
+                    self.suspects.setdefault(group[0].request_id, 0)  # nothing in its pages will be others' doing
                 found = process(group, *args)
                 if found[0]:
                     self._others_are_next = group is not others
@@ -171,7 +174,8 @@ class Quarantine:
         """What to tell about a request whose logits aren't finite."""
         entry = entry_of(state)
         known = filter(None, map(self._registry.current, ids_of(entry)))
-        is_finite = all(bool(each.isfinite().all()) for adapter in known for each in adapter.tensors())
+        weights = [each for adapter in known for each in adapter.tensors() if not each.is_meta]
+        is_finite = all(bool(each.isfinite().all()) for each in weights)
         reason = f"values overflowed in {self._dtype}" if is_finite else "some of the adapter's weights aren't, either"
         return ModelStateError(
             f"request {state.request_id!r} under {label_of(entry, self._registry.names)!r} has logits that aren't "

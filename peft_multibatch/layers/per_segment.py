@@ -130,9 +130,8 @@ def _runner(
     """What runs a view of a layer on some rows of its input, and of all that comes beside it."""
     entries = call.plan.segments.num_entries
     x = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
-    if call.packed:  # the tokens of all requests in one row; experts get them without a batch around them
-        is_flat = x is None or x.dim() < 2 or len(x) > 1 or (isinstance(self, lora.ParamWrapper) and x.dim() == 2)
-        dim = int(not is_flat)
+    if call.packed and x is not None:  # the tokens of all requests, in one row or in none
+        dim = max(x.dim() - (1 if isinstance(get_base(self), nn.Embedding) else 2), 0)
     elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
         args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, the same for all samples
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)

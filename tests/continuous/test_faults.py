@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 from batching import DEVICE, generation, prompts, results, row_by_row, settings
-from models import base_model, peft_model
+from models import SIZES, base_model, peft_model
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import peft_multibatch
@@ -134,6 +135,22 @@ def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, 
         assert manager.batch_processor.use_async_batching
 
 
+def test_long_prompts_that_begin_alike_and_are_not_finite(enabled):
+    """A page of which there are two is let go of when the second is complete, which it is long before the logits."""
+    model, mb = enabled
+    with torch.no_grad():
+        weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
+    inputs, entries = [[9] * 150] * 4 + [[9] * 20] * 2, ["eight"] * 5 + ["three"]
+    want = row_by_row(model, inputs[-1:], entries[-1:])
+    with serve(mb, number=2, allow_block_sharing=True) as manager:
+        with manager.changing():
+            names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, 12)
+        assert bool(cached_values(manager).isfinite().all())
+    assert all("aren't finite" in found[name].error for name in names[:-1])
+    assert [found[names[-1]].generated_tokens] == want
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -235,6 +252,32 @@ def test_a_prompt_in_many_steps_and_in_several_copies(enabled):
                 assert found[each].generated_tokens == tokens
 
 
+def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
+    """Two prompts in a step that has none for either, and then one that isn't at fault in a step by itself."""
+    model, mb = enabled
+    with torch.no_grad():
+        weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
+    want = row_by_row(model, [[8] * 20], ["three"])[0]
+    with serve(mb, number=2) as manager:
+        with manager.changing():  # so that both are waiting
+            manager.add_request([9] * 20, "bad", adapter_id="eight")
+            manager.add_request([8] * 20, "good", adapter_id="three")
+            scheduler, steps = manager.batch_processor.scheduler, []
+            process = scheduler._process_candidates
+
+            def offer(candidates, *args):
+                steps.append(len(candidates))
+                one = [state for state in candidates if state.request_id == "good"]
+                return process(one if len(steps) == 2 else candidates, *args)
+
+            scheduler._process_candidates = offer
+        found = results(manager, 4)
+    assert steps[:2] == [2, 4]  # before and after they were forked
+    for name in ("", "__child#0"):
+        assert found[f"good{name}"].generated_tokens == want
+        assert "aren't finite" in found[f"bad{name}"].error
+
+
 def test_sampling_from_what_is_not_finite(enabled):
     model, mb = enabled
     with torch.no_grad():
@@ -330,6 +373,27 @@ def test_adapters_on_fused_experts():
         found = results(manager, 6)
         assert manager.is_running()
     assert [found[name].error for name in names] == [None] * 6
+    assert [found[name].generated_tokens for name in names] == want
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_layers_that_run_per_segment_and_get_tokens_without_a_batch():
+    """Of Qwen2-MoE, whose shared experts see them so."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    base = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=24))
+    targets = {"r": 4, "target_modules": r".*shared_expert\.(up|down)_proj|.*q_proj"}
+    model = get_peft_model(base, LoraConfig(**targets, **SHARED), "plain")
+    model.add_adapter("bias", LoraConfig(lora_bias=True, **targets, **SHARED))
+    model.add_adapter("DoRA", LoraConfig(use_dora=True, **targets, **SHARED))
+    model.eval().to(DEVICE)
+    mb = peft_multibatch.enable(model)
+    inputs, entries = prompts(8), ["plain", "bias", "DoRA", "__base__"] * 2
+    want = row_by_row(model, inputs, entries)
+    with serve(mb) as manager:
+        names = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, 8)
+    assert [found[name].error for name in names] == [None] * 8
     assert [found[name].generated_tokens for name in names] == want
 
 
@@ -555,6 +619,21 @@ def test_requests_that_are_none(enabled, what):
         assert re.search(message, found[name].error) and ": expected" in found[name].error
         assert found[name].generated_tokens == []
     assert found[good].generated_tokens == row_by_row(model, [[9] * 20], ["eight"])[0]
+
+
+def test_prompts_of_generate_batch_that_are_none(enabled):
+    model, _ = enabled
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    for bad, message in (
+        (None, "a prompt is None"),
+        (torch.ones(1, 3), "a prompt is of shape"),
+        (["x"], "has 'x' of"),
+    ):
+        with pytest.raises(errors.UnsupportedError, match=message):
+            model.generate_batch([[9], bad], adapter_ids=["eight", "eight"], **options)
+    outputs = model.generate_batch([torch.tensor([9] * 4), (9,) * 4], adapter_ids=["eight"] * 2, **options)
+    want = row_by_row(model, [[9] * 4], ["eight"])
+    assert [output.generated_tokens for output in outputs.values()] == want * 2
 
 
 def test_prompts_and_ends_in_other_forms(enabled):

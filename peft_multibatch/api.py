@@ -13,7 +13,9 @@ from peft_multibatch.adapters.checks import check_any_kind
 from peft_multibatch.compat import PeftMixedModel, PeftModel, check
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import STATE
+from peft_multibatch.layers.per_segment import per_segment
 from peft_multibatch.model.handle import Handle, inner_model
 from peft_multibatch.model.sentence_transformers import is_sentence_model, model_inside, with_samples
 from peft_multibatch.model.verify import Verifier
@@ -149,7 +151,8 @@ class Multibatch(Handle):
         entries = resolve(adapter_ids, self._registry.names)
         names = {number: self._registry.names.by_id[number] for entry in {*entries} for number in ids_of(entry)}
         layers = {each.module: each.name for each in self._layers.values()}
-        verifier = Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance)
+        in_order = {each.name for each in self._layers.values() if each.handler in (linear, per_segment)}
+        verifier = Verifier(self._outer, self._inner, layers, in_order, entries, names, inputs, tolerance)
         is_tried = self._router.is_tried
         self._router.is_tried = True  # whatever the order is, it is found
         try:

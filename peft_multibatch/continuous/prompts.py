@@ -82,7 +82,7 @@ def check_options(processors: Any, options: dict[str, Any]) -> None:
     except Exception as caught:
         raise UnsupportedError(
             f"a request has the arguments {options}, with which transformers raises {type(caught).__name__} "
-            f"({caught}): expected those that its logits processors take. Name adapters by adapter_id."
+            f"({caught}): expected those that its logits processors take. Leave them out."
         ) from caught
 
 

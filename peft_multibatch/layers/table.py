@@ -62,17 +62,6 @@ OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
-# Layers of certain models whose samples aren't in front, and in which dimension they are.
-SAMPLES_BEHIND = {
-    "bros": {
-        "bbox_projection": 2,
-        "entity_linker": 1,
-        "initial_token_classifier": 1,
-        "subsequent_token_classifier": 1,
-    },
-}
-# Models that put all images and then all of their prompts into one batch.
-TILED_MODELS = ("seggpt",)
 # Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
 TILED_EXPERTS = ("Llama4TextExperts",)
 
@@ -160,11 +149,10 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     tuner = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
-    model_type = getattr(config, "model_type", None)
     known = architectures.why_refused(config, name)
-    if known:
+    if config is not None and known:
         raise UnsupportedError(
-            f"{name} belongs to a model of the type {model_type!r}, and {known}: {expected}. {advice}"
+            f"{name} belongs to a model of the type {config.model_type!r}, and {known}: {expected}. {advice}"
         )
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():
@@ -199,11 +187,10 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
         shards.check_gathered(name, layer, advice)
     elif shards.is_sharded(layer):
         shards.check(name, layer, advice)
-    behind = SAMPLES_BEHIND.get(model_type or "", {})
-    for part in parts:
-        if part in behind:
-            return PER_SEGMENT_ALONG[behind[part]], f"its samples are in dimension {behind[part]}"
-    if model_type in TILED_MODELS:
+    behind = architectures.dim_of_samples(config, name)
+    if behind:
+        return PER_SEGMENT_ALONG[behind], f"its samples are in dimension {behind}"
+    if architectures.is_tiled(config, name):
         return tiled, "the model gives it all samples more than once"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"

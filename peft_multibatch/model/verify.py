@@ -11,7 +11,7 @@ have the samples in any dimension.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,6 +36,7 @@ class Verifier:
         model: what is called.
         inner: the model that holds the layers.
         layers: the patched layers and their names.
+        in_order: names of those whose rows count as the samples' in order.
         entries: what each sample runs under.
         names: names of the adapters that entries mention.
         inputs: keyword arguments of the call.
@@ -47,6 +48,7 @@ class Verifier:
         model: nn.Module,
         inner: nn.Module,
         layers: Mapping[nn.Module, str],
+        in_order: Collection[str],
         entries: Sequence[Entry],
         names: Mapping[int, str | None],
         inputs: dict[str, Any],
@@ -57,7 +59,7 @@ class Verifier:
                 f"verify was called with {len(entries)} adapter ids: expected at least two samples, because what "
                 "belongs to which is found by exchanging them. Pass a batch of three or four different samples."
             )
-        self._model, self._inner, self._layers = model, inner, layers
+        self._model, self._inner, self._layers, self._in_order = model, inner, layers, in_order
         self._entries, self._names, self._inputs = entries, names, inputs
         dtypes = [each.dtype for each in inner.parameters() if each.dtype in TOLERANCES]
         self._unexchanged: list[int] = []
@@ -142,8 +144,8 @@ class Verifier:
 
     def _strangers(self, index: int, base: list, exchanged: list[list]) -> str:
         """Why the rows of a layer's input can't be the samples' in their order; the empty string if they can."""
-        count, (_, rows) = len(self._entries), base[index]
-        if not rows.numel() or not rows.dim() or len(rows) % count:
+        count, (name, rows) = len(self._entries), base[index]
+        if name not in self._in_order or not rows.numel() or not rows.dim() or len(rows) % count:
             return ""  # which the call refuses
         scale = rows.abs().max().clamp_min(TINY)
         parts = rows.unflatten(0, (count, -1))

@@ -601,7 +601,6 @@ ODD = {
     "ends that are odd": ([9], {"eos_token_id": [1, None]}, "eos_token_id has None"),
     "an end that is a dictionary": ([9], {"eos_token_id": {1: 2}}, "eos_token_id is no sequence"),
     "a limit that is a list": ([9], {"max_new_tokens": [3]}, "max_new_tokens has"),
-    "an adapter by a wrong name": ([9], {"adapter_name": "eight"}, "Name adapters by adapter_id"),
 }
 
 

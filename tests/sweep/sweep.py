@@ -51,7 +51,9 @@ BATCHES = (  # ids, whether samples are equally long, whether in train mode
 MOST_LEFT_OUT = 40
 NEW_TOKENS = 4
 
-RIGHT, REFUSED, MIXES, NOT_BUILT, WRONG = "right", "refused", "mixes samples", "not built", "WRONG"
+RIGHT, REFUSED, MIXES, UNSEEN, NOT_BUILT, WRONG = (
+    "right", "refused", "mixes samples", "nothing to compare", "not built", "WRONG",
+)  # fmt: skip
 
 PAGE_HEAD = """# Architectures
 
@@ -78,6 +80,7 @@ class Row:
     generates: str = ""
     notes: list[str] = field(default_factory=list)
     error: float = 0.0
+    device: str = "cpu"
     seconds: float = 0.0
 
 
@@ -118,7 +121,7 @@ def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
         tiny = build(model_type, head)
     except NotBuilt as error:
         return Row(model_type, "head" if head else "base", NOT_BUILT, str(error))
-    row = Row(model_type, tiny.class_name, RIGHT)
+    row = Row(model_type, tiny.class_name, RIGHT, device=device)
     for _ in range(MOST_LEFT_OUT):
         tiny.model.to(device)
         again = _try(tiny, row)
@@ -172,6 +175,8 @@ def _try(tiny: Tiny, row: Row) -> bool:
                     row.notes.append("not in train mode: samples are mixed")
                     continue
                 row.status = MIXES
+            elif not problems and all(each.note.endswith("not compared") for each in found.outputs):
+                row.status = UNSEEN
             else:
                 row.status = WRONG
             row.reason = " / ".join([f"{ids} {equal=} {trains=}", *str(found).splitlines()[1:4], *problems])
@@ -190,8 +195,9 @@ def _try(tiny: Tiny, row: Row) -> bool:
         row.left_out[pattern(name)] = _without_name(str(error), name)
         return True
     except Exception as error:
-        row.status = WRONG
-        row.reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
+        alone = [problem for name in RANKS if (problem := _plain_problem(model, inputs, name))]
+        row.status = UNSEEN if alone else WRONG
+        row.reason = alone[0] if alone else f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
         return False
     if row.generates == WRONG:
         row.status, row.reason = WRONG, "generate differs from PEFT"
@@ -235,8 +241,9 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), inputs)
 
 
-def _plain_problem(model: Any, inputs: dict[str, Any]) -> str:
-    """Why PEFT itself can't run a batch; the empty string where it can."""
+def _plain_problem(model: Any, inputs: dict[str, Any], name: str = "a") -> str:
+    """Why PEFT itself can't run a batch under an adapter; the empty string where it can."""
+    model.set_adapter(name)
     try:
         with torch.no_grad():
             model(**inputs)
@@ -285,10 +292,10 @@ def publish(rows: list[Row]) -> None:
         writer.writerow([each.name for each in fields(Row)])
         for row in rows:
             left_out = "; ".join(f"{layer}: {why}" for layer, why in row.left_out.items())
-            numbers = f"{row.error:.1e}", f"{row.seconds:.1f}"
-            writer.writerow([*astuple(row)[:4], left_out, row.generates, "; ".join(row.notes), *numbers])
+            rest = f"{row.error:.1e}", row.device, f"{row.seconds:.1f}"
+            writer.writerow([*astuple(row)[:4], left_out, row.generates, "; ".join(row.notes), *rest])
     counts = Counter(_result(row) for row in rows)
-    types = {row.model_type for row in rows if row.status != NOT_BUILT}
+    types = {row.model_type for row in rows if row.status not in (UNSEEN, NOT_BUILT)}
     lines = [
         PAGE_HEAD.format(types=len(types), version=transformers.__version__),
         *(f"- {count} × {result}" for result, count in counts.most_common()),

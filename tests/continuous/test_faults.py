@@ -57,7 +57,9 @@ BAD = {
     "one infinite value in the last layer": lambda weights: weights[-1].data[0, 0].fill_(float("inf")),
     "NaN in all keys": lambda weights: [weight.data.fill_(float("nan")) for weight in weights[1::7]],
     "infinite keys": lambda weights: weights[1].data.fill_(float("inf")),
-    "values that overflow": lambda weights: [weight.data.fill_(1e30) for weight in weights],
+    "values that overflow": lambda weights: [
+        weight.data.fill_(min(1e30, torch.finfo(weight.dtype).max)) for weight in weights
+    ],
 }
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_multibatch.adapters.checks import check_any_kind
+from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.compat import PeftMixedModel, PeftModel, check
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.layers.patch import STATE
-from peft_multibatch.model.handle import Handle, inner_model
+from peft_multibatch.model.handle import Handle
+from peft_multibatch.model.scan import inner_model
+from peft_multibatch.model.stored import device_of
 from peft_multibatch.model.verify import Verifier
 from peft_multibatch.plan.ids import ids_of, resolve
 from peft_multibatch.report import Verification
@@ -115,6 +120,67 @@ class Multibatch(Handle):
         self._refresh()
         return Batching(self, mixtures=mixtures).continuous_batching_context_manager(**options)
 
+    def adapter_store(
+        self,
+        max_host_memory: int | str = "8GB",
+        max_device_memory: int | str = "2GB",
+        max_rank: int = 64,
+        roots: Sequence[str | os.PathLike] | None = None,
+        dtype: torch.dtype | str | None = None,
+        timeout: float = 60.0,
+    ) -> AdapterStore:
+        """Keep thousands of adapters in files, and in memory those that are in use.
+
+        Batches name stored adapters as they name PEFT's, and mix both. See docs/store.md.
+
+        Args:
+            max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
+            max_device_memory: most memory for adapters on a CUDA device; nothing where the model is on a CPU.
+            max_rank: largest rank that an adapter may have.
+            roots: folders inside of which adapters have to lie, links resolved; anywhere where none are given.
+            dtype: of adapters in memory. By default what PEFT's ``load_adapter`` gives them, float32 in most models;
+                ``"file"`` keeps what is in the files, which takes half the memory for float16 and bfloat16.
+            timeout: seconds that a batch waits for its adapters before it raises ``StoreFullError``.
+
+        Returns:
+            The store.
+
+        Raises:
+            ModelStateError: the model has one already.
+            UnsupportedError: the model is on several devices.
+            StoreFullError: a size is none.
+
+        Example:
+            ```python
+            store = mb.adapter_store(max_host_memory="64GB", roots=["adapters"])
+            store.register("sql", "adapters/sql")
+            model.generate(**inputs, adapter_ids=["sql", "__base__"])
+            ```
+        """
+        self._refresh()
+        registry, router = self._registry, self._router
+        if registry.store is not None:
+            raise ModelStateError(
+                "adapter_store was called on a model that has a store: expected one store for a model. Use what the "
+                "first call returned, or call disable and enable."
+            )
+        if router.split is not None or router.is_gathered:
+            raise UnsupportedError(
+                "adapter_store was called on a model that is split over devices: expected a model that every rank "
+                "holds whole. Use load_adapter."
+            )
+        if dtype not in (None, "file", torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedError(
+                f"adapter_store got dtype={dtype!r}: expected 'file', torch.float64, torch.float32, torch.float16 or "
+                "torch.bfloat16."
+            )
+        registry.store = AdapterStore(
+            self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
+            max_rank, roots, dtype, timeout,
+        )  # fmt: skip
+        registry.store.on_pressure(router.let_go)
+        return registry.store
+
     def verify(self, adapter_ids: Any, tolerance: float | None = None, **inputs: Any) -> Verification:
         """Compare a mixed batch with PEFT, one adapter at a time, and look for layers whose rows aren't the samples'.
 
@@ -143,7 +209,13 @@ class Multibatch(Handle):
         self._refresh()
         entries = resolve(adapter_ids, self._registry.names)
         names = {number: self._registry.names.by_id[number] for entry in {*entries} for number in ids_of(entry)}
-        layers = {each.module: each.name for each in self._layers.values()}
+        stored = sorted(name for name in names.values() if name in self._registry.names.stored)
+        if stored:
+            raise UnsupportedError(
+                f"verify was called for {stored[0]!r}, a stored adapter, and compares with PEFT: expected adapters in "
+                "PEFT's modules. Load it with load_adapter by another name, and verify that."
+            )
+        layers = {each.place: each.name for each in self._layers.values()}
         verifier = Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance)
         is_tried = self._router.is_tried
         self._router.is_tried = True  # whatever the order is, it is found

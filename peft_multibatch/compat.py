@@ -17,10 +17,16 @@ from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import calculate_alora_offsets
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    get_pattern_key,
+)
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 
@@ -30,6 +36,7 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "BufferDict",
+    "Conv1D",
     "LoraLayer",
     "LoraParallelLinear",
     "ModulesToSaveWrapper",
@@ -38,7 +45,9 @@ __all__ = [
     "TrainableTokensWrapper",
     "calculate_alora_offsets",
     "check",
+    "check_target_module_exists",
     "dequantize_module_weight",
+    "get_pattern_key",
     "lora",
     "set_adapter",
 ]

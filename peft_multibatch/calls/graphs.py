@@ -23,9 +23,9 @@ from peft_multibatch.plan.segments import BASE, Segments, packed_size
 
 
 if TYPE_CHECKING:
+    from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
     from peft_multibatch.adapters.tables import TableRows
-    from peft_multibatch.adapters.weights import Adapter
 
 
 class Graph:
@@ -223,6 +223,16 @@ class Graph:
         self._synced = None
         self._positions.forget(self._in_use())
 
+    def let_go(self) -> None:
+        """Drop plans of calls that have ended; what is active stays as it is."""
+        with self._lock:
+            plans = [call.plan for call in self._calls]
+            if self._written not in plans:
+                self._written = None
+            if self._synced is not None and not self.active:
+                self.forget()
+                self._positions.fill((), self.banks)
+
     def plan(self, shape: Sequence[int], index: int) -> Tensor:
         """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
 
@@ -288,7 +298,7 @@ class Graph:
             found = (call.plan.why_not_compiled(self.banks) for call in calls)
             self.apart = next(filter(None, found), "")
 
-    def _in_use(self) -> list[Adapter]:
+    def _in_use(self) -> list[AnyAdapter]:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
 
     def _sync(self, plan: BatchPlan) -> None:

@@ -58,7 +58,7 @@ def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
     if not names:
         raise NoAdaptersError(
             "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
-            "model.add_adapter(...)."
+            "model.add_adapter(...), or register some in mb.adapter_store(...)."
         )
     return [
         _mixture(entry, index, names) if isinstance(entry, Mapping) else _id(entry, index, names)
@@ -118,7 +118,7 @@ def check_live(ids: Iterable[int], names: AdapterNames) -> None:
         if each not in names.by_id:
             raise UnknownAdapterError(
                 f"the adapter with the id {each} was deleted while ids that name it are in force: expected "
-                f"{_nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
+                f"{nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
             )
 
 
@@ -163,7 +163,7 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
         number = BASE if entry == BASE_NAME else names.ids.get(entry)
         if number is None:
             raise UnknownAdapterError(
-                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {_nearest(entry, names)}."
+                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {nearest(entry, names)}."
             )
         return number
     try:
@@ -178,12 +178,12 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if number != BASE and number not in names.by_id:
         gone = " (any more: it was deleted)" if 0 <= number < names.count else ""
         raise UnknownAdapterError(
-            f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {_nearest(number, names)}."
+            f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {nearest(number, names)}."
         )
     return number
 
 
-def _nearest(wanted: str | int, names: AdapterNames) -> str:
+def nearest(wanted: str | int, names: AdapterNames) -> str:
     """What may have been meant, for messages: few adapters, however many there are, because others may be others'."""
     known = dict(sorted(names.by_id.items()))
     is_whole = len(known) <= SHOWN

@@ -125,6 +125,7 @@ class Multibatch(Handle):
         max_host_memory: int | str = "8GB",
         max_device_memory: int | str = "2GB",
         max_rank: int = 64,
+        slots: int = 64,
         roots: Sequence[str | os.PathLike] | None = None,
         dtype: torch.dtype | str | None = None,
         timeout: float = 60.0,
@@ -137,6 +138,8 @@ class Multibatch(Handle):
             max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
             max_device_memory: most memory for adapters on a CUDA device; nothing where the model is on a CPU.
             max_rank: largest rank that an adapter may have.
+            slots: adapters that batches which run at the same time have in use at most. More of them work as well, and
+                have CUDA graphs captured anew.
             roots: folders inside of which adapters have to lie, links resolved; anywhere where none are given.
             dtype: of adapters in memory. By default what PEFT's ``load_adapter`` gives them, float32 in most models;
                 ``"file"`` keeps what is in the files, which takes half the memory for float16 and bfloat16.
@@ -176,9 +179,10 @@ class Multibatch(Handle):
             )
         registry.store = AdapterStore(
             self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
-            max_rank, roots, dtype, timeout,
+            max_rank, roots, dtype, timeout, router.let_go,
         )  # fmt: skip
-        registry.store.on_pressure(router.let_go)
+        registry.slots.reserve(slots)
+        self._look(is_changed=True)
         return registry.store
 
     def verify(self, adapter_ids: Any, tolerance: float | None = None, **inputs: Any) -> Verification:

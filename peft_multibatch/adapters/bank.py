@@ -7,7 +7,7 @@ aren't stacked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,10 @@ from peft_multibatch.errors import ModelStateError
 
 if TYPE_CHECKING:
     from peft_multibatch.compat import LoraLayer
+
+
+Expected = dict[torch.dtype | None, tuple[int, bool]]
+"""Dtypes, for each the largest rank, and whether all weights can be read 16 bytes at a time."""
 
 
 class Bank:
@@ -50,6 +54,8 @@ class Bank:
         self.inference_b: list[Tensor] = []
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
+        # Tells what stored adapters that are registered have in these layers, in memory or not.
+        self.expects: Callable[[Iterable[LoraLayer]], Expected] = lambda layers: {}
         # What graphs of kernels read. Written by `extend_for_graphs`.
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
@@ -156,7 +162,7 @@ class Bank:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
 
         What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
-        begins with the largest one that PEFT has here.
+        begins with the largest one that PEFT or a store has here.
 
         Returns:
             Whether something changed that graphs have as a constant.
@@ -225,12 +231,12 @@ class Bank:
                 self._served.pop(device, None)
         return tables
 
-    def _likely(self, device: torch.device) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """Dtypes that PEFT has here, and for each its largest rank and whether all weights are aligned.
+    def _likely(self, device: torch.device) -> Expected:
+        """Dtypes that there are here, and for each its largest rank and whether all weights are aligned.
 
         Looks at all adapters, and so only when a graph is made.
         """
-        found: dict[torch.dtype | None, tuple[int, bool]] = {}
+        found: Expected = {**self.expects(self.layers)}
         for layer in self.layers:
             for name, module in layer.lora_A._modules.items():
                 halves = module, layer.lora_B._modules.get(name)

@@ -134,8 +134,7 @@ class Handle:
                 reason = group.reason if group is not None else reason
             entries.append(LayerReport(layer.name, how, reason))
         adapters = tuple(self._registry.describe(check_weights))
-        store = self._registry.store
-        stats = None if store is None else store.stats()
+        stats = None if self._registry.store is None else self._registry.store.stats()
         return Report(tuple(entries), self._backend, self._backend_reason, adapters, stats)
 
     def disable(self) -> None:
@@ -340,6 +339,9 @@ class Handle:
         banks = [layer.__dict__[STATE].bank for layer in fast.values()]
         self._router.split = next((split for bank in banks for split in bank.splits if split), None)
         self._router.graph.banks = banks + [group.bank for group in self._groups]
+        if self._registry.store is not None:
+            for bank in self._router.graph.banks:
+                bank.expects = self._registry.store.expect
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of an enabled model is a plain one, on which enable may be called

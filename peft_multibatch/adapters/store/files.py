@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,15 +36,6 @@ FIRST_READ = 1 << 16
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Identity(NamedTuple):
-    """What tells whether a file is still the one that was registered."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-
-
 class StoredTensor(NamedTuple):
     """A tensor in a safetensors file.
 
@@ -65,13 +57,15 @@ class AdapterFiles(NamedTuple):
 
     Attributes:
         path: of the weights, links resolved.
-        identity: of the weights.
+        size: of the weights, in bytes.
+        identity: of the weights; see ``identify``.
         header: bytes of the header.
         config: bytes of the configuration.
     """
 
     path: str
-    identity: Identity
+    size: int
+    identity: bytes
     header: bytes
     config: bytes
 
@@ -99,15 +93,23 @@ def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterF
             f"adapter {name!r} was registered from {os.fspath(folder)!r}, which is no folder: expected one that "
             "PEFT's save_pretrained wrote. Download adapters of the Hub first."
         )
-    with _open(name, real, CONFIG, roots) as (descriptor, _, identity):
-        if identity.size > MOST_CONFIG:
+    with _open(name, real, CONFIG, roots) as (descriptor, _):
+        size = os.fstat(descriptor).st_size
+        if size > MOST_CONFIG:
             raise AdapterFileError(
-                f"adapter {name!r} has a configuration of {identity.size} bytes: expected {MOST_CONFIG} at most. "
+                f"adapter {name!r} has a configuration of {size} bytes: expected {MOST_CONFIG} at most. "
                 "Save the adapter again."
             )
-        config = _pread(descriptor, identity.size, 0)
-    with _open(name, real, WEIGHTS, roots) as (descriptor, path, identity):
-        return AdapterFiles(path, identity, read_header(name, descriptor, identity.size), config)
+        config = _pread(descriptor, size, 0)
+    with _open(name, real, WEIGHTS, roots) as (descriptor, path):
+        size = os.fstat(descriptor).st_size
+        return AdapterFiles(path, size, identify(descriptor), read_header(name, descriptor, size), config)
+
+
+def identify(descriptor: int) -> bytes:
+    """What tells whether a file is still the one that was registered: which it is, its size, when it was written."""
+    found = os.fstat(descriptor)
+    return struct.pack("<4Q", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns % (1 << 64))
 
 
 def read_header(name: str, descriptor: int, size: int) -> bytes:
@@ -189,7 +191,7 @@ def parse_config(name: str, config: bytes) -> dict[str, Any]:
     return found
 
 
-def read_weights(name: str, path: str, identity: Identity, header: int, target: memoryview) -> None:
+def read_weights(name: str, path: str, identity: bytes, header: int, target: memoryview) -> None:
     """Read all that lies behind the header.
 
     Args:
@@ -210,7 +212,7 @@ def read_weights(name: str, path: str, identity: Identity, header: int, target: 
             "file to stay for as long as the adapter is registered. Register it again."
         ) from error
     try:
-        if _identify(descriptor) != identity:
+        if identify(descriptor) != identity:
             raise _changed(name, path)
         done, start = 0, 8 + header
         while done < len(target):
@@ -218,7 +220,7 @@ def read_weights(name: str, path: str, identity: Identity, header: int, target: 
             if not count:
                 raise _changed(name, path)
             done += count
-        if _identify(descriptor) != identity:
+        if identify(descriptor) != identity:
             raise _changed(name, path)
     finally:
         os.close(descriptor)
@@ -235,7 +237,7 @@ FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a 
 
 
 @contextmanager
-def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[tuple[int, str, Identity]]:
+def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[tuple[int, str]]:
     path = os.path.join(folder, file)
     if os.path.islink(path):  # as in the cache of the Hub
         path = os.path.realpath(path)
@@ -259,7 +261,7 @@ def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[t
                 f"adapter {name!r} has a {file} that is no regular file: expected one that PEFT's save_pretrained "
                 "wrote. Save the adapter again."
             )
-        yield descriptor, path, _identify(descriptor)
+        yield descriptor, path
     finally:
         os.close(descriptor)
 
@@ -270,11 +272,6 @@ def _check_inside(name: str, path: str, roots: Sequence[str]) -> None:
             f"adapter {name!r} lies at {path!r}, links resolved, which is outside of the store's roots: expected a "
             "folder inside one of them. Move it there, or name its folder in adapter_store(roots=[...])."
         )
-
-
-def _identify(descriptor: int) -> Identity:
-    found = os.fstat(descriptor)
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _pread(descriptor: int, count: int, offset: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 
@@ -44,12 +45,12 @@ class Layouts:
             AdapterUnsupportedError: it is anything but plain LoRA on linear layers.
             AdapterMismatchError: it doesn't fit the model.
         """
-        key = found.header, found.identity.size, found.config
+        key = found.header, found.size, found.config
         with self._lock:
             layout = self._by_bytes.get(key)
             if layout is None:
                 settings = read_settings(name, parse_config(name, found.config))
-                tensors = parse_header(name, found.header, found.identity.size)
+                tensors = parse_header(name, found.header, found.size)
                 layout = self._by_content.get((tensors, settings))
                 if layout is None:
                     layout = Layout(name, tensors, settings, self._model, self._max_rank, self._dtype)
@@ -60,6 +61,16 @@ class Layouts:
                     self._by_bytes.popitem(last=False)
         self.check(name, layout)
         return layout
+
+    def expect(self, modules: Iterable[str]) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """Dtypes that adapters have in these modules, for each its largest rank, and whether all are aligned."""
+        found: dict[torch.dtype | None, tuple[int, bool]] = {}
+        with self._lock:
+            known = [layout.layers for layout in self._by_content.values()]
+        for layer in [layers[name] for layers in known for name in modules if name in layers]:
+            rank, is_aligned = found.get(layer.dtype, (0, True))
+            found[layer.dtype] = max(rank, layer.lora_a.shape[0]), is_aligned and layer.lora_a.shape[0] % 8 == 0
+        return found
 
     def check(self, name: str, layout: Layout) -> None:
         """Compare a layout with the model, if layers came or went since it was compared last.

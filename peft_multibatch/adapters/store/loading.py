@@ -70,9 +70,9 @@ class Loader:
     def __init__(self, device: torch.device, host: int, final: int, timeout: float, streams: Streams) -> None:
         self.lock = threading.Condition(threading.RLock())
         self._streams = streams
-        is_cpu = device.type == "cpu"
-        self.host = Tier(Arena(host, torch.device("cpu"), not is_cpu, streams))
-        self.final = self.host if is_cpu else Tier(Arena(final, device, False, streams))
+        self.host = self.final = Tier(Arena(host, torch.device("cpu"), streams.has_memory, streams))
+        if streams.has_memory:
+            self.final = Tier(Arena(final, device, False, streams))
         self.let_go: Callable[[], None] = lambda: None
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self._timeout = timeout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging
@@ -61,6 +61,7 @@ class AdapterStore:
         roots: folders inside of which adapters have to lie; anywhere where none are given.
         dtype: of weights in memory.
         timeout: seconds that a batch waits for its adapters at most.
+        let_go: drops plans of calls that have ended, when there is no room.
     """
 
     kind = "store"
@@ -77,14 +78,15 @@ class AdapterStore:
         roots: Sequence[str | os.PathLike] | None,
         dtype: torch.dtype | str | None,
         timeout: float,
+        let_go: Callable[[], None],
     ) -> None:
-        self.max_rank = max_rank
         self._model, self._names, self._slots = model, names, slots
         self._roots = files.resolve_roots(roots)
         self._layouts = Layouts(model, max_rank, dtype)
         self._streams = streams_of(device)
         sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
         self._loader = Loader(device, *sizes, timeout, self._streams)
+        self._loader.let_go = let_go
         self._lock = self._loader.lock
         self._versions: dict[int, Version] = {}  # by id
         self._hits = self._misses = 0
@@ -122,8 +124,7 @@ class AdapterStore:
             AdapterFileError: there is no such folder.
         """
         try:
-            with os.scandir(os.fspath(folder)) as entries:
-                found = sorted(str(entry.name) for entry in entries if entry.is_dir())
+            found = sorted(str(entry.name) for entry in os.scandir(os.fspath(folder)) if entry.is_dir())
         except OSError as error:
             raise AdapterFileError(
                 f"register_folder got {os.fspath(folder)!r}, which can't be read ({error.strerror}): expected a "
@@ -253,9 +254,9 @@ class AdapterStore:
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
 
-    def on_pressure(self, let_go: Callable[[], None]) -> None:
-        """Set what drops plans of calls that have ended, when there is no room."""
-        self._loader.let_go = let_go
+    def expect(self, layers: Iterable[Any]) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """As ``Layouts.expect``."""
+        return self._layouts.expect([self._model.names.get(layer, "") for layer in layers])
 
     def describe(self) -> Iterator[AdapterReport]:
         """The adapters that are where calls compute; all others are only counted."""

@@ -12,9 +12,14 @@ from torch import Tensor
 class Streams:
     """What reads and writes an arena's blocks on a device. On a CPU everything has ended when it returns.
 
+    Attributes:
+        has_memory: whether the device has memory of its own.
+
     Args:
         device: where calls compute.
     """
+
+    has_memory = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -39,6 +44,8 @@ class Streams:
 
 class CudaStreams(Streams):
     """The streams of a CUDA device."""
+
+    has_memory = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -17,7 +17,6 @@ from peft_multibatch.adapters.tables import LayerWeights
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.adapters.store.files import Identity
     from peft_multibatch.compat import LoraLayer
 
 
@@ -43,7 +42,7 @@ class Version:
         "path", "serial",
     )  # fmt: skip
 
-    def __init__(self, name: str, path: str, identity: Identity, header: int, config: int, layout: Layout) -> None:
+    def __init__(self, name: str, path: str, identity: bytes, header: int, config: int, layout: Layout) -> None:
         self.name, self.serial = name, next(serials)
         self.path, self.identity, self.header, self.config, self.layout = path, identity, header, config, layout
         self.is_pinned = self.is_gone = False

@@ -149,10 +149,11 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
 PEFT_SUITES = """
 ## Versions
 
-CI runs all tests with the newest releases of torch, transformers, PEFT and Triton that install together, and a part of them
-with the oldest that are admitted. One thing can't be used with the newest: from transformers 5.24 on, `add_adapter`,
-`set_adapter`, `enable_adapters`, `disable_adapters` and `delete_adapter` of a transformers model ask for PEFT 0.22, which
-isn't released yet. `load_adapter` works, and so does everything on a `PeftModel`; CI runs these methods with older versions.
+CI runs all tests with the newest releases of torch, transformers, PEFT and Triton that install together, and a part
+of them with the oldest that are admitted. One thing can't be used with the newest: from transformers 5.24 on,
+`add_adapter`, `set_adapter`, `enable_adapters`, `disable_adapters` and `delete_adapter` of a transformers model ask
+for PEFT 0.22, which isn't released yet. `load_adapter` works, and so does everything on a `PeftModel`; CI runs these
+methods with older versions.
 
 ## PEFT's own tests
 

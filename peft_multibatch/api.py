@@ -16,9 +16,12 @@ from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.compat import PeftMixedModel, PeftModel, check
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import STATE
+from peft_multibatch.layers.per_segment import per_segment
 from peft_multibatch.model.handle import Handle
 from peft_multibatch.model.scan import inner_model
+from peft_multibatch.model.sentence_transformers import is_sentence_model, model_inside, with_samples
 from peft_multibatch.model.stored import device_of
 from peft_multibatch.model.verify import Verifier
 from peft_multibatch.plan.ids import ids_of, resolve
@@ -36,7 +39,9 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
 
     Args:
         model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or
-            ``load_adapter()`` added them; adapters may also be added later.
+            ``load_adapter()`` added them; adapters may also be added later. Of Sentence Transformers, a
+            ``SentenceTransformer`` or ``CrossEncoder`` with such a model inside, whose ``encode`` or ``predict`` then
+            takes ids as well.
         backend: ``"triton"``, kernels for CUDA devices; ``"torch"``, torch's own matrix products; ``"auto"`` takes
             triton where there is a CUDA device. Tensors on a CPU and gradients always run on torch. To debug, Triton's
             interpreter (``TRITON_INTERPRET=1``) runs the kernels on a CPU where ``"triton"`` is asked for.
@@ -60,6 +65,7 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
     check()
     if fuse not in (True, False, "weights"):
         raise UnsupportedError(f"enable was called with fuse={fuse!r}: expected True, False or 'weights'.")
+    around, model = model, model_inside(model) if is_sentence_model(model) else model
     inner = inner_model(model)
     if not isinstance(inner, nn.Module) or not (isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config")):
         raise UnsupportedError(
@@ -70,14 +76,15 @@ def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> 
         check_any_kind(model.peft_config)  # of which the model inside may know nothing
     present = inner.__dict__.get(STATE)
     if present is None:
-        return Multibatch(model, inner, backend, fuse)
-    if (backend, fuse) not in (("auto", True), (present._asked_backend, present._fuse)):
+        present = Multibatch(model, inner, backend, fuse)
+    elif (backend, fuse) not in (("auto", True), (present._asked_backend, present._fuse)):
         raise ModelStateError(
             f"enable was called with backend={backend!r} and fuse={fuse!r} on a model that is enabled with "
             f"backend={present._asked_backend!r} and fuse={present._fuse!r}: expected the same options. Call disable "
             "first."
         )
     present._attach(model)
+    present._attach(around)
     return present
 
 
@@ -85,7 +92,7 @@ def disable(model: nn.Module) -> None:
     """Undo ``enable``: the model runs as if it had never been called. Does nothing where it wasn't.
 
     Args:
-        model: the model, or the ``PeftModel`` around it.
+        model: the model, or what was passed to ``enable``.
     """
     handle = inner_model(model).__dict__.get(STATE)
     if handle is not None:
@@ -220,7 +227,8 @@ class Multibatch(Handle):
                 "PEFT's modules. Load it with load_adapter by another name, and verify that."
             )
         layers = {each.place: each.name for each in self._layers.values()}
-        verifier = Verifier(self._outer, self._inner, layers, entries, names, inputs, tolerance)
+        in_order = {each.name for each in self._layers.values() if each.handler in (linear, per_segment)}
+        verifier = Verifier(self._outer, self._inner, layers, in_order, entries, names, inputs, tolerance)
         is_tried = self._router.is_tried
         self._router.is_tried = True  # whatever the order is, it is found
         try:
@@ -231,7 +239,7 @@ class Multibatch(Handle):
         return found
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
-        is_new = model not in self._attached
-        super()._attach(model, methods)
+        is_new, has_loops = model not in self._attached, is_sentence_model(model)
+        super()._attach(model, () if has_loops and model is not self._inner else methods)
         if is_new:
-            self._attached[model].append(with_requests(model))
+            self._attached[model].extend(with_samples(model) if has_loops else [with_requests(model)])

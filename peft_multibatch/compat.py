@@ -1,7 +1,7 @@
-"""All that is reached into in PEFT, and a word where versions are installed that weren't tested.
+"""All that is reached into in PEFT and torch, and a word where versions are installed that weren't tested.
 
 Beside these classes the package reads attributes of PEFT's layers, which ``ATTRIBUTES`` lists, and ``check`` looks for
-them on a layer of the installed version.
+them on a layer of the installed version. Of torch's own it takes what tells layers that ``backward`` runs them again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ from peft.utils.other import (
     get_pattern_key,
 )
 from torch import nn
+from torch._C import _current_autograd_node as current_node
+from torch._C import _current_graph_task_id as current_backward
+from torch._C import _FunctionBase as FunctionNode
+from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
+from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
+from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
+from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
+from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -36,7 +44,9 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "BufferDict",
+    "CheckpointFrame",
     "Conv1D",
+    "FunctionNode",
     "LoraLayer",
     "LoraParallelLinear",
     "ModulesToSaveWrapper",
@@ -46,9 +56,15 @@ __all__ = [
     "calculate_alora_offsets",
     "check",
     "check_target_module_exists",
+    "current_backward",
+    "current_node",
     "dequantize_module_weight",
     "get_pattern_key",
+    "is_forward_mode_enabled",
     "lora",
+    "pop_saved_tensors_hooks",
+    "push_saved_tensors_hooks",
+    "saved_tensors_hooks",
     "set_adapter",
 ]
 
@@ -78,7 +94,7 @@ def check() -> None:
     """Log one warning where versions are installed that weren't tested; the first model that is enabled asks for it.
 
     Raises:
-        ImportError: a layer of the installed PEFT lacks an attribute that this package reads.
+        ImportError: a layer of the installed PEFT lacks an attribute that this package reads, or torch one.
     """
     untested = []
     for package, (oldest, newest) in TESTED.items():
@@ -96,4 +112,9 @@ def check() -> None:
         raise ImportError(
             f"peft {version('peft')} is installed, whose layers have no {', '.join(missing)}: expected peft "
             f"{TESTED['peft'][0]} to {TESTED['peft'][1]}. Install one of these."
+        )
+    if "recompute_fn" not in CheckpointFrame.__init__.__code__.co_names:
+        raise ImportError(
+            f"torch {version('torch')} is installed, whose checkpoints have no recompute_fn: expected torch "
+            f"{TESTED['torch'][0]} to {TESTED['torch'][1]}. Install one of these."
         )

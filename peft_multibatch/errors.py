@@ -2,7 +2,7 @@
 
     MultibatchError
     ├── AdapterIdsError (ValueError)        what was passed as `adapter_ids` can't be used
-    │   ├── AdapterIdsTypeError (TypeError)     not ids and not names
+    │   ├── AdapterIdsTypeError (TypeError)     not ids and not names, or misspelt
     │   ├── AdapterIdsLengthError               not one entry for every sample
     │   └── UnknownAdapterError                 no such id, no such name
     ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
@@ -31,7 +31,7 @@ class AdapterIdsError(MultibatchError, ValueError):
 
 
 class AdapterIdsTypeError(AdapterIdsError, TypeError):
-    """``adapter_ids`` is neither a sequence of ids, nor one of names, nor a tensor of integers."""
+    """``adapter_ids`` is neither a sequence of ids, nor one of names, nor a tensor of integers; or it is misspelt."""
 
 
 class AdapterIdsLengthError(AdapterIdsError):

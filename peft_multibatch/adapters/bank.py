@@ -7,9 +7,9 @@ aren't stacked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class Bank:
             for layer, split in zip(layers, self.splits)
         ]
         self.slice_offsets = [0, *accumulate(self.widths)]
-        # What graphs of ops read, adapter by adapter: with gradients PEFT's parameters, without any their memory.
+        # What graphs of ops read, adapter by adapter: with gradients what leads to PEFT's parameters, without any the
+        # parameters' memory.
         self.lora_a: list[Tensor] = []
         self.lora_b: list[Tensor] = []
         self.inference_a: list[Tensor] = []
@@ -251,17 +252,30 @@ class Bank:
     def _read(self, adapters: Mapping[int, AnyAdapter]) -> dict[int, list[LayerWeights | None]]:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
 
-    def sync(self, adapters: Sequence[AnyAdapter | None]) -> None:
-        """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones."""
-        self.lora_a, self.lora_b, self.ranks, self.scalings = self.gather(adapters)
-        self.inference_a, self.inference_b = ([each.data for each in found] for found in (self.lora_a, self.lora_b))
-        for each, dim in [(each, 0) for each in self.inference_a] + [(each, 1) for each in self.inference_b]:
-            torch._dynamo.maybe_mark_dynamic(each, dim)  # so that one graph serves all ranks
+    def sync(self, adapters: Sequence[AnyAdapter | None], live: Collection[AnyAdapter]) -> None:
+        """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones.
+
+        Args:
+            adapters: by their positions.
+            live: those to which gradients go.
+        """
+        lora_a, lora_b, self.ranks, self.scalings = self.gather(adapters)
+        self.inference_a, self.inference_b = ([each.data for each in found] for found in (lora_a, lora_b))
+        is_live = [adapter in live for adapter in adapters for _ in self.layers]
+        self.lora_a, self.lora_b = (list(map(_graph_input, found, is_live)) for found in (lora_a, lora_b))
+        for found, dim in [(self.inference_a, 0), (self.inference_b, 1), (self.lora_a, 0), (self.lora_b, 1)]:
+            for each in found:
+                torch._dynamo.maybe_mark_dynamic(each, dim)  # so that one graph serves all ranks
+
+    def trained(self, adapters: Iterable[AnyAdapter]) -> list[bool]:
+        """Which weights of adapters want gradients."""
+        parts = [part for adapter in adapters for part in adapter.parts(self.layers) if part]
+        return [parameter.requires_grad for part in parts for parameter in part.parameters]
 
     @staticmethod
     def _absent(layer: LoraLayer) -> LayerWeights:
         # a rank that no graph takes for a constant, as it does with 0 and 1
-        a = torch.zeros(2, layer.in_features, device=base_device(layer))
+        a = torch.zeros(2, layer.in_features, dtype=torch.float32, device=base_device(layer))
         b = a.new_zeros(layer.out_features, 2)
         return LayerWeights(a, b, 0.0, (a, b))
 
@@ -273,6 +287,27 @@ def base_device(layer: LoraLayer) -> torch.device:
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
     return next(itertools.chain(base.parameters(), base.buffers())).device
+
+
+class _Ignored(torch.autograd.Function):
+    """A tensor whose gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def _graph_input(weight: Tensor, is_live: bool) -> Tensor:
+    """What a graph takes in the place of a weight: it can't tell one that gets a gradient from one that gets none."""
+    if weight.is_inference():
+        return weight
+    with torch.enable_grad():
+        is_trained = is_live and weight.requires_grad
+        return weight.view_as(weight) if is_trained else _Ignored.apply(weight.detach().requires_grad_())
 
 
 _keys = itertools.count()

@@ -187,6 +187,10 @@ class Registry:
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
+    def current(self, number: int) -> Adapter | None:
+        """The version that was read last, which needn't be what PEFT has now."""
+        return self._current.get(number)
+
     def renew(self, ids: Iterable[int]) -> None:
         """These changed, and nobody can see it: their weights were written in place."""
         for each in ids:

@@ -211,7 +211,7 @@ def check_same(ids: Sequence[Any], names: Sequence[Any], split: Split) -> None:
     """
     digest = hashlib.sha256(repr([ids, names]).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
-    ends = torch.tensor([number, -number], device=split.device)
+    ends = torch.tensor([number, -number], dtype=torch.int64, device=split.device)
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=split.group)
     high, low = ends.tolist()
     if high != -low:

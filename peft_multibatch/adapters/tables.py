@@ -107,7 +107,7 @@ class WeightTable:
         bits = torch.tensor([part[3] for part in parts], dtype=torch.float32, device="cpu").view(torch.int32)
         rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
         rows = torch.cat([rows, bits[:, None]], dim=1).view(len(changed), *self.rows.shape[1:])
-        slots = torch.tensor(list(changed), device="cpu")
+        slots = torch.tensor(list(changed), dtype=torch.int64, device="cpu")
         with torch.inference_mode(False):
             self.rows[slots.to(self.rows.device)] = rows.to(self.rows.device)
 

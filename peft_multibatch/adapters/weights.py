@@ -109,7 +109,7 @@ class Adapter(AnyAdapter):
 
     def tensors(self) -> list[Tensor]:
         """All of its weights, as far as they have been read."""
-        found = [each for part in self._parts.values() if part is not None for each in part[:2]]
+        found = [each for part in self._parts.values() if part is not None for each in part.parameters]
         for layer, view in self._views.items():
             if self._parts.get(layer) is None:
                 for each in (entries[self.name] for entries in views.entries(view) if self.name in entries):

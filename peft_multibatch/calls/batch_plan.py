@@ -91,6 +91,7 @@ class BatchPlan:
         self._has_dora: dict[Bank, bool] = {}
         self._apart: dict[Bank, Apart | None] = {}
         self._without: dict[frozenset[int], BatchPlan] = {}
+        self._alone: dict[Entry, BatchPlan] = {}
 
     def apart(self, bank: Bank) -> Apart | None:
         """Adapters that don't run as a product in a bank's layers, or might not; None where all do."""
@@ -142,6 +143,16 @@ class BatchPlan:
             found._fill({slot: adapter for slot, adapter in self.adapters.items() if slot not in slots}, self.slots)
         return found
 
+    def alone(self, entry: Entry) -> BatchPlan:
+        """A plan of one sample, with what one of the entries names."""
+        found = self._alone.get(entry)
+        if found is None:
+            ids = self.ids[self.entries.index(entry)]
+            adapters = dict(zip(self.ids_in_use, self.adapters.values()))
+            own = {number: adapters[number] for number in ids_of(ids)}
+            found = self._alone[entry] = BatchPlan([ids], own, self.slots)
+        return found
+
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """Weights for torch's products."""
         found = self._weights.get(bank)
@@ -189,7 +200,7 @@ class BatchPlan:
         if found is None:
             positions = [BASE if isinstance(entry, tuple) else self._index.get(entry, BASE) for entry in self.entries]
             with torch.inference_mode(False):
-                found = self._positions[device] = torch.tensor(positions, device=device)
+                found = self._positions[device] = torch.tensor(positions, dtype=torch.int64, device=device)
         return found
 
     @cached_property

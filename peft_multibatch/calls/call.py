@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.origin import Origin
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.plan.ids import Entry
 
 
 if TYPE_CHECKING:
@@ -61,8 +64,10 @@ class Call:
         is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
         is_tried: whether the order of rows in models of this type is known, so that it needn't be looked at.
         for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        origin: where it began.
+        is_used: whether the model ran with these ids.
         inside: True while a model's forward runs that has checked this call.
-        is_repeated: True where ``backward`` runs layers once more.
+        is_watched: whether layers have to look before they run under it; see ``Router.current``.
         end: gives None once the block was left, by whatever way; see ``ActiveCall``.
         ended: True once it was left as it should be.
         outer: the call that was active before, and will be again.
@@ -73,6 +78,8 @@ class Call:
         workspaces: memory for intermediate results, for each device and stream.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
+        prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
+        head: the call that the layer sees which gives logits, where it gets other rows than all others.
     """
 
     def __init__(
@@ -85,8 +92,10 @@ class Call:
         self.is_hooked = nn.modules.module._has_any_global_hook()
         self.is_tried = True
         self.for_graphs = False
+        self.origin = Origin.here()
+        self.is_used = False
         self.inside = False
-        self.is_repeated = False
+        self.is_watched = True
         self.end: Callable[[], Any] = over
         self.ended = False
         self.outer: Call | None = None
@@ -97,18 +106,31 @@ class Call:
         self.workspaces: dict[tuple, Tensor] = {}
         self.rows: int | None = None
         self.invocations: Invocations | None = None
+        self.prompts: Tensor | None = None
+        self.head: Call | None = None
 
     @property
     def is_active(self) -> bool:
         """Whether its block is still open."""
         return not self.ended and self.end() is not None
 
+    def begin_model(self, invocations: Invocations | None = None) -> None:
+        """A model's forward begins that has checked the call. Without gradients nothing will run its layers again."""
+        self.inside, self.is_watched = True, torch.is_grad_enabled()
+        self.invocations = invocations
+
     def again(self) -> Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
-        again.is_repeated, again.is_tried = True, self.is_tried
+        again.is_tried = self.is_tried
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
+
+    def alone(self, entry: Entry) -> Call:
+        """The same for the samples of one entry alone, of a part of the model that runs inside of this one."""
+        alone = self.again()
+        alone.plan = self.plan.alone(entry)
+        return alone
 
     def num_rows(self, shape: Sequence[int]) -> int:
         """Rows that belong to entries in a layer's input of the shape ``[..., K]``.
@@ -117,21 +139,23 @@ class Call:
             RowMappingError: they are no multiple of the entries, or look like another dimension.
         """
         rows = math.prod(shape[:-1]) if self.packed else shape[0]
-        per_entry = self.plan.segments.rows_per_entry(rows)
-        if not (self.is_tried or self.packed or per_entry == 1):
-            self._check_order(shape)
+        self.plan.segments.rows_per_entry(rows)
+        if not self.packed:
+            self.check_order(shape)
         return rows
 
-    def _check_order(self, shape: Sequence[int]) -> None:
+    def check_order(self, shape: Sequence[int], layer: str = "a layer") -> None:
         """Raise where rows look like another dimension than the samples', in a model that nobody tried.
 
         Raises:
             RowMappingError: they do.
         """
+        if self.is_tried or self.plan.segments.num_segments == 1:
+            return
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):
             raise RowMappingError(
-                f"a layer received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
+                f"{layer} received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
                 "which may have the samples in a later dimension, in a model of a type that wasn't tried: expected "
                 "them first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +51,13 @@ class Graph:
 
     Args:
         active_call: gives the active call for the thread or task that asks, and raises where it has ended.
+        note: told of a call under which compiled code runs, and whether it was compiled with gradients.
     """
 
     packed = False
     base_layers: frozenset = frozenset()
 
-    def __init__(self, active_call: Callable[[], Call | None]) -> None:
+    def __init__(self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None]) -> None:
         self.key = number(self)
         self.active = False
         self.here = PerThread()
@@ -68,14 +70,14 @@ class Graph:
         self.buffers = self._buffers.by_device
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._active_call = active_call
+        self._active_call, self._note = active_call, note
         self._calls: dict[Call, None] = {}  # that are active
         self._is_closed = False
-        self._synced: BatchPlan | None = None
+        self._innermost: list[Call] = []  # of those that are nested
+        self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None  # for whom, and what of it trains
         self._positions = Positions()  # which graphs of ops read
         self._written: BatchPlan | None = None
-        self._is_traced = False
-        self._runs_ops = False
+        self._is_traced = self._runs_ops = False
         self._devices: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
         self._ready: tuple[int, dict[int, int]] = 0, {}  # slots, and whom all of these tables have: serials, by slot
         self.is_captured = False
@@ -94,6 +96,8 @@ class Graph:
     def arm(self) -> bool:
         """From now on there is a graph of ops: keep the banks up to date for it at every call."""
         call = self._active_call()
+        # dynamo looks at .grad of every input, and hides the warning about it, but not where warnings are errors
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"torch\.")
         with self._lock:
             if not self._runs_ops and call is not None:
                 self._runs_ops = True
@@ -162,13 +166,6 @@ class Graph:
         Raises:
             NotEnabledError: the model was disabled in the meantime.
         """
-        if call.is_repeated:  # which compiled code doesn't see
-            if self._is_closed:
-                raise NotEnabledError(
-                    "backward runs layers again under ids, and disable was called in the meantime: expected the model "
-                    "to stay enabled until then. Call backward first."
-                )
-            return
         self._exclusively(functools.partial(self._enter, call))
 
     def _enter(self, call: Call) -> None:
@@ -180,8 +177,7 @@ class Graph:
         call.thread, call.task = self.here.thread, current_task()
         self._calls[call] = None
         self._change(call.thread)
-        if self._runs_ops and self._synced is not call.plan:
-            self._sync(call.plan)
+        self._sync(call.plan)
 
     def leave(self, call: Call) -> None:
         """A call ended, and the one around it is active again. Does nothing the second time."""
@@ -195,6 +191,8 @@ class Graph:
         if call.thread is not None:
             self._change(call.thread)
         self._calls.pop(call, None)
+        if call.outer in self._innermost:
+            self._sync(call.outer.plan)
 
     def drop_ended(self, _: object = None) -> None:
         """An exception, such as Ctrl-C's, may have kept a call from being left."""
@@ -219,21 +217,13 @@ class Graph:
 
     def forget(self) -> None:
         """Let go of what graphs are known to have, and of its memory; it is asked again before it is read."""
-        self._ready = 0, {}
-        self._synced = None
-        self._positions.forget(self._in_use())
-
-    def let_go(self) -> None:
-        """Drop plans of calls that have ended; what is active stays as it is."""
         with self._lock:
-            plans = [call.plan for call in self._calls]
-            if self._written not in plans:
+            self._ready, self._synced = (0, {}), None
+            self._positions.forget(self._in_use(), self.banks)
+            if not self.active:
                 self._written = None
-            if self._synced is not None and not self.active:
-                self.forget()
-                self._positions.fill((), self.banks)
 
-    def plan(self, shape: Sequence[int], index: int) -> Tensor:
+    def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
         """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
 
         Raises:
@@ -254,6 +244,7 @@ class Graph:
                 "compiled model don't overlap. Pass ids of -1 instead of none, run the calls after each other, and "
                 "backward inside mb.batch(...)."
             )
+        self._note(call, trains)
         call.num_rows(shape)
         rows = math.prod(shape[:-1])
         if rows and index < len(call.plan.components):
@@ -284,6 +275,7 @@ class Graph:
         # of those that are nested on one task the innermost
         calls = [call for call in active if (call, call.thread, call.task) not in around]
         samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
+        self._innermost = calls
         self.contended = any(call.plan is not calls[0].plan for call in calls)
         self.components = max([self.components, *(len(call.plan.components) for call in calls)])
         self._look_apart(calls)
@@ -302,9 +294,16 @@ class Graph:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
 
     def _sync(self, plan: BatchPlan) -> None:
-        self.plans.add_(1)
-        self._positions.fill([*self._in_use(), *plan.adapters.values()], self.banks)
-        self._synced = plan
+        """Have what graphs of ops read as a plan needs it; gradients go to the adapters that code may run under."""
+        if not self._runs_ops:
+            return
+        live = {*plan.adapters.values(), *(each for call in self._innermost for each in call.plan.adapters.values())}
+        is_trained = [each for bank in self.banks for each in bank.trained(live)] if torch.is_grad_enabled() else []
+        known = self._synced
+        if known is None or known[0] is not plan or known[1] != live or (is_trained and known[2] != is_trained):
+            self.plans.add_(1)
+            self._positions.fill([*self._in_use(), *plan.adapters.values()], live, self.banks)
+            self._synced = plan, live, is_trained
 
     def _write(self, plan: BatchPlan) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +30,14 @@ class Positions:
         self._adapters: list[AnyAdapter | None] = []
         self._of_slots: dict[int, int] = {}
 
-    def fill(self, wanted: Iterable[AnyAdapter], banks: Iterable[Bank]) -> None:
-        """Give every wanted adapter a position, and bring what graphs read of the banks up to date."""
+    def fill(self, wanted: Iterable[AnyAdapter], live: Collection[AnyAdapter], banks: Iterable[Bank]) -> None:
+        """Give every wanted adapter a position, and bring what graphs read of the banks up to date.
+
+        Args:
+            wanted: of all calls that are active.
+            live: those of them to which gradients go.
+            banks: all that graphs read.
+        """
         wanted = list(dict.fromkeys(wanted))
         adapters = list(self._adapters)
         adapters += [None] * ((1 << (max(len(wanted), FEWEST) - 1).bit_length()) - len(adapters))
@@ -43,14 +49,16 @@ class Positions:
         # normal tensors even if the first call happens to run in inference mode
         with torch.inference_mode(False), torch.no_grad():
             for bank in banks:
-                bank.sync(adapters)
+                bank.sync(adapters, live)
         self._adapters = adapters
         self._of_slots = {each.slot: position for position, each in enumerate(adapters) if each is not None}
 
-    def forget(self, in_use: Iterable[AnyAdapter]) -> None:
-        """Let go of all others."""
-        kept = {*in_use}
-        self._adapters = [each if each in kept else None for each in self._adapters]
+    def forget(self, in_use: Iterable[AnyAdapter], banks: Iterable[Bank]) -> None:
+        """Let go of all others, and of their memory as soon as none is in use."""
+        kept, before = {*in_use}, self._adapters
+        self._adapters = [each if each in kept else None for each in before]
+        if not kept and any(before):
+            self.fill((), (), banks)
 
     def packed(self, plan: BatchPlan) -> list[Tensor]:
         """The packed plans, with positions in the place of slots."""

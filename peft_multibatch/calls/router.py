@@ -21,6 +21,9 @@ from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
+from peft_multibatch.calls.origin import NO_BACKWARD
+from peft_multibatch.calls.replay import Replays
+from peft_multibatch.compat import current_backward
 from peft_multibatch.errors import ModelStateError
 from peft_multibatch.plan.ids import Entry, ids_of
 
@@ -34,9 +37,11 @@ class Router:
         split: how tensor parallelism splits layers of the model, or None.
         is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
         is_tried: whether the model is of a type whose rows are known to be in the order of the samples.
+        buffers: where the model's modules keep theirs.
         call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
         disabled: layers whose adapters were disabled on the thread or task that asks.
         graph: what compiled code sees instead.
+        replays: whose ids hold for what ``backward`` runs again.
     """
 
     def __init__(
@@ -47,24 +52,43 @@ class Router:
         self.split: Split | None = None
         self.is_gathered = False
         self.is_tried = True
+        self.buffers: list[dict[str, Any]] = []
         self._check = check
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())
-        self.graph = Graph(self.active)
+        self.replays = Replays(self.routing)
+        self.graph = Graph(self.active, self.replays.note_compiled)
         self._last: BatchPlan | None = None
 
-    def current(self) -> Call | Graph | None:
-        """The active call for the code that asks, or None where the model runs as PEFT alone would run it."""
+    def current(self, layer: Any) -> Call | Graph | None:
+        """The call under which a layer runs, or None where it runs as PEFT alone would run it.
+
+        Args:
+            layer: the ``PatchedLayer`` that asks.
+        """
         if torch.compiler.is_compiling():
             return self.graph if self.graph.trace() and self.graph.active else None
         call = self.call.get()
-        if call is None:
+        if call is None and current_backward() == NO_BACKWARD:
             return None
-        if call.end() is None:
-            call = self.active()
-        if call is not None and not call.inside:
-            return self._outside(call)
+        if call is None or call.is_watched or call.end() is None:
+            call = self.look(layer)
+            if call is not None:
+                if not call.inside:
+                    self._check_outside(call)
+                self.replays.note(call, call.origin)
         return call
+
+    def look(self, layer: Any = None) -> Call | None:
+        """The call under which a layer, or a model, runs: the active one, unless ``backward`` runs them again.
+
+        Args:
+            layer: as in ``current``; None for a model.
+        """
+        backward, call = current_backward(), self.live()
+        if backward != NO_BACKWARD and (call is None or call.ended or call.origin.backward != backward):
+            return self.replays.call(layer)  # whatever is active began before backward, and has no part in it
+        return self.active()
 
     def live(self) -> Call | None:
         """The call that is active, or that ended and was inherited by the task that asks."""
@@ -87,11 +111,11 @@ class Router:
             )
         return call
 
-    def _outside(self, call: Call) -> Call:
+    def _check_outside(self, call: Call) -> None:
         """A layer is called by itself inside a block, with no model around it that checked the call."""
+        call.is_used = True
         call.base_layers = self._check(call.plan.ids_in_use)
         call.plan = self.plan(call.plan.ids)
-        return call
 
     def plan(self, ids: Sequence[Entry], checks: int | None = None) -> BatchPlan:
         """The plan for these ids, an entry for every sample, with adapters as ``Registry.adapters`` gives them."""
@@ -147,7 +171,7 @@ class Router:
     def let_go(self) -> None:
         """Drop plans of calls that have ended, and with them the memory of their adapters."""
         self._last = None
-        self.graph.let_go()
+        self.graph.forget()
 
     def forget(self) -> None:
         """Let go of everything that was made for adapters: some of them came or went."""

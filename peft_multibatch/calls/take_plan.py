@@ -27,7 +27,7 @@ def number(graph: Any) -> int:
 
 # like a random number, and unlike what follows from its arguments, a plan is no constant
 @torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def take_plan(plans: Tensor, shape: Sequence[int], key: int, index: int) -> Tensor:
+def take_plan(plans: Tensor, shape: Sequence[int], key: int, index: int, trains: bool) -> Tensor:
     """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
 
     Args:
@@ -35,10 +35,11 @@ def take_plan(plans: Tensor, shape: Sequence[int], key: int, index: int) -> Tens
         shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan, or none at all.
         key: of the graph.
         index: of the component.
+        trains: whether the graph was made with gradients.
     """
-    return _graphs[key].plan(shape, index)
+    return _graphs[key].plan(shape, index, trains)
 
 
 @take_plan.register_fake
-def _(plans, shape, key, index):
+def _(plans, shape, key, index, trains):
     return plans.new_empty(packed_size(math.prod(shape[:-1])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers.generation.continuous_batching import model_runner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from peft_multibatch.adapters.views import get_base
+from peft_multibatch.continuous.head import HeadRouter
+from peft_multibatch.continuous.leaving import children_of
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
@@ -33,10 +35,15 @@ class Admission:
 
     Attributes:
         uses_graphs: whether steps are captured in CUDA graphs.
+        left_out: layers that graphs can't hold, in which all rows get what the base layer gives.
+        has_head: whether the layer that gives logits has adapters.
     """
 
     def __init__(self, handle: Handle, model: nn.Module, prefixes: Prefixes) -> None:
         self.uses_graphs = False
+        self.left_out: frozenset = frozenset()
+        self._left_out: dict[nn.Module, str] = {}
+        self.has_head = False
         self._handle = handle
         self._registry = handle._registry
         self._model: Any = model
@@ -46,18 +53,15 @@ class Admission:
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # of the model, under which no request can run
         self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
+        self._promised: dict[str, RequestState] = {}  # ids of children, and who will be forked into them
         self._new: set[str] = set()  # requests that came since then
         self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     def prepare(self, processor: Any) -> None:
-        """Look at what will run the requests, before it does.
-
-        Raises:
-            UnsupportedError: a layer can't take part.
-        """
+        """Look at what will run the requests, before it does."""
         runner = processor.model_runner
         self.uses_graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
-        self._check_layers()
+        self._look_at_layers()
         infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
         self._longest = infer(processor.cache) if infer else processor.cache.num_pages
         if any(isinstance(get_base(each), nn.Embedding) for each in self._position_embeddings()):
@@ -68,18 +72,35 @@ class Admission:
         self._new.add(state.request_id)
 
     def once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
-        """What adds requests to a scheduler, for requests whose id nobody has."""
+        """What adds requests to a scheduler, for requests whose id, or whose children's ids, nobody has."""
+
+        def holder(name: Any) -> RequestState | None:
+            found = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name)
+            if found is None:
+                found = self._promised.get(name)
+                if found is not None and not found.num_children:  # it was forked
+                    found = None
+            return None if found is None or found.status == RequestStatus.FINISHED else found  # as those evicted
 
         def add_once(state: RequestState) -> None:
-            name = state.request_id
-            known = scheduler.active_requests.get(name) or scheduler.waiting_requests.get(name) or state
-            if known is not state and known.status != RequestStatus.FINISHED:  # which those have that are evicted
+            names = [state.request_id, *children_of(state.request_id, state.num_children)]
+            wrong = [name for name in names if (found := holder(name)) is not None and found is not state]
+            if wrong:
+                state.num_children = 0  # those with their ids are the other one's
                 raise UnsupportedError(
-                    f"a request has the id {state.request_id!r}, which another one has that is under way: expected "
+                    f"a request has the id {wrong[0]!r}, which another one has that is under way: expected "
                     "another id. Leave request_id out to have one made up."
                 )
-            self.note(state)
-            add(state)
+            self._promised.update(dict.fromkeys(names[1:], state))
+            if len(self._promised) > KEPT:
+                self._promised = {name: each for name, each in self._promised.items() if holder(name) is each}
+            forks = [state]
+            if state.num_children and len(state.initial_tokens) == 1:  # no token is left to run before they part
+                state.num_children = 0
+                forks += [state.fork(name) for name in names[1:]]
+            for each in forks:
+                self.note(each)
+                add(each)
 
         return add_once
 
@@ -89,7 +110,7 @@ class Admission:
             self._handle._refresh()
             with torch.no_grad():
                 self._handle._check_state()
-            self._check_layers()
+            self._look_at_layers()
             self._problem = None
         except MultibatchError as caught:
             self._problem = caught
@@ -131,6 +152,11 @@ class Admission:
                 self.check_entry(entry)
             except MultibatchError as caught:
                 return caught
+            except Exception as caught:  # adapters come and go on other threads
+                return ModelStateError(
+                    f"request {state.request_id!r} can't run, which raises {type(caught).__name__} ({caught}): "
+                    "expected an adapter that stays as it is. Change adapters inside manager.changing(...)."
+                )
             if len(self._checked) >= KEPT:
                 self._checked.clear()
             self._checked.add(key)
@@ -164,6 +190,12 @@ class Admission:
                     f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in whole prompts: expected "
                     "another one, because continuous batching cuts prompts. Use generate for it."
                 )
+        for module, what in self._left_out.items():
+            if any(adapter.has(module) for adapter in adapters.values()):
+                raise UnsupportedError(
+                    f"{what}, which a CUDA graph can't hold: expected adapters on segmented layers, see mb.report(). "
+                    "Pass ContinuousBatchingConfig(use_cuda_graph=False)."
+                )
         plan = self._handle._router.plan([entry])
         reason = plan.why_not_compiled(self._handle._router.graph.banks) if self.uses_graphs else ""
         if reason:
@@ -182,44 +214,25 @@ class Admission:
         for layer in list(self._handle._layers.values()):
             view_for(layer.module, plan.entries[0], plan, layer)
 
-    def check_prompt(self, input_ids: Sequence[int], max_new_tokens: Any) -> None:
-        """Raise where a prompt can't be one.
-
-        Raises:
-            UnsupportedError: it is empty, or has tokens that the model doesn't know.
-        """
-        vocabulary = vocabulary_of(self._model)
-        for what, numbers in (("a prompt", input_ids), ("max_new_tokens", [max_new_tokens])):
-            odd = [number for number in numbers if number is not None and not hasattr(number, "__index__")]
-            if odd:
-                raise UnsupportedError(f"{what} has {odd[0]!r} of type {type(odd[0]).__name__}: expected integers.")
-        wrong = [token for token in input_ids if not 0 <= token < vocabulary]
-        if wrong or not len(input_ids):
-            raise UnsupportedError(
-                f"a prompt has {len(input_ids)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
-                f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
-            )
-
     def _position_embeddings(self) -> list[nn.Module]:
         """Modules that hold a vector for each position, of GPT-2, OPT and other models without rotary positions."""
         words = ("wpe", "embed_positions", "position_embeddings")
         return [module for name, module in self._model.named_modules() if name.rpartition(".")[2] in words]
 
-    def _check_layers(self) -> None:
-        head = self._model.get_output_embeddings()
-        for layer in list(self._handle._layers.values()):
-            if layer.refusal:
-                continue  # whose adapters are refused, and all others' rows are the base layer's
-            if layer.module is head:
-                raise UnsupportedError(
-                    f"{layer.name} has adapters, and continuous batching gives it the last token of every request "
-                    "alone, without telling which: expected adapters on other layers. Use generate for these."
-                )
-            if self.uses_graphs and not layer.is_fast:
-                raise UnsupportedError(
-                    f"{layer.name} runs PEFT's own code per segment, which a CUDA graph can't hold: expected "
-                    "segmented layers, see mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
-                )
+    def _look_at_layers(self) -> None:
+        head = self._handle._layers.get(self._model.get_output_embeddings())
+        self.has_head = head is not None and not head.refusal
+        if head is not None and not isinstance(head.router, HeadRouter):
+            head.router = HeadRouter(head.router)  # type: ignore[assignment]
+        if self.uses_graphs:
+            self._left_out = {
+                layer.module: f"{layer.name} gets the last token of every request alone"
+                if layer is head
+                else f"{layer.name} runs PEFT's own code per segment"
+                for layer in list(self._handle._layers.values())
+                if not layer.refusal and (layer is head or not layer.is_fast)
+            }
+            self.left_out = frozenset(self._left_out)
 
 
 def vocabulary_of(model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
+from transformers.generation.configuration_utils import GenerationMode
 
+from peft_multibatch.continuous.prompts import integers_of
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement
-from peft_multibatch.model.wrap import copy_error, pop_ids
-from peft_multibatch.plan.ids import Entry, check_requests, resolve
+from peft_multibatch.model.wrap import copy_error, pop_ids, with_ids
+from peft_multibatch.plan.ids import Entry, check_keywords, check_requests, resolve
 
 
 if TYPE_CHECKING:
@@ -24,30 +27,75 @@ if TYPE_CHECKING:
     from peft_multibatch.model.handle import Handle
 
 
+UNREAD = ("stop_strings", "max_time")
+"""Settings that end ``generate``, and that continuous batching doesn't look at."""
+
+
 def with_requests(module: nn.Module) -> Callable[[], None]:
     """Let ``generate_batch``, continuous batching, take an adapter for every request, and return what undoes it."""
-    if not hasattr(type(module), "generate_batch"):
+    function: Any = getattr(type(module), "generate_batch", None)
+    if function is None:
         return lambda: None
 
     def generate_batch(self, inputs, *args, **kwargs):
         handle: Handle | None = getattr(self, STATE, None)
         adapter_ids = pop_ids(kwargs)
-        if handle is not None and handle._router.active() is not None:
+        check_keywords("generate_batch", kwargs)
+        _check_read(function, kwargs)
+        call = None
+        if handle is not None:  # ids of its own are all that a task needs that outlived its block
+            call = handle._router.active() if adapter_ids is None else handle._router.live()
+        if call is not None and not call.ended:
             raise UnsupportedError(
                 "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
                 "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
                 "adapter_ids=[...]) by itself."
             )
         if adapter_ids is None:
-            return type(self).generate_batch(self, inputs, *args, **kwargs)
+            return function(self, inputs, *args, **kwargs)
         if handle is None:
             raise copy_error()
         handle._refresh()
         entries = resolve(adapter_ids, handle._registry.names)
         check_requests(entries, inputs)
+        inputs = [integers_of("a prompt", prompt) for prompt in inputs]
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
+    generate_batch.__doc__ = function.__doc__
+    generate_batch.__signature__ = with_ids(inspect.signature(function))  # type: ignore[attr-defined]
     return Replacement(module, "generate_batch", types.MethodType(generate_batch, module)).undo
+
+
+def _check_read(function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    """Raise where transformers' ``generate_batch`` would swallow an argument: it takes any, and reads one more.
+
+    Raises:
+        UnsupportedError: it would.
+    """
+    names = {*inspect.signature(function).parameters}
+    swallowed = sorted(kwargs.keys() - names - {"max_new_tokens"})
+    if swallowed:
+        raise UnsupportedError(
+            f"generate_batch got {', '.join(swallowed)}, which continuous batching doesn't read: expected "
+            f"{', '.join(sorted(names - {'self', 'kwargs'}))}, max_new_tokens or adapter_ids. Put settings such as "
+            "temperature into a GenerationConfig, and call generate for what continuous batching can't do."
+        )
+
+
+def _check_settings(config: GenerationConfig) -> None:
+    """Raise where continuous batching would leave out settings, and give other tokens than ``generate``.
+
+    Raises:
+        UnsupportedError: it would.
+    """
+    mode = config.get_generation_mode()
+    asked = [] if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) else [mode.value]
+    asked += [f"{name}={getattr(config, name)!r}" for name in UNREAD if getattr(config, name) is not None]
+    if asked:
+        raise UnsupportedError(
+            f"a GenerationConfig for continuous batching asks for {', '.join(asked)}, which it doesn't read: expected "
+            "greedy search or sampling, which end by tokens. Leave it out, or call generate."
+        )
 
 
 class Batching(ContinuousMixin):
@@ -82,6 +130,7 @@ class Batching(ContinuousMixin):
         from peft_multibatch.continuous.manager import AdapterBatchingManager  # needs much of transformers
 
         config: Any = copy.copy(generation_config or self._model.generation_config)
+        _check_settings(config)
         if config.eos_token_id is None:
             config.eos_token_id = -1
         return AdapterBatchingManager(

@@ -13,30 +13,30 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.admission import Admission, vocabulary_of
+from peft_multibatch.continuous.leaving import Leaving, children_of
+from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.continuous.prefixes import Prefixes
+from peft_multibatch.continuous.prompts import check_name, check_options, ends_of, limit_of, prefix_of, tokens_of
+from peft_multibatch.continuous.quarantine import Quarantine
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
+from peft_multibatch.continuous.steps import Steps
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.plan.ids import BASE_NAME, Entry, check_requests, ids_of, label_of, resolve
+from peft_multibatch.plan.ids import BASE_NAME, Entry, check_keywords, check_requests, ids_of, resolve
 from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
     from peft_multibatch.model.handle import Handle
-
-
-CHECKS = 1
-"""Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -61,7 +61,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         longest = max((len(entry) for entry in waiting_ids if isinstance(entry, tuple)), default=1)
         handle._router.graph.expect(max(mixtures, longest))
         self.logit_processor.supported_keys[KEY] = object
-        self.served: defaultdict[str, int] = defaultdict(int)
+        self.output_router = Outputs()
         self.prefix_hits = 0
         self._handle = handle
         self._router = handle._router
@@ -70,6 +70,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._registry = handle._registry
         self._prefixes = Prefixes(vocabulary_of(self.model), self._registry)
         self._admission = Admission(handle, self.model, self._prefixes)
+        self._steps = Steps(handle, self._admission, self._queue)
+        self.served = self._steps.served
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
@@ -80,43 +82,66 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def add_request(
         self,
         input_ids: list[int],
-        request_id: str | None = None,
-        *args: Any,
-        adapter_id: Any = BASE_NAME,
+        request_id: Any = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        adapter_id: Any = BASE,
         **kwargs: Any,
-    ) -> str | None:
+    ) -> Any:
         """Add a request.
 
         Args:
             input_ids: the prompt's tokens.
-            request_id: a name for it, made up where it isn't given.
-            *args: as in transformers' ``ContinuousBatchingManager.add_request``.
+            request_id: a name for it, any hashable value; made up where it isn't given.
+            max_new_tokens: as in transformers' ``ContinuousBatchingManager.add_request``.
+            streaming: as in transformers.
+            record_timestamps: as in transformers.
+            eos_token_id: as in transformers.
             adapter_id: an id, a name or a mixture such as ``{"sql": 0.7, "poet": 0.3}``; the base model alone where it
                 isn't given.
             **kwargs: as in transformers.
 
         Returns:
-            The request's id. A request that can't run (a prompt that is empty, too long or has tokens which the model
-            doesn't know; an adapter that isn't there) gives an output with an error, and no tokens.
+            The request's id. A request that can't run (a prompt that is empty, too long, no list of integers or has
+            tokens which the model doesn't know; an adapter that isn't there) gives an output with an error, and no
+            tokens.
+
+        Raises:
+            UnsupportedError: the id isn't hashable.
         """
+        check_keywords("add_request", kwargs, takes="adapter_id")
+        check_name(request_id)
         error: Exception | None = None
-        entry: Entry = BASE
+        tokens: list[int] = []
         try:
             self._handle._refresh()
             entry = self._resolve(adapter_id)
             self._admission.check_entry(entry)
-            self._admission.check_prompt(input_ids, kwargs.get("max_new_tokens", args[0] if args else None))
+            tokens = tokens_of(input_ids, vocabulary_of(self.model))
+            max_new_tokens, eos_token_id = limit_of(max_new_tokens), ends_of(eos_token_id)
+            check_options(self.logit_processor, kwargs)
         except MultibatchError as caught:
             error = caught
         if error is None:
-            return super().add_request(input_ids, request_id, *args, **kwargs, **{KEY: entry})
+            return super().add_request(
+                tokens,
+                request_id,
+                max_new_tokens,
+                streaming,
+                record_timestamps,
+                eos_token_id,
+                **kwargs,
+                **{KEY: entry},
+            )
         if request_id is None:
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
-        state = RequestState(request_id, list(input_ids), num_children=self.num_return_sequences - 1)
-        self.output_router.fail_and_deliver(state, error)
-        self._fail_children(state, error)
+        for name in (request_id, *children_of(request_id, self.num_return_sequences - 1)):
+            self.output_router.fail_and_deliver(RequestState(name, tokens), error)
         return request_id
 
     def add_requests(self, inputs: list[list[int]], *args: Any, adapter_ids: Any = None, **kwargs: Any) -> list[str]:
@@ -131,9 +156,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             AdapterIdsLengthError: there are more prompts than ids, or fewer.
         """
+        check_keywords("add_requests", kwargs)
         if adapter_ids is None:
             known = [dict(entry) if isinstance(entry, tuple) else entry for entry in self._waiting_ids]
-            adapter_ids = known or [BASE_NAME] * len(inputs)
+            adapter_ids = known or [BASE] * len(inputs)
         entries = adapter_ids.tolist() if hasattr(adapter_ids, "tolist") else list(adapter_ids)
         check_requests(entries, inputs)
         eos = self.generation_config.eos_token_id
@@ -144,7 +170,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._request_counter += len(inputs)
         order: Iterable[int] = range(len(inputs))
         if self._use_prefix_sharing:  # prompts that begin alike one after the other
-            order = sorted(order, key=lambda index: inputs[index], reverse=True)
+            order = sorted(order, key=lambda index: prefix_of(inputs[index]), reverse=True)
         for index in order:
             self.add_request(inputs[index], names[index], *args, adapter_id=entries[index], **kwargs)
         return names
@@ -202,15 +228,34 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if hasattr(self, "_wake_up_loop"):  # older transformers look for themselves
                 self._wake_up_loop.set()
 
+    def cancel_request(self, request_id: Any) -> None:
+        """End a request, and the sequences into which it was forked; the output of each has an error that says so."""
+        check_name(request_id)
+        super().cancel_request(request_id)
+
+    def register_result_handler(self, request_id: Any, callback: Callable) -> None:
+        """As in transformers; the handler gets what came before it was registered as well."""
+        with self.output_router._lock:
+            super().register_result_handler(request_id, callback)
+            self.output_router.hand_over(request_id)
+
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; not inside ``changing``, for whose end the loop waits."""
         self._check_not_changing("stop")
         super().stop(*args, **kwargs)
 
     def pause(self) -> AbstractContextManager[None]:
-        """As in newer transformers; not inside ``changing``, where no step runs anyway."""
+        """As in newer transformers, and adapters count as changed afterwards; not inside ``changing``."""
         self._check_not_changing("pause")
-        return super().pause()
+        return self._paused(super().pause())
+
+    @contextmanager
+    def _paused(self, pause: AbstractContextManager[None]) -> Iterator[None]:
+        with pause:
+            try:
+                yield
+            finally:
+                self._registry.renew(list(self._registry.names.by_id))
 
     # What runs in the loop's thread.
 
@@ -219,7 +264,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if self._changes:
                 self._gate.notify_all()
                 self._gate.wait(0.001)  # a lock that is let go of and taken again at once is nobody else's
-            self._fail_hopeless(batch_processor)
+            self._fail_hopeless()
             return super()._generation_loop_body(batch_processor, bootstrapping)
 
     def _create_batch_processor(self) -> Any:
@@ -227,46 +272,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         if is_new:
             self._admission.prepare(processor)
-            runner = processor.model_runner
             scheduler, cache = processor.scheduler, processor.cache
-            runner.compute_batch = self._with_ids(processor, runner.compute_batch)
+            self._leaving = Leaving(processor, self.num_return_sequences)
+            self._quarantine = Quarantine(processor, self._leaving, self._registry, self._prefixes.key)
+            self._steps.wrap(processor, self._quarantine)
             scheduler.add_waiting_request = self._admission.once(scheduler, scheduler.add_waiting_request)
             scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
-            cache.search_prefix_match = self._salted_search(scheduler, cache.search_prefix_match)
+            cache.search_prefix_match = self._salted_search(cache.search_prefix_match)
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
                 if hasattr(cache, name):
                     setattr(cache, name, self._prefixes.salted_mark(getattr(cache, name)))
         return processor
-
-    def _with_ids(self, processor: Any, compute: Callable[..., None]) -> Callable[..., None]:
-        io = processor.inputs_and_outputs
-
-        def compute_batch(model: Any, batch_data: dict) -> None:
-            packed = io.io_pairs[io.current_pair].host_io if hasattr(io, "io_pairs") else io
-            entries: list[Entry] = []
-            begin: set[int] = set()
-            for future in packed.requests_in_batch:
-                entry = entry_of(future.state)
-                entries += [entry] * future.query_length
-                if future.state.position_offset == future.query_length:
-                    begin.update(ids_of(entry))
-                if not future.state.request_id.startswith("__warmup"):  # transformers' own, to capture graphs
-                    self._queue.charge(entry, future.query_length)
-                    self.served[label_of(entry, self._registry.names)] += future.query_length
-            entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
-            self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
-            if self._router.graph.outgrown_by(self._router.plan(entries, checks=0)):
-                self._forget_graphs()
-            while True:
-                # plans are copied in the order of the stream that computes
-                routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS)
-                with _on(io.compute_stream), routing as call:
-                    if not (self._admission.uses_graphs and self._router.graph.contended):
-                        call.inside, call.for_graphs = True, self._admission.uses_graphs
-                        return compute(model, batch_data)
-                time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
-
-        return compute_batch
 
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
         def in_turn() -> list[RequestState]:
@@ -279,11 +295,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         return in_turn
 
-    def _salted_search(self, scheduler: Any, search: Callable[..., int]) -> Callable[..., int]:
-        def salted_search(request_id: str, prompt_ids: list[int]) -> int:
-            state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
-            self._registry.adapters(ids_of(entry_of(state)))  # so that their versions are known
-            found = search(request_id, self._prefixes.salted(prompt_ids, entry_of(state)))
+    def _salted_search(self, search: Callable[..., int]) -> Callable[..., int]:
+        config: Any = self.continuous_batching_config
+        page = config.page_size if hasattr(config, "page_size") else config.block_size  # in older transformers
+
+        def salted_search(request_id: Any, prompt_ids: list[int]) -> int:
+            state = self._leaving.find(request_id)
+            assert state is not None
+            salted = self._prefixes.begin(state, prompt_ids)
+            if salted is None or request_id in self._quarantine.suspects:  # which compute everything by themselves
+                return 0
+            if state.num_children:  # a token has to be left to run before it is forked, and one after
+                salted = salted[: (len(salted) - 2) // page * page + 1]
+            found = search(request_id, salted)
             self.prefix_hits += found
             return found
 
@@ -299,41 +323,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         )
         return any(ids & {*ids_of(entry_of(state))} for state in states)
 
-    def _fail_hopeless(self, processor: Any) -> None:
+    def _fail_hopeless(self) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
-        scheduler = processor.scheduler
-        states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
-        for state, error in self._admission.hopeless(states):
-            scheduler.set_request_cancellation(state.request_id)
-            processor._handle_request_error(error, state)
-            self._fail_children(state, error)
-            state.status = RequestStatus.FINISHED  # for a batch that is still under way
-
-    def _fail_children(self, state: RequestState, error: Exception) -> None:
-        """End the sequences that a request would have been forked into, which somebody may be waiting for."""
-        for index in range(state.num_children):
-            child = RequestState(f"{state.request_id}__child#{index}", state.initial_tokens)
-            self.output_router.fail_and_deliver(child, error)
-
-    def _forget_graphs(self) -> None:
-        """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""
-        if self.batch_processor is None or not self._router.graph.is_captured:
-            return
-        io = self.batch_processor.inputs_and_outputs
-        pairs = [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]
-        for each in pairs:
-            each.graphs = type(each.graphs)()
-        self._router.graph.is_captured = False
+        for state, error in list(self._admission.hopeless(self._leaving.states())):
+            self._leaving.fail(state, error)
 
     # What is checked.
 
     def _resolve(self, adapter_id: Any) -> Entry:
-        if isinstance(adapter_id, (int, str)) and adapter_id in (
-            BASE,
-            BASE_NAME,
-        ):  # also where there are no adapters at all
+        names = self._registry.names
+        is_base = isinstance(adapter_id, (int, str)) and adapter_id in (BASE, BASE_NAME)
+        if is_base and BASE_NAME not in names.ids:  # also where there are no adapters at all
             return BASE
-        return resolve([adapter_id], self._registry.names)[0]
+        return resolve([adapter_id], names)[0]
 
     def _check_not_changing(self, method: str) -> None:
         if threading.get_ident() in self._changing:
@@ -341,7 +343,3 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{method} was called inside manager.changing(...), for whose end the loop waits: expected the change "
                 f"to end first. Call {method} after that block."
             )
-
-
-def _on(stream: Any) -> AbstractContextManager:
-    return torch.cuda.stream(stream) if stream is not None else nullcontext()

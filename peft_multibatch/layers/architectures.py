@@ -18,22 +18,40 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 POSITIONS_FIRST = "its rows are positions first and samples second"
-TILED = "its rows are tiled, so that a sample's don't stand side by side"
+TILED_ROWS = "its rows are tiled, so that a sample's don't stand side by side"
 
 # By model type, layers whose names (with # for numbers) match, and why adapters in them can't take part.
 REFUSED: dict[str, dict[str, str]] = {
-    "dia": {"": TILED},
+    "dia": {"": TILED_ROWS},
     "fsmt": {"": POSITIONS_FIRST},
     "led": {"": POSITIONS_FIRST},
     "longformer": {"": POSITIONS_FIRST},
     "mask2former": {"": POSITIONS_FIRST},
-    "musicgen": {"": TILED},
-    "musicgen_decoder": {"": TILED},
-    "musicgen_melody": {"": TILED},
-    "musicgen_melody_decoder": {"": TILED},
+    "musicgen": {"": TILED_ROWS},
+    "musicgen_decoder": {"": TILED_ROWS},
+    "musicgen_melody": {"": TILED_ROWS},
+    "musicgen_melody_decoder": {"": TILED_ROWS},
     "oneformer": {"": POSITIONS_FIRST},
-    "vibevoice": {"": TILED},
+    "vibevoice": {"": TILED_ROWS},
     "xlnet": {"": POSITIONS_FIRST},
+}
+
+# By model type, layers that have the samples in a later dimension, and in which.
+SAMPLES_BEHIND: dict[str, dict[str, int]] = {
+    "bros": {
+        "bbox_projection": 2,
+        "entity_linker": 1,
+        "initial_token_classifier": 1,
+        "subsequent_token_classifier": 1,
+    },
+}
+
+# By model type, layers that are given all samples, and then all of them again: as prompts, patches, groups of queries.
+TILED: dict[str, str] = {
+    "depth_pro": "",
+    "lw_detr": r"decoder\..*self_attn",
+    "rf_detr": r"decoder\..*self_attn",
+    "seggpt": "",
 }
 
 
@@ -66,3 +84,15 @@ def why_refused(config: Any, name: str) -> str:
     numbered = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
     refused = REFUSED.get(getattr(config, "model_type", ""), {})
     return next((reason for layers, reason in refused.items() if re.search(layers, numbered)), "")
+
+
+def dim_of_samples(config: Any, name: str) -> int:
+    """The dimension in which a layer has the samples, 0 where nothing else is known."""
+    behind = SAMPLES_BEHIND.get(getattr(config, "model_type", ""), {})
+    return next((dim for part, dim in behind.items() if part in name.split(".")), 0)
+
+
+def is_tiled(config: Any, name: str) -> bool:
+    """Whether a layer is given all samples again and again, one after the other each time."""
+    layers = TILED.get(getattr(config, "model_type", ""))
+    return layers is not None and re.search(layers, name) is not None

@@ -19,9 +19,9 @@ from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.take_plan import take_plan
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
-from peft_multibatch.errors import UnsupportedError
+from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
-from peft_multibatch.layers.per_segment import per_segment, run_apart, run_base
+from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
 
 
 if TYPE_CHECKING:
@@ -31,37 +31,40 @@ if TYPE_CHECKING:
 
 
 @handles(is_fast=True)
-def linear(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """``lora.Linear`` and its like: the base layer's output plus every row's own delta; siblings run as one."""
     patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
-    call = router.current()
+    call = router.current(patch)
     if call is None:
-        return patch.original(x, *args, **kwargs)
+        return patch.original(x, *args, **kwargs) if x is not None else patch.original(*args, **kwargs)
     if self._disable_adapters and isinstance(call, Graph):
         return patch.original(x, *args, **kwargs)
     if kwargs:
         kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
+        if x is None:
+            raise UnsupportedError(no_input(patch.name, kwargs))
     if call.base_layers and self in call.base_layers:
         return run_base(self, patch, x, *args, **kwargs)
     if self.merged_adapters:
         check_merged(patch.name, self)
 
-    joined = None if args or kwargs else patch.group
-    if joined is None:
-        plan, apart = _plan_for(call, patch.bank)
-        if plan is None:
-            return per_segment(self, x, *args, **kwargs)
-        y = _run(call, plan, router, patch.bank, x, *args, **kwargs)[0]
-        return run_apart(self, call, patch, apart, x, y, *args, **kwargs) if apart else y
-    group, index = joined
-    plan, apart = _plan_for(call, group.bank)
-    if plan is None:
-        return per_segment(self, x)
-    y = _run_sibling(call, plan, router, group, index, patch.bank, x)
-    return run_apart(self, call, patch, apart, x, y) if apart else y
+    group, index = None, 0
+    if patch.group is not None and not (args or kwargs):
+        group, index = patch.group
+    plan, apart = _plan_for(call, patch.bank if group is None else group.bank)
+    if plan is not None:
+        try:
+            if group is None:
+                y = _run(call, plan, router, patch.bank, x, *args, **kwargs)[0]
+            else:
+                y = _run_sibling(call, plan, router, group, index, patch.bank, x)
+            return run_apart(self, call, patch, apart, x, y, *args, **kwargs) if apart else y
+        except RowMappingError:  # below it is right if all samples have one adapter, and named if they haven't
+            pass
+    return per_segment(self, x, *args, **kwargs)
 
 
 def _plan_for(call: Call | Graph, bank: Bank) -> tuple[Any, frozenset[int]]:
@@ -251,8 +254,8 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
     kernels = router.kernels
     if kernels is None or torch.is_grad_enabled() or not kernels.runs_on(x):
         graph.arm()
-        plans = [take_plan(graph.plans, x.shape, graph.key, index) for index in range(graph.components)]
         trains = torch.is_grad_enabled()
+        plans = [take_plan(graph.plans, x.shape, graph.key, index, trains) for index in range(graph.components)]
         lora_a, lora_b = (bank.lora_a, bank.lora_b) if trains else (bank.inference_a, bank.inference_b)
         return _add_through_ops((plans, lora_a, lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_multibatch.adapters import shards
 from peft_multibatch.adapters.bank import Bank
@@ -39,6 +39,7 @@ class PatchedLayer:
         original: the layer's own ``forward``, bound.
         bank: the layer's bank, alone; None where it runs per segment.
         group: the projection group it belongs to and its slice in it; None where it runs by itself.
+        outputs: the structure of what it returns, where that was seen to have rows of samples throughout.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PatchedLayer:
     ) -> None:
         self.module, self.name, self.router = module, name, router
         self.place, self.inner = module if place is None else place, inner
+        self.outputs: Any = None
         self._choose(handler, reason, refusal)
         attributes = self.place.__dict__
         for method in ("forward", "enable_adapters"):
@@ -72,6 +74,12 @@ class PatchedLayer:
         return self.module._disable_adapters and (
             not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the model's own, and so the same for all samples."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        return any(tensor is each for buffers in self.router.buffers for each in buffers.values())
 
     def note(self, is_enabled: bool) -> None:
         """PEFT was asked to enable or disable the layer's adapters on this thread or task."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,30 +14,55 @@ from peft_multibatch.adapters.views import get_base
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
-from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer, lora
+from peft_multibatch.compat import ALORA_OFFSETS, BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, lora
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged, check_not_capturing, handles
+from peft_multibatch.layers.rows import Inputs, Outputs
 from peft_multibatch.plan.ids import Entry, ids_of
 from peft_multibatch.plan.segments import BASE
 
 
-@handles()
-def per_segment(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
-    patch = getattr(self, STATE)
-    if patch is None:
-        return type(self).forward(self, x, *args, **kwargs)
-    call = _current_call(patch, self)
-    if call is None:
-        return patch.original(x, *args, **kwargs)
-    if self in call.base_layers:
-        return run_base(self, patch, x, *args, **kwargs)
-    kwargs.pop(ALORA_OFFSETS, None)
-    if call.packed:  # the tokens of all requests in one row
-        flat = x.flatten(0, 1)
-        call.plan.segments.rows_per_entry(len(flat))
-        return _run_per_segment(self, call, patch, flat, *args, **kwargs).unflatten(0, x.shape[:2])
-    return _run_per_segment(self, call, patch, x, *args, **kwargs)
+def _along(dim: int) -> Callable[..., Any]:
+    """The handler for layers whose tensors have the rows of samples in this dimension."""
+
+    @handles()
+    def per_segment(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        patch = getattr(self, STATE)
+        if patch is None:
+            return type(self).forward(self, *args, **kwargs)
+        call = current_call(patch, self)
+        if call is None:
+            return patch.original(*args, **kwargs)
+        if self in call.base_layers:
+            return run_base(self, patch, *args, **kwargs)
+        kwargs.pop(ALORA_OFFSETS, None)
+        if isinstance(self, BaseTunerLayer) and not args and "x" not in kwargs:
+            raise UnsupportedError(no_input(patch.name, kwargs))
+        run, inputs = _runner(self, call, patch, args, kwargs, dim)
+        first = inputs.first
+
+        def dim_of(number: int, part: Tensor) -> int:
+            return inputs.dim if part.dim() >= first.dim() else 0
+
+        is_known = not isinstance(self, ModulesToSaveWrapper)  # which may hold anything
+        return for_each_segment(call, patch, self, inputs.num_rows, first.device, run, dim_of, is_known)
+
+    return per_segment
+
+
+per_segment = _along(0)
+"""Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
+
+PER_SEGMENT_ALONG = {1: _along(1), 2: _along(2)}
+"""The same for layers that have the rows of samples behind something else, by the dimension in which they are."""
+
+
+def no_input(name: str, kwargs: dict[str, Any]) -> str:
+    """What is wrong where a layer was called with its input under another name than PEFT's."""
+    return (
+        f"{name} was called with {', '.join(kwargs) or 'nothing'} by name: expected its input as the first argument, "
+        "as PEFT's layers take it. Call it so, or remove the adapters from this layer."
+    )
 
 
 @handles()
@@ -46,7 +71,7 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    call = patch.router.current()
+    call = patch.router.current(patch)
     if call is None:
         return patch.original(*args, **kwargs)
     kwargs.pop(ALORA_OFFSETS, None)
@@ -59,7 +84,7 @@ def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
-    if patch.router.current() is None:
+    if patch.router.current(patch) is None:
         return patch.original(*args, **kwargs)
     raise UnsupportedError(patch.refusal)
 
@@ -82,62 +107,52 @@ def run_apart(
         y: the product's output, ``[..., N]``, in which these rows are the base model's; may be written in place.
     """
     check_not_capturing(x.device)
-    rows_x, rows_y = (x.flatten(0, 1), y.flatten(0, 1)) if call.packed else (x, y)
-    run = _runner(self, call, patch, rows_x, args, kwargs)
+    run, inputs = _runner(self, call, patch, (x, *args), kwargs)
     segments, kinds = call.plan.runs
-    for index, rows in segments.rows(len(rows_x), x.device):
+    rows_y = y.flatten(0, 1) if inputs.dim else y
+    for index, rows in segments.rows(inputs.num_rows, x.device, patch.name):
         if not slots.intersection(ids_of(kinds[index])):
             continue
         part = run(loaded_view_for(self, kinds[index], call.plan, patch), rows).to(y.dtype)
+        part = part.flatten(0, 1) if inputs.dim else part
         if torch.is_grad_enabled() and (part.requires_grad or rows_y.requires_grad):
-            where = torch.arange(len(rows_x), device=x.device)[rows] if isinstance(rows, slice) else rows
-            rows_y = rows_y.index_copy(0, where, part)
+            if isinstance(rows, slice):
+                rows = torch.arange(len(rows_y), dtype=torch.int64, device=x.device)[rows]
+            rows_y = rows_y.index_copy(0, rows, part)
         else:
             rows_y[rows] = part
     return rows_y.view(y.shape)
 
 
-def _run_per_segment(self: nn.Module, call: Call, patch: PatchedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    entries = call.plan.segments.num_entries
-    if len(x) == 1 < entries and call.inside and isinstance(get_base(self), nn.Embedding):
-        x = x.expand(call.rows or entries, *x.shape[1:])  # positions, which are the same for all samples
-    run = _runner(self, call, patch, x, args, kwargs)
-    # routers return several tensors, all of them token by token; what other layers return beside needn't be so
-    dims = itertools.repeat(0) if isinstance(self, lora.ParamWrapper) else ()
-    return _for_each_segment(call, patch, self, len(x), x.device, run, dims)
-
-
 def _runner(
-    self: Any, call: Call, patch: PatchedLayer, x: Tensor, args: tuple, kwargs: dict[str, Any]
-) -> Callable[[Any, slice | Tensor], Any]:
+    self: Any, call: Call, patch: PatchedLayer, args: tuple, kwargs: dict[str, Any], dim: int = 0
+) -> tuple[Callable[[Any, slice | Tensor], Any], Inputs]:
     """What runs a view of a layer on some rows of its input, and of all that comes beside it."""
     entries = call.plan.segments.num_entries
-    others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    # experts get their routing beside the hidden states, token by token
-    is_routed = isinstance(self, lora.ParamWrapper) and all(len(value) == len(x) for value in others)
-    if others and not is_routed:
-        raise UnsupportedError(
-            f"{type(self).__name__} was called with more than one tensor, and only the first can be split by samples: "
-            "expected a layer with one input. Remove the adapters from this layer, or run them one at a time."
-        )
-    if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and not others:
+    x = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
+    if call.packed and x is not None:  # the tokens of all requests, in one row or in none
+        dim = max(x.dim() - (1 if isinstance(get_base(self), nn.Embedding) else 2), 0)
+    elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
+        args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, the same for all samples
+    inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
+    if not call.packed and dim == 0:
+        call.check_order(inputs.first.shape, patch.name)
+    if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(
             f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "
             "samples: expected hidden states and routing with the same rows. Remove the adapters from these "
             "parameters, or run them one at a time."
         )
-    offsets = _offsets(self, call, patch, x, entries) if isinstance(self, lora.Linear) else None
+    offsets = _offsets(self, call, patch, inputs.first, entries) if isinstance(self, lora.Linear) else None
 
     def run(view: Any, rows: slice | Tensor) -> Any:
+        own, named = inputs.of(rows)
         if offsets is not None:
-            kwargs[ALORA_OFFSETS] = [offsets[row] for row in torch.arange(len(x))[rows].tolist()]
+            numbers = range(inputs.num_rows)[rows] if isinstance(rows, slice) else rows.tolist()
+            named[ALORA_OFFSETS] = [offsets[number] for number in numbers]
+        return type(self).forward(view, *own, **named)
 
-        def own(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) else value
-
-        return type(self).forward(view, x[rows], *map(own, args), **{key: own(value) for key, value in kwargs.items()})
-
-    return run
+    return run, inputs
 
 
 def loaded_view_for(layer: Any, entry: Entry, plan: BatchPlan, patch: PatchedLayer) -> Any:
@@ -189,67 +204,9 @@ def _offsets(
     return call.invocations.offsets
 
 
-@handles()
-def tiled_experts(self: Any, x: Tensor) -> Tensor:
-    """``lora.ParamWrapper`` where every expert gets the rows of all samples: as ``per_segment``, expert by expert."""
-    patch = getattr(self, STATE)
-    if patch is None:
-        return type(self).forward(self, x)
-    call = _current_call(patch, self)
-    if call is None:
-        return patch.original(x)
-    if self in call.base_layers:
-        return run_base(self, patch, x)
-
-    def rows_first(tiles: Tensor) -> Tensor:
-        return tiles.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
-
-    def experts_first(tiles: Tensor) -> Tensor:
-        return tiles.transpose(0, 1).flatten(0, 1)
-
-    def run(view: Any, rows: slice | Tensor) -> Tensor:
-        return rows_first(type(self).forward(view, experts_first(tiles[rows])))
-
-    tiles = rows_first(x)
-    return experts_first(_for_each_segment(call, patch, self, len(tiles), x.device, run, dims=()))
-
-
-@handles()
-def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``lora.MultiheadAttention``: as ``per_segment``; samples are in dimension 1 where ``batch_first`` isn't set."""
-    patch = getattr(self, STATE)
-    if patch is None:
-        return type(self).forward(self, query, key, value, *args, **kwargs)
-    call = _current_call(patch, self)
-    if call is None:
-        return patch.original(query, key, value, *args, **kwargs)
-    if self in call.base_layers:
-        return run_base(self, patch, query, key, value, *args, **kwargs)
-    if query.dim() != 3 or args:
-        raise UnsupportedError(
-            f"{patch.name} was called with a query of {query.dim()} dimensions and {len(args)} positional arguments "
-            "behind the value: expected a batch, and masks by their names. Call it so, or run the adapters one at a "
-            "time."
-        )
-    base: Any = self.base_layer
-    batch = 0 if base.batch_first else 1
-
-    def run(view: Any, rows: slice | Tensor) -> Any:
-        index: Any = rows if batch == 0 else (slice(None), rows)
-        own = dict(kwargs)
-        if kwargs.get("key_padding_mask") is not None:
-            own["key_padding_mask"] = kwargs["key_padding_mask"][rows]
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dim() == 3:  # [samples × heads, targets, sources]
-            own["attn_mask"] = mask.unflatten(0, (-1, base.num_heads))[rows].flatten(0, 1)
-        return type(self).forward(view, query[index], key[index], value[index], **own)
-
-    # the output has samples where the query has them, the attention weights in dimension 0
-    return _for_each_segment(call, patch, self, query.shape[batch], query.device, run, dims=(batch, 0))
-
-
-def _current_call(patch: PatchedLayer, layer: Any) -> Call | None:
-    call = patch.router.current()
+def current_call(patch: PatchedLayer, layer: Any) -> Call | None:
+    """The active call, of which it is certain that the layer can run it."""
+    call = patch.router.current(patch)
     if call is None:
         return None
     if isinstance(call, Graph):
@@ -271,44 +228,54 @@ def _current_call(patch: PatchedLayer, layer: Any) -> Call | None:
     return call
 
 
-def _for_each_segment(
+def for_each_segment(
     call: Call,
     patch: PatchedLayer,
     layer: Any,
     num_rows: int,
     device: torch.device,
     run: Callable[[Any, slice | Tensor], Any],
-    dims: Iterable[int],
+    dim_of: Callable[[int, Tensor], int],
+    is_known: bool = True,
 ) -> Any:
-    """Run a layer once per segment and put its outputs together: a tensor, or a tuple of tensors and None.
+    """Run a layer once per segment and put its outputs together.
 
     Args:
         run: called with a view of the layer and the rows of a segment.
-        dims: where the rows are in each output of a tuple; empty where that isn't known.
+        dim_of: as for ``Outputs``.
+        is_known: whether it is certain that the outputs have rows of samples there.
     """
-    outputs, order = [], []
     check_not_capturing(device)
     segments, entries = call.plan.runs
-    for index, rows in segments.rows(num_rows, device):
-        outputs.append(run(loaded_view_for(layer, entries[index], call.plan, patch), rows))
-        order.append(rows)
-    if not outputs:
+    found = segments.rows(num_rows, device, patch.name)
+    views_of = [loaded_view_for(layer, entry, call.plan, patch) for entry in entries]
+    if not found:
         return run(views.check_loaded(views.view_of(layer, {})), slice(0, 0))
-    positions = None
-    if segments.permutation is not None:
-        positions = torch.cat([rows for rows in order if isinstance(rows, Tensor)]).argsort()
+    parts = [run(views_of[index], rows) for index, rows in found]
+    if len(parts) == 1:
+        return parts[0]
+    labels = [label(entries[index], call.plan) for index, _ in found]
+    outputs = Outputs(patch.name, segments, parts, labels, dim_of)
+    if not (is_known or outputs.is_certain or outputs.spec == patch.outputs):
+        both = torch.cat([torch.arange(num_rows, device=device)[rows] for _, rows in found[:2]])
+        with _without_traces(views_of[found[0][0]]) as view:
+            outputs.check_grows(run(view, both))
+        patch.outputs = outputs.spec
+    return outputs.joined()
 
-    def join(parts: Sequence[Any], dim: int) -> Any:
-        if all(part is None for part in parts):
-            return None
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise UnsupportedError(
-                f"{patch.name} returned a {type(parts[0]).__name__}, which can't be put together from segments: "
-                "expected a tensor. Remove the adapters from this layer, or run them one at a time."
-            )
-        result = torch.cat(list(parts), dim)
-        return result if positions is None else result.index_select(dim, positions)
 
-    if isinstance(outputs[0], tuple) and dims:
-        return tuple(join(parts, dim) for parts, dim in zip(zip(*outputs), dims))
-    return join(outputs, 0)
+@contextmanager
+def _without_traces(view: nn.Module) -> Iterator[Any]:
+    """Let a module run once more as if it hadn't."""
+    before = [(buffer, buffer.clone()) for buffer in view.buffers()]
+    devices = {parameter.device for parameter in view.parameters() if parameter.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+        yield view
+    for buffer, value in before:
+        buffer.data.copy_(value)  # which autograd isn't told
+
+
+def label(entry: Entry, plan: BatchPlan) -> str:
+    """How messages name what a segment runs under."""
+    names = [repr(plan.adapters[slot].name) for slot in ids_of(entry)]
+    return f"the mixture of {' and '.join(names)}" if isinstance(entry, tuple) else "".join(names) or "no adapter"

@@ -5,6 +5,7 @@ A handler is a function in the place of the layer's ``forward``. Without an acti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ from peft_multibatch.compat import (
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers.linear import linear
+from peft_multibatch.layers.other_order import attention, tiled, tiled_experts
 from peft_multibatch.layers.patch import is_replaced
-from peft_multibatch.layers.per_segment import attention, base_only, per_segment, replaced, tiled_experts
+from peft_multibatch.layers.per_segment import PER_SEGMENT_ALONG, base_only, per_segment, replaced
 
 
 PER_SEGMENT = "per segment"
@@ -78,6 +80,22 @@ def _has_media(config: Any) -> bool:
     return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
+def _is_spliced(model: Any) -> bool:
+    """Whether what a model reads of pictures or sound goes in between its text, in any number for a sample.
+
+    The configuration alone doesn't tell: image classifiers have that of the dual encoder which their tower is from.
+    """
+    reads_text = "input_ids" in inspect.signature(type(model).forward).parameters
+    return reads_text and _has_media(model.config) and not is_dual_encoder(model)
+
+
+def is_dual_encoder(model: Any) -> bool:
+    """Whether a model reads text and pictures or sound apart, to compare them, as CLIP: one of each for a sample."""
+    own = getattr(model, "_parameters", ())
+    is_scaled = any(name.startswith(("logit_scale", "temperature")) for name in own)
+    return is_scaled and _has_media(getattr(model, "config", None))
+
+
 class Choice(NamedTuple):
     """How a layer runs.
 
@@ -93,13 +111,13 @@ class Choice(NamedTuple):
     refusal: str = ""
 
 
-def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Choice:
+def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choice:
     """How a layer runs, which depends on what it is and where, and not on the adapters that it has.
 
     Args:
         name: the layer's name in the model, for messages.
         layer: a PEFT layer.
-        config: the model's transformers configuration, or None.
+        model: the model that holds it, for what is known of its type.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
     if is_replaced(layer):
@@ -110,13 +128,13 @@ def choose(name: str, layer: Any, config: Any, is_gathered: bool = False) -> Cho
             "or run the adapters one at a time without adapter_ids.",
         )
     try:
-        return Choice(*_find_handler(name, layer, config, is_gathered))
+        return Choice(*_find_handler(name, layer, model, is_gathered))
     except UnsupportedError as error:
         return Choice(base_only, "adapters that have anything in it are refused", str(error))
 
 
-def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
-    kind = type(layer).__name__
+def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
+    kind, config = type(layer).__name__, getattr(model, "config", None)
     expected = "expected LoRA layers that see the rows of each sample together"
     advice = "Remove the adapters from it, or run the adapters one at a time without adapter_ids."
     handler = next((HANDLERS[cls] for cls in type(layer).__mro__ if cls in HANDLERS), None)
@@ -124,7 +142,7 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
     if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
     known = architectures.why_refused(config, name)
-    if known:
+    if config is not None and known:
         raise UnsupportedError(
             f"{name} belongs to a model of the type {config.model_type!r}, and {known}: {expected}. {advice}"
         )
@@ -133,10 +151,16 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
     words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
-    if _has_media(config) and any(word in part for part in parts for word in words):
+    if any(word in part for part in parts for word in words) and config is not None and _is_spliced(model):
         raise UnsupportedError(
             f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
             f"frames, not samples: {expected}. {advice}"
+        )
+    if getattr(config, "sparse_prediction", False) and parts[0] in ("head", "decoder"):
+        raise UnsupportedError(
+            f"{name} sees the tokens that labels select out of all samples, because the model's configuration has "
+            f"sparse_prediction=True: {expected}. Set it to False, or leave the layer out of target_modules and "
+            "modules_to_save."
         )
     base = getattr(layer, "base_layer", None)
     if isinstance(base, BaseTunerLayer) and not (isinstance(layer, lora.ParamWrapper) and type(base) is type(layer)):
@@ -155,6 +179,11 @@ def _find_handler(name: str, layer: Any, config: Any, is_gathered: bool) -> tupl
         shards.check_gathered(name, layer, advice)
     elif shards.is_sharded(layer):
         shards.check(name, layer, advice)
+    behind = architectures.dim_of_samples(config, name)
+    if behind:
+        return PER_SEGMENT_ALONG[behind], f"its samples are in dimension {behind}"
+    if architectures.is_tiled(config, name):
+        return tiled, "the model gives it all samples more than once"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
         return handler, f"{what} runs PEFT's own code"

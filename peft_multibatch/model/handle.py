@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -21,18 +20,12 @@ from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import AuxiliaryTrainingWrapper
-from peft_multibatch.errors import (
-    AdapterIdsError,
-    ModelStateError,
-    MultibatchError,
-    NotEnabledError,
-    UnsupportedError,
-)
+from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
-from peft_multibatch.model.replay import CHECKPOINT, WithIds
+from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.stored import StoredLayers
 from peft_multibatch.model.wrap import check_length, wrap
@@ -66,6 +59,7 @@ class Handle:
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
+        self._positions: dict[nn.Module, SharedPositions] = {}
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
@@ -162,17 +156,17 @@ class Handle:
         self._stored.remove()
         for layer in self._layers.values():
             layer.remove()
+        for attention in self._positions.values():
+            attention.remove()
         for group in self._groups:
             group.part_weights()
-        for module in self._inner.modules():
-            if isinstance(module.__dict__.get(CHECKPOINT), WithIds):
-                module.__dict__[CHECKPOINT] = module.__dict__[CHECKPOINT].original
+        self._router.replays.end()
         for undo in [undo for undos in self._attached.values() for undo in reversed(undos)]:
             undo()
         notices.listeners.discard(self)
         attached = [self._outer, *self._attached]
         # let go of the model
-        self._layers, self._groups, self._attached = {}, [], {}
+        self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
         unwatch(self._inner, attached)
         self._scan = None
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), nn.Module())
@@ -233,12 +227,6 @@ class Handle:
             disabled += self._stored.layers  # which PEFT doesn't know
         for group in self._groups:
             group.check_weights()
-        if torch.is_grad_enabled():
-            assert self._scan is not None
-            for module in self._scan.modules:
-                checkpoint = module.__dict__.get(CHECKPOINT)
-                if checkpoint is not None and not isinstance(checkpoint, WithIds):
-                    module.__dict__[CHECKPOINT] = WithIds(self._router, checkpoint)
         return frozenset(disabled)
 
     def _refresh(self) -> None:
@@ -275,11 +263,12 @@ class Handle:
                 self._layers.pop(layer).remove()
             layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
             self._layers = layers | self._stored.update(scan, layers)
-            router.is_gathered = is_gathered
+            router.is_gathered, router.buffers = is_gathered, scan.buffers
             if before != {each: known.refusal for each, known in self._layers.items()}:
                 self._registry.forget()  # what was read elsewhere may be inside of another layer by now
             self._registry.source.layers = tuple(layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
+            attach(self._positions, scan.names, router)
             self._regroup()
             router.forget()
             self._scan, self._changes = scan, changes
@@ -299,7 +288,7 @@ class Handle:
         is_same = known is not None and is_gathered == self._router.is_gathered
         if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # whose inside may get adapters
             return
-        choice = handlers.choose(name, layer, getattr(self._inner, "config", None), is_gathered)
+        choice = handlers.choose(name, layer, self._inner, is_gathered)
         if known is None:
             if layer.__dict__.get(STATE) is not None:
                 raise ModelStateError(

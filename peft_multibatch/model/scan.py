@@ -32,7 +32,8 @@ class LayerScan:
     Attributes:
         layers: each layer, once wherever it is shared, and its name in the model.
         modules: all others, however many adapters there are.
-        names: of these, the ones that may have PEFT layers as children, and how such children's names begin.
+        buffers: the dictionaries of these that hold any.
+        names: of the modules, the ones that may have PEFT layers as children, and how such children's names begin.
 
     Raises:
         UnsupportedError: a part of the model is wrapped so that layers don't hold their weights as they compute.
@@ -46,6 +47,7 @@ class LayerScan:
         self.modules = [model]
         self.names: dict[nn.Module, str] = {}
         self._visit(model, "")
+        self.buffers = [module._buffers for module in self.modules if module._buffers]
         self._types = list(map(type, self.modules))  # which fully_shard changes
         if any(isinstance(module, shards.FLATTENED) for module in self.modules):
             raise UnsupportedError(

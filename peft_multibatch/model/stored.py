@@ -82,7 +82,7 @@ class StoredLayers:
                 )
             check_plain(module, place, places[module.rpartition(".")[0]])
             layer = layer_for(place)
-            choice = handlers.choose(module, layer, getattr(self._model, "config", None))
+            choice = handlers.choose(module, layer, self._model)
             _check(name, module, getattr(choice.handler, "is_fast", False), choice.reason, choice.refusal)
             found[module] = layer
             new.append((place, (layer, module, *choice)))

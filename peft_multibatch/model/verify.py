@@ -11,7 +11,7 @@ have the samples in any dimension.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer, PeftModel, set_adapter
-from peft_multibatch.errors import AdapterIdsLengthError
+from peft_multibatch.errors import AdapterIdsLengthError, MultibatchError
 from peft_multibatch.plan.ids import Entry
 from peft_multibatch.plan.segments import BASE
 from peft_multibatch.report import LayerCheck, OutputCheck, Verification
@@ -36,6 +36,7 @@ class Verifier:
         model: what is called.
         inner: the model that holds the layers.
         layers: the patched layers and their names.
+        in_order: names of those whose rows count as the samples' in order.
         entries: what each sample runs under.
         names: names of the adapters that entries mention.
         inputs: keyword arguments of the call.
@@ -47,6 +48,7 @@ class Verifier:
         model: nn.Module,
         inner: nn.Module,
         layers: Mapping[nn.Module, str],
+        in_order: Collection[str],
         entries: Sequence[Entry],
         names: Mapping[int, str | None],
         inputs: dict[str, Any],
@@ -57,9 +59,10 @@ class Verifier:
                 f"verify was called with {len(entries)} adapter ids: expected at least two samples, because what "
                 "belongs to which is found by exchanging them. Pass a batch of three or four different samples."
             )
-        self._model, self._inner, self._layers = model, inner, layers
+        self._model, self._inner, self._layers, self._in_order = model, inner, layers, in_order
         self._entries, self._names, self._inputs = entries, names, inputs
         dtypes = [each.dtype for each in inner.parameters() if each.dtype in TOLERANCES]
+        self._unexchanged: list[int] = []
         self._tolerance = tolerance or max((TOLERANCES[dtype] for dtype in set(dtypes)), default=1e-4)
 
     def run(self, adapter_ids: Any) -> Verification:
@@ -79,10 +82,7 @@ class Verifier:
                     errors[index] = max(errors[index], self._row_error(actual, expected, samples))
         with self._under(BASE):
             base, rows = self._call(self._inputs, keeps_inputs=True)
-            exchanged = [
-                self._call(_exchanged(self._inputs, sample, len(self._entries)), keeps_inputs=True)
-                for sample in range(len(self._entries))
-            ]
+            exchanged = [self._exchange(sample) for sample in range(len(self._entries))]
         outputs = tuple(
             self._check_output(name, value, base, [each[0] for each in exchanged], references)
             for name, value in mixed.items()
@@ -93,6 +93,18 @@ class Verifier:
             for index, (layer, _) in enumerate(inside)
         )
         return Verification(outputs, layers, self._tolerance)
+
+    def _exchange(self, sample: int) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
+        """The base model with one sample exchanged; nothing where the model can't take another one in its place."""
+        try:
+            return self._call(_exchanged(self._inputs, sample, len(self._entries)), keeps_inputs=True)
+        except MultibatchError:
+            raise
+        except (
+            Exception
+        ):  # such as other numbers of images, which belong to inputs of which nobody knows whose they are
+            self._unexchanged.append(sample)
+            return {}, []
 
     def _call(self, inputs: dict[str, Any], keeps_inputs: bool) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
         """What the model returns, and what went into or came out of its layers, in the order in which they ran."""
@@ -123,7 +135,7 @@ class Verifier:
     def _row_error(self, actual: Tensor, expected: Tensor, samples: Sequence[int]) -> float:
         """The largest error in the rows that count as some samples', as a part of the largest value."""
         count = len(self._entries)
-        if actual.shape != expected.shape or not actual.dim() or len(actual) % count:
+        if actual.shape != expected.shape or not actual.numel() or not actual.dim() or len(actual) % count:
             return 0.0  # whose rows they are is told by the outputs
         rows = [each.unflatten(0, (count, -1))[list(samples)] for each in (actual, expected)]
         return (
@@ -132,8 +144,8 @@ class Verifier:
 
     def _strangers(self, index: int, base: list, exchanged: list[list]) -> str:
         """Why the rows of a layer's input can't be the samples' in their order; the empty string if they can."""
-        count, (_, rows) = len(self._entries), base[index]
-        if not rows.dim() or len(rows) % count:
+        count, (name, rows) = len(self._entries), base[index]
+        if name not in self._in_order or not rows.numel() or not rows.dim() or len(rows) % count:
             return ""  # which the call refuses
         scale = rows.abs().max().clamp_min(TINY)
         parts = rows.unflatten(0, (count, -1))
@@ -142,7 +154,7 @@ class Verifier:
             if len(each) != len(base) or each[index][1].shape != rows.shape:
                 return ""
             change = (each[index][1].unflatten(0, (count, -1)) - parts).abs().flatten(1)
-            largest = change.max(1).values / scale if change.numel() else torch.zeros(count)
+            largest = change.max(1).values / scale
             others = [other for other in range(count) if other != sample and largest[other] > self._tolerance]
             if others:
                 return f"rows that count as sample {others[0]}'s change with sample {sample}"
@@ -160,11 +172,13 @@ class Verifier:
         references: dict[Entry, dict[str, Tensor]],
     ) -> OutputCheck:
         shape, known = tuple(actual.shape), [*references.values(), base, *exchanged]
-        if any(name not in each or each[name].shape != actual.shape for each in known):
+        if any(each and (name not in each or each[name].shape != actual.shape) for each in known):
             return OutputCheck(name, shape, 0.0, (), "its shape depends on the samples or the adapters: not compared")
-        owners = _owners(base[name], [each[name] for each in exchanged], self._tolerance)
+        owners = _owners(base[name], [each.get(name, base[name]) for each in exchanged], self._tolerance)
+        if len(self._unexchanged) == len(exchanged):  # then nothing tells but what users expect
+            owners = _parts(actual.shape, 0, len(exchanged)) if actual.dim() else None
         if owners is None:
-            return OutputCheck(name, shape, 0.0, (), "every part of it depends on several samples: not compared")
+            return OutputCheck(name, shape, 0.0, (), "parts of it depend on several samples: not compared")
         scale = max(float(each[name].abs().max()) if actual.numel() else 0.0 for each in references.values())
         wrong, largest, spread = [], 0.0, 0.0
         for sample, (entry, own) in enumerate(zip(self._entries, owners)):
@@ -183,7 +197,9 @@ class Verifier:
         elif spread <= self._tolerance * scale:
             note = "it is the same under all of these adapters: nothing could be seen"
         elif sum(int(own.sum()) for own in owners) < actual.numel():
-            note = "a part of it depends on several samples or on none: the rest was compared"
+            note = "a part of it depends on no sample: the rest was compared"
+        elif self._unexchanged:
+            note = f"samples {', '.join(map(str, self._unexchanged))} can't be exchanged: compared by their order"
         return OutputCheck(name, shape, largest, tuple(wrong), note)
 
 
@@ -241,24 +257,31 @@ def _exchanged(value: Any, sample: int, count: int) -> Any:
 
 
 def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Tensor] | None:
-    """Which elements are which sample's, a mask for each; None where all that change do so with several samples."""
+    """Which elements are which sample's, a mask for each; None where some change with several samples.
+
+    In a model that mixes samples nothing has a reference, whatever it is that happened to change.
+    """
     scale = base.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(TINY) if base.numel() else TINY
     changes = [(each - base).abs().nan_to_num(0.0) > tolerance * scale for each in exchanged]
-    count = len(changes)
-    for dim, size in enumerate(base.shape):
-        if size % count:
+    for dim in range(base.dim()):
+        masks = _parts(base.shape, dim, len(changes))
+        if masks is None or not any(change.any() for change in changes):
             continue
-        masks = []
-        for sample in range(count):
-            mask = torch.zeros(base.shape, dtype=torch.bool)
-            mask.narrow(dim, sample * (size // count), size // count).fill_(True)
-            masks.append(mask)
-        if all(change.any() for change in changes) and not any((c & ~mask).any() for c, mask in zip(changes, masks)):
+        if not any((change & ~mask).any() for change, mask in zip(changes, masks)):
             return masks
     times = torch.stack(changes).sum(0)
-    if (times > 1).any() and not (times == 1).any():
+    return None if (times > 1).any() else changes
+
+
+def _parts(shape: Sequence[int], dim: int, count: int) -> list[Tensor] | None:
+    """The elements of each sample where a dimension has their rows in order; None where it can't have them."""
+    size = shape[dim] // count
+    if shape[dim] % count:
         return None
-    return [change & (times == 1) for change in changes]
+    masks = [torch.zeros(shape, dtype=torch.bool) for _ in range(count)]
+    for sample, mask in enumerate(masks):
+        mask.narrow(dim, sample * size, size).fill_(True)
+    return masks
 
 
 def _flat(value: Any, name: str) -> dict[str, Tensor]:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.call import Call, Invocations
+from peft_multibatch.calls.origin import Origin
 from peft_multibatch.compat import calculate_alora_offsets
-from peft_multibatch.errors import AdapterIdsError, AdapterIdsLengthError, NotEnabledError, UnsupportedError
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    AdapterIdsLengthError,
+    ModelStateError,
+    NotEnabledError,
+    UnsupportedError,
+)
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
+from peft_multibatch.layers.table import is_dual_encoder
+from peft_multibatch.model.callers import check_order, check_prompts, reads
+from peft_multibatch.plan.ids import check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
 
 
@@ -27,6 +37,7 @@ INPUTS = (
     "input_features",
     "input_values",
     "pixel_values",
+    "past_values",
     "decoder_input_ids",
 )
 
@@ -45,6 +56,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         return lambda: None
     attribute = own_attribute(module, method)
     own, owner = module.__dict__.get(attribute), weakref.ref(module)
+    parameters = frozenset(inspect.signature(function).parameters)
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
     def wrapper(self, *args, **kwargs):
@@ -57,7 +69,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             args = args[1:]
         passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
         if torch.compiler.is_compiling():
-            if passed:
+            is_asked = self is getattr(handle, "_inner", self)  # and not the PeftModel around it, which takes anything
+            if passed or (is_asked and any(speaks_of_adapters(name) for name in kwargs if name not in parameters)):
                 raise UnsupportedError(
                     "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
                     "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
@@ -65,15 +78,18 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             if handle is not None and self is handle._inner:
                 thread = handle._router.graph.here.thread
                 if thread.samples:
-                    check_length(thread.samples, _num_samples(args, kwargs))
+                    check_length(thread.samples, _num_samples(None, args, kwargs))
             return original(*args, **kwargs)
+        if handle is not None:
+            _check_attention(self, kwargs)
         adapter_ids = pop_ids(kwargs) if passed else None
+        check_keywords(method, kwargs, lambda name: reads(self, name, kwargs.get("custom_generate")))
         if adapter_ids is not None and handle is None:
             raise copy_error()
-        call = handle._router.active() if handle is not None else None
+        call = handle._router.look() if handle is not None and adapter_ids is None else None
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
-        samples = _num_samples(args, kwargs)
+        samples = _num_samples(self, args, kwargs)
         if method == "generate":
             if kwargs.get("generation_mode") == "image":
                 raise UnsupportedError(
@@ -85,30 +101,84 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             samples = 1 if samples is None else samples  # what transformers begins with where it is given nothing
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
-                own_call.inside = True
-                own_call.invocations = _invocations(handle, own_call, args, kwargs)
-                return original(*args, **kwargs)
+                return _run(handle, own_call, original, args, kwargs)
         assert call is not None
         if call.inside:
             if self is handle._inner:
                 call.check_rows(samples)
-                if call.invocations is not None and method == "forward":
-                    call.invocations.step(*_num_tokens(args, kwargs))
+                if method == "forward":
+                    if call.invocations is not None:
+                        call.invocations.step(*_num_tokens(args, kwargs))
+                    if call.prompts is not None:
+                        check_prompts(call, kwargs.get("input_ids", args[0] if args else None), kwargs)
             return original(*args, **kwargs)
         # a block of `batch()` is open, and much may have happened to the model since it began
         base_layers = handle._check(call.plan.ids_in_use)
         if not handle._has_layers(self):
             return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
         check_length(len(call.plan.ids), samples)
+        check_order(call.plan.ids)
+        call.is_used = True
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
-            own_call.inside = True
-            own_call.invocations = _invocations(handle, own_call, args, kwargs)
-            return original(*args, **kwargs)
+            return _run(handle, own_call, original, args, kwargs, call.origin)
 
     wrapper.__name__, wrapper.__doc__ = method, function.__doc__
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
-    wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return Replacement(module, attribute, types.MethodType(wrapper, module)).undo
+    wrapper.__signature__ = with_ids(inspect.signature(function))  # type: ignore[attr-defined]
+    bound = types.MethodType(wrapper, module)
+    undo, hooked = Replacement(module, attribute, bound).undo, getattr(module, method)
+    if attribute == method or not hasattr(hooked, "__wrapped__"):
+        return undo
+    before, hooked.__wrapped__ = hooked.__wrapped__, bound  # whose parameters accelerate's stands for
+
+    def undo_both() -> None:
+        undo()
+        if hooked.__wrapped__ is bound:
+            hooked.__wrapped__ = before
+
+    return undo_both
+
+
+def with_ids(signature: inspect.Signature) -> inspect.Signature:
+    """A signature that names ``adapter_ids``, after which Trainer looks for the columns that a model reads."""
+    named = inspect.Parameter("adapter_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [each for each in signature.parameters.values() if each.name != named.name]
+    last = len(parameters) - bool(parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*parameters[:last], named, *parameters[last:]])
+
+
+def _run(
+    handle: Any,
+    call: Call,
+    original: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    origin: Origin | None = None,
+) -> Any:
+    """Run a method whose ids were checked against its samples.
+
+    Args:
+        origin: where the ids became active, if that was before the method was called.
+    """
+    call.begin_model(_invocations(handle, call, args, kwargs))
+    if origin is not None:
+        handle._router.replays.note(call, origin)
+    if kwargs.get("custom_generate") is not None:
+        prompts = _first_tensor([kwargs.get(name) for name in INPUTS[:2]] + [args])
+        is_tokens = prompts is not None and prompts.dim() == 2 and not prompts.is_floating_point()
+        call.prompts = prompts if is_tokens else None
+    return original(*args, **kwargs)
+
+
+def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where a call would run without a causal mask, because the model's attention is that of packed steps."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "paged|eager" and "write_index" not in kwargs and kwargs.get("cache_implementation") != "paged":
+        raise ModelStateError(
+            "the model was called while continuous batching runs on it with the attention 'paged|eager', which sees "
+            "tokens that are yet to come in any other call: expected no calls beside it. Load the model with "
+            "attn_implementation='sdpa', or wait until the manager has stopped."
+        )
 
 
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
@@ -188,11 +258,34 @@ def pop_ids(kwargs: dict[str, Any]) -> Any:
     return adapter_names if adapter_ids is None else adapter_ids
 
 
-def _num_samples(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Size of the batch that a call of the model brings, or None where none of its arguments tells."""
-    tensor = _first_tensor([kwargs.get(name) for name in INPUTS]) if kwargs else None
-    if tensor is None:
-        tensor = _first_tensor([args, kwargs])
+def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Size of the batch that a call of the model brings, or None where none of its arguments tells.
+
+    Raises:
+        AdapterIdsLengthError: texts and images, or sounds, that are to be compared aren't as many.
+    """
+    if is_dual_encoder(model):
+        names = inspect.signature(type(model).forward).parameters
+        given = {**dict(zip(names, (model, *args))), **kwargs}
+        sizes = {name: size for name in INPUTS if (size := _num_rows(given.get(name))) is not None}
+        if len(set(sizes.values())) > 1:
+            raise AdapterIdsLengthError(
+                f"adapter_ids was passed with {', '.join(f'{size} {name}' for name, size in sizes.items())}: expected "
+                "as many of each, because an id is one for a text and an image, or a sound. Call the model with "
+                "pairs, or encode texts and images in calls of their own."
+            )
+    for value in [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]:
+        size = _num_rows(value)
+        if size is not None:
+            return size
+    return None
+
+
+def _num_rows(value: Any) -> int | None:
+    """Size of the batch that an argument brings: a tensor with the samples in front, or a list with one for each."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) and x.dim() == 1 for x in value):
+        return len(value)  # series, each as long as it likes
+    tensor = _first_tensor([value])
     return tensor.shape[0] if tensor is not None and tensor.dim() else None
 
 

@@ -15,6 +15,7 @@ that one compiled graph serves any mix of adapters. Inference does both at once,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,8 @@ def expand(
 
 @shrink.register_fake
 def _(x, weights, plan, ranks):
-    shape = (x.shape[0], ranks.shape[1], reference.max_rank(weights, dim=0))
+    rank = functools.reduce(torch.sym_max, (weight.shape[0] for weight in weights), 0)  # so that no graph fixes whose
+    shape = (x.shape[0], ranks.shape[1], rank)
     return x.new_empty(shape, dtype=torch_backend.accumulator(x, *weights))
 
 

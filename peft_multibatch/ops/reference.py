@@ -48,5 +48,5 @@ def _row_slots(plan: Tensor, rows: int) -> list[tuple[int, float]]:
     segments = Segments.unpack(plan)
     found: dict[int, tuple[int, float]] = {}
     for (slot, own), weight in zip(segments.rows(rows, torch.device("cpu")), segments.scales):
-        found |= dict.fromkeys(torch.arange(rows)[own].tolist(), (slot, weight))
+        found |= dict.fromkeys(torch.arange(rows, dtype=torch.int64, device="cpu")[own].tolist(), (slot, weight))
     return [found[row] for row in range(rows)]

@@ -188,9 +188,9 @@ def product(
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)
-    strides = [ys[0].stride(-2)] * len(widths) if is_whole else [y.stride(-2) for y in ys]
+    strides = [_row_stride(ys[0])] * len(widths) if is_whole else map(_row_stride, ys)
     key = ProductKey(
-        x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], x.stride(-2),
+        x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], _row_stride(x),
         tuple(widths), tuple(strides), is_whole,
         num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned,
     )  # fmt: skip
@@ -281,6 +281,11 @@ def _rows(x: Tensor) -> Tensor:
         return x
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements between two rows. A contiguous tensor may have any stride where a size is 1, as ``[T, 1, K]``."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def runs_on(x: Tensor) -> bool:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from peft_multibatch.errors import AdapterIdsLengthError, AdapterIdsTypeError, NoAdaptersError, UnknownAdapterError
+from peft_multibatch.errors import (
+    AdapterIdsError,
+    AdapterIdsLengthError,
+    AdapterIdsTypeError,
+    NoAdaptersError,
+    UnknownAdapterError,
+)
 from peft_multibatch.plan.names import AdapterNames
 from peft_multibatch.plan.segments import BASE
 
@@ -39,6 +46,7 @@ def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
     Raises:
         AdapterIdsTypeError: something else was passed, or an entry is neither an integer nor a string nor a mixture.
         UnknownAdapterError: no adapter has this id or name.
+        AdapterIdsError: an adapter has the name that stands for the base model.
         NoAdaptersError: there is no adapter at all.
     """
     if isinstance(adapter_ids, torch.Tensor):
@@ -80,6 +88,43 @@ def components(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | 
         pairs = [part[index] if index < len(part) else (BASE, 1.0) for part in parts]
         found.append(([each for each, _ in pairs], [weight for _, weight in pairs]))
     return found
+
+
+def check_keywords(
+    method: str,
+    given: Mapping[str, Any],
+    is_known: Callable[[str], bool] = lambda name: False,
+    takes: str = "adapter_ids",
+) -> None:
+    """Raise where ids came under a keyword that nothing reads, so that they would be ignored.
+
+    Args:
+        method: what was called.
+        given: its keyword arguments, without those that are read.
+        is_known: whether the model reads a keyword that looks like one for adapters.
+        takes: the keyword for ids.
+
+    Raises:
+        AdapterIdsTypeError: they did.
+    """
+    for keyword, value in given.items():
+        if value is not None and _is_like_ids(keyword) and not is_known(keyword):
+            raise AdapterIdsTypeError(
+                f"{method} got the argument {keyword}, which nothing reads: expected {takes} where adapters are "
+                f"meant. Write {takes}=..., or leave it out."
+            )
+
+
+def speaks_of_adapters(keyword: str) -> bool:
+    """Whether a keyword has a word for adapters in it. Compiled code may ask."""
+    word = keyword.lower()
+    return "adapter" in word or "adaptor" in word or word.startswith(("lora", "peft")) or "_lora" in word
+
+
+@functools.lru_cache(1024)
+def _is_like_ids(keyword: str) -> bool:
+    near = difflib.get_close_matches(keyword.lower(), ("adapter_ids", "adapter_names"), 1, 0.8)
+    return speaks_of_adapters(keyword) or bool(near)
 
 
 def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
@@ -160,6 +205,12 @@ def _mixture(entry: Mapping[Any, Any], index: int, names: AdapterNames) -> Entry
 
 def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if isinstance(entry, str):
+        if entry == BASE_NAME and BASE_NAME in names.ids:
+            raise AdapterIdsError(
+                f"adapter_ids[{index}] is {BASE_NAME!r}, which stands for the base model alone, and an adapter has "
+                f"this name: expected another name for it. Write {BASE} for the base model, or "
+                f"{names.ids[BASE_NAME]} for the adapter."
+            )
         number = BASE if entry == BASE_NAME else names.ids.get(entry)
         if number is None:
             raise UnknownAdapterError(

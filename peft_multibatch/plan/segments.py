@@ -81,7 +81,7 @@ class Segments:
             bits = torch.as_tensor(weights, dtype=torch.float32, device="cpu").view(torch.int32)
             keys = torch.stack([bits, keys], dim=1).view(torch.int64).flatten()
         if lens is not None:
-            keys = keys.repeat_interleave(torch.as_tensor(lens, device="cpu"))
+            keys = keys.repeat_interleave(torch.as_tensor(lens, dtype=torch.int64, device="cpu"))
         distinct, seg_lens = torch.unique_consecutive(keys, return_counts=True)
         permutation = None
         if distinct.unique().numel() < distinct.numel():
@@ -148,7 +148,7 @@ class Segments:
         weights = None if self.weights is None else self.weights.repeat_interleave(parts)
         return Segments(self.weight_indices.repeat_interleave(parts), seg_indptr, self.permutation, weights)
 
-    def rows(self, num_rows: int, device: torch.device) -> list[tuple[int, slice | Tensor]]:
+    def rows(self, num_rows: int, device: torch.device, layer: object = "a layer") -> list[tuple[int, slice | Tensor]]:
         """The rows of each segment in a tensor whose dimension 0 holds the entries' rows, ``T // E`` for every entry.
 
         Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so that one plan
@@ -157,36 +157,45 @@ class Segments:
         Args:
             num_rows: ``T``, the size of dimension 0.
             device: where index tensors are wanted.
+            layer: how messages name what has the rows.
 
         Returns:
             (slot, rows) of every segment. Rows are a slice, which costs nothing, or an int64 tensor where a
             permutation is in force.
 
         Raises:
-            RowMappingError: the number of rows is no multiple of the number of entries.
+            RowMappingError: the number of rows is no multiple of the number of entries, of which there are several
+                kinds.
         """
+        if self.num_segments == 1:
+            return [(slot, slice(0, num_rows)) for slot, _, _ in self.spans]
         key = num_rows, device
         if key not in self._rows:
             if len(self._rows) >= MOST_SHAPES:  # prompts of ever new lengths must not fill the memory
                 self._rows.clear()
-            per_entry = self.rows_per_entry(num_rows)
+            per_entry = self.rows_per_entry(num_rows, layer)
             with torch.inference_mode(False):  # kept for other calls, which may want gradients
                 self._rows[key] = [
                     (slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans
                 ]
         return self._rows[key]
 
-    def rows_per_entry(self, num_rows: int) -> int:
+    def rows_per_entry(self, num_rows: int, layer: object = "a layer") -> int:
         """Rows of every entry in a tensor of this many rows.
+
+        Args:
+            num_rows: the size of dimension 0.
+            layer: how messages name what has the rows.
 
         Raises:
             RowMappingError: the number of rows is no multiple of the number of entries.
         """
         if num_rows % max(self.num_entries, 1):
             raise RowMappingError(
-                f"a layer received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
+                f"{layer} received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
                 f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample of "
-                "the batch; a layer that gathers or drops rows can't take part in a mixed batch."
+                "the batch; leave a layer that gathers or drops rows, or sees positions alone, out of target_modules, "
+                "or give all samples of a batch the same adapter."
             )
         return num_rows // max(self.num_entries, 1)
 
@@ -198,7 +207,7 @@ class Segments:
         if self.permutation is None:
             return slice(start * per_entry, stop * per_entry)
         entries = self.permutation[start:stop, None].long()
-        return (entries * per_entry + torch.arange(per_entry, device="cpu")).flatten().to(device)
+        return (entries * per_entry + torch.arange(per_entry, dtype=torch.int64, device="cpu")).flatten().to(device)
 
     def pack(self) -> Tensor:
         """The plan as one int32 tensor, the form in which it travels to a device.
@@ -209,7 +218,7 @@ class Segments:
         """
         is_permuted = self.permutation is not None
         header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
-        weights = torch.ones(self.num_segments, device="cpu") if self.weights is None else self.weights
+        weights = torch.tensor(self.scales, dtype=torch.float32, device="cpu")
         triples = torch.zeros(self.num_segments + 1, 3, dtype=torch.int32, device="cpu")
         triples[:-1, 0], triples[-1, 0] = self.weight_indices, BASE
         triples[:, 1] = self.seg_indptr

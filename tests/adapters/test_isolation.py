@@ -158,25 +158,27 @@ def test_dropout_costs_the_rows_of_its_own_adapter_alone(monkeypatch):
     assert set(ran) == {2}
 
 
-def clip():
+def segmenting_clip():
     shared = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     text = {**shared, "vocab_size": 50, "max_position_embeddings": 16, "eos_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config={**shared, "image_size": 8, "patch_size": 4}, projection_dim=8
+    vision = {**shared, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPSegConfig(
+        text_config=text, vision_config=vision, projection_dim=8, extract_layers=[0], reduce_dim=8
     )
     torch.manual_seed(0)
     shared = {"r": 2, "init_lora_weights": False}
+    model = transformers.CLIPSegForImageSegmentation(config)
     return (
-        get_peft_model(transformers.CLIPModel(config), LoraConfig(target_modules=r"text.*q_proj", **shared), "text"),
-        LoraConfig(target_modules=r"(vision|text).*v_proj", **shared),
+        get_peft_model(model, LoraConfig(target_modules=r".*text.*q_proj", **shared), "text"),
+        LoraConfig(target_modules=r".*(vision|text).*v_proj", **shared),
     )
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 def test_an_adapter_that_cannot_be_mixed_is_refused_and_the_others_run():
-    model, config = clip()
+    model, config = segmenting_clip()
     model.eval()
-    text, ids = model.base_model.model.text_model, torch.randint(2, 50, (4, 5))
+    text, ids = model.base_model.model.clip.text_model, torch.randint(2, 50, (4, 5))
     names = ["text", "__base__", "text", "text"]
     with torch.no_grad():
         right = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import left_padded, lora_configs, peft_model
 from tolerances import assert_close
+from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import constant_folding
 
 import peft_multibatch
@@ -246,6 +247,70 @@ def test_training_through_aot_autograd():
     assert_close(gradients(compiled_run), gradients(lambda: model(**left_padded(), adapter_ids=MIXES[0])))
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer):
+    """Gradients are None where eager training has None, whatever came before, and weight decay moves nobody else."""
+    mixes = [[0] * 6, [1, 1, 1, -1, -1, -1], [-1] * 6, [{"three": 0.5, "eight": 0.5}, 2, 2, 0, 0, -1], [2, 1, 0] * 2]
+
+    def train(compiles):
+        torch.manual_seed(0)
+        model = peft_model()
+        model.set_requires_grad(["three", "four", "eight"])
+        inner, mb, graphs = model.get_base_model(), peft_multibatch.enable(model), []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return aot_eager(graph, inputs)
+
+        run = torch.compile(inner, fullgraph=True, backend=backend) if compiles else inner
+        weights = {key: p for key, p in model.named_parameters() if "lora_" in key}
+        steps = optimizer(weights.values(), lr=0.01, weight_decay=0.1)
+        found = []
+        for number, mix in enumerate([*mixes, *mixes[:2]]):
+            with mb.batch([{"four": 0.1, "three": 0.9}] * 6), mb.batch(mix):  # those around it don't count
+                loss = run(**left_padded(), use_cache=False).logits.square().mean()
+            if loss.requires_grad:
+                loss.backward()
+            found.append({key: p.grad.clone() for key, p in weights.items() if p.grad is not None})
+            if number != 3:  # then gradients add up
+                steps.step()
+                steps.zero_grad()
+        return found, {key: p.detach() for key, p in weights.items()}, len(graphs)
+
+    torch._dynamo.reset()
+    wanted, weights, _ = train(False)
+    found, trained, graphs = train(True)
+    for each, want in zip(found, wanted):
+        assert each.keys() == want.keys()
+        for key in want:
+            assert_close(each[key], want[key])
+    for key, want in weights.items():
+        assert_close(trained[key], want)
+    assert graphs == 1
+
+
+def test_an_outer_block_that_goes_on_trains_again(layer):
+    layer, mb, x, _ = layer
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (fast, layer, fast):
+        with mb.batch([2] * 6):
+            run(x)
+            with mb.batch([1] * 6):
+                run(x)
+            run(x).square().mean().backward()
+        found = {key: p.grad for key, p in layer.named_parameters() if p.grad is not None}
+        layer.zero_grad()
+        assert found and all("eight" in key for key in found)
+    for frozen in (True, False, True, False):
+        for p in (layer.lora_A["eight"].weight, layer.lora_B["eight"].weight):
+            p.requires_grad_(not frozen)
+        with mb.batch([2, 1] * 3):
+            fast(x).square().mean().backward()
+        names = {name for name in ("eight", "four") if layer.lora_A[name].weight.grad is not None}
+        layer.zero_grad()
+        assert names == ({"four"} if frozen else {"eight", "four"})
+
+
 @pytest.fixture
 def layer(compiled):
     """One that trains, its handle, an input, and what gives the gradients of its adapters."""
@@ -300,7 +365,7 @@ def test_plans_are_no_constants_where_weights_are(compiled):
     _, mb, _, _ = compiled
     known, graph = mb._router.graph, torch.fx.Graph()
     take_plan = torch.ops.peft_multibatch.take_plan.default
-    graph.output(graph.call_function(take_plan, (graph.get_attr("plans"), [6, 5, 48], known.key, 0)))
+    graph.output(graph.call_function(take_plan, (graph.get_attr("plans"), [6, 5, 48], known.key, 0, False)))
     module = torch.fx.GraphModule({"plans": known.plans}, graph)
     with mb.batch(MIXES[0]):
         known.arm()  # as when a graph is made

@@ -6,11 +6,12 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from models import left_padded, lora_configs, peft_model, row_by_row
+from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
 
 import peft_multibatch
@@ -556,3 +557,39 @@ def test_a_capture_without_a_call_before_is_refused():
         refused = pytest.raises(peft_multibatch.ModelStateError, match="a call of the model")
         with mb.batch([0] * 6), refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
             model(**batch, use_cache=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_contiguous_tensor_with_odd_strides(device, place, launches):
+    """One token of every sample, transposed, as Mamba's mixers have it when they decode: strides of 1 in between."""
+    if device != DEVICE:
+        pytest.skip("the other device's turn")
+
+    def odd(x):
+        return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(16, 24), torch.nn.Linear(24, 8)
+
+        def forward(self, x):
+            if place == "input":
+                x = odd(x)
+                assert x.is_contiguous() and x.stride(1) == 1
+            return self.second(odd(self.first(x)))
+
+    config = LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False)
+    model = get_peft_model(Mixer(), config, "a").to(device).eval()
+    model.add_adapter("b", config)
+    peft_multibatch.enable(model, backend="triton")
+    x, names = torch.randn(4, 1, 16, device=device), ["a", "b", "__base__", "b"]
+    with torch.no_grad():
+        mixed = model(x, adapter_ids=names)
+        assert launches
+        for row, name in enumerate(names):
+            with model.disable_adapter() if name == "__base__" else nullcontext():
+                if name != "__base__":
+                    model.set_adapter(name)
+                assert_close(mixed[row], model(x)[row])

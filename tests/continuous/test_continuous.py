@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import contextvars
 import threading
 import time
 from collections import Counter
 
 import pytest
 import torch
+from batching import DEVICE, generation, prompts, results, row_by_row, settings
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.continuous import admission, prefixes
-from peft_multibatch.continuous.manager import AdapterBatchingManager
 from peft_multibatch.continuous.scheduler import FairScheduler
+from peft_multibatch.continuous.steps import Steps
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENTRIES = ["three", "__base__", "eight", {"four": 0.7, "eight": 0.3}, "four", "three"]
-
-
-def settings(blocks=48, **options):
-    """A cache of blocks of 16 tokens; the field has another name in newer transformers."""
-    fields = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    size = {"page_size" if "page_size" in fields else "block_size": 16}
-    if "auto_switch_to_flash" in fields:
-        options["auto_switch_to_flash"] = False
-    return ContinuousBatchingConfig(
-        **size, num_blocks=blocks, max_batch_tokens=64, **{"use_cuda_graph": False} | options
-    )
-
-
-def generation(**options):
-    return GenerationConfig(
-        **{"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
-    )
-
-
-def prompts(number, longest=40):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, longest, (number,), generator=generator).tolist()
-    return [torch.randint(2, 160, (length,), generator=generator).tolist() for length in lengths]
-
-
-def row_by_row(model, inputs, entries, tokens=8):
-    """What `generate` gives every prompt by itself; tests/model/test_generate.py compares that with PEFT."""
-    return [
-        model.generate(
-            input_ids=torch.tensor([prompt], device=DEVICE),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=DEVICE),
-            adapter_ids=[entry],
-            generation_config=generation(max_new_tokens=tokens),
-        )[0, len(prompt) :].tolist()
-        for prompt, entry in zip(inputs, entries)
-    ]
 
 
 @pytest.fixture
@@ -70,17 +32,6 @@ def enabled():
     mb = peft_multibatch.enable(model)
     yield model, mb
     mb.disable()
-
-
-def results(manager, number, timeout=60):
-    """The last output of each of that many requests."""
-    found, end = {}, time.monotonic() + timeout
-    while len(found) < number and time.monotonic() < end:
-        output = manager.get_result(timeout=1)
-        if output is not None and output.is_finished():
-            found[output.request_id] = output
-    assert len(found) == number, found
-    return found
 
 
 def test_fifty_requests_that_share_prefixes_in_a_cache_that_evicts_them(enabled, monkeypatch):
@@ -142,8 +93,8 @@ def test_requests_that_no_graph_can_hold_end_with_an_error(enabled):
 def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled, monkeypatch):
     """Adapters of the ranks that there were come without a new graph; one of a larger rank gets new ones."""
     model, mb = enabled
-    forgotten, forget = [], AdapterBatchingManager._forget_graphs
-    monkeypatch.setattr(AdapterBatchingManager, "_forget_graphs", lambda self: forgotten.append(1) or forget(self))
+    forgotten, forget = [], Steps.forget_graphs
+    monkeypatch.setattr(Steps, "forget_graphs", lambda self: forgotten.append(1) or forget(self))
     config = settings(40, use_cuda_graph=True, use_async_batching=True)
     shared = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     inputs, said = prompts(6), []
@@ -258,6 +209,13 @@ def test_generate_batch(enabled):
         )
     with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
         model.generate_batch(inputs, generation_config=generation())
+    with mb.batch([0]):
+        outlives = contextvars.copy_context()  # as a task does that was started here
+    options = {"generation_config": generation(), "continuous_batching_config": settings()}
+    outputs = outlives.run(model.generate_batch, inputs[:2], adapter_ids=entries[:2], **options)
+    assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs[:2], entries[:2])
+    with pytest.raises(errors.ModelStateError, match="after that block had ended"):
+        outlives.run(model.generate_batch, inputs[:2], **options)
 
 
 def test_ids_as_a_tensor_and_too_few_of_them(enabled):
@@ -576,15 +534,6 @@ def test_layers_that_run_per_segment():
     assert "isn't a delta that can be weighted" in bad.error
 
 
-def test_adapters_on_the_head_are_refused():
-    config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(base_model(), config, "one").eval()
-    mb = peft_multibatch.enable(model)
-    options = {"generation_config": generation(), "continuous_batching_config": settings()}
-    with pytest.raises(errors.UnsupportedError, match="lm_head has adapters"), mb.continuous_batching(**options):
-        pass
-
-
 def test_an_adapter_that_is_replaced_without_a_word(enabled):
     model, mb = enabled
     prompt = [9] * 40
@@ -677,9 +626,10 @@ def test_an_adapter_on_the_head_that_is_loaded_while_requests_run(enabled):
         with manager.changing():
             model.add_adapter("head", config)
             model.to(DEVICE)
-        manager.add_request([9] * 40, adapter_id="eight")
-        (output,) = results(manager, 1).values()
-    assert "lm_head has adapters" in output.error
+        names = manager.add_requests([[9] * 40] * 2, adapter_ids=["eight", "head"])
+        found = results(manager, 2)
+    texts = [found[name].generated_tokens for name in names]
+    assert texts == row_by_row(model, [[9] * 40] * 2, ["eight", "head"])
 
 
 def test_a_flood_for_one_adapter_does_not_starve_the_others():

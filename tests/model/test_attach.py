@@ -11,6 +11,7 @@ import threading
 import peft.tuners.lora.layer
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from models import base_model, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tolerances import assert_close
@@ -230,12 +231,29 @@ def test_pickle_gives_a_plain_model():
     assert torch.equal(logits(twin, adapter_ids=NAMES), logits(model, adapter_ids=NAMES))
 
 
-def test_signatures_are_the_models_own():
+@pytest.mark.parametrize("method", ["forward", "generate"])
+@pytest.mark.parametrize("hooks", ["none", "before", "after"])
+def test_signatures_are_the_models_own_and_name_ids(method, hooks):
     model = peft_model()
-    outer, inner = inspect.signature(model.forward), inspect.signature(model.get_base_model().forward)
-    peft_multibatch.enable(model)
-    assert inspect.signature(model.forward) == outer
-    assert inspect.signature(model.get_base_model().forward) == inner
+    parts = [model, model.get_base_model(), model.get_base_model().model][: 2 if method == "generate" else 3]
+    before = [dict(inspect.signature(getattr(part, method)).parameters) for part in parts]
+    if hooks == "before":
+        add_hook_to_module(parts[1], AlignDevicesHook("cpu"))
+    mb = peft_multibatch.enable(model)
+    if hooks == "after":
+        add_hook_to_module(parts[1], AlignDevicesHook("cpu"))
+    for part, known in zip(parts, before):
+        found = dict(inspect.signature(getattr(part, method)).parameters)
+        ids = found.pop("adapter_ids")
+        found.pop("self", None)  # accelerate copies the signature of what it finds, unbound
+        assert ids.kind is inspect.Parameter.KEYWORD_ONLY and ids.default is None
+        assert found == known
+    mb.disable()
+    for part, known in zip(parts, before):
+        found = dict(inspect.signature(getattr(part, method)).parameters)
+        found.pop("self", None)
+        assert "adapter_ids" not in found or hooks == "after"
+        assert found.keys() - {"adapter_ids"} == known.keys()
 
 
 def test_plain_modules_with_injected_adapters():

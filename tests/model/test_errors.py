@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from models import base_model, left_padded, peft_model
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import errors
@@ -223,8 +226,99 @@ def test_good_ids(ids):
     assert resolve(ids, AdapterNames(["a", "b"])) == [0, 1, -1]
 
 
-def test_an_adapter_called_base_is_reached_by_its_id():
-    assert resolve(["__base__", 0], AdapterNames(["__base__"])) == [-1, 0]
+@pytest.mark.parametrize("entry", ["__base__", {"__base__": 0.5}])
+def test_an_adapter_called_base_is_reached_by_its_id(entry):
+    names = AdapterNames(["sql", "__base__"])
+    assert resolve([-1, 1, "sql", {1: 0.5}], names) == [-1, 1, 0, ((1, 0.5),)]
+    with pytest.raises(errors.AdapterIdsError) as caught:
+        resolve([0, entry], names)
+    assert str(caught.value) == (
+        "adapter_ids[1] is '__base__', which stands for the base model alone, and an adapter has this name: expected "
+        "another name for it. Write -1 for the base model, or 1 for the adapter."
+    )
+    assert resolve(["__base__"], AdapterNames(["sql"])) == [-1]
+
+
+def test_ids_without_enable():
+    """What docs/loops.md says of models that aren't enabled, or not any more."""
+    model = peft_model()
+    for _ in range(2):
+        for owner in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="not used by the model"):
+                owner.generate(**left_padded(), adapter_ids=[0] * 6, max_new_tokens=2)
+        mb = peft_multibatch.enable(model)
+        assert peft_multibatch.enable(model) is mb
+        with pytest.raises(errors.NotEnabledError, match="copy of an enabled model"):
+            copy.deepcopy(model)(**left_padded(), adapter_ids=[0] * 6)
+        mb.disable()
+        with pytest.raises(errors.NotEnabledError, match="was disabled"), mb.batch([0] * 6):
+            pass
+
+
+MISSPELT = ["adapter_id", "adapters", "adapter_name", "adaptor_ids", "adpater_ids", "lora_request", "peft_ids"]
+
+
+@pytest.mark.parametrize("keyword", MISSPELT)
+@pytest.mark.parametrize("part", ["outer", "inner", "decoder", "copy"])
+def test_misspelt_ids(keyword, part):
+    outer = peft_model()
+    peft_multibatch.enable(outer)
+    model = {"outer": lambda: outer, "inner": outer.get_base_model, "copy": lambda: copy.deepcopy(outer)}.get(
+        part, lambda: outer.get_base_model().model
+    )()
+    methods = [model, model.forward, model.generate] if part != "decoder" else [model, model.forward]
+    for method in methods:
+        with pytest.raises(errors.AdapterIdsTypeError) as caught:
+            method(**left_padded(), **{keyword: [0] * 6})
+        name = "generate" if method == methods[-1] and part != "decoder" else "forward"
+        assert str(caught.value) == (
+            f"{name} got the argument {keyword}, which nothing reads: expected adapter_ids where adapters are meant. "
+            "Write adapter_ids=..., or leave it out."
+        )
+    with torch.no_grad():
+        model(**left_padded(), **{keyword: None})  # nothing was meant
+
+
+def test_misspelt_ids_of_a_compiled_model(compiled):
+    _, mb, model, _ = compiled
+    with pytest.raises(Exception, match="compiled model, whose graph can't take"), torch.no_grad():
+        model(**left_padded(), adapter_id=[0] * 6)
+    with mb.batch([0] * 6), torch.no_grad():
+        model(**left_padded())
+
+
+def test_what_models_read_themselves_is_passed_on():
+    """By name, deep inside or through keywords; and what transformers and PEFT put among them."""
+
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 6)
+
+        def forward(self, x, adapter_gate=1.0, **kwargs):
+            return self.linear(x) * adapter_gate
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = Mixer()
+
+        def forward(self, x, **kwargs):
+            return self.mixer(x, **kwargs)
+
+    model = get_peft_model(Net(), LoraConfig(target_modules=["linear"], init_lora_weights=False))
+    mb = peft_multibatch.enable(model)
+    x = torch.randn(2, 6)
+    assert torch.equal(model(x, adapter_gate=2.0), 2 * model(x))
+    with mb.batch([0, 0]):
+        assert_close(model(x, adapter_gate=2.0, lengths=[3]), 2 * model(x))
+    with pytest.raises(errors.AdapterIdsTypeError, match="adapter_gates"):
+        model(x, adapter_gates=2.0)
+    decoder = peft_model()
+    plain = decoder(**left_padded()).logits
+    peft_multibatch.enable(decoder)
+    more = {"num_items_in_batch": 3, "output_attentions": False, "is_causal": True, "alora_offsets": None}
+    assert torch.equal(decoder(**left_padded(), **more, cache_position=torch.arange(9)).logits, plain)
 
 
 def test_the_hierarchy_is_the_one_that_is_drawn():

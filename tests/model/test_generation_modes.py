@@ -352,6 +352,29 @@ def test_custom_generate(llama):
     ours_and_peft(llama, left_padded(), call)
 
 
+def tiles(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+    """Two continuations of every row, of which the second ones come after all first ones."""
+    return model(input_ids=torch.cat([input_ids, input_ids])).logits[: len(input_ids)].argmax(-1)
+
+
+def turns(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+    """Rows from the longest to the shortest, as loops do that sort."""
+    return model(input_ids=input_ids.flip(0)).logits.argmax(-1).flip(0)
+
+
+@pytest.mark.parametrize("function", [tiles, turns])
+def test_custom_generate_in_another_order(llama, function):
+    mb = peft_multibatch.enable(llama)
+    message = "begin with the prompt of another of the 6 samples: expected a sample's rows side by side"
+    with pytest.raises(errors.RowMappingError, match=message):
+        llama.generate(**left_padded(), custom_generate=function, adapter_ids=NAMES, **SHORT)
+    with mb.batch(NAMES), pytest.raises(errors.RowMappingError, match=message):
+        llama.generate(left_padded()["input_ids"], custom_generate=function, **SHORT)
+    same = left_padded()["input_ids"][:1].expand(2, -1)
+    assert llama.generate(same, custom_generate=turns, adapter_ids=[0, 0], **SHORT).shape == same.shape
+    mb.disable()
+
+
 def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
     """It gets every argument of `generate` but the ids, which are in force already."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")

@@ -242,21 +242,6 @@ def test_layers_that_see_other_rows_are_refused(config, model_class, target):
         peft_multibatch.enable(model)
 
 
-def test_vision_towers_are_refused():
-    text = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "vocab_size": 50,
-    }
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.CLIPConfig(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
-    model = get_peft_model(transformers.CLIPModel(config), LoraConfig(target_modules=["q_proj"]), "one")
-    with pytest.raises(errors.UnsupportedError, match="vision or audio part of a model that also reads text"):
-        peft_multibatch.enable(model)
-
-
 def test_compiled_calls_of_two_threads():
     torch._dynamo.reset()
     model = peft_model()
@@ -473,7 +458,7 @@ def test_a_disabled_handle_lets_go_of_the_model():
 def test_models_whose_rows_are_tiled_are_refused_by_name():
     layer = peft_model().base_model.model.model.layers[0].self_attn.q_proj
     for kind in ("dia", "musicgen", "fsmt", "led"):
-        choice = choose("decoder.q_proj", layer, SimpleNamespace(model_type=kind))
+        choice = choose("decoder.q_proj", layer, SimpleNamespace(config=SimpleNamespace(model_type=kind)))
         assert f"of the type '{kind}', and its rows are" in choice.refusal
 
 

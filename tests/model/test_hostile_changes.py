@@ -231,6 +231,36 @@ def test_a_task_that_outlives_its_block_has_no_ids():
         asyncio.run(main())
 
 
+def test_a_task_that_outlives_its_block_may_pass_ids_of_its_own():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    others = NAMES[::-1]
+    want, tokens = (
+        logits(model, adapter_ids=others),
+        model.generate(**left_padded(), adapter_ids=others, max_new_tokens=2),
+    )
+
+    async def late(ended):
+        await ended.wait()
+        for _ in range(2):
+            assert torch.equal(logits(model, adapter_ids=others), want)
+            assert torch.equal(model.generate(**left_padded(), adapter_ids=others, max_new_tokens=2), tokens)
+            with mb.batch(others):
+                assert torch.equal(logits(model), want)
+            with pytest.raises(errors.ModelStateError, match="after that block had ended"):
+                logits(model)
+
+    async def main():
+        ended = asyncio.Event()
+        with mb.batch(NAMES):
+            task = asyncio.create_task(late(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        return await task
+
+    asyncio.run(main())
+
+
 def test_a_copy_can_be_enabled_and_disabled():
     model = peft_model()
     plain = logits(model)

@@ -102,8 +102,8 @@ def test_rows_that_map_to_no_sample_are_refused():
         Segments.from_ids([0, 0, 1]).rows(7, CPU)
     assert str(caught.value) == (
         "a layer received 7 rows for 3 adapter ids, and can't tell which rows belong to which sample: expected a "
-        "multiple of 3. Pass one id for every sample of the batch; a layer that gathers or drops rows can't take part "
-        "in a mixed batch."
+        "multiple of 3. Pass one id for every sample of the batch; leave a layer that gathers or drops rows, or sees "
+        "positions alone, out of target_modules, or give all samples of a batch the same adapter."
     )
 
 

@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from sweep.tiny import NotBuilt, Tiny, build, model_types
+from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
 import peft_multibatch
@@ -50,7 +51,9 @@ BATCHES = (  # ids, whether samples are equally long, whether in train mode
 MOST_LEFT_OUT = 40
 NEW_TOKENS = 4
 
-RIGHT, REFUSED, MIXES, NOT_BUILT, WRONG = "right", "refused", "mixes samples", "not built", "WRONG"
+RIGHT, REFUSED, MIXES, UNSEEN, NOT_BUILT, WRONG = (
+    "right", "refused", "mixes samples", "nothing to compare", "not built", "WRONG",
+)  # fmt: skip
 
 PAGE_HEAD = """# Architectures
 
@@ -75,7 +78,9 @@ class Row:
     reason: str = ""
     left_out: dict[str, str] = field(default_factory=dict)  # layers, with # for numbers, and why
     generates: str = ""
+    notes: list[str] = field(default_factory=list)
     error: float = 0.0
+    device: str = "cpu"
     seconds: float = 0.0
 
 
@@ -109,15 +114,16 @@ def layer_in(message: str, names: Iterable[str]) -> str | None:
     return max((name for name in names if name in words), key=len, default=None)
 
 
-def sweep(model_type: str, head: bool) -> Row:
+def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
     """Try one class of a model type."""
     begin = time.perf_counter()
     try:
         tiny = build(model_type, head)
     except NotBuilt as error:
         return Row(model_type, "head" if head else "base", NOT_BUILT, str(error))
-    row = Row(model_type, tiny.class_name, RIGHT)
+    row = Row(model_type, tiny.class_name, RIGHT, device=device)
     for _ in range(MOST_LEFT_OUT):
+        tiny.model.to(device)
         again = _try(tiny, row)
         if not again:
             break
@@ -131,6 +137,11 @@ def _try(tiny: Tiny, row: Row) -> bool:
     try:
         model = with_adapters(tiny.model, row.left_out)
     except (ValueError, TypeError) as error:  # of PEFT, about a model without any linear layer that is left
+        unfit = re.search(r"Module '(\w+)' is incompatible", str(error))
+        names = [name for name, _ in tiny.model.named_modules() if unfit and name.rpartition(".")[2] == unfit[1]]
+        if any(pattern(name) not in row.left_out for name in names):
+            row.left_out |= {pattern(name): "PEFT doesn't let it have adapters" for name in names}
+            return True
         is_first = not row.left_out
         row.status = NOT_BUILT if is_first else REFUSED
         row.reason = f"PEFT: {_first_line(error)}" if is_first else "no linear layer is left"
@@ -138,7 +149,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
     names = [name for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
     try:
         for name in names:
-            refusal = choose(name, model.get_base_model().get_submodule(name), tiny.model.config).refusal
+            refusal = choose(name, model.get_base_model().get_submodule(name), model.get_base_model()).refusal
             if refusal:
                 row.left_out[pattern(name)] = _without_name(refusal, name)
         if any(pattern(name) in row.left_out for name in names):
@@ -146,30 +157,49 @@ def _try(tiny: Tiny, row: Row) -> bool:
         mb = peft_multibatch.enable(model)
         for ids, equal, trains in BATCHES:
             model.train(trains)
-            found = mb.verify(**tiny.inputs(len(ids), equal=equal), adapter_ids=ids)
-            row.error = max([row.error, *(each.error for each in found.outputs)])
-            if not found.ok:
-                problem = next((each for each in found.layers if each.problem), None)
-                is_mixed = all(each.note.endswith("not compared") for each in found.outputs)
-                row.status = MIXES if is_mixed else WRONG
-                row.reason = " / ".join(
-                    str(found).splitlines()[1:4] + [f"{problem.name}: {problem.problem}"] * bool(problem)
+            inputs = _moved(tiny.inputs(len(ids), equal=equal), tiny.model.device)
+            problem = _plain_problem(model, inputs)
+            if problem:
+                row.notes += [f"not {'in train mode' if trains else 'with unequal samples'}: {problem}"] * (
+                    problem not in str(row.notes)
                 )
-                return False
+                continue
+            found = mb.verify(**inputs, adapter_ids=ids)
+            row.error = max([row.error, *(each.error for each in found.outputs)])
+            if found.ok:
+                continue
+            problems = [f"{each.name}: {each.problem}" for each in found.layers if each.problem][:1]
+            is_mixed = any("several samples" in each.note for each in found.outputs)
+            if is_mixed and not any(each.wrong for each in found.outputs):
+                if trains:  # as batch norm does
+                    row.notes.append("not in train mode: samples are mixed")
+                    continue
+                row.status = MIXES
+            elif not problems and all(each.note.endswith("not compared") for each in found.outputs):
+                row.status = UNSEEN
+            else:
+                row.status = WRONG
+            row.reason = " / ".join([f"{ids} {equal=} {trains=}", *str(found).splitlines()[1:4], *problems])
+            return False
         model.eval()
         row.generates = _generates(tiny, model) if tiny.generates else ""
     except MultibatchError as error:
         name = layer_in(str(error), names)
+        if name is None and not equal:
+            row.notes.append(f"not with unequal samples: {str(error).split(': expected')[0]}")
+            row.generates = ""
+            return False
         if name is None or pattern(name) in row.left_out:
             row.status, row.reason = REFUSED, str(error)
             return False
         row.left_out[pattern(name)] = _without_name(str(error), name)
         return True
     except Exception as error:
-        row.status = WRONG
-        row.reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
+        alone = [problem for name in RANKS if (problem := _plain_problem(model, inputs, name))]
+        row.status = UNSEEN if alone else WRONG
+        row.reason = alone[0] if alone else f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
         return False
-    if row.generates == "differs":
+    if row.generates == WRONG:
         row.status, row.reason = WRONG, "generate differs from PEFT"
     return False
 
@@ -177,7 +207,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
 def _generates(tiny: Tiny, model: Any) -> str:
     """Whether `generate` says for each sample what it says under that sample's adapter."""
     ids = ["c", "a", "__base__", "a"]
-    inputs = tiny.inputs(len(ids), equal=False)
+    inputs = _moved(tiny.inputs(len(ids), equal=False), tiny.model.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mixed = model.generate(**inputs, **options, adapter_ids=ids)
     for sample, name in enumerate(ids):
@@ -188,8 +218,38 @@ def _generates(tiny: Tiny, model: Any) -> str:
             model.set_adapter(name)
             alone = model.generate(**inputs, **options)
         if not torch.equal(mixed[sample], alone[sample]):
-            return "differs"
-    return "right"
+            return MIXES if _mixes_in_generate(tiny, model, options) else WRONG
+    return RIGHT
+
+
+def _mixes_in_generate(tiny: Tiny, model: Any, options: dict[str, Any]) -> bool:
+    """Whether what one sample says depends on another one in the base model, too."""
+    inputs = _moved(tiny.inputs(4, equal=True), tiny.model.device)
+    other = {
+        name: value[[0, 1, 2, 2]] if isinstance(value, torch.Tensor) and len(value) == 4 else value
+        for name, value in inputs.items()
+    }
+    with model.disable_adapter():
+        first, second = (
+            model.generate(**each, **options, output_logits=True, return_dict_in_generate=True).logits
+            for each in (inputs, other)
+        )
+    return any((one[:3] - two[:3]).abs().max() > 1e-4 * one.abs().max() for one, two in zip(first, second))
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), inputs)
+
+
+def _plain_problem(model: Any, inputs: dict[str, Any], name: str = "a") -> str:
+    """Why PEFT itself can't run a batch under an adapter; the empty string where it can."""
+    model.set_adapter(name)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return ""
 
 
 def _without_name(refusal: str, name: str) -> str:
@@ -209,19 +269,16 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
 
 
-def _one(job: tuple[str, bool]) -> Row:
+def _one(job: tuple[str, bool, str]) -> Row:
     _quiet()
     try:
         return sweep(*job)
     except Exception as error:
-        return Row(
-            job[0],
-            "head" if job[1] else "base",
-            NOT_BUILT,
-            f"{type(error).__name__}: {_first_line(error)} at {_where(error)}",
-        )
+        reason = f"{type(error).__name__}: {_first_line(error)} at {_where(error)}"
+        return Row(job[0], "head" if job[1] else "base", NOT_BUILT, reason)
 
 
 def publish(rows: list[Row]) -> None:
@@ -235,9 +292,10 @@ def publish(rows: list[Row]) -> None:
         writer.writerow([each.name for each in fields(Row)])
         for row in rows:
             left_out = "; ".join(f"{layer}: {why}" for layer, why in row.left_out.items())
-            writer.writerow([*astuple(row)[:4], left_out, row.generates, f"{row.error:.1e}", f"{row.seconds:.1f}"])
+            rest = f"{row.error:.1e}", row.device, f"{row.seconds:.1f}"
+            writer.writerow([*astuple(row)[:4], left_out, row.generates, "; ".join(row.notes), *rest])
     counts = Counter(_result(row) for row in rows)
-    types = {row.model_type for row in rows if row.status != NOT_BUILT}
+    types = {row.model_type for row in rows if row.status not in (UNSEEN, NOT_BUILT)}
     lines = [
         PAGE_HEAD.format(types=len(types), version=transformers.__version__),
         *(f"- {count} × {result}" for result, count in counts.most_common()),
@@ -249,7 +307,8 @@ def publish(rows: list[Row]) -> None:
         why: dict[str, list[str]] = {}
         for layer, reason in row.left_out.items():
             why.setdefault(reason, []).append(f"`{layer}`")
-        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()] + [row.reason] * bool(row.reason)
+        notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()]
+        notes += [row.reason] * bool(row.reason) + row.notes
         cells = [f"`{row.model_type}`", row.class_name, _result(row), row.generates or "–", "<br>".join(notes)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     PAGE.write_text("\n".join(lines) + "\n")
@@ -259,12 +318,13 @@ def _result(row: Row) -> str:
     return "right, some layers refused" if row.status == RIGHT and row.left_out else row.status
 
 
-def run(wanted: list[tuple[str, bool]], jobs: int) -> list[Row]:
-    """Try classes of model types in processes of their own, some of which may crash or hang."""
+def run(wanted: list[tuple[str, bool, str]], jobs: int, out: Path) -> list[Row]:
+    """Try classes of model types in processes of their own, and write each row when it is there."""
     rows = []
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool, out.open("a") as file:
         for row in pool.imap_unordered(_one, wanted):
             rows.append(row)
+            print(json.dumps(asdict(row)), file=file, flush=True)
             what = [
                 f"{row.seconds:5.1f}s",
                 row.model_type,
@@ -274,15 +334,28 @@ def run(wanted: list[tuple[str, bool]], jobs: int) -> list[Row]:
                 row.reason[:300],
             ]
             print(*what, *row.left_out, flush=True)
-    return sorted(rows, key=lambda row: (row.model_type, row.class_name))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types to try; all of them by default, which are published")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("rows.jsonl"), help="where rows are kept; those in it are done"
+    )
     arguments = parser.parse_args()
-    rows = run([(name, head) for name in arguments.types or model_types() for head in (False, True)], arguments.jobs)
+    known = arguments.rows.read_text().splitlines() if arguments.rows.exists() else []
+    rows = [] if arguments.types else [Row(**json.loads(line)) for line in known]
+    done = Counter(row.model_type for row in rows)
+    wanted = [
+        (name, head, arguments.device)
+        for name in arguments.types or model_types()
+        for head in (False, True)
+        if done[name] < 2
+    ]
+    rows = sorted(rows + run(wanted, arguments.jobs, arguments.rows), key=lambda row: (row.model_type, row.class_name))
     if not arguments.types:
         publish(rows)
     wrong = [f"{row.model_type} {row.class_name}: {row.reason}" for row in rows if row.status == WRONG]

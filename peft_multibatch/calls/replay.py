@@ -1,0 +1,146 @@
+"""Layers that ``backward`` runs once more, under the ids under which they ran first, whoever checkpointed them.
+
+``backward`` comes after the call, when its ids aren't active any more, on a GPU in a thread of its own, and it may
+come while other ids are. So what runs again is recognized by an object that the first run and the second one share.
+There are two kinds, and nested ones are noted as well:
+
+- An ``autograd.Function`` that runs layers in its ``forward``, as reentrant checkpoints do and reversible layers: its
+  ``ctx`` is an argument on the stack in the first run, and the node that autograd runs in the second.
+- A checkpoint of torch that isn't reentrant: its frame is part of the hooks for saved tensors in the first run, and
+  holds the function that is the second one.
+
+Whatever else runs layers in ``backward`` is an error, unless no call with ids ever trained.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import Function
+
+from peft_multibatch import compat
+from peft_multibatch.calls.origin import Origin, checkpoint_frame, checkpoint_frames, functions, in_function
+from peft_multibatch.errors import ModelStateError, NotEnabledError, UnsupportedError
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.calls.active import ActiveCall
+    from peft_multibatch.calls.call import Call
+
+
+class Replays:
+    """Knows the ids of all that ``backward`` may run again, for one enabled model.
+
+    Args:
+        routing: gives a block in which a call is active.
+    """
+
+    def __init__(self, routing: Callable[[Callable[[], Call]], ActiveCall]) -> None:
+        self._routing = routing
+        self._calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
+        self._have_trained = False
+
+    def note(self, call: Call, origin: Origin) -> None:
+        """A layer or a model is about to run under a call; remember it where ``backward`` may run it again.
+
+        Args:
+            call: its ids.
+            origin: where the ids became active.
+        """
+        is_function = in_function()
+        self._have_trained = self._have_trained or is_function or origin.trains or torch.is_grad_enabled()
+        self._note_frames(call, origin)
+        if is_function:
+            outer = origin.function()
+            for function in functions():
+                if function is outer or function in self._calls:
+                    break
+                self._keep(function, call)
+
+    def note_compiled(self, call: Call, trains: bool) -> None:
+        """The same in compiled code.
+
+        Args:
+            call: as above.
+            trains: whether the code was compiled with gradients.
+
+        Raises:
+            UnsupportedError: a reentrant checkpoint runs it. Nothing would ask for ids the second time.
+        """
+        if trains:
+            self._note_frames(call, call.origin)
+        elif in_function():
+            raise UnsupportedError(
+                "compiled code was called with ids inside of a reentrant checkpoint, or another autograd.Function, "
+                "and backward would run it again without them: expected a checkpoint that isn't reentrant. Pass "
+                "use_reentrant=False, or checkpoint inside of what is compiled."
+            )
+
+    def _note_frames(self, call: Call, origin: Origin) -> None:
+        hooks = compat.saved_tensors_hooks(True)
+        if hooks is not None and hooks[0] is not origin.hooks and checkpoint_frame() not in self._calls:
+            for frame in checkpoint_frames(origin.hooks):
+                if frame not in self._calls:
+                    frame.recompute_fn = _WithIds(self._routing, self._keep(frame, call), frame.recompute_fn)
+
+    def _keep(self, key: Any, call: Call) -> Call:
+        again = self._calls[key] = call.again()  # one for each key, of which it must not hold anything
+        again.origin = Origin()
+        return again
+
+    def call(self, layer: Any) -> Call | None:
+        """The call under which ``backward`` runs a layer, or a model, again; None where it first ran without ids.
+
+        Args:
+            layer: the ``PatchedLayer``; None for a model.
+
+        Raises:
+            ModelStateError: nobody knows.
+        """
+        node = compat.current_node()
+        call = self._calls.get(node) if isinstance(node, compat.FunctionNode) else None
+        if call is not None or not self._have_trained or _is_known(node):
+            return call
+        name = "the model" if layer is None else layer.name
+        raise ModelStateError(
+            f"backward ran {name}, and can't tell under which ids it ran first: expected a checkpoint of "
+            "torch.utils.checkpoint, or an autograd.Function with forward(ctx, ...). Use one of these, or pass ids "
+            "inside of the function that is run again, with mb.batch(...); -1 for the base model alone."
+        )
+
+    def end(self) -> None:
+        """The model is no longer enabled: what was noted can't run again."""
+        for each in list(self._calls):
+            if isinstance(each, compat.FunctionNode):
+                each.register_prehook(_refuse)
+            else:
+                each.recompute_fn = _refuse
+
+
+class _WithIds:
+    """A function that runs under the ids of a call."""
+
+    def __init__(self, routing: Callable[[Callable[[], Call]], ActiveCall], call: Call, function: Callable) -> None:
+        self.routing, self.call, self.function = routing, call, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.routing(self.call.again):
+            return self.function(*args, **kwargs)
+
+
+def _refuse(*args: Any) -> None:
+    raise NotEnabledError(
+        "backward runs layers again under ids, and disable was called in the meantime: expected the model to stay "
+        "enabled until then. Call backward first."
+    )
+
+
+def _is_known(node: Any) -> bool:
+    """Whether what runs layers in ``backward`` would have been noted in a call with ids."""
+    hooks = compat.saved_tensors_hooks(True)
+    if hooks is not None:  # what isn't reentrant takes the tensors that are saved again
+        return getattr(hooks[0], "__module__", "") == compat.CheckpointFrame.__module__
+    return isinstance(node, compat.FunctionNode) and type(node)._forward_cls.setup_context is Function.setup_context

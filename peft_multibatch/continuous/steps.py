@@ -1,0 +1,137 @@
+"""A step of the loop: the packed row runs under one entry per token, and the head under one per request."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation.continuous_batching.requests import FutureRequestState
+
+from peft_multibatch.calls.call import Call
+from peft_multibatch.continuous.admission import Admission
+from peft_multibatch.continuous.leaving import on_stream
+from peft_multibatch.continuous.quarantine import Quarantine, as_error
+from peft_multibatch.continuous.scheduler import FairScheduler, entry_of
+from peft_multibatch.plan.ids import Entry, ids_of, label_of
+from peft_multibatch.plan.segments import BASE
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.model.handle import Handle
+
+
+CHECKS = 1
+"""Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
+
+
+class Steps:
+    """Runs steps under the entries of their requests.
+
+    Attributes:
+        served: tokens that ran for each adapter, by name; for a mixture, the names and their weights.
+
+    Args:
+        handle: of the enabled model.
+        admission: knows how layers run.
+        queue: is told what ran.
+    """
+
+    def __init__(self, handle: Handle, admission: Admission, queue: FairScheduler) -> None:
+        self.served: defaultdict[str, int] = defaultdict(int)
+        self._registry, self._router = handle._registry, handle._router
+        self._admission, self._queue = admission, queue
+
+    def wrap(self, processor: Any, quarantine: Quarantine) -> None:
+        """Let a batch processor run its steps through here."""
+        runner, io = processor.model_runner, processor.inputs_and_outputs
+        self._io, self._runner, self._scheduler = io, runner, processor.scheduler
+        runner.compute_batch = self._with_ids(runner.compute_batch, quarantine)
+
+    def _with_ids(self, compute: Callable[..., None], quarantine: Quarantine) -> Callable[..., None]:
+        def compute_batch(model: Any, batch_data: dict) -> None:
+            futures = self._packed().requests_in_batch
+            known = self._scheduler.active_requests
+            is_warmup = not any(known.get(future.state.request_id) is future.state for future in futures)
+            # transformers would write it to the configuration, where calls on other threads find it. It says what
+            # every decoder does anyway: masks come with the step, and without one attention is causal
+            batch_data.pop("is_causal", None)
+            try:
+                self._run(compute, model, batch_data, futures, is_warmup)
+            except Exception as caught:
+                if is_warmup:
+                    raise
+                quarantine.step_failed(futures, as_error(caught))
+
+        return compute_batch
+
+    def _run(
+        self,
+        compute: Callable[..., None],
+        model: Any,
+        batch_data: dict,
+        futures: Sequence[FutureRequestState],
+        is_warmup: bool,
+    ) -> None:
+        entries: list[Entry] = []
+        begin: set[int] = set()
+        for future in futures:
+            entry = entry_of(future.state)
+            entries += [entry] * future.query_length
+            if future.state.position_offset == future.query_length:
+                begin.update(ids_of(entry))
+            if not is_warmup:  # transformers' own, to capture graphs
+                self._queue.charge(entry, future.query_length)
+                self.served[label_of(entry, self._registry.names)] += future.query_length
+        entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
+        self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
+        if self._router.graph.outgrown_by(self._router.plan(entries, checks=0)):
+            self.forget_graphs()
+        for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
+        while True:
+            # plans are copied in the order of the stream that computes
+            routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
+            with on_stream(self._io.compute_stream), routing as call:
+                if not (for_graphs and self._router.graph.contended):
+                    call.begin_model()
+                    call.for_graphs = for_graphs
+                    self._mask_wholly(batch_data)
+                    call.head = self._head(model, batch_data, futures, entries)
+                    return compute(model, batch_data)
+            time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
+
+    def _head(
+        self, model: Any, batch_data: dict, futures: Sequence[FutureRequestState], entries: list[Entry]
+    ) -> Call | None:
+        """The call that the head sees, where it has adapters and gets the last tokens alone; None where it doesn't."""
+        slices = getattr(self._runner, "supports_logits_to_keep", None)  # not in older transformers
+        if not (self._admission.has_head and slices is not None and slices(model)):
+            return None
+        last = [entry_of(future.state) for future in futures if future.has_new_token]
+        last += entries[:1] * (len(batch_data["logits_indices"]) - len(last))  # the first token again, as padding
+        call = Call(self._router.plan(last, checks=0), False, True, self._admission.left_out)
+        call.begin_model()
+        return call
+
+    def _mask_wholly(self, batch_data: dict) -> None:
+        """Let no request see another one in float16, the least number of which is one that scores reach."""
+        masks = batch_data["attention_mask"]
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            if mask is not None and mask.dtype == torch.float16:
+                rows = mask[..., : self._packed().total_seqlen_q, :]  # padding sees what it saw: no row sees nothing
+                rows.masked_fill_(rows < 0, -torch.inf)
+
+    def _packed(self) -> Any:
+        """transformers' description of the step that is prepared or about to run."""
+        return self._io.io_pairs[self._io.current_pair].host_io if hasattr(self._io, "io_pairs") else self._io
+
+    def forget_graphs(self) -> None:
+        """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""
+        if not self._router.graph.is_captured:
+            return
+        pairs = [pair.device_io for pair in self._io.io_pairs] if hasattr(self._io, "io_pairs") else [self._io]
+        for each in pairs:
+            each.graphs = type(each.graphs)()
+        self._router.graph.is_captured = False

@@ -1,0 +1,85 @@
+"""What can be known of the code that calls a model: whether it names what it passes, and keeps samples in order."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_multibatch.calls.call import Call
+from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.plan.ids import Entry
+
+
+SENTENCES = "sentence_transformers"
+"""The library whose loops sort inputs by length."""
+
+LOOPS = ("encode", "predict")
+"""Its methods that do."""
+
+FOLLOWED = f"peft_multibatch.model.{SENTENCES}"
+"""The module by which inputs in these loops are followed."""
+
+
+def reads(model: nn.Module, keyword: str, custom_generate: Any = None) -> bool:
+    """Whether any part of a model, PEFT's aside, or a function in the place of ``generate`` has such a parameter."""
+    classes = {type(part) for part in model.modules() if not type(part).__module__.startswith("peft.")}
+    functions = [getattr(each, "forward", None) for each in classes] + [custom_generate]
+    return any(keyword in inspect.signature(each).parameters for each in functions if inspect.isfunction(each))
+
+
+def check_order(entries: Sequence[Entry]) -> None:
+    """Raise where ids of a block meet a loop that sorts, around a model that isn't itself the enabled one.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    if SENTENCES not in sys.modules or len({*entries}) < 2:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module == FOLLOWED:
+            return
+        if function in (*LOOPS, "_inference") and module.startswith(f"{SENTENCES}."):
+            raise UnsupportedError(
+                f"a model was called by Sentence Transformers' {function}, which sorts inputs by length, inside of "
+                "mb.batch(...) with several adapters: expected the ids to follow the inputs. Pass the "
+                "SentenceTransformer or CrossEncoder itself to peft_multibatch.enable."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise where a ``custom_generate`` put samples in another order than the one in which they have their ids.
+
+    Args:
+        call: has the prompts, a row for each sample.
+        input_ids: what a forward inside ``generate`` got.
+        kwargs: its arguments.
+
+    Raises:
+        RowMappingError: a row that begins with another sample's prompt.
+    """
+    prompts = call.prompts
+    if prompts is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        return
+    samples, tokens = prompts.shape
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    if len(input_ids) % samples or input_ids.shape[1] < tokens or (cache is not None and cache.get_seq_length()):
+        return
+    rows = torch.cat([prompts.to(input_ids.device), input_ids[:, :tokens]])
+    known, found = rows.unique(dim=0, return_inverse=True)[1].split(
+        [samples, len(input_ids)]
+    )  # equal rows, one number
+    is_another = found != known.repeat_interleave(len(input_ids) // samples)
+    if (is_another & torch.isin(found, known)).any():
+        raise RowMappingError(
+            f"custom_generate put {len(input_ids)} rows in an order in which some begin with the prompt of another of "
+            f"the {samples} samples: expected a sample's rows side by side. Write repeat_interleave where it says "
+            "repeat or cat."
+        )

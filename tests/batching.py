@@ -1,0 +1,60 @@
+"""Continuous batching in tests: its settings, prompts, what `generate` gives row by row, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def settings(blocks=48, **options):
+    """A cache of blocks of 16 tokens; the field has another name in newer transformers."""
+    fields = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    size = {"page_size" if "page_size" in fields else "block_size": 16}
+    if "auto_switch_to_flash" in fields:
+        options["auto_switch_to_flash"] = False
+    return ContinuousBatchingConfig(
+        **size, num_blocks=blocks, max_batch_tokens=64, **{"use_cuda_graph": False} | options
+    )
+
+
+def generation(**options):
+    return GenerationConfig(
+        **{"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
+    )
+
+
+def prompts(number, longest=40):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (number,), generator=generator).tolist()
+    return [torch.randint(2, 160, (length,), generator=generator).tolist() for length in lengths]
+
+
+def row_by_row(model, inputs, entries, tokens=8):
+    """What `generate` gives every prompt by itself; tests/model/test_generate.py compares that with PEFT."""
+    return [
+        model.generate(
+            input_ids=torch.tensor([prompt], device=DEVICE),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=DEVICE),
+            adapter_ids=[entry],
+            generation_config=generation(max_new_tokens=tokens),
+        )[0, len(prompt) :].tolist()
+        for prompt, entry in zip(inputs, entries)
+    ]
+
+
+def results(manager, number, timeout=60):
+    """The last output of each of that many requests."""
+    found, end = {}, time.monotonic() + timeout
+    while len(found) < number and time.monotonic() < end:
+        output = manager.get_result(timeout=1)
+        if output is not None and output.is_finished():
+            found[output.request_id] = output
+    assert len(found) == number, found
+    return found

@@ -186,7 +186,7 @@ class Multibatch(Handle):
             )
         registry.store = AdapterStore(
             self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
-            max_rank, roots, dtype, timeout, router.let_go,
+            max_rank, roots, dtype, timeout, router.let_go, registry.changing,
         )  # fmt: skip
         registry.slots.reserve(slots)
         self._look(is_changed=True)

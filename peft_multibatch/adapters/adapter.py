@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.tables import LayerWeights
@@ -55,6 +55,10 @@ class AnyAdapter(ABC):
     @abstractmethod
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
         """The adapter's weights in layers that run as products; None where it has none, or runs apart."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All of its weights, as far as they have been read."""
 
     @abstractmethod
     def view(self, layer: Any) -> Any:

@@ -6,8 +6,10 @@ weights come from is the business of its source alone: ``PeftModules``, or an ``
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from peft_multibatch.adapters import notices
@@ -82,6 +84,7 @@ class Registry:
         slots: which versions in use take.
         source: where weights are read.
         store: adapters whose weights are in files, or None.
+        guard: of continuous batching, a block in which no request is under way that began with an adapter.
     """
 
     def __init__(self) -> None:
@@ -89,6 +92,7 @@ class Registry:
         self.slots = Slots()
         self.source = PeftModules(self.slots)
         self.store: AdapterStore | None = None
+        self.guard: weakref.WeakMethod | None = None
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._turn = 0
         self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
@@ -187,8 +191,15 @@ class Registry:
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
-    def current(self, number: int) -> Adapter | None:
+    def changing(self, number: int) -> AbstractContextManager[None]:
+        """A block in which a stored adapter changes, while no request that began with it is under way."""
+        guard = self.guard() if self.guard is not None else None
+        return nullcontext() if guard is None else guard(number)
+
+    def current(self, number: int) -> AnyAdapter | None:
         """The version that was read last, which needn't be what PEFT has now."""
+        if self.store is not None and self.store.has(number):
+            return self.store.current(number)
         return self._current.get(number)
 
     def renew(self, ids: Iterable[int]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,13 @@ def label_of(entry: Entry, names: AdapterNames) -> str:
     if isinstance(entry, tuple):
         return " + ".join(f"{weight:g} {names.by_id.get(each)}" for each, weight in entry)
     return BASE_NAME if entry == BASE else str(names.by_id.get(entry))
+
+
+def without(entry: Entry, ids: Collection[int]) -> Entry:
+    """What is left of an entry without some adapters."""
+    if not isinstance(entry, tuple):
+        return BASE if entry in ids else entry
+    return tuple(pair for pair in entry if pair[0] not in ids) or BASE
 
 
 def ids_of(entry: Entry) -> tuple[int, ...]:

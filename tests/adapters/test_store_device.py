@@ -13,7 +13,7 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import store as store_module
+from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store.arena import size_class
 from peft_multibatch.adapters.store.streams import Streams
 

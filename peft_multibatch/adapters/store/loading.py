@@ -58,6 +58,8 @@ class Loader:
         loads: adapters that were read so far.
         bytes_read: of their files.
         seconds: that reading them took, summed up over all threads.
+        let_go: drops plans of calls that have ended, when there is no room.
+        on_loaded: is called when an adapter was loaded, or couldn't be.
 
     Args:
         device: where calls compute.
@@ -74,6 +76,7 @@ class Loader:
         if streams.has_memory:
             self.final = Tier(Arena(final, device, False, streams))
         self.let_go: Callable[[], None] = lambda: None
+        self.on_loaded: Callable[[], object] = lambda: None
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self._timeout = timeout
         self._queue: deque[weakref.ref[Ticket]] = deque()
@@ -112,10 +115,15 @@ class Loader:
                 "Unpin others, or pass more memory to adapter_store."
             )
 
-    def prefetch(self, version: Version) -> None:
-        """Begin to load an adapter if there is room that nobody waits for; the caller holds the lock."""
+    def prefetch(self, version: Version, stay: Sequence[Version] = ()) -> None:
+        """Begin to load an adapter if there is room that nobody waits for; the caller holds the lock.
+
+        Args:
+            version: the adapter.
+            stay: adapters that don't go for its sake.
+        """
         if version.loading is None and version not in self.final and not self._is_awaited():
-            self._begin([version], ())
+            self._begin([version], stay)
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
         """Adapters' weights, loaded where they aren't in memory: room for all of them is had at once, or waited for.
@@ -131,7 +139,7 @@ class Loader:
         was_collected = False
         while True:
             with self.lock:
-                self._check_possible(versions)
+                self.check_possible(versions)
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # as often as batches asked, each with a traceback of its own, which holds no memory
                     held.clear()
@@ -183,7 +191,7 @@ class Loader:
         started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
         for load in started:  # they begin when the lock is free
             self._threads.submit(self._run, load)
-            load.version.loading = load
+            load.version.loading, load.version.error = load, None
         return True
 
     def _is_awaited(self) -> bool:
@@ -194,7 +202,7 @@ class Loader:
     def _is_first(self, ticket: Ticket) -> bool:
         return not self._is_awaited() or self._queue[0]() is ticket
 
-    def _check_possible(self, versions: Sequence[Version]) -> None:
+    def check_possible(self, versions: Sequence[Version]) -> None:
         """Raise where a batch could never have room, whoever ends."""
         arena = self.final.arena
         wanted = sum(size_class(version.layout.size) for version in versions)
@@ -239,8 +247,9 @@ class Loader:
                 self.loads += 1
                 if not version.is_gone:
                     self.final.put(version, load.memory)
-            version.loading = None
+            version.loading, version.error = None, load.error
             self.lock.notify_all()
+        self.on_loaded()
 
     def _in_host(self, version: Version) -> Tensor:
         """An adapter in host memory, on its way to the device."""

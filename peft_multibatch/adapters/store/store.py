@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
-import torch
 from transformers.utils import logging
 
-from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.store import files
-from peft_multibatch.adapters.store.arena import parse_size
 from peft_multibatch.adapters.store.files import AdapterFiles
-from peft_multibatch.adapters.store.layout import Layers
-from peft_multibatch.adapters.store.layouts import Layouts
-from peft_multibatch.adapters.store.loading import Loader
-from peft_multibatch.adapters.store.streams import streams_of
-from peft_multibatch.adapters.store.version import StoredAdapter, Version
+from peft_multibatch.adapters.store.source import StoredAdapters
+from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import (
     AdapterFileError,
     AdapterIdsError,
     ModelStateError,
     MultibatchError,
     UnknownAdapterError,
-    UnsupportedError,
 )
 from peft_multibatch.plan.ids import BASE_NAME, nearest
-from peft_multibatch.plan.names import AdapterNames
-from peft_multibatch.report import AdapterReport, StoreStats
+from peft_multibatch.report import StoreStats
 
 
 logger = logging.get_logger(__name__)
@@ -47,50 +40,8 @@ class Registered(NamedTuple):
     refused: dict[str, MultibatchError]
 
 
-class AdapterStore:
-    """Adapters in files, of which those in use are in memory. ``mb.adapter_store`` makes one.
-
-    Args:
-        model: the layers.
-        names: of all of the model's adapters.
-        slots: which adapters in use take.
-        device: where calls compute.
-        max_host_memory: most bytes in host memory.
-        max_device_memory: most bytes on the device; a CPU has none beside its own.
-        max_rank: largest rank of any adapter.
-        roots: folders inside of which adapters have to lie; anywhere where none are given.
-        dtype: of weights in memory.
-        timeout: seconds that a batch waits for its adapters at most.
-        let_go: drops plans of calls that have ended, when there is no room.
-    """
-
-    kind = "store"
-
-    def __init__(
-        self,
-        model: Layers,
-        names: AdapterNames,
-        slots: Slots,
-        device: torch.device,
-        max_host_memory: int | str,
-        max_device_memory: int | str,
-        max_rank: int,
-        roots: Sequence[str | os.PathLike] | None,
-        dtype: torch.dtype | str | None,
-        timeout: float,
-        let_go: Callable[[], None],
-    ) -> None:
-        self._model, self._names, self._slots = model, names, slots
-        self._roots = files.resolve_roots(roots)
-        self._layouts = Layouts(model, max_rank, dtype)
-        self._streams = streams_of(device)
-        sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
-        self._loader = Loader(device, *sizes, timeout, self._streams)
-        self._loader.let_go = let_go
-        self._lock = self._loader.lock
-        self._versions: dict[int, Version] = {}  # by id
-        self._hits = self._misses = 0
-        self._is_closed = False
+class AdapterStore(StoredAdapters):
+    """Adapters in files, of which those in use are in memory. ``mb.adapter_store`` makes one."""
 
     def register(self, name: str, folder: str | os.PathLike, pin: bool = False) -> None:
         """Make an adapter known. Its configuration and the header of its weights are read and checked, and no weights.
@@ -153,7 +104,7 @@ class AdapterStore:
         Raises:
             UnknownAdapterError: no adapter of the store has this name.
         """
-        with self._lock:
+        with self._changing(name), self._lock:
             version = self._version(name)
             self._forget(version)
             del self._versions[self._names.ids[name]]
@@ -219,67 +170,6 @@ class AdapterStore:
     def __iter__(self) -> Iterator[str]:
         return iter([version.name for version in list(self._versions.values())])
 
-    # What the registry asks.
-
-    def has(self, number: int) -> bool:
-        """Whether an id is that of a stored adapter."""
-        return number in self._versions
-
-    def serial(self, number: int) -> int:
-        """The version of an adapter."""
-        return self._versions[number].serial
-
-    def adapters(self, ids: Collection[int]) -> dict[int, StoredAdapter]:
-        """Adapters in memory, by id; those that weren't are loaded.
-
-        Raises:
-            AdapterFileError: files can't be read any more.
-            AdapterMismatchError: the model changed, and one doesn't fit it any more.
-            StoreFullError: there is no room for all of them within the time limit.
-            UnsupportedError: one has dropout, and the model trains.
-        """
-        tier = self._loader.final
-        with self._lock:
-            versions = {number: self._find(number) for number in ids}
-            wanted = list(dict.fromkeys(versions.values()))
-            there = sum(tier.touch(version) for version in wanted)
-            found = tier.get_all(wanted) if there == len(wanted) else {}
-            self._hits += there
-            self._misses += len(wanted) - there
-        for version in wanted:
-            self._check(version)
-        self._streams.note()
-        if there < len(wanted):  # while it waits it holds no memory, for which another one may be waiting
-            found = self._loader.fetch(wanted)
-        names = self._model.names
-        return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
-
-    def expect(self, layers: Iterable[Any]) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """As ``Layouts.expect``."""
-        return self._layouts.expect([self._model.names.get(layer, "") for layer in layers])
-
-    def describe(self) -> Iterator[AdapterReport]:
-        """The adapters that are where calls compute; all others are only counted."""
-        with self._lock:
-            found = [(number, each) for number, each in self._versions.items() if each in self._loader.final]
-        for number, version in sorted(found, key=lambda pair: pair[0]):
-            layout = version.layout
-            dtypes = sorted({str(layer.dtype).removeprefix("torch.") for layer in layout.layers.values()})
-            yield AdapterReport(
-                number, version.name, self.kind, version.serial, layout.ranks(), ", ".join(dtypes), layout.size,
-                len(layout.layers), "ready",
-            )  # fmt: skip
-
-    def close(self) -> None:
-        """Let go of everything."""
-        with self._lock:
-            self._is_closed = True
-            self._loader.close()
-            for version in self._versions.values():
-                self._forget(version)
-                self._names.remove_stored(version.name)
-            self._versions.clear()
-
     def _register(self, name: str, found: AdapterFiles, pin: bool | None) -> None:
         """Register an adapter; where it isn't said whether it is pinned, one from the same files stays as it is."""
         if self._is_closed:
@@ -290,7 +180,7 @@ class AdapterStore:
         layout = self._layouts.find(name, found)
         version = Version(name, found.path, found.identity, len(found.header), hash(found.config), layout)
         self._loader.check_size(version)
-        with self._lock:
+        with self._changing(name), self._lock:
             known = self._versions.get(self._names.ids.get(name, -1))
             if known is not None and pin is None:
                 if (known.path, known.identity, known.config) == (version.path, version.identity, version.config):
@@ -305,14 +195,6 @@ class AdapterStore:
             if pin:
                 self._loader.prefetch(version)
 
-    def _check(self, version: Version) -> None:
-        self._layouts.check(version.name, version.layout)
-        if version.layout.dropout and self._model.is_training():
-            raise UnsupportedError(
-                f"adapter {version.name!r} has a dropout of {version.layout.dropout:g}, the model is in train mode, "
-                "and stored adapters are for inference: expected eval mode. Call model.eval(), or use load_adapter."
-            )
-
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or name == BASE_NAME or not re.fullmatch(r"[^\x00-\x1f]{1,256}", name):
             raise AdapterIdsError(
@@ -320,6 +202,11 @@ class AdapterStore:
                 f"of them a control character, other than {BASE_NAME!r}. Choose another name."
             )
         self._names.check_stored(name)
+
+    def _changing(self, name: str) -> AbstractContextManager[None]:
+        """A block in which no request of continuous batching is under way that began with an adapter of this name."""
+        number = self._names.ids.get(name, -1)
+        return self._guard(number) if number in self._versions else nullcontext()
 
     def _version(self, name: str) -> Version:
         version = self._versions.get(self._names.ids.get(name, -1))
@@ -329,20 +216,6 @@ class AdapterStore:
                 "first."
             )
         return version
-
-    def _find(self, number: int) -> Version:
-        version = self._versions.get(number)
-        if version is None:
-            raise ModelStateError(
-                f"the adapter with the id {number} was unregistered while a call that names it began: expected it to "
-                "stay. Unregister adapters when no call needs them."
-            )
-        return version
-
-    def _forget(self, version: Version) -> None:
-        version.is_gone, version.is_pinned = True, False
-        self._loader.host.drop(version)
-        self._loader.final.drop(version)
 
     def _pin(self, version: Version) -> None:
         others = [each for each in self._versions.values() if each.is_pinned and each.name != version.name]

@@ -34,12 +34,13 @@ class Version:
         is_pinned: whether it stays in memory once it is there.
         is_gone: whether it was unregistered, or another one is in its place.
         loading: its load that is under way, or None.
+        error: why it couldn't be loaded the last time, or None.
         adapter: what calls use while they do.
     """
 
     __slots__ = (
-        "__weakref__", "adapter", "config", "header", "identity", "is_gone", "is_pinned", "layout", "loading", "name",
-        "path", "serial",
+        "__weakref__", "adapter", "config", "error", "header", "identity", "is_gone", "is_pinned", "layout", "loading",
+        "name", "path", "serial",
     )  # fmt: skip
 
     def __init__(self, name: str, path: str, identity: bytes, header: int, config: int, layout: Layout) -> None:
@@ -47,6 +48,7 @@ class Version:
         self.path, self.identity, self.header, self.config, self.layout = path, identity, header, config, layout
         self.is_pinned = self.is_gone = False
         self.loading: Any = None
+        self.error: Exception | None = None
         self.adapter: weakref.ref[StoredAdapter] | None = None
 
     def in_memory(self, memory: Tensor, slots: Slots, names: Mapping[Any, str]) -> StoredAdapter:
@@ -91,6 +93,10 @@ class StoredAdapter(AnyAdapter):
     def num_layers(self) -> int:
         """Layers in which it has anything."""
         return len(self.version.layout.layers)
+
+    def tensors(self) -> list[Tensor]:
+        """All of its weights, as far as they have been read."""
+        return [each for part in list(self._parts.values()) if part is not None for each in part[:2]]
 
     def ranks(self) -> tuple[int, ...]:
         """Its ranks, in ascending order."""

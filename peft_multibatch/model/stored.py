@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class StoredLayers:
         patch: Callable[..., PatchedLayer],
         model: nn.Module,
     ) -> None:
-        self.names: dict[Any, str] = {}
+        self.names: MutableMapping[Any, str] = weakref.WeakKeyDictionary()  # calls may still run layers that are gone
         self.changes = 0
         self._refresh, self._patch, self._model = refresh, patch, model
         self.layers: dict[Any, nn.Module] = {}
@@ -94,8 +95,8 @@ class StoredLayers:
                     f"serves {device}: expected a model on one device. Use load_adapter."
                 )
         for place, arguments in new:
+            self.layers[arguments[0]] = place  # first, because others look for layers that nobody knows
             self._plain[place] = self._patch(*arguments, place=place, inner=without_patch(place, is_hooked=True))
-            self.layers[arguments[0]] = place
         if new:
             known, _ = self._refresh(True)
             found = {module: known[module].module for module in found}
@@ -111,11 +112,8 @@ class StoredLayers:
         Returns:
             The layers that aren't PEFT's.
         """
-        plain = {patched.module: patched for place, patched in self._plain.items() if place in scan.names}
-        found = {layer: patched.name for layer, patched in (*layers.items(), *plain.items())}
-        self.names.update(found)
-        for layer in self.names.keys() - found.keys():
-            del self.names[layer]
+        plain = {patched.module: patched for place, patched in list(self._plain.items()) if place in scan.names}
+        self.names.update({layer: patched.name for layer, patched in (*layers.items(), *plain.items())})
         self.changes += 1
         return plain
 

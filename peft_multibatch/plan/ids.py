@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import heapq
 import math
 import operator
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,9 @@ BASE_NAME = "__base__"
 
 SHOWN = 3
 """Adapters that an error names at most."""
+
+COMPARED = 200
+"""Names that are compared letter by letter with one that nobody has, which takes long."""
 
 Entry = int | tuple[tuple[int, float], ...]
 """What one sample runs under: an id, or a mixture of several, each with its weight, in the order of the ids."""
@@ -249,7 +254,10 @@ def nearest(wanted: str | int, names: AdapterNames) -> str:
         if isinstance(wanted, int):
             numbers = sorted(known, key=lambda number: abs(number - wanted))[:SHOWN]
         else:
-            close = {*difflib.get_close_matches(wanted, known.values(), SHOWN)}
+            begin_alike = heapq.nlargest(
+                COMPARED, known.values(), lambda name: len(os.path.commonprefix([wanted, name]))
+            )
+            close = {*difflib.get_close_matches(wanted, begin_alike, SHOWN)}
             numbers = [number for number, name in known.items() if name in close]
         known = {number: known[number] for number in sorted(numbers)}
     listed = ", ".join([*(f"{number} ({name!r})" for number, name in known.items()), f"-1 ('{BASE_NAME}')"])

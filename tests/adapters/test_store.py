@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import GenerationConfig
 
 import peft_multibatch
 from peft_multibatch import errors
+from peft_multibatch.plan.ids import resolve
+from peft_multibatch.plan.names import AdapterNames
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -245,6 +248,16 @@ def test_names_that_nobody_has(stored):
     for method in (store.unregister, store.prefetch, store.pin):
         with pytest.raises(errors.UnknownAdapterError, match=r"no adapter of the store is called 'ate': expected"):
             method("ate")
+
+
+def test_a_name_that_nobody_has_among_ten_thousand():
+    names = AdapterNames()
+    for number in range(10_000):
+        names.add_stored(f"customer-{number}-sql")
+    begin = time.perf_counter()
+    with pytest.raises(errors.UnknownAdapterError, match=r"such as 77 \('customer-77-sql'\)"):
+        resolve(["customer-77-sqk"], names)
+    assert time.perf_counter() - begin < 0.15  # 0.25 where all are compared
 
 
 def test_a_store_without_adapters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,7 +29,7 @@ class Layers(Protocol):
         changes: another number whenever layers came, went, or can't take part any more.
     """
 
-    names: dict[Any, str]
+    names: MutableMapping[Any, str]
     changes: int
 
     def is_training(self) -> bool:

@@ -156,6 +156,8 @@ class Verifier:
             change = (each[index][1].unflatten(0, (count, -1)) - parts).abs().flatten(1)
             largest = change.max(1).values / scale
             others = [other for other in range(count) if other != sample and largest[other] > self._tolerance]
+            if others and not _is_whole(self._inputs, count):
+                return ""  # another sample's images may have moved
             if others:
                 return f"rows that count as sample {others[0]}'s change with sample {sample}"
             has_changed = has_changed or bool(largest[sample] > self._tolerance)
@@ -175,7 +177,8 @@ class Verifier:
         if any(each and (name not in each or each[name].shape != actual.shape) for each in known):
             return OutputCheck(name, shape, 0.0, (), "its shape depends on the samples or the adapters: not compared")
         owners = _owners(base[name], [each.get(name, base[name]) for each in exchanged], self._tolerance)
-        if len(self._unexchanged) == len(exchanged):  # then nothing tells but what users expect
+        is_apart = owners is not None or _is_whole(self._inputs, len(exchanged))
+        if not is_apart or len(self._unexchanged) == len(exchanged):  # then nothing tells but what users expect
             owners = _parts(actual.shape, 0, len(exchanged)) if actual.dim() else None
         if owners is None:
             return OutputCheck(name, shape, 0.0, (), "parts of it depend on several samples: not compared")
@@ -198,6 +201,8 @@ class Verifier:
             note = "it is the same under all of these adapters: nothing could be seen"
         elif sum(int(own.sum()) for own in owners) < actual.numel():
             note = "a part of it depends on no sample: the rest was compared"
+        elif not is_apart:
+            note = "inputs have rows that are no samples: compared by the order of the samples"
         elif self._unexchanged:
             note = f"samples {', '.join(map(str, self._unexchanged))} can't be exchanged: compared by their order"
         return OutputCheck(name, shape, largest, tuple(wrong), note)
@@ -254,6 +259,15 @@ def _exchanged(value: Any, sample: int, count: int) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(each, Tensor) for each in value):
         return type(value)([*value[:sample], value[other], *value[sample + 1 :]])
     return value
+
+
+def _is_whole(value: Any, count: int) -> bool:
+    """Whether all tensors of the inputs have as many rows as there are samples, so that a sample can be exchanged."""
+    if isinstance(value, Mapping):
+        return all(_is_whole(each, count) for each in value.values())
+    if isinstance(value, (list, tuple)):
+        return len(value) == count or all(_is_whole(each, count) for each in value)
+    return not isinstance(value, Tensor) or not value.dim() or len(value) == count
 
 
 def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Tensor] | None:

@@ -10,6 +10,7 @@ layers of the same name elsewhere, and the model is tried again; what was left o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -64,7 +65,8 @@ layers: the base model, and one class with a head. Batches of three and four dif
 unequal length, in eval and in train mode, are compared with PEFT, one adapter at a time, over everything that the
 model returns; `generate` token for token. *Right* means that every row equals PEFT's. Adapters that have anything in
 a refused layer can't be named in a mixed batch; leave these layers out of their targets, or run such adapters one at
-a time. For a model that isn't here, ask `mb.verify(...)`.
+a time. For a model that isn't here, ask `mb.verify(...)`. `benchmarks/results/architectures.csv` has the same with
+errors, and on which device each ran.
 """
 
 
@@ -283,6 +285,7 @@ def _one(job: tuple[str, bool, str]) -> Row:
 
 def publish(rows: list[Row]) -> None:
     """Write what was found: for `enable`, as CSV, and as a page of the docs."""
+    rows = sorted(rows, key=lambda row: (row.model_type, row.class_name))
     sound = {row.model_type for row in rows if row.status in (RIGHT, REFUSED, MIXES)}
     tried = sorted(sound - {row.model_type for row in rows if row.status == WRONG})
     versions = {"transformers": transformers.__version__, "tried": tried}
@@ -304,6 +307,8 @@ def publish(rows: list[Row]) -> None:
         "|---|---|---|---|---|",
     ]
     for row in rows:
+        if row.status == NOT_BUILT and row.model_type in types:  # a type of which there is one class
+            continue
         why: dict[str, list[str]] = {}
         for layer, reason in row.left_out.items():
             why.setdefault(reason, []).append(f"`{layer}`")
@@ -318,22 +323,16 @@ def _result(row: Row) -> str:
     return "right, some layers refused" if row.status == RIGHT and row.left_out else row.status
 
 
-def run(wanted: list[tuple[str, bool, str]], jobs: int, out: Path) -> list[Row]:
+def run(wanted: list[tuple[str, bool, str]], jobs: int, file: TextIO | None) -> list[Row]:
     """Try classes of model types in processes of their own, and write each row when it is there."""
     rows = []
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool, out.open("a") as file:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool:
         for row in pool.imap_unordered(_one, wanted):
             rows.append(row)
-            print(json.dumps(asdict(row)), file=file, flush=True)
-            what = [
-                f"{row.seconds:5.1f}s",
-                row.model_type,
-                row.class_name,
-                row.status,
-                row.generates,
-                row.reason[:300],
-            ]
-            print(*what, *row.left_out, flush=True)
+            if file is not None:
+                print(json.dumps(asdict(row)), file=file, flush=True)
+            what = row.model_type, row.class_name, row.status, row.generates, row.reason[:300], *row.left_out
+            print(f"{row.seconds:5.1f}s", *what, flush=True)
     return rows
 
 
@@ -342,20 +341,11 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types to try; all of them by default, which are published")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--rows", type=Path, default=Path("rows.jsonl"), help="where rows are kept; those in it are done"
-    )
+    parser.add_argument("--rows", type=Path, help="where to keep rows while it runs, as JSON lines")
     arguments = parser.parse_args()
-    known = arguments.rows.read_text().splitlines() if arguments.rows.exists() else []
-    rows = [] if arguments.types else [Row(**json.loads(line)) for line in known]
-    done = Counter(row.model_type for row in rows)
-    wanted = [
-        (name, head, arguments.device)
-        for name in arguments.types or model_types()
-        for head in (False, True)
-        if done[name] < 2
-    ]
-    rows = sorted(rows + run(wanted, arguments.jobs, arguments.rows), key=lambda row: (row.model_type, row.class_name))
+    wanted = [(name, head, arguments.device) for name in arguments.types or model_types() for head in (False, True)]
+    with arguments.rows.open("w") if arguments.rows else contextlib.nullcontext() as file:
+        rows = run(wanted, arguments.jobs, file)
     if not arguments.types:
         publish(rows)
     wrong = [f"{row.model_type} {row.class_name}: {row.reason}" for row in rows if row.status == WRONG]

@@ -7,7 +7,6 @@ import functools
 import heapq
 import math
 import operator
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -254,14 +253,17 @@ def nearest(wanted: str | int, names: AdapterNames) -> str:
         if isinstance(wanted, int):
             numbers = sorted(known, key=lambda number: abs(number - wanted))[:SHOWN]
         else:
-            begin_alike = heapq.nlargest(
-                COMPARED, known.values(), lambda name: len(os.path.commonprefix([wanted, name]))
-            )
+            begin_alike = heapq.nlargest(COMPARED, known.values(), lambda name: _shared(wanted, name))
             close = {*difflib.get_close_matches(wanted, begin_alike, SHOWN)}
             numbers = [number for number, name in known.items() if name in close]
         known = {number: known[number] for number in sorted(numbers)}
     listed = ", ".join([*(f"{number} ({name!r})" for number, name in known.items()), f"-1 ('{BASE_NAME}')"])
     return f"one of {listed}" if is_whole else f"another, such as {listed}"
+
+
+def _shared(one: str, other: str) -> int:
+    """How many letters two names begin with alike."""
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _show(value: Any) -> str:

@@ -4,12 +4,15 @@ mb = peft_multibatch.enable(model)
 model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
+from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.api import Multibatch, disable, enable
 from peft_multibatch.errors import (
+    AdapterFileError,
     AdapterIdsError,
     AdapterIdsLengthError,
     AdapterIdsTypeError,
     AdapterMismatchError,
+    AdapterUnsupportedError,
     BackendUnavailableError,
     MergedAdaptersError,
     ModelStateError,
@@ -17,6 +20,7 @@ from peft_multibatch.errors import (
     NoAdaptersError,
     NotEnabledError,
     RowMappingError,
+    StoreFullError,
     UnknownAdapterError,
     UnsupportedError,
 )
@@ -27,10 +31,13 @@ from peft_multibatch.report import LayerReport, Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
     "AdapterIdsError",
     "AdapterIdsLengthError",
     "AdapterIdsTypeError",
     "AdapterMismatchError",
+    "AdapterStore",
+    "AdapterUnsupportedError",
     "BackendUnavailableError",
     "LayerReport",
     "MergedAdaptersError",
@@ -43,6 +50,7 @@ __all__ = [
     "RowMappingError",
     "SegmentBuffer",
     "Segments",
+    "StoreFullError",
     "UnknownAdapterError",
     "UnsupportedError",
     "disable",

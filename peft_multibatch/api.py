@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_multibatch.adapters.checks import check_any_kind
+from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.compat import PeftMixedModel, PeftModel, check
 from peft_multibatch.continuous.generate_batch import Batching, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import STATE
 from peft_multibatch.layers.per_segment import per_segment
-from peft_multibatch.model.handle import Handle, inner_model
+from peft_multibatch.model.handle import Handle
+from peft_multibatch.model.scan import inner_model
 from peft_multibatch.model.sentence_transformers import is_sentence_model, model_inside, with_samples
+from peft_multibatch.model.stored import device_of
 from peft_multibatch.model.verify import Verifier
 from peft_multibatch.plan.ids import ids_of, resolve
 from peft_multibatch.report import Verification
@@ -122,6 +127,71 @@ class Multibatch(Handle):
         self._refresh()
         return Batching(self, mixtures=mixtures).continuous_batching_context_manager(**options)
 
+    def adapter_store(
+        self,
+        max_host_memory: int | str = "8GB",
+        max_device_memory: int | str = "2GB",
+        max_rank: int = 64,
+        slots: int = 64,
+        roots: Sequence[str | os.PathLike] | None = None,
+        dtype: torch.dtype | str | None = None,
+        timeout: float = 60.0,
+    ) -> AdapterStore:
+        """Keep thousands of adapters in files, and in memory those that are in use.
+
+        Batches name stored adapters as they name PEFT's, and mix both. See docs/store.md.
+
+        Args:
+            max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
+            max_device_memory: most memory for adapters on a CUDA device; nothing where the model is on a CPU.
+            max_rank: largest rank that an adapter may have.
+            slots: adapters that batches which run at the same time have in use at most. More of them work as well, and
+                have CUDA graphs captured anew.
+            roots: folders inside of which adapters have to lie, links resolved; anywhere where none are given.
+            dtype: of adapters in memory. By default what PEFT's ``load_adapter`` gives them, float32 in most models;
+                ``"file"`` keeps what is in the files, which takes half the memory for float16 and bfloat16.
+            timeout: seconds that a batch waits for its adapters before it raises ``StoreFullError``.
+
+        Returns:
+            The store.
+
+        Raises:
+            ModelStateError: the model has one already.
+            UnsupportedError: the model is on several devices.
+            StoreFullError: a size is none.
+
+        Example:
+            ```python
+            store = mb.adapter_store(max_host_memory="64GB", roots=["adapters"])
+            store.register("sql", "adapters/sql")
+            model.generate(**inputs, adapter_ids=["sql", "__base__"])
+            ```
+        """
+        self._refresh()
+        registry, router = self._registry, self._router
+        if registry.store is not None:
+            raise ModelStateError(
+                "adapter_store was called on a model that has a store: expected one store for a model. Use what the "
+                "first call returned, or call disable and enable."
+            )
+        if router.split is not None or router.is_gathered:
+            raise UnsupportedError(
+                "adapter_store was called on a model that is split over devices: expected a model that every rank "
+                "holds whole. Use load_adapter."
+            )
+        if dtype not in (None, "file", torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedError(
+                f"adapter_store got dtype={dtype!r}: expected 'file', torch.float64, torch.float32, torch.float16 or "
+                "torch.bfloat16."
+            )
+        registry.store = AdapterStore(
+            self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
+            max_rank, roots, dtype, timeout, router.let_go, registry.changing,
+        )  # fmt: skip
+        registry.slots.reserve(slots)
+        self._look(is_changed=True)
+        return registry.store
+
     def verify(self, adapter_ids: Any, tolerance: float | None = None, **inputs: Any) -> Verification:
         """Compare a mixed batch with PEFT, one adapter at a time, and look for layers whose rows aren't the samples'.
 
@@ -150,7 +220,13 @@ class Multibatch(Handle):
         self._refresh()
         entries = resolve(adapter_ids, self._registry.names)
         names = {number: self._registry.names.by_id[number] for entry in {*entries} for number in ids_of(entry)}
-        layers = {each.module: each.name for each in self._layers.values()}
+        stored = sorted(name for name in names.values() if name in self._registry.names.stored)
+        if stored:
+            raise UnsupportedError(
+                f"verify was called for {stored[0]!r}, a stored adapter, and compares with PEFT: expected adapters in "
+                "PEFT's modules. Load it with load_adapter by another name, and verify that."
+            )
+        layers = {each.place: each.name for each in self._layers.values()}
         in_order = {each.name for each in self._layers.values() if each.handler in (linear, per_segment)}
         verifier = Verifier(self._outer, self._inner, layers, in_order, entries, names, inputs, tolerance)
         is_tried = self._router.is_tried

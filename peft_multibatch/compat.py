@@ -17,9 +17,14 @@ from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import calculate_alora_offsets
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    get_pattern_key,
+)
 from torch import nn
 from torch._C import _current_autograd_node as current_node
 from torch._C import _current_graph_task_id as current_backward
@@ -29,6 +34,7 @@ from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_ten
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 
@@ -39,6 +45,7 @@ __all__ = [
     "BaseTunerLayer",
     "BufferDict",
     "CheckpointFrame",
+    "Conv1D",
     "FunctionNode",
     "LoraLayer",
     "LoraParallelLinear",
@@ -48,9 +55,11 @@ __all__ = [
     "TrainableTokensWrapper",
     "calculate_alora_offsets",
     "check",
+    "check_target_module_exists",
     "current_backward",
     "current_node",
     "dequantize_module_weight",
+    "get_pattern_key",
     "is_forward_mode_enabled",
     "lora",
     "pop_saved_tensors_hooks",

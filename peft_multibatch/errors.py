@@ -8,9 +8,12 @@
     ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
     │   ├── NotEnabledError                     `enable` was not called on this very model
     │   ├── AdapterMismatchError                an adapter's weights don't fit the model; others run
+    │   ├── AdapterFileError                    a stored adapter's files can't be read, or changed; others run
+    │   ├── StoreFullError                      a batch's stored adapters find no room in time; others run
     │   ├── NoAdaptersError                     no adapter was added yet
     │   └── MergedAdaptersError (ValueError)    an adapter is merged into the base weights
     ├── UnsupportedError (TypeError)        this model, tuner or layer is not supported
+    │   └── AdapterUnsupportedError             not in an adapter store; PEFT's load_adapter may do it
     ├── RowMappingError (ValueError)        a layer's rows can't be mapped to samples
     ├── BackendUnavailableError (RuntimeError)
     └── DemoModelMissing (ImportError)
@@ -51,6 +54,14 @@ class AdapterMismatchError(ModelStateError):
     """An adapter's weights don't fit the model or each other; batches that don't name it run."""
 
 
+class AdapterFileError(ModelStateError):
+    """A stored adapter's files are missing, damaged, outside of the store's roots, or not what was registered."""
+
+
+class StoreFullError(ModelStateError):
+    """The stored adapters of a batch found no room within the time limit, or never can."""
+
+
 class NoAdaptersError(ModelStateError):
     """The model has no adapters."""
 
@@ -61,6 +72,10 @@ class MergedAdaptersError(ModelStateError, ValueError):
 
 class UnsupportedError(MultibatchError, TypeError):
     """The model, tuner or layer is one that this package can't route samples through and be right."""
+
+
+class AdapterUnsupportedError(UnsupportedError):
+    """An adapter is of a kind that an adapter store doesn't take; PEFT's ``load_adapter`` may."""
 
 
 class RowMappingError(MultibatchError, ValueError):

@@ -30,7 +30,7 @@ class AdapterReport:
     Attributes:
         id: its integer id.
         name: its name.
-        source: where its weights are: ``"PEFT"``, in PEFT's modules inside the model.
+        source: where its weights are: ``"PEFT"``, in PEFT's modules inside the model, or ``"store"``.
         version: a number that is another one whenever the adapter changed; -1 where it can't be read.
         ranks: its ranks, in ascending order.
         dtype: dtypes of its weights, such as ``"bfloat16"``.
@@ -54,6 +54,56 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
+class StoreStats:
+    """An adapter store: what is where, and what happened since it was made.
+
+    Attributes:
+        registered: adapters that are registered.
+        pinned: of these, those that stay in memory.
+        host_adapters: adapters in host memory.
+        host_bytes: bytes of host memory in use.
+        host_bytes_kept: bytes that are kept for the next adapters.
+        max_host_bytes: most bytes of both together.
+        device_adapters: adapters on the device; 0 where that is the CPU, as are the next three.
+        device_bytes: bytes of the device's memory in use.
+        device_bytes_kept: bytes that are kept for the next adapters.
+        max_device_bytes: most bytes of both together.
+        hits: adapters that a call named and that were where calls compute.
+        misses: adapters that a call named and that weren't.
+        loads: adapters that were read or copied to the device.
+        evictions: adapters that had to make room.
+        bytes_read: bytes read from files.
+        load_seconds: seconds that loading took, summed up over threads.
+    """
+
+    registered: int
+    pinned: int
+    host_adapters: int
+    host_bytes: int
+    host_bytes_kept: int
+    max_host_bytes: int
+    device_adapters: int
+    device_bytes: int
+    device_bytes_kept: int
+    max_device_bytes: int
+    hits: int
+    misses: int
+    loads: int
+    evictions: int
+    bytes_read: int
+    load_seconds: float
+
+    def __str__(self) -> str:
+        text = (
+            f"store: {self.registered} adapters registered, {self.host_adapters} in host memory "
+            f"({self.host_bytes} of {self.max_host_bytes} bytes)"
+        )
+        if self.max_device_bytes:
+            text += f", {self.device_adapters} on the device ({self.device_bytes} of {self.max_device_bytes} bytes)"
+        return f"{text}; {self.hits} hits, {self.misses} misses, {self.evictions} evictions"
+
+
+@dataclass(frozen=True)
 class Report(Sequence[LayerReport]):
     """One entry per patched layer; printed, a summary of them and a line for every adapter.
 
@@ -61,13 +111,15 @@ class Report(Sequence[LayerReport]):
         layers: the entries.
         backend: the backend in use.
         backend_reason: why this one.
-        adapters: one entry per adapter, in the order of their ids.
+        adapters: one entry per adapter, in the order of their ids; of stored ones, those in memory.
+        store: the adapter store, or None.
     """
 
     layers: tuple[LayerReport, ...]
     backend: str
     backend_reason: str
     adapters: tuple[AdapterReport, ...] = ()
+    store: StoreStats | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -81,6 +133,7 @@ class Report(Sequence[LayerReport]):
         rows = [tuple(field.name for field in fields(AdapterReport)), *map(_cells, self.adapters)]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if self.adapters else []
+        lines += [str(self.store)] if self.store is not None else []
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -89,6 +142,7 @@ class Report(Sequence[LayerReport]):
             f"<p>backend <b>{html.escape(self.backend)}</b>: {html.escape(self.backend_reason)}</p>"
             + _table(("layers", "how", "such as"), ways)
             + _table([field.name for field in fields(AdapterReport)], map(_cells, self.adapters))
+            + ("" if self.store is None else f"<p>{html.escape(str(self.store))}</p>")
         )
 
     def _ways(self) -> list[tuple[int, str, str]]:

@@ -42,7 +42,7 @@ def test_import_time_beyond_the_dependencies():
 def test_public_names():
     assert peft_multibatch.__all__ == sorted(peft_multibatch.__all__)
     assert {name for name in peft_multibatch.__all__ if not name.endswith("Error")} == {
-        "LayerReport", "Multibatch", "Report", "SegmentBuffer", "Segments", "disable", "enable",
+        "AdapterStore", "LayerReport", "Multibatch", "Report", "SegmentBuffer", "Segments", "disable", "enable",
     }  # fmt: skip
     for name in peft_multibatch.__all__:
         assert getattr(peft_multibatch, name).__doc__

@@ -7,23 +7,27 @@ aren't stacked.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.offload import loader
 from peft_multibatch.adapters.shards import own, split_of
 from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, WeightTable, dtype_of, is_aligned
-from peft_multibatch.adapters.weights import Adapter
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError
 
 
 if TYPE_CHECKING:
     from peft_multibatch.compat import LoraLayer
+
+
+Expected = dict[torch.dtype | None, tuple[int, bool]]
+"""Dtypes, for each the largest rank, and whether all weights can be read 16 bytes at a time."""
 
 
 class Bank:
@@ -51,6 +55,8 @@ class Bank:
         self.inference_b: list[Tensor] = []
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
+        # Tells what stored adapters that are registered have in these layers, in memory or not.
+        self.expects: Callable[[Iterable[LoraLayer]], Expected] = lambda layers: {}
         # What graphs of kernels read. Written by `extend_for_graphs`.
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
@@ -61,11 +67,11 @@ class Bank:
         self._rows: dict[torch.device, dict[int, int]] = {}
         self._served: dict[torch.device, dict[int, int]] = {}
 
-    def weights(self, adapter: Adapter) -> SlotWeights:
+    def weights(self, adapter: AnyAdapter) -> SlotWeights:
         """An adapter's weights as torch's products take them: transposed, still PEFT's own memory."""
         return [part and (part.lora_a.t(), part.lora_b.t(), part.scaling) for part in adapter.parts(self.layers)]
 
-    def dora_scales(self, adapters: Mapping[int, Adapter]) -> list[Tensor | None]:
+    def dora_scales(self, adapters: Mapping[int, AnyAdapter]) -> list[Tensor | None]:
         """For each slice what DoRA multiplies outputs with, ``[S + 1, N]``, the last row for the base model alone.
 
         The magnitudes over the norms of the adapted weights, 1 for adapters without DoRA; None where nobody has it.
@@ -98,7 +104,7 @@ class Bank:
             found.append(torch.stack(rows))
         return found
 
-    def gather(self, adapters: Iterable[Adapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    def gather(self, adapters: Iterable[AnyAdapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What the ops take for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
 
         Both lists have ``S * I`` entries; those of an adapter that lacks a slice have rank 0.
@@ -114,7 +120,7 @@ class Bank:
         lora_a, lora_b = zip(*(part.parameters for part in parts)) if parts else ((), ())
         return list(lora_a), list(lora_b), ranks, scalings
 
-    def tables(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:
+    def tables(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:
         """The bank as kernels read it: a table for each dtype that these adapters have here.
 
         Args:
@@ -148,16 +154,16 @@ class Bank:
         self._rows.setdefault(device, {}).update(serials)
         return found
 
-    def has_rows(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> bool:
+    def has_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether ``tables`` has been called for all of these adapters, if not for all at once."""
         rows = self._rows.get(device, {})
         return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
 
-    def extend_for_graphs(self, adapters: Mapping[int, Adapter], device: torch.device, is_captured: bool) -> bool:
+    def extend_for_graphs(self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool) -> bool:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
 
         What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
-        begins with the largest one that PEFT has here.
+        begins with the largest one that PEFT or a store has here.
 
         Returns:
             Whether something changed that graphs have as a constant.
@@ -196,7 +202,7 @@ class Bank:
         served.update(serials)
         return not is_same
 
-    def serves(self, adapters: Mapping[int, Adapter], device: torch.device, slots: int) -> bool:
+    def serves(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether graphs that were captured have what these adapters need: tables of their dtypes, and their ranks."""
         tables = {table.dtype: table for table in self.graph_tables}
         parts = [part for parts in self._read(adapters).values() for part in parts if part]
@@ -226,12 +232,12 @@ class Bank:
                 self._served.pop(device, None)
         return tables
 
-    def _likely(self, device: torch.device) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """Dtypes that PEFT has here, and for each its largest rank and whether all weights are aligned.
+    def _likely(self, device: torch.device) -> Expected:
+        """Dtypes that there are here, and for each its largest rank and whether all weights are aligned.
 
         Looks at all adapters, and so only when a graph is made.
         """
-        found: dict[torch.dtype | None, tuple[int, bool]] = {}
+        found: Expected = {**self.expects(self.layers)}
         for layer in self.layers:
             for name, module in layer.lora_A._modules.items():
                 halves = module, layer.lora_B._modules.get(name)
@@ -243,10 +249,10 @@ class Bank:
                 found[dtype_of(part)] = max(rank, len(part.lora_a)), aligned and is_aligned(part)
         return found
 
-    def _read(self, adapters: Mapping[int, Adapter]) -> dict[int, list[LayerWeights | None]]:
+    def _read(self, adapters: Mapping[int, AnyAdapter]) -> dict[int, list[LayerWeights | None]]:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
 
-    def sync(self, adapters: Sequence[Adapter | None], live: Collection[Adapter]) -> None:
+    def sync(self, adapters: Sequence[AnyAdapter | None], live: Collection[AnyAdapter]) -> None:
         """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones.
 
         Args:
@@ -261,7 +267,7 @@ class Bank:
             for each in found:
                 torch._dynamo.maybe_mark_dynamic(each, dim)  # so that one graph serves all ranks
 
-    def trained(self, adapters: Iterable[Adapter]) -> list[bool]:
+    def trained(self, adapters: Iterable[AnyAdapter]) -> list[bool]:
         """Which weights of adapters want gradients."""
         parts = [part for adapter in adapters for part in adapter.parts(self.layers) if part]
         return [parameter.requires_grad for part in parts for parameter in part.parameters]

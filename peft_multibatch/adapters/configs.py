@@ -35,6 +35,7 @@ class WatchedConfigs(dict):
         names.update(configs)
 
     def __setitem__(self, name: str, config: Any) -> None:
+        self.names.check(name)  # before PEFT takes it for one that is there
         super().__setitem__(name, config)
         self.names.add(name)
 
@@ -89,7 +90,7 @@ def watch(model: nn.Module, names: AdapterNames, around: Iterable[nn.Module] = (
     """
     configs = model.__dict__.get(CONFIGS)
     if configs is None:
-        if names:
+        if names.of_peft:
             names.update(())
     elif not isinstance(configs, WatchedConfigs) or configs.names is not names:
         _replace(configs, WatchedConfigs(configs, names), [model, *around])

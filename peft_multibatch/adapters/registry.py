@@ -1,16 +1,19 @@
 """Who the adapters of a model are, whether each can run, and the version of each that a call begins with.
 
 What is above asks here for adapters by id and is given versions of them, which stay as they are. Where an adapter's
-weights come from is the business of its source alone; ``PeftModules`` is the one that there is.
+weights come from is the business of its source alone: ``PeftModules``, or an ``AdapterStore`` beside it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from peft_multibatch.adapters import notices
+from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.checks import check_kind
 from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.weights import Adapter, ReadLayer
@@ -18,6 +21,9 @@ from peft_multibatch.errors import AdapterMismatchError, ModelStateError, Multib
 from peft_multibatch.plan.names import AdapterNames
 from peft_multibatch.report import AdapterReport
 
+
+if TYPE_CHECKING:
+    from peft_multibatch.adapters.store.store import AdapterStore
 
 READY, REFUSED, BROKEN = "ready", "refused", "broken"
 """States of an adapter: one that is refused can't be mixed, and one that is broken PEFT can't run either."""
@@ -77,18 +83,22 @@ class Registry:
         names: names and ids.
         slots: which versions in use take.
         source: where weights are read.
+        store: adapters whose weights are in files, or None.
+        guard: of continuous batching, a block in which no request is under way that began with an adapter.
     """
 
     def __init__(self) -> None:
         self.names = AdapterNames()
         self.slots = Slots()
         self.source = PeftModules(self.slots)
+        self.store: AdapterStore | None = None
+        self.guard: weakref.WeakMethod | None = None
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._turn = 0
         self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
 
-    def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, Adapter]:
-        """Adapters as they are now, by id.
+    def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, AnyAdapter]:
+        """Adapters as they are now, by id; stored ones once they are in memory.
 
         Args:
             ids: which.
@@ -97,16 +107,27 @@ class Registry:
 
         Raises:
             UnsupportedError: one is of a kind that can't be mixed.
-            ModelStateError: one doesn't fit the model.
+            ModelStateError: one doesn't fit the model, can't be read, or finds no room.
         """
         ids = list(ids)
+        stored = [each for each in ids if self.store.has(each)] if self.store is not None else []
+        if not stored:
+            return self._of_peft(ids, checks)
+        assert self.store is not None
+        found: dict[int, AnyAdapter] = {**self.store.adapters(stored)}
+        if len(stored) < len(ids):
+            found.update(self._of_peft([each for each in ids if each not in found], checks))
+            found = {each: found[each] for each in ids}
+        return found
+
+    def _of_peft(self, ids: list[int], checks: int | None) -> dict[int, AnyAdapter]:
         due = set(ids)
         if checks is not None and checks < len(ids):
             self._turn += 1
             due = set(sorted(ids, key=lambda each: self._turns.get(each, 0))[:checks])
             self._turns.update(dict.fromkeys(due, self._turn))
         noticed = notices.now()
-        found: dict[int, Adapter] = {}
+        found: dict[int, AnyAdapter] = {}
         for each in ids:
             adapter = self._current.get(each)
             # one that is gone stays as it was for requests that began under it
@@ -118,18 +139,34 @@ class Registry:
             found[each] = adapter
         return found
 
+    def check_any_runs(self) -> None:
+        """Raise where none of the adapters that there are can run."""
+        refusals = []
+        for number in list(self.names.by_id):
+            try:
+                self.adapters([number])
+                return
+            except UnsupportedError as error:
+                refusals.append(error)
+            except MultibatchError:
+                return
+        if refusals:
+            raise refusals[0]
+
     def describe(self, check_weights: bool = False) -> Iterator[AdapterReport]:
         """Every adapter, whether it can run, and why not.
 
         Args:
             check_weights: whether to read all weights as well.
         """
-        for number, name in sorted(self.names.by_id.items()):
+        stored = self.names.stored
+        for number, name in sorted(item for item in self.names.by_id.items() if item[1] not in stored):
             state, reason, version = READY, "", -1
             ranks: tuple[int, ...] = ()
             dtypes, size, layers = "", 0, 0
             try:
-                adapter = self.adapters([number])[number]
+                adapter = self._of_peft([number], None)[number]
+                assert isinstance(adapter, Adapter)
             except MultibatchError as error:
                 state, reason = REFUSED if isinstance(error, UnsupportedError) else BROKEN, str(error)
             else:
@@ -144,14 +181,25 @@ class Registry:
                 elif check_weights and adapter.is_zero():
                     reason = "it is the base model: every lora_B is zero, as after a load whose files have other keys"
             yield AdapterReport(number, name, self.source.kind, version, ranks, dtypes, size, layers, state, reason)
+        if self.store is not None:
+            yield from self.store.describe()
 
     def version(self, number: int) -> int:
         """A number that is another one whenever the adapter changed, as far as anybody noticed."""
+        if self.store is not None and self.store.has(number):
+            return self.store.serial(number)
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
-    def current(self, number: int) -> Adapter | None:
+    def changing(self, number: int) -> AbstractContextManager[None]:
+        """A block in which a stored adapter changes, while no request that began with it is under way."""
+        guard = self.guard() if self.guard is not None else None
+        return nullcontext() if guard is None else guard(number)
+
+    def current(self, number: int) -> AnyAdapter | None:
         """The version that was read last, which needn't be what PEFT has now."""
+        if self.store is not None and self.store.has(number):
+            return self.store.current(number)
         return self._current.get(number)
 
     def renew(self, ids: Iterable[int]) -> None:

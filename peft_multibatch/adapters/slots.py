@@ -25,15 +25,24 @@ class Slots:
         self._free = deque(range(FEWEST))
         self._given_back: deque[int] = deque()  # whose rows kernels that were launched may still read
 
+    def reserve(self, slots: int) -> None:
+        """Have room for so many from now on, taken or not."""
+        with self._lock:
+            while self.capacity < slots:
+                self._grow()
+
     def take(self) -> int:
         """A slot that nobody has, and that no running kernel reads."""
         with self._lock:
             if not self._free and self._given_back and _wait_for_kernels():
                 self._free, self._given_back = self._given_back, deque()
             if not self._free:
-                self._free.extend(range(self.capacity, 2 * self.capacity))
-                self.capacity *= 2
+                self._grow()
             return self._free.popleft()
+
+    def _grow(self) -> None:
+        self._free.extend(range(self.capacity, 2 * self.capacity))
+        self.capacity *= 2
 
     def give_back(self, slot: int) -> None:
         """Nobody needs the slot any more."""

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peft_multibatch.adapters.offload import are_loaded_when_called
 from peft_multibatch.compat import (
@@ -20,6 +21,9 @@ from peft_multibatch.compat import (
 )
 from peft_multibatch.errors import ModelStateError
 
+
+STATE = "_multibatch"
+"""Attribute of a patched module that holds its ``PatchedLayer``."""
 
 # Layers that read no parameter but through the forward of the module that holds it, as long as no variant does.
 CALLS_ITS_PARTS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, ModulesToSaveWrapper)
@@ -86,6 +90,8 @@ def view_of(
     if isinstance(layer, AuxiliaryTrainingWrapper):
         view._adapters = set(sources)
     view._modules = dict(layer._modules)
+    if "base_layer" in view._modules:
+        view._modules["base_layer"] = unpatched(layer.base_layer)
     for key, child in layer._modules.items():
         attribute = None if key in PARTS else attribute_of(child)
         if attribute is not None:
@@ -104,7 +110,7 @@ def view_of(
         if is_nested:
             view._modules["base_layer"] = view_of(layer.base_layer, inner, weights, runs)
         elif runs:
-            view._modules["base_layer"] = _copy_of(layer.base_layer)
+            view._modules["base_layer"] = _copy_of(view.base_layer)
     elif isinstance(layer, lora.MultiheadAttention):
         inner = {name: source.base_layer.out_proj for name, source in sources.items()}
         out_proj = view_of(layer.base_layer.out_proj, inner, weights, runs)
@@ -118,6 +124,40 @@ def view_of(
         view._modules["base_layer"] = base
         view.merged_adapters, out_proj.merged_adapters = [], []
     return view
+
+
+def unpatched(base: Any) -> Any:
+    """A layer's base module as it runs by itself, although stored adapters had weights there before the layer came."""
+    patch = None if isinstance(base, BaseTunerLayer) else base.__dict__.get(STATE)
+    return base if patch is None else patch.inner
+
+
+def holding(layer: Any, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Any:
+    """A view of a LoRA layer with weights that aren't PEFT's, from which others are made.
+
+    Args:
+        layer: the layer.
+        name: the adapter's name.
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        scaling: what their product is multiplied with.
+    """
+    view = view_of(layer, {}, runs=False)
+    with torch.inference_mode(False):
+        halves = {"lora_A": _linear(lora_a), "lora_B": _linear(lora_b), "lora_dropout": nn.Identity()}
+    for key, module in halves.items():
+        view._modules[key] = _with(layer._modules[key], "_modules", {name: module})
+    view.r, view.lora_alpha, view.scaling = {name: len(lora_a)}, {name: scaling * len(lora_a)}, {name: scaling}
+    for key in ("use_dora", "use_rslora", "lora_bias"):
+        view.__dict__[key] = {name: False}
+    view._disable_adapters, view._active_adapter = False, [name]
+    return view
+
+
+def _linear(weight: Tensor) -> nn.Module:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return module
 
 
 def check_loaded(view: Any) -> Any:

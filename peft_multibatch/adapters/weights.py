@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import itertools
 import operator
-import threading
-import weakref
 from collections.abc import Iterable
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from peft_multibatch.adapters import notices, views
+from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.checks import HOOKS, check_fit, check_halves, check_scaling, why_apart
 from peft_multibatch.adapters.offload import comes_later, onloaded
 from peft_multibatch.adapters.shards import SHARDED, check_adapter, own, shard_of, split_of
+from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.compat import LoraLayer
 from peft_multibatch.errors import AdapterMismatchError, ModelStateError, UnsupportedError
-
-
-if TYPE_CHECKING:
-    from peft_multibatch.adapters.slots import Slots
 
 
 class ReadLayer(Protocol):
@@ -45,7 +41,7 @@ class ReadLayer(Protocol):
 _weight, _bias, _hooks_of = itemgetter("weight"), itemgetter("bias"), itemgetter(*HOOKS)
 
 
-class Adapter:
+class Adapter(AnyAdapter):
     """One version of an adapter, as PEFT's layers have it.
 
     A call computes with what is here, whatever becomes of PEFT's modules in the meantime. What is here shares PEFT's
@@ -68,16 +64,12 @@ class Adapter:
     """
 
     def __init__(self, name: str, slots: Slots) -> None:
-        self.name = name
-        self.serial = next(_serials)
+        super().__init__(name, slots)
         self.apart: dict[Any, str] = {}
         self.dropouts: dict[Any, nn.Dropout] = {}
-        self._slots = slots
-        self._slot: int | None = None
         self._get = itemgetter(name)
         self._parts: dict[Any, LayerWeights | None] = {}
         self._views: dict[Any, Any] = {}
-        self._lock = threading.RLock()
         self._seen: object = None  # what had been noticed when it was last looked at closely
         self._dicts: list[dict] = []  # that have an entry of this name
         self._entries: list[Any] = []
@@ -103,15 +95,6 @@ class Adapter:
         self._close_dicts: list[dict] = []  # looked at only where something was noticed
         self._close_entries: list[Any] = []
         self._close_attributes: list[dict] = []
-
-    @property
-    def slot(self) -> int:
-        """Its row in the tables that kernels read, for as long as anybody needs this version."""
-        with self._lock:
-            if self._slot is None:
-                self._slot = self._slots.take()
-                weakref.finalize(self, self._slots.give_back, self._slot).atexit = False
-            return self._slot
 
     @property
     def num_layers(self) -> int:
@@ -343,6 +326,3 @@ class Adapter:
             # copied from where it was offloaded to: what changes there can't be seen from here
             self._is_volatile = self._is_volatile or tensor is not module._parameters["weight"]
         return a, b
-
-
-_serials = itertools.count()

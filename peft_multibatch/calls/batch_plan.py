@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_multibatch.adapters.weights import Adapter
+from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.plan.ids import Entry, components, ids_of
 from peft_multibatch.plan.segments import BASE, Segments
 
@@ -62,14 +62,14 @@ class BatchPlan:
         slots: how many slots there are.
     """
 
-    def __init__(self, ids: Sequence[Entry], adapters: Mapping[int, Adapter], slots: int) -> None:
+    def __init__(self, ids: Sequence[Entry], adapters: Mapping[int, AnyAdapter], slots: int) -> None:
         self.ids = ids
         self.ids_in_use = list(adapters)
         slot_of = {number: adapter.slot for number, adapter in adapters.items()}
         self.entries = [_with_slots(entry, slot_of) for entry in ids]
         self._fill({adapter.slot: adapter for adapter in adapters.values()}, slots)
 
-    def _fill(self, adapters: dict[int, Adapter], slots: int) -> None:
+    def _fill(self, adapters: dict[int, AnyAdapter], slots: int) -> None:
         with torch.inference_mode(False):  # kept for other calls, which may want gradients
             self.components = [
                 Segments.from_ids(slots, weights=weights) for slots, weights in components(self.entries)

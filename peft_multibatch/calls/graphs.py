@@ -24,9 +24,9 @@ from peft_multibatch.plan.segments import BASE, Segments, packed_size
 
 
 if TYPE_CHECKING:
+    from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
     from peft_multibatch.adapters.tables import TableRows
-    from peft_multibatch.adapters.weights import Adapter
 
 
 class Graph:
@@ -74,11 +74,10 @@ class Graph:
         self._calls: dict[Call, None] = {}  # that are active
         self._is_closed = False
         self._innermost: list[Call] = []  # of those that are nested
-        self._synced: tuple[BatchPlan, set[Adapter], list[bool]] | None = None  # for whom, and what of theirs trains
+        self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None  # for whom, and what of it trains
         self._positions = Positions()  # which graphs of ops read
         self._written: BatchPlan | None = None
-        self._is_traced = False
-        self._runs_ops = False
+        self._is_traced = self._runs_ops = False
         self._devices: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
         self._ready: tuple[int, dict[int, int]] = 0, {}  # slots, and whom all of these tables have: serials, by slot
         self.is_captured = False
@@ -218,9 +217,11 @@ class Graph:
 
     def forget(self) -> None:
         """Let go of what graphs are known to have, and of its memory; it is asked again before it is read."""
-        self._ready = 0, {}
-        self._synced = None
-        self._positions.forget(self._in_use())
+        with self._lock:
+            self._ready, self._synced = (0, {}), None
+            self._positions.forget(self._in_use(), self.banks)
+            if not self.active:
+                self._written = None
 
     def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
         """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
@@ -289,7 +290,7 @@ class Graph:
             found = (call.plan.why_not_compiled(self.banks) for call in calls)
             self.apart = next(filter(None, found), "")
 
-    def _in_use(self) -> list[Adapter]:
+    def _in_use(self) -> list[AnyAdapter]:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
 
     def _sync(self, plan: BatchPlan) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
+    from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.adapters.weights import Adapter
     from peft_multibatch.calls.batch_plan import BatchPlan
 
 
@@ -27,10 +27,10 @@ class Positions:
     """
 
     def __init__(self) -> None:
-        self._adapters: list[Adapter | None] = []
+        self._adapters: list[AnyAdapter | None] = []
         self._of_slots: dict[int, int] = {}
 
-    def fill(self, wanted: Iterable[Adapter], live: Collection[Adapter], banks: Iterable[Bank]) -> None:
+    def fill(self, wanted: Iterable[AnyAdapter], live: Collection[AnyAdapter], banks: Iterable[Bank]) -> None:
         """Give every wanted adapter a position, and bring what graphs read of the banks up to date.
 
         Args:
@@ -53,10 +53,12 @@ class Positions:
         self._adapters = adapters
         self._of_slots = {each.slot: position for position, each in enumerate(adapters) if each is not None}
 
-    def forget(self, in_use: Iterable[Adapter]) -> None:
-        """Let go of all others."""
-        kept = {*in_use}
-        self._adapters = [each if each in kept else None for each in self._adapters]
+    def forget(self, in_use: Iterable[AnyAdapter], banks: Iterable[Bank]) -> None:
+        """Let go of all others, and of their memory as soon as none is in use."""
+        kept, before = {*in_use}, self._adapters
+        self._adapters = [each if each in kept else None for each in before]
+        if not kept and any(before):
+            self.fill((), (), banks)
 
     def packed(self, plan: BatchPlan) -> list[Tensor]:
         """The packed plans, with positions in the place of slots."""

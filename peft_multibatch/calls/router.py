@@ -7,6 +7,7 @@ be captured and then run no host code, read it at a fixed place that is written 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from types import ModuleType
@@ -121,9 +122,12 @@ class Router:
         last = self._last
         if last is not None and last.ids == ids:
             used: Sequence[int] = last.ids_in_use
+            known = weakref.ref(last)  # whoever waits for room must not keep what may have to go
         else:
-            last, used = None, sorted({number for entry in {*ids} for number in ids_of(entry)})
+            used, known = sorted({number for entry in {*ids} for number in ids_of(entry)}), None
+        last = None
         adapters = self.registry.adapters(used, checks)
+        last = known() if known is not None else None
         slots = self.registry.slots
         if last is None or last.slots != slots.capacity or [*last.adapters.values()] != [*adapters.values()]:
             for adapter in adapters.values():
@@ -163,6 +167,11 @@ class Router:
         """
         begin = ids if callable(ids) else lambda: self.begin(ids, **options)
         return ActiveCall(begin, self.call, self.live, self.graph)
+
+    def let_go(self) -> None:
+        """Drop plans of calls that have ended, and with them the memory of their adapters."""
+        self._last = None
+        self.graph.forget()
 
     def forget(self) -> None:
         """Let go of everything that was made for adapters: some of them came or went."""

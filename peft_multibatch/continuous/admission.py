@@ -17,7 +17,7 @@ from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.layers.per_segment import view_for
-from peft_multibatch.plan.ids import Entry, ids_of
+from peft_multibatch.plan.ids import Entry, ids_of, without
 from peft_multibatch.plan.segments import BASE
 
 
@@ -182,8 +182,11 @@ class Admission:
         Raises:
             UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
         """
+        store, whole = self._registry.store, entry
+        stored = [each for each in ids_of(entry) if store is not None and store.has(each)]
+        entry = without(entry, stored)  # plain LoRA, which may not be in memory yet
         adapters = self._registry.adapters(ids_of(entry))  # whose weights may not fit
-        configs: Any = self._handle._inner.peft_config
+        configs: Any = getattr(self._handle._inner, "peft_config", None) or {}
         for name in [adapter.name for adapter in adapters.values()]:
             if getattr(configs.get(name), "alora_invocation_tokens", None):
                 raise UnsupportedError(
@@ -191,7 +194,9 @@ class Admission:
                     "another one, because continuous batching cuts prompts. Use generate for it."
                 )
         for module, what in self._left_out.items():
-            if any(adapter.has(module) for adapter in adapters.values()):
+            if any(adapter.has(module) for adapter in adapters.values()) or any(
+                store is not None and store.covers(number, module) for number in stored
+            ):
                 raise UnsupportedError(
                     f"{what}, which a CUDA graph can't hold: expected adapters on segmented layers, see mb.report(). "
                     "Pass ContinuousBatchingConfig(use_cuda_graph=False)."
@@ -203,15 +208,13 @@ class Admission:
                 f"a request can't run in continuous batching with CUDA graphs, because {reason}: expected plain LoRA. "
                 "Pass ContinuousBatchingConfig(use_cuda_graph=False)."
             )
-        if not isinstance(entry, tuple):
-            return
         most = self._handle._router.graph.components
-        if self.uses_graphs and len(entry) > most:
+        if self.uses_graphs and isinstance(whole, tuple) and len(whole) > most:
             raise UnsupportedError(
-                f"a mixture has {len(entry)} adapters, and CUDA graphs were captured for {most}: "
+                f"a mixture has {len(whole)} adapters, and CUDA graphs were captured for {most}: "
                 "expected no more. Pass mixtures=... to mb.continuous_batching."
             )
-        for layer in list(self._handle._layers.values()):
+        for layer in list(self._handle._layers.values()) if isinstance(entry, tuple) else ():
             view_for(layer.module, plan.entries[0], plan, layer)
 
     def _position_embeddings(self) -> list[nn.Module]:
@@ -220,7 +223,8 @@ class Admission:
         return [module for name, module in self._model.named_modules() if name.rpartition(".")[2] in words]
 
     def _look_at_layers(self) -> None:
-        head = self._handle._layers.get(self._model.get_output_embeddings())
+        output = self._model.get_output_embeddings()
+        head = next((each for each in list(self._handle._layers.values()) if each.place is output), None)
         self.has_head = head is not None and not head.refusal
         if head is not None and not isinstance(head.router, HeadRouter):
             head.router = HeadRouter(head.router)  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ from peft_multibatch.continuous.prompts import check_name, check_options, ends_o
 from peft_multibatch.continuous.quarantine import Quarantine
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
 from peft_multibatch.continuous.steps import Steps
+from peft_multibatch.continuous.stored import StoredRequests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.plan.ids import BASE_NAME, Entry, check_keywords, check_requests, ids_of, resolve
 from peft_multibatch.plan.segments import BASE
@@ -66,8 +68,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._handle = handle
         self._router = handle._router
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
-        self._queue = FairScheduler()
-        self._registry = handle._registry
+        self._queue, self._registry = FairScheduler(), handle._registry
         self._prefixes = Prefixes(vocabulary_of(self.model), self._registry)
         self._admission = Admission(handle, self.model, self._prefixes)
         self._steps = Steps(handle, self._admission, self._queue)
@@ -75,6 +76,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
         self._changes = 0
         self._changing: list[int] = []  # threads inside `changing`
+        self._stored = StoredRequests(self._registry, getattr(self, "_wake_up_loop", None))
+        self._registry.guard = weakref.WeakMethod(self.changing)
         self._held: Counter[int] = Counter()  # ids whose requests may not begin, and how many changes wait for them
 
     # What users call.
@@ -291,7 +294,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             running = {entry_of(state) for state in scheduler.active_requests.values()}
             there = [state for state in candidates() if self._admission.why_not(state) is None]
             found = self._queue.order(there, running)
-            return [state for state in found if has_begun(state) or not self._held.keys() & ids_of(entry_of(state))]
+            free = [state for state in found if has_begun(state) or not self._held.keys() & ids_of(entry_of(state))]
+            return self._stored.ready(free, scheduler)
 
         return in_turn
 
@@ -325,7 +329,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _fail_hopeless(self) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""
-        for state, error in list(self._admission.hopeless(self._leaving.states())):
+        failed, self._stored.failed = self._stored.failed, []
+        for state, error in [*failed, *self._admission.hopeless(self._leaving.states())]:
             self._leaving.fail(state, error)
 
     # What is checked.

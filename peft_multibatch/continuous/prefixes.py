@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers.generation.continuous_batching.requests import RequestState
 
+    from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.registry import Registry
-    from peft_multibatch.adapters.weights import Adapter
 
 
 BEGUN = "_multibatch_begun"
@@ -50,7 +50,9 @@ class Prefixes:
         self._salts: dict[tuple, int] = {}  # the one that was used last is the last
         self._next_salt = itertools.count(1)
         # how often the weights of a version had been written when somebody began under it
-        self._writes: weakref.WeakKeyDictionary[Adapter, tuple[list[Tensor], list[int]]] = weakref.WeakKeyDictionary()
+        self._writes: weakref.WeakKeyDictionary[AnyAdapter, tuple[list[Tensor], list[int]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def version(self, entry: Entry) -> tuple[int, ...]:
         """Versions of an entry's adapters."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_multibatch import ops
 from peft_multibatch.adapters import shards
+from peft_multibatch.adapters.views import unpatched
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
@@ -151,6 +152,8 @@ def _run(
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer gives without adapters, in a tensor that nobody else holds."""
     base = layer.base_layer
+    if "forward" in base.__dict__:
+        base = unpatched(base)
     if "forward" in base.__dict__ or base._forward_hooks:
         # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
         return base(x, *args, **kwargs).clone()

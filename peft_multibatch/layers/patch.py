@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch.adapters import shards
 from peft_multibatch.adapters.bank import Bank
+from peft_multibatch.adapters.views import STATE
 from peft_multibatch.errors import MergedAdaptersError, UnsupportedError
 
 
 if TYPE_CHECKING:
     from peft_multibatch.calls.router import Router
     from peft_multibatch.layers.fusion import Group
-
-STATE = "_multibatch"
-"""Attribute of a patched module that holds its ``PatchedLayer``."""
 
 
 class PatchedLayer:
@@ -29,6 +28,8 @@ class PatchedLayer:
 
     Attributes:
         module: the layer.
+        place: the module in whose place the handler runs: the layer, or the one that it stands for.
+        inner: that module as it runs by itself, with all hooks; see ``plain.py``.
         name: its name in the model.
         handler: what runs in the place of its forward.
         reason: why that isn't the fast one, or the empty string.
@@ -42,19 +43,28 @@ class PatchedLayer:
     """
 
     def __init__(
-        self, module: Any, name: str, router: Router, handler: Callable[..., Any], reason: str, refusal: str
+        self,
+        router: Router,
+        module: Any,
+        name: str,
+        handler: Callable[..., Any],
+        reason: str,
+        refusal: str,
+        place: Any = None,
+        inner: Any = None,
     ) -> None:
         self.module, self.name, self.router = module, name, router
+        self.place, self.inner = module if place is None else place, inner
         self.outputs: Any = None
         self._choose(handler, reason, refusal)
-        attributes = module.__dict__
+        attributes = self.place.__dict__
         for method in ("forward", "enable_adapters"):
             if is_handler(attributes.get(method)) and attributes.get(STATE) is None:
                 del attributes[method]  # of a copy: what was put there belongs to the original
-        attribute = own_attribute(module, "forward")
-        self.original: Callable[..., Any] = getattr(module, attribute)
-        attributes[STATE] = self
-        self._forward = Replacement(module, attribute, types.MethodType(handler, module))
+        attribute = own_attribute(self.place, "forward")
+        self.original: Callable[..., Any] = getattr(self.place, attribute)
+        attributes[STATE] = module.__dict__[STATE] = self
+        self._forward = Replacement(self.place, attribute, self._bound(handler))
         self._enable = Replacement(module, "enable_adapters", types.MethodType(_enable_adapters, module))
         self._is_disabled_somewhere = False
 
@@ -81,7 +91,10 @@ class PatchedLayer:
     def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         """Let another handler run."""
         self._choose(handler, reason, refusal)
-        self._forward.change(types.MethodType(handler, self.module))
+        self._forward.change(self._bound(handler))
+
+    def _bound(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        return types.MethodType(handler if self.place is self.module else plain, self.place)
 
     def _choose(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         self.handler, self.reason, self.refusal = handler, reason, refusal
@@ -93,7 +106,7 @@ class PatchedLayer:
         """Put the layer's own forward back."""
         self._forward.undo()
         self._enable.undo()
-        self.module.__dict__.pop(STATE, None)
+        self.place.__dict__.pop(STATE, None)
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -113,9 +126,26 @@ def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
     return mark
 
 
+@handles(is_fast=True)
+def plain(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module of the base model: what the handler of the layer that stands for it gives."""
+    patch = self._multibatch
+    if patch is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    return patch.handler(patch.module, x, *args, **kwargs)
+
+
 def is_handler(method: Any) -> bool:
     """Whether a bound method is a handler's."""
     return getattr(getattr(method, "__func__", None), "is_handler", False)
+
+
+def is_replaced(layer: Any) -> bool:
+    """Whether a module's forward is anything but its class's, a handler's, or that of a library which is known."""
+    forward = layer.__dict__.get("forward")
+    is_own = getattr(forward, "__func__", None) is type(layer).forward or is_handler(forward)
+    is_known = shards.is_split_forward(forward) or "_hf_hook" in layer.__dict__
+    return forward is not None and not is_own and not is_known
 
 
 def _enable_adapters(self: Any, enabled: bool) -> None:

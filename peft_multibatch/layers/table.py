@@ -27,7 +27,7 @@ from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.other_order import attention, tiled, tiled_experts
-from peft_multibatch.layers.patch import is_handler
+from peft_multibatch.layers.patch import is_replaced
 from peft_multibatch.layers.per_segment import PER_SEGMENT_ALONG, base_only, per_segment, replaced
 
 
@@ -120,7 +120,7 @@ def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choi
         model: the model that holds it, for what is known of its type.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
-    if _is_replaced(layer):
+    if is_replaced(layer):
         return Choice(
             replaced,
             "its forward was replaced",
@@ -131,14 +131,6 @@ def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choi
         return Choice(*_find_handler(name, layer, model, is_gathered))
     except UnsupportedError as error:
         return Choice(base_only, "adapters that have anything in it are refused", str(error))
-
-
-def _is_replaced(layer: Any) -> bool:
-    """Whether a layer's forward is anything but its class's, a handler's, or that of a library which is known."""
-    forward = layer.__dict__.get("forward")
-    is_own = getattr(forward, "__func__", None) is type(layer).forward or is_handler(forward)
-    is_known = shards.is_split_forward(forward) or "_hf_hook" in layer.__dict__
-    return forward is not None and not is_own and not is_known
 
 
 def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:

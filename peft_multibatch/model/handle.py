@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
@@ -18,7 +19,7 @@ from peft_multibatch.adapters.shards import GATHERED, check_same
 from peft_multibatch.calls.active import ActiveCall
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
-from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTuner, PeftMixedModel, PeftModel
+from peft_multibatch.compat import AuxiliaryTrainingWrapper
 from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
@@ -26,6 +27,7 @@ from peft_multibatch.layers.fusion import Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
 from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.scan import LayerScan
+from peft_multibatch.model.stored import StoredLayers
 from peft_multibatch.model.wrap import check_length, wrap
 from peft_multibatch.ops.backends import choose_backend
 from peft_multibatch.plan.ids import check_live, resolve
@@ -56,6 +58,7 @@ class Handle:
         self._groups: list[Group] = []
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
+        self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
         self._positions: dict[nn.Module, SharedPositions] = {}
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
@@ -63,7 +66,7 @@ class Handle:
         self._router.is_gathered = isinstance(model, GATHERED)
         try:
             self._refresh()
-            self._check_any_runs()
+            self._registry.check_any_runs()
         except BaseException:
             self._remove()
             raise
@@ -125,7 +128,8 @@ class Handle:
                 reason = group.reason if group is not None else reason
             entries.append(LayerReport(layer.name, how, reason))
         adapters = tuple(self._registry.describe(check_weights))
-        return Report(tuple(entries), self._backend, self._backend_reason, adapters)
+        stats = None if self._registry.store is None else self._registry.store.stats()
+        return Report(tuple(entries), self._backend, self._backend_reason, adapters, stats)
 
     def disable(self) -> None:
         """Undo ``enable``; the handle can't be used any more. Does nothing the second time.
@@ -147,6 +151,9 @@ class Handle:
             self._remove()
 
     def _remove(self) -> None:
+        if self._registry.store is not None:
+            self._registry.store.close()
+        self._stored.remove()
         for layer in self._layers.values():
             layer.remove()
         for attention in self._positions.values():
@@ -162,6 +169,7 @@ class Handle:
         self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
         unwatch(self._inner, attached)
         self._scan = None
+        self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), nn.Module())
         self._registry = Registry()
         self._router = Router(None, self._registry, self._check)
         self._inner = self._outer = nn.Module()
@@ -215,23 +223,11 @@ class Handle:
                 disabled.append(module)
             elif module.merged_adapters:
                 check_merged(layer.name, module)
+        if disabled:
+            disabled += self._stored.layers  # which PEFT doesn't know
         for group in self._groups:
             group.check_weights()
         return frozenset(disabled)
-
-    def _check_any_runs(self) -> None:
-        """Raise where none of the adapters that there are can run."""
-        refusals = []
-        for number in list(self._registry.names.by_id):
-            try:
-                self._registry.adapters([number])
-                return
-            except UnsupportedError as error:
-                refusals.append(error)
-            except MultibatchError:
-                return
-        if refusals:
-            raise refusals[0]
 
     def _refresh(self) -> None:
         """Patch what was added since the last call, and let go of what is no longer part of the model.
@@ -257,24 +253,34 @@ class Handle:
             is_gathered = is_gathered or scan.is_gathered()
             before = {each: known.refusal for each, known in self._layers.items()}
             for layer, name in scan.layers.items():
-                if not names and layer not in self._layers and layer._get_available_adapters():
+                if not names.of_peft and layer not in self._layers and layer._get_available_adapters():
                     raise UnsupportedError(
                         f"{name} has adapters of which the {type(self._inner).__name__} knows nothing: expected the "
                         "model to which they were added. Pass that one to enable."
                     )
                 self._patch(layer, name, is_gathered)
-            for layer in [layer for layer in self._layers if layer not in scan.layers]:
+            for layer in self._layers.keys() - scan.layers.keys() - self._stored.layers.keys():
                 self._layers.pop(layer).remove()
-            self._layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
+            layers = {layer: self._layers[layer] for layer in scan.layers}  # in the order of the model
+            self._layers = layers | self._stored.update(scan, layers)
             router.is_gathered, router.buffers = is_gathered, scan.buffers
             if before != {each: known.refusal for each, known in self._layers.items()}:
                 self._registry.forget()  # what was read elsewhere may be inside of another layer by now
-            self._registry.source.layers = tuple(self._layers.values())
+            self._registry.source.layers = tuple(layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
             attach(self._positions, scan.names, router)
             self._regroup()
             router.forget()
             self._scan, self._changes = scan, changes
+
+    def _look(self, is_changed: bool) -> tuple[dict[str, PatchedLayer], LayerScan]:
+        """What there is, by names, after layers that aren't PEFT's may have changed."""
+        with self._lock:
+            if is_changed:
+                self._changes = -1
+            self._refresh()
+            assert self._scan is not None
+            return {layer.name: layer for layer in self._layers.values()}, self._scan
 
     def _patch(self, layer: Any, name: str, is_gathered: bool) -> None:
         """Have a handler in the place of a layer's forward, if it has none yet."""
@@ -288,7 +294,8 @@ class Handle:
                 raise ModelStateError(
                     f"{name} is part of another enabled model: expected one handle for a layer. Disable the other one."
                 )
-            self._layers[layer] = PatchedLayer(layer, name, self._router, *choice)
+            self._layers[layer] = PatchedLayer(self._router, layer, name, *choice)
+            self._stored.names[layer] = name
         elif choice != (known.handler, known.reason, known.refusal):
             known.change(*choice)
 
@@ -321,16 +328,12 @@ class Handle:
         banks = [layer.__dict__[STATE].bank for layer in fast.values()]
         self._router.split = next((split for bank in banks for split in bank.splits if split), None)
         self._router.graph.banks = banks + [group.bank for group in self._groups]
+        if self._registry.store is not None:
+            for bank in self._router.graph.banks:
+                bank.expects = self._registry.store.expect
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a copy of an enabled model is a plain one, on which enable may be called
 
     def __reduce__(self) -> tuple:
         return type(None), ()
-
-
-def inner_model(model: Any) -> Any:
-    """The model that holds the layers: what a ``PeftModel`` wraps."""
-    if isinstance(model, (PeftModel, PeftMixedModel)):
-        model = model.base_model
-    return model.model if isinstance(model, BaseTuner) else model

@@ -8,8 +8,22 @@ from typing import Any
 from torch import nn
 
 from peft_multibatch.adapters import shards
-from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer
+from peft_multibatch.compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    LoraLayer,
+    PeftMixedModel,
+    PeftModel,
+)
 from peft_multibatch.errors import UnsupportedError
+
+
+def inner_model(model: Any) -> Any:
+    """The model that holds the layers: what a ``PeftModel`` wraps."""
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model
 
 
 class LayerScan:

@@ -26,7 +26,8 @@ from peft_multibatch.compat import PeftMixedModel, PeftModel
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.model.callers import LOOPS, SENTENCES, reads
-from peft_multibatch.model.handle import Handle, inner_model
+from peft_multibatch.model.handle import Handle
+from peft_multibatch.model.scan import inner_model
 from peft_multibatch.model.wrap import check_length, copy_error, pop_ids, with_ids
 from peft_multibatch.plan.ids import check_keywords, resolve
 

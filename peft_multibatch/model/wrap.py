@@ -210,12 +210,12 @@ def check_length(entries: int, samples: int | None) -> None:
 
 def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -> Invocations | None:
     """Where aLoRA adapters begin in a call that brings ``input_ids``; None where none of its adapters is one."""
-    configs: Any = handle._inner.peft_config
+    configs: Any = getattr(handle._inner, "peft_config", None) or {}
     # mixtures of variants are refused where layers run
     adapters = call.plan.adapters
     entries = call.plan.entries
     names = [None if isinstance(entry, tuple) or entry == BASE else adapters[entry].name for entry in entries]
-    if not any(name and getattr(configs[name], "alora_invocation_tokens", None) for name in names):
+    if not any(name and getattr(configs.get(name), "alora_invocation_tokens", None) for name in names):
         return None
     given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args]
     input_ids = next((value for value in given if isinstance(value, Tensor) and not value.is_floating_point()), None)

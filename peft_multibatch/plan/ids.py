@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import heapq
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ BASE_NAME = "__base__"
 
 SHOWN = 3
 """Adapters that an error names at most."""
+
+COMPARED = 200
+"""Names that are compared letter by letter with one that nobody has, which takes long."""
 
 Entry = int | tuple[tuple[int, float], ...]
 """What one sample runs under: an id, or a mixture of several, each with its weight, in the order of the ids."""
@@ -66,7 +70,7 @@ def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
     if not names:
         raise NoAdaptersError(
             "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
-            "model.add_adapter(...)."
+            "model.add_adapter(...), or register some in mb.adapter_store(...)."
         )
     return [
         _mixture(entry, index, names) if isinstance(entry, Mapping) else _id(entry, index, names)
@@ -146,6 +150,13 @@ def label_of(entry: Entry, names: AdapterNames) -> str:
     return BASE_NAME if entry == BASE else str(names.by_id.get(entry))
 
 
+def without(entry: Entry, ids: Collection[int]) -> Entry:
+    """What is left of an entry without some adapters."""
+    if not isinstance(entry, tuple):
+        return BASE if entry in ids else entry
+    return tuple(pair for pair in entry if pair[0] not in ids) or BASE
+
+
 def ids_of(entry: Entry) -> tuple[int, ...]:
     """The ids of an entry's adapters; none for the base model alone."""
     if isinstance(entry, tuple):
@@ -163,7 +174,7 @@ def check_live(ids: Iterable[int], names: AdapterNames) -> None:
         if each not in names.by_id:
             raise UnknownAdapterError(
                 f"the adapter with the id {each} was deleted while ids that name it are in force: expected "
-                f"{_nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
+                f"{nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
             )
 
 
@@ -214,7 +225,7 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
         number = BASE if entry == BASE_NAME else names.ids.get(entry)
         if number is None:
             raise UnknownAdapterError(
-                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {_nearest(entry, names)}."
+                f"adapter_ids[{index}] is {entry!r}, and no adapter has this name: expected {nearest(entry, names)}."
             )
         return number
     try:
@@ -229,12 +240,12 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if number != BASE and number not in names.by_id:
         gone = " (any more: it was deleted)" if 0 <= number < names.count else ""
         raise UnknownAdapterError(
-            f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {_nearest(number, names)}."
+            f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {nearest(number, names)}."
         )
     return number
 
 
-def _nearest(wanted: str | int, names: AdapterNames) -> str:
+def nearest(wanted: str | int, names: AdapterNames) -> str:
     """What may have been meant, for messages: few adapters, however many there are, because others may be others'."""
     known = dict(sorted(names.by_id.items()))
     is_whole = len(known) <= SHOWN
@@ -242,11 +253,17 @@ def _nearest(wanted: str | int, names: AdapterNames) -> str:
         if isinstance(wanted, int):
             numbers = sorted(known, key=lambda number: abs(number - wanted))[:SHOWN]
         else:
-            close = {*difflib.get_close_matches(wanted, known.values(), SHOWN)}
+            begin_alike = heapq.nlargest(COMPARED, known.values(), lambda name: _shared(wanted, name))
+            close = {*difflib.get_close_matches(wanted, begin_alike, SHOWN)}
             numbers = [number for number, name in known.items() if name in close]
         known = {number: known[number] for number in sorted(numbers)}
     listed = ", ".join([*(f"{number} ({name!r})" for number, name in known.items()), f"-1 ('{BASE_NAME}')"])
     return f"one of {listed}" if is_whole else f"another, such as {listed}"
+
+
+def _shared(one: str, other: str) -> int:
+    """How many letters two names begin with alike."""
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _show(value: Any) -> str:

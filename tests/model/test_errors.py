@@ -152,7 +152,7 @@ def test_no_adapters():
         model(**left_padded(), adapter_ids=[0] * 6)
     assert str(caught.value) == (
         "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
-        "model.add_adapter(...)."
+        "model.add_adapter(...), or register some in mb.adapter_store(...)."
     )
 
 

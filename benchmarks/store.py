@@ -1,0 +1,197 @@
+"""An adapter store on a CPU: registering thousands, what they cost a call, and the first use of one. About a minute.
+
+    python benchmarks/store.py                       # results/store.csv beside this script
+    python benchmarks/store.py --count 1000          # in seconds
+
+The model is a Llama of four layers with a hidden size of 192, in float32; adapters have rank 8 on all seven
+projections (0.6 MB). Their folders are hard links to 50 different ones. What is timed:
+
+- ``register``: ``store.register_folder`` of all of them, per adapter, and the memory that Python has for them
+  afterwards (``tracemalloc``, in a run of its own).
+- ``enter``: entering and leaving ``mb.batch(ids)`` with eight adapters that are in memory, at 10 and at all
+  registered, in turns; the ratio is the median over rounds.
+- ``cold``: the first use of an adapter that isn't in memory, in memory that was touched before: until its weights are
+  there, and the same for PEFT's ``load_adapter`` of the same files into a model with 1 and with ``--beside`` adapters.
+
+Before anything is timed, rows of a mixed batch must equal those of PEFT's ``load_adapter``, one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+import torch
+import typer
+from end_to_end import PROJECTIONS, versions, write
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_multibatch
+
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+}
+DIFFERENT = 50
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def make_folder(root: Path, count: int) -> None:
+    """Folders of adapters, most of them hard links."""
+    config = LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base_model(), config).save_pretrained(str(root / "0"))
+    tensors = load_file(root / "0" / WEIGHTS)
+    for number in range(1, count):
+        folder = root / str(number)
+        folder.mkdir()
+        if number < DIFFERENT:
+            shutil.copy(root / "0" / CONFIG, folder / CONFIG)
+            save_file({key: torch.randn_like(each) * 0.1 for key, each in tensors.items()}, folder / WEIGHTS)
+        else:
+            for file in (CONFIG, WEIGHTS):
+                os.link(root / str(number % DIFFERENT) / file, folder / file)
+
+
+def make_store(max_host_memory: str = "1GB"):
+    model = base_model()
+    mb = peft_multibatch.enable(model)
+    return model, mb, mb.adapter_store(max_host_memory=max_host_memory)
+
+
+@torch.no_grad()
+def check(root: Path) -> None:
+    """Rows of a mixed batch, beside PEFT's."""
+    model, _, store = make_store()
+    store.register_folder(root)
+    names = ["3", "__base__", "7", "3"]
+    inputs = torch.randint(160, (4, 12))
+    actual = model(inputs, adapter_ids=names).logits
+    for row, name in enumerate(names):
+        reference = base_model()
+        if name != "__base__":
+            reference = PeftModel.from_pretrained(reference, str(root / name)).eval()
+        expected = reference(inputs[row : row + 1]).logits[0]
+        error = float((actual[row] - expected).norm() / expected.norm())
+        if error > 1e-5:
+            raise SystemExit(f"row {row} under {name} differs from PEFT's by {error:.1e}")
+
+
+def register(root: Path, count: int, rounds: int) -> dict:
+    times = []
+    for _ in range(rounds):
+        _, _, store = make_store()
+        begin = time.perf_counter()
+        found = store.register_folder(root)
+        times.append(time.perf_counter() - begin)
+        assert len(found.names) == count
+    _, _, store = make_store()
+    tracemalloc.start()
+    found = store.register_folder(root)
+    del found
+    memory = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return {
+        "what": "register", "registered": count, "seconds": round(min(times), 3),
+        "us_p50": round(statistics.median(times) / count * 1e6, 1), "python_mb": round(memory / 1e6, 2),
+    }  # fmt: skip
+
+
+def enter(root: Path, count: int, rounds: int, samples: int) -> list[dict]:
+    few, many = make_store(), make_store()
+    for number in range(10):
+        few[2].register(str(number), root / str(number))
+    many[2].register_folder(root)
+    names = [str(number) for number in range(8)]
+    times: dict[int, list[float]] = {10: [], count: []}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for registered, (_, mb, _) in ((10, few), (count, many)):
+                taken = []
+                for _ in range(samples):
+                    begin = time.perf_counter()
+                    with mb.batch(names):
+                        pass
+                    taken.append(time.perf_counter() - begin)
+                times[registered].append(statistics.median(taken))
+    ratios = [after / before for before, after in zip(times[10], times[count])]
+    return [
+        {"what": "enter", "registered": registered, "us_p50": round(statistics.median(found) * 1e6, 1),
+         "ratio": round(statistics.median(ratios), 3) if registered != 10 else 1.0}
+        for registered, found in times.items()
+    ]  # fmt: skip
+
+
+def cold(root: Path, count: int, beside: int, samples: int) -> list[dict]:
+    _, mb, store = make_store("10MB")  # a few adapters
+    store.register_folder(root)
+    ids = random.Random(0).sample(range(count), samples + 20)
+    taken = []
+    for number in ids:
+        begin = time.perf_counter()
+        store.adapters([number])
+        taken.append(time.perf_counter() - begin)
+    taken = taken[20:]
+    records = [{"what": "cold", "registered": count, "us_p50": round(statistics.median(taken) * 1e6, 1)}]
+    model = PeftModel.from_pretrained(base_model(), str(root / "0"), adapter_name="first")
+    for present in (1, beside):
+        while len(model.peft_config) < present:
+            model.load_adapter(str(root / str(len(model.peft_config) % DIFFERENT)), f"a{len(model.peft_config)}")
+        found = []
+        for number in range(5):
+            begin = time.perf_counter()
+            model.load_adapter(str(root / str(number + 1)), "new")
+            found.append(time.perf_counter() - begin)
+            model.delete_adapter("new")
+        records.append({
+            "what": "load_adapter", "registered": present, "us_p50": round(statistics.median(found) * 1e6, 1),
+            "ratio": round(statistics.median(found) / statistics.median(taken), 1),
+        })  # fmt: skip
+    mb.disable()
+    return records
+
+
+def main(
+    count: int = 10_000,
+    rounds: int = 5,
+    samples: int = 200,
+    beside: int = 50,
+    commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
+    out: Path = RESULTS / "store.csv",
+):
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp())
+    try:
+        make_folder(root, count)
+        check(root)
+        records = [register(root, count, rounds), *enter(root, count, rounds, samples)]
+        records += cold(root, count, beside, samples)
+    finally:
+        shutil.rmtree(root)
+    shared = {"threads": torch.get_num_threads(), **versions(commit)}
+    write([record | shared for record in records], out)
+    for record in records:
+        Console().print(record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

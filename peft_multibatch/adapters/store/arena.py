@@ -1,0 +1,132 @@
+"""Memory within a bound, in blocks that come back by themselves when nobody holds a tensor of them any more.
+
+A block is given back when its last tensor is gone: a call that is under way, a plan that is kept, autograd's saved
+tensors and whoever else holds a view of the weights keep it. So an adapter's memory is never written while it is read.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.errors import StoreFullError
+
+
+STEPS = 8
+"""Size classes between two powers of two, so that at most an eighth of a block is unused."""
+
+
+def size_class(size: int) -> int:
+    """Bytes of the block that so many bytes get."""
+    step = max(64, 1 << max(size.bit_length() - 1, 0)) // STEPS
+    return -(-max(size, 1) // step) * step
+
+
+class Arena:
+    """Blocks of bytes, never more of them than a bound. Not safe for threads: whoever calls holds a lock.
+
+    Blocks that come back are kept for others of their size class: they were touched, and pinned on a CUDA machine, and
+    reading into fresh memory takes ten times as long.
+
+    Args:
+        limit: most bytes, of blocks in use and of those that are kept.
+        device: where they are.
+        is_pinned: whether a CUDA device reads them by itself, in host memory.
+        streams: what reads them.
+    """
+
+    def __init__(self, limit: int, device: torch.device, is_pinned: bool, streams: Streams) -> None:
+        self.limit = limit
+        self.used = 0
+        self.kept = 0
+        self._device, self._is_pinned, self._streams = device, is_pinned, streams
+        self._free: dict[int, deque[tuple[Any, Any]]] = {}
+        self._returned: deque[Any] = deque()  # by whatever thread let go of the last tensor, without any lock
+
+    def fits(self, sizes: Iterable[int]) -> bool:
+        """Whether there is room for all of these at once."""
+        self.collect()
+        return self.used + sum(map(size_class, sizes)) <= self.limit
+
+    def take(self, size: int) -> tuple[Tensor, Any]:
+        """A block, for which there has to be room.
+
+        Returns:
+            uint8 ``[size]``, and what to wait for before it is written; see ``Streams.mark``.
+        """
+        whole = size_class(size)
+        self.collect()
+        assert self.used + whole <= self.limit, (self.used, whole, self.limit)
+        found = self._free.get(whole)
+        if found:
+            block, mark = found.popleft()
+            self.kept -= whole
+        else:
+            for others in list(self._free.values()):
+                while others and self.used + self.kept + whole > self.limit:
+                    other, _ = others.popleft()
+                    self.kept -= len(other)
+                    self._streams.let_go(other)
+            block, mark = self._make(whole), None
+        self.used += whole
+        return self._lend(block, size), mark
+
+    def collect(self) -> None:
+        """Take back the blocks that nobody holds any more."""
+        mark = self._streams.mark() if self._returned else None
+        while self._returned:
+            block = self._returned.popleft()
+            self.used -= len(block)
+            self.kept += len(block)
+            self._free.setdefault(len(block), deque()).append((block, mark))
+
+    def _make(self, size: int) -> Any:
+        if self._device.type == "cuda":
+            with torch.inference_mode(False):
+                return torch.empty(size, dtype=torch.uint8, device=self._device)
+        block = np.empty(size, dtype=np.uint8)
+        if self._is_pinned:
+            self._streams.pin(block)
+        return block
+
+    def _lend(self, block: Any, size: int) -> Tensor:
+        # torch keeps what it was given for as long as any tensor of the storage lives, in Python or in C++
+        piece = block[:size] if isinstance(block, np.ndarray) else _DevicePiece(block.data_ptr(), size)
+        weakref.finalize(piece, self._returned.append, block).atexit = False
+        with torch.inference_mode(False):
+            if isinstance(piece, np.ndarray):
+                return torch.from_numpy(piece)
+            return torch.as_tensor(piece, device=self._device)
+
+
+class _DevicePiece:
+    """Memory on a GPU in the form that torch takes without a copy."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def parse_size(what: str, size: int | str) -> int:
+    """Bytes of a size such as ``"8GB"`` or ``"512MiB"``.
+
+    Raises:
+        StoreFullError: it is none, or nothing.
+    """
+    units = {"": 1, "B": 1}
+    units.update({f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)})
+    units.update({f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)})
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", str(size).strip().upper())
+    if found is None or found[2] not in units or isinstance(size, bool) or float(found[1]) <= 0:
+        raise StoreFullError(
+            f"adapter_store got {what}={size!r}: expected a positive number of bytes, or text such as '8GB' or "
+            "'512MiB'."
+        )
+    return int(float(found[1]) * units[found[2]])

@@ -1,0 +1,84 @@
+"""Layouts of adapters that were seen: most of ten thousand have the headers and configurations of a few."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+
+from peft_multibatch.adapters.store.files import AdapterFiles, StoredTensor, parse_config, parse_header
+from peft_multibatch.adapters.store.layout import Layers, Layout
+from peft_multibatch.adapters.store.settings import Settings, read_settings
+
+
+KNOWN_FILES = 256
+"""Pairs of header and configuration whose layout is found again without parsing either."""
+
+
+class Layouts:
+    """Finds the layout of an adapter's files, and knows which were compared with the model as it is now.
+
+    Args:
+        model: the layers.
+        max_rank: largest rank of any adapter.
+        dtype: of weights in memory.
+    """
+
+    def __init__(self, model: Layers, max_rank: int, dtype: torch.dtype | str | None) -> None:
+        self._model, self._max_rank, self._dtype = model, max_rank, dtype
+        self._by_content: dict[tuple[tuple[StoredTensor, ...], Settings], Layout] = {}
+        self._by_bytes: OrderedDict[tuple[bytes, int, bytes], Layout] = OrderedDict()
+        self._checked: dict[Layout, int] = {}  # at which state of the model
+        self._lock = threading.RLock()
+
+    def find(self, name: str, found: AdapterFiles) -> Layout:
+        """The layout of an adapter's files, after it was compared with the model.
+
+        Args:
+            name: the adapter's, for messages.
+            found: its files.
+
+        Raises:
+            AdapterFileError: they are damaged.
+            AdapterUnsupportedError: it is anything but plain LoRA on linear layers.
+            AdapterMismatchError: it doesn't fit the model.
+        """
+        key = found.header, found.size, found.config
+        with self._lock:
+            layout = self._by_bytes.get(key)
+            if layout is None:
+                settings = read_settings(name, parse_config(name, found.config))
+                tensors = parse_header(name, found.header, found.size)
+                layout = self._by_content.get((tensors, settings))
+                if layout is None:
+                    layout = Layout(name, tensors, settings, self._model, self._max_rank, self._dtype)
+                    self._by_content[tensors, settings] = layout
+                    self._checked[layout] = self._model.changes
+                self._by_bytes[key] = layout
+                if len(self._by_bytes) > KNOWN_FILES:
+                    self._by_bytes.popitem(last=False)
+        self.check(name, layout)
+        return layout
+
+    def expect(self, modules: Iterable[str]) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """Dtypes that adapters have in these modules, for each its largest rank, and whether all are aligned."""
+        found: dict[torch.dtype | None, tuple[int, bool]] = {}
+        with self._lock:
+            known = [layout.layers for layout in self._by_content.values()]
+        for layer in [layers[name] for layers in known for name in modules if name in layers]:
+            rank, is_aligned = found.get(layer.dtype, (0, True))
+            found[layer.dtype] = max(rank, layer.lora_a.shape[0]), is_aligned and layer.lora_a.shape[0] % 8 == 0
+        return found
+
+    def check(self, name: str, layout: Layout) -> None:
+        """Compare a layout with the model, if layers came or went since it was compared last.
+
+        Raises:
+            AdapterUnsupportedError: a layer can't take part any more.
+            AdapterMismatchError: the adapter doesn't fit the model any more.
+        """
+        if self._checked.get(layout) != self._model.changes:
+            layout.check(name, self._model)
+            self._checked[layout] = self._model.changes

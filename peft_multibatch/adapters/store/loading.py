@@ -1,0 +1,289 @@
+"""From files to where calls compute: threads that read, room for all adapters of a batch at once, and time limits."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.adapters.store.arena import Arena, size_class
+from peft_multibatch.adapters.store.files import read_weights
+from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.tier import Tier
+from peft_multibatch.adapters.store.version import Version
+from peft_multibatch.errors import AdapterFileError, MultibatchError, StoreFullError
+
+
+THREADS = 4
+"""Files that are read at the same time."""
+
+POLL = 0.005
+"""Seconds after which a batch that waits looks again: memory comes back without telling anybody."""
+
+
+class Load:
+    """An adapter on its way.
+
+    Attributes:
+        version: which.
+        memory: where it will be; whoever holds this keeps the room.
+        mark: what to wait for before that is written.
+        error: why it couldn't be loaded, once that is known.
+    """
+
+    def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
+        self.version, self.memory, self.mark = version, memory, mark
+        self.error: Exception | None = None
+
+
+class Ticket:
+    """A batch's place in the queue for room, for as long as its thread holds this."""
+
+
+class Loader:
+    """Brings adapters into memory.
+
+    Attributes:
+        lock: guards all of a store's state.
+        host: adapters in host memory.
+        final: adapters where calls compute: on a CPU, the same.
+        loads: adapters that were read so far.
+        bytes_read: of their files.
+        seconds: that reading them took, summed up over all threads.
+        let_go: drops plans of calls that have ended, when there is no room.
+        on_loaded: is called when an adapter was loaded, or couldn't be.
+
+    Args:
+        device: where calls compute.
+        host: most bytes of host memory.
+        final: most bytes of the device's memory.
+        timeout: seconds that a batch waits at most.
+        streams: of the device.
+    """
+
+    def __init__(self, device: torch.device, host: int, final: int, timeout: float, streams: Streams) -> None:
+        self.lock = threading.Condition(threading.RLock())
+        self._streams = streams
+        self.host = self.final = Tier(Arena(host, torch.device("cpu"), streams.has_memory, streams))
+        if streams.has_memory:
+            self.final = Tier(Arena(final, device, False, streams))
+        self.let_go: Callable[[], None] = lambda: None
+        self.on_loaded: Callable[[], object] = lambda: None
+        self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
+        self._timeout = timeout
+        self._queue: deque[weakref.ref[Ticket]] = deque()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="peft_multibatch_store")
+        self._staging = threading.local()
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_size(self, version: Version) -> None:
+        """Raise where an adapter would never find room.
+
+        Raises:
+            StoreFullError: it is larger than all of the memory.
+        """
+        size = size_class(version.layout.size)
+        limit = min(self.host.arena.limit, self.final.arena.limit)
+        if size > limit:
+            raise StoreFullError(
+                f"adapter {version.name!r} needs {size} bytes, and the store has {limit}: expected a smaller one. "
+                "Pass more max_host_memory or max_device_memory to adapter_store."
+            )
+
+    def check_pins(self, versions: Sequence[Version]) -> None:
+        """Raise where adapters that are to be pinned have no room together.
+
+        Raises:
+            StoreFullError: they don't.
+        """
+        wanted = sum(size_class(version.layout.size) for version in versions)
+        if wanted > self.final.arena.limit:
+            raise StoreFullError(
+                f"adapter {versions[-1].name!r} was to be pinned beside {len(versions) - 1} others, which makes "
+                f"{wanted} bytes, and the store has {self.final.arena.limit}: expected room for all that is pinned. "
+                "Unpin others, or pass more memory to adapter_store."
+            )
+
+    def prefetch(self, version: Version, stay: Sequence[Version] = ()) -> None:
+        """Begin to load an adapter if there is room that nobody waits for; the caller holds the lock.
+
+        Args:
+            version: the adapter.
+            stay: adapters that don't go for its sake.
+        """
+        if version.loading is None and version not in self.final and not self._is_awaited():
+            self._begin([version], stay)
+
+    def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
+        """Adapters' weights, loaded where they aren't in memory: room for all of them is had at once, or waited for.
+
+        Raises:
+            AdapterFileError: files can't be read any more.
+            StoreFullError: there is no room, or nothing was loaded in time.
+        """
+        deadline = time.monotonic() + self._timeout
+        held: dict[Version, Tensor] = {}
+        loads: dict[Version, Load] = {}
+        ticket: Ticket | None = None
+        was_collected = False
+        while True:
+            with self.lock:
+                self.check_possible(versions)
+                errors = [load.error for load in loads.values() if load.error is not None]
+                if errors:  # as often as batches asked, each with a traceback of its own, which holds no memory
+                    held.clear()
+                    loads.clear()
+                    raise type(errors[0])(*errors[0].args)
+                if not held and (ticket is None or self._is_first(ticket)):
+                    found = self._reserve(versions)
+                    if found is None and ticket is None:
+                        ticket = Ticket()
+                        self._queue.append(weakref.ref(ticket))
+                    elif found is not None:
+                        held, loads = found
+                        ticket = None
+                if held and all(version.loading is not load for version, load in loads.items()):
+                    return held
+                left = deadline - time.monotonic()
+                if left > 0:
+                    self.lock.wait(min(left, POLL))
+                    continue
+            if not was_collected:  # what an exception's traceback or a cycle holds
+                was_collected = True
+                gc.collect()
+                continue
+            is_reserved = bool(held)
+            held.clear()
+            loads.clear()
+            raise self._late(versions, is_reserved)
+
+    def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
+        """Hold the memory of all of these, and begin to load those that aren't in it; None where there is no room."""
+        missing = [each for each in versions if each.loading is None and each not in self.final]
+        if missing and not self._begin(missing, versions):
+            return None
+        held, loads = {}, {}
+        for version in versions:
+            if version.loading is not None:
+                loads[version] = version.loading
+                held[version] = version.loading.memory
+            else:
+                memory = self.final.get(version)
+                assert memory is not None
+                held[version] = memory
+        return held, loads
+
+    def _begin(self, versions: Sequence[Version], stay: Sequence[Version]) -> bool:
+        sizes = [version.layout.size for version in versions]
+        if not self.final.make_room(sizes, stay, self.let_go):
+            return False
+        started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
+        for load in started:  # they begin when the lock is free
+            self._threads.submit(self._run, load)
+            load.version.loading, load.version.error = load, None
+        return True
+
+    def _is_awaited(self) -> bool:
+        while self._queue and self._queue[0]() is None:
+            self._queue.popleft()
+        return bool(self._queue)
+
+    def _is_first(self, ticket: Ticket) -> bool:
+        return not self._is_awaited() or self._queue[0]() is ticket
+
+    def check_possible(self, versions: Sequence[Version]) -> None:
+        """Raise where a batch could never have room, whoever ends."""
+        arena = self.final.arena
+        wanted = sum(size_class(version.layout.size) for version in versions)
+        pinned = sum(size_class(each.layout.size) for each in self.final.pinned() if each not in versions)
+        if wanted + pinned > arena.limit:
+            raise StoreFullError(
+                f"a batch names {len(versions)} stored adapters of {wanted} bytes together, and the store has "
+                f"{arena.limit}, of which {pinned} are pinned for others: expected fewer adapters in one batch. Pass "
+                f"more {'max_host_memory' if self.final is self.host else 'max_device_memory'} to adapter_store."
+            )
+
+    def _late(self, versions: Sequence[Version], is_reserved: bool) -> StoreFullError:
+        names = ", ".join(repr(version.name) for version in versions[:3])
+        what = "they weren't read" if is_reserved else f"calls under way held all {self.final.arena.limit} bytes"
+        return StoreFullError(
+            f"a batch waited {self._timeout:g} s for {len(versions)} stored adapters ({names}...), and {what}: "
+            "expected memory for the adapters of all batches that run at once. Pass more memory or another timeout to "
+            "adapter_store, or run fewer batches."
+        )
+
+    # What runs in the threads that read.
+
+    def _run(self, load: Load) -> None:
+        version = load.version
+        begin = time.perf_counter()
+        try:
+            with torch.no_grad():
+                if self.final is self.host:
+                    self._read(version, load.memory)
+                else:
+                    self._streams.copy(load.memory, self._in_host(version), load.mark)
+        except MultibatchError as error:
+            load.error = type(error)(*error.args)
+        except Exception as error:
+            load.error = AdapterFileError(
+                f"adapter {version.name!r} can't be loaded from {version.path!r}, which raises "
+                f"{type(error).__name__} ({error}): expected a file that can be read. Register it again."
+            )
+        with self.lock:
+            self.seconds += time.perf_counter() - begin
+            if load.error is None:
+                self.loads += 1
+                if not version.is_gone:
+                    self.final.put(version, load.memory)
+            version.loading, version.error = None, load.error
+            self.lock.notify_all()
+        self.on_loaded()
+
+    def _in_host(self, version: Version) -> Tensor:
+        """An adapter in host memory, on its way to the device."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with self.lock:
+                memory = self.host.get(version)
+                if memory is not None:
+                    return memory
+                if self.host.make_room([version.layout.size], (), self.let_go):
+                    memory, _ = self.host.take(version.layout.size)
+                    break
+                if time.monotonic() > deadline:
+                    raise self._late([version], False)
+                self.lock.wait(POLL)
+        self._read(version, memory)
+        with self.lock:
+            if not version.is_gone:
+                self.host.put(version, memory)
+        return memory
+
+    def _read(self, version: Version, memory: Tensor) -> None:
+        layout = version.layout
+        file = memory if layout.is_plain else self._stage(layout.file_size)
+        target: Any = file.numpy()
+        read_weights(version.name, version.path, version.identity, version.header, memoryview(target))
+        if not layout.is_plain:
+            layout.fill(memory, file)
+        with self.lock:
+            self.bytes_read += layout.file_size
+
+    def _stage(self, size: int) -> Tensor:
+        """Memory of this thread's own, in which files are before their numbers are converted."""
+        known = getattr(self._staging, "memory", None)
+        if known is None or len(known) < size:
+            known = self._staging.memory = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        return known[:size]

@@ -1,0 +1,214 @@
+"""What an adapter's configuration asks for, if that is all plain LoRA."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from peft_multibatch.compat import check_target_module_exists, get_pattern_key
+from peft_multibatch.errors import AdapterFileError, AdapterUnsupportedError
+
+
+# Keys of LoRA's configuration that change nothing of what an adapter computes once it is trained.
+WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+})  # fmt: skip
+
+# Keys that are read, each with what its value may be.
+READ: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str, type(None)),
+    "layers_to_transform": (list, int, type(None)),
+    "layers_pattern": (list, str, type(None)),
+}
+
+# Keys that may have this value alone. A key that isn't known at all may be off, as new ones of PEFT's begin.
+ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+
+QUANTIFIED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
+MOST_QUANTIFIERS = 4
+
+
+class Settings(NamedTuple):
+    """What an adapter's configuration says that decides what it computes. Equal where two adapters compute alike.
+
+    Attributes:
+        rank: of modules that no pattern names.
+        alpha: likewise.
+        is_rank_stabilized: whether scalings are divided by the square root of the rank.
+        ranks: by pattern.
+        alphas: by pattern.
+        targets: names of modules, or one pattern.
+        excluded: names of modules, or one pattern; or None.
+        layers: indices of layers, or None where all count.
+        layers_pattern: names of the lists in which these layers are.
+        dropout: probability of its dropout, in train mode.
+    """
+
+    rank: int
+    alpha: float
+    is_rank_stabilized: bool
+    ranks: tuple[tuple[str, int], ...]
+    alphas: tuple[tuple[str, float], ...]
+    targets: tuple[str, ...] | str
+    excluded: tuple[str, ...] | str | None
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    dropout: float
+
+    def names(self, modules: Iterable[str]) -> set[str]:
+        """The modules to which the adapter belongs, as PEFT finds them."""
+        config = _Config(
+            self.targets, self.excluded, None if self.layers is None else [*self.layers], [*self.layers_pattern]
+        )
+        return {name for name in modules if check_target_module_exists(config, name)}
+
+    def rank_of(self, module: str) -> int:
+        """The rank in a module."""
+        return _by_pattern(dict(self.ranks), module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """The scaling in a module."""
+        rank, alpha = self.rank_of(module), _by_pattern(dict(self.alphas), module, self.alpha)
+        return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
+
+
+class _Config(NamedTuple):
+    """What PEFT's matching reads of a configuration."""
+
+    target_modules: Any
+    exclude_modules: Any
+    layers_to_transform: Any
+    layers_pattern: Any
+    target_parameters: None = None
+
+
+def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
+    """Settings of an adapter, from its configuration.
+
+    Args:
+        name: the adapter's, for messages.
+        config: keys and values of its ``adapter_config.json``.
+
+    Raises:
+        AdapterUnsupportedError: it asks for anything beside plain LoRA.
+        AdapterFileError: a value isn't what its key takes.
+    """
+    for key, value in config.items():
+        is_off = value is None or value is False or value in ("", [], {})
+        if key in ONLY:
+            if not any(type(value) is type(each) and value == each for each in ONLY[key]):
+                raise _unsupported(name, key, value)
+        elif key not in WITHOUT_EFFECT and key not in READ and not is_off:
+            raise _unsupported(name, key, value)
+    values = {"lora_dropout": 0.0, "use_rslora": False, "lora_alpha": 8, **config}
+    if "peft_type" not in config:
+        raise _wrong(name, "peft_type", None)
+    for key, types in READ.items():
+        if type(values.get(key)) not in types:
+            raise _wrong(name, key, values.get(key))
+    ranks, alphas = (_pattern(name, key, values.get(key)) for key in ("rank_pattern", "alpha_pattern"))
+    layers = values.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if values["r"] < 1 or any(type(rank) is not int or rank < 1 for _, rank in ranks):
+        raise _wrong(name, "r", [values["r"], *(rank for _, rank in ranks)])
+    if not _is_finite(values["lora_alpha"]) or not _is_finite(values["lora_dropout"]):
+        raise _wrong(name, "lora_alpha", values["lora_alpha"])
+    if layers is not None and any(type(each) is not int for each in layers):
+        raise _wrong(name, "layers_to_transform", layers)
+    if isinstance(values["target_modules"], str) and values["target_modules"].lower() == "all-linear":
+        raise AdapterUnsupportedError(
+            f"adapter {name!r} has target_modules='all-linear', which PEFT replaces with names of modules before it "
+            "saves: expected these names. Load the adapter with load_adapter, and save it again."
+        )
+    return Settings(
+        values["r"],
+        values["lora_alpha"],
+        values["use_rslora"],
+        ranks,
+        alphas,
+        _names(name, "target_modules", values["target_modules"]),
+        _names(name, "exclude_modules", values.get("exclude_modules")) or None,
+        tuple(layers) if layers else None,
+        _strings(name, "layers_pattern", values.get("layers_pattern")),
+        float(values["lora_dropout"]),
+    )
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
+    return patterns.get(get_pattern_key(patterns.keys(), module), otherwise)
+
+
+def _pattern(name: str, key: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    for pattern, number in (value or {}).items():
+        _check_pattern(name, key, pattern)
+        if not _is_finite(number):
+            raise _wrong(name, key, value)
+    return tuple((value or {}).items())
+
+
+def _names(name: str, key: str, value: Any) -> tuple[str, ...] | str:
+    if isinstance(value, str):
+        _check_pattern(name, key, value)
+        return value
+    if any(not isinstance(each, str) for each in value or ()):
+        raise _wrong(name, key, value)
+    return tuple(sorted(value or ()))
+
+
+def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else tuple(value or ())
+    for each in found:
+        _check_pattern(name, key, each)
+    return found
+
+
+def _check_pattern(name: str, key: str, pattern: Any) -> None:
+    """Raise where a pattern is none, or where looking for it might take for ever: whoever wrote it isn't trusted."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise _wrong(name, key, pattern) from error
+    if (
+        len(pattern) > 1000
+        or QUANTIFIED_GROUP.search(pattern)
+        or len(re.findall(r"[*+{]", pattern)) > MOST_QUANTIFIERS
+    ):
+        raise AdapterUnsupportedError(
+            f"adapter {name!r} has the pattern {pattern[:80]!r} in {key}, with repeated groups, or more than "
+            f"{MOST_QUANTIFIERS} repetitions: expected a simpler one, because looking for it may take for ever. Write "
+            "names of modules instead, or use load_adapter."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    if type(value) not in (int, float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _unsupported(name: str, key: str, value: Any) -> AdapterUnsupportedError:
+    return AdapterUnsupportedError(
+        f"adapter {name!r} has {key}={repr(value)[:80]} in its configuration: expected plain LoRA on linear layers, "
+        "because a store keeps nothing beside lora_A and lora_B. Use load_adapter."
+    )
+
+
+def _wrong(name: str, key: str, value: Any) -> AdapterFileError:
+    return AdapterFileError(
+        f"adapter {name!r} has {key}={repr(value)[:80]} in its configuration: expected what PEFT's save_pretrained "
+        "writes there. Save the adapter again."
+    )

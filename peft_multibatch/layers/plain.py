@@ -1,0 +1,71 @@
+"""Modules of the base model in which no PEFT adapter is, for the sake of stored ones.
+
+PEFT would put a LoRA layer in the module's place, and rename its parameters by that. Here such a layer stands beside
+the model: it has the module's weights, no adapters of its own, and is what banks, groups and views know. The module
+itself stays where it is, with a handler in the place of its forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from peft_multibatch.adapters.checks import HOOKS
+from peft_multibatch.adapters.offload import loader
+from peft_multibatch.adapters.views import STATE
+from peft_multibatch.compat import Conv1D, LoraLayer, lora
+from peft_multibatch.errors import AdapterUnsupportedError
+from peft_multibatch.layers.patch import is_replaced
+
+
+def check_plain(name: str, module: nn.Module, parent: nn.Module) -> None:
+    """Raise where a module's rows can't have stored adapters.
+
+    Raises:
+        AdapterUnsupportedError: they can't.
+    """
+    why = ""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        why = "no linear layer"
+    elif isinstance(parent, nn.MultiheadAttention):
+        why = "part of a MultiheadAttention, which reads its weights without calling it"
+    elif "_hf_hook" in module.__dict__ or loader(module) is not None:
+        why = "hooked by accelerate, as in models on several devices"
+    elif is_replaced(module):
+        why = "a module whose forward was replaced"
+    elif any(parameter.is_meta for parameter in module.parameters()):
+        why = "on the meta device"
+    if why:
+        raise AdapterUnsupportedError(
+            f"{name} is a {type(module).__name__}, {why}, and an adapter was registered that has weights there: "
+            "expected linear layers of a model on one device. Use load_adapter."
+        )
+
+
+def layer_for(module: Any) -> Any:
+    """A LoRA layer without adapters that stands for a module, and isn't part of any model."""
+    layer: Any = lora.Linear.__new__(lora.Linear)
+    nn.Module.__init__(layer)
+    LoraLayer.__init__(layer, without_patch(module, is_hooked=False))
+    layer.fan_in_fan_out = isinstance(module, Conv1D)
+    layer._active_adapter = []
+    layer.__dict__["_forward_pre_hooks"] = module._forward_pre_hooks  # groups ask for these
+    return layer
+
+
+def without_patch(module: Any, is_hooked: bool) -> Any:
+    """The same module, its parameters shared, with the forward of its class.
+
+    Args:
+        module: the module.
+        is_hooked: whether its hooks run; those that are added later as well.
+    """
+    copied = copy.copy(module)
+    for key in ("forward", STATE):
+        copied.__dict__.pop(key, None)
+    if not is_hooked:
+        copied.__dict__.update({key: OrderedDict() for key in HOOKS})
+    return copied

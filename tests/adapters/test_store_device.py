@@ -1,0 +1,257 @@
+"""Two kinds of memory: files → host → device. On a CPU with a device that is none, and on a GPU."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+from models import base_model, left_padded
+from stored import expected, logits, save_many
+from tolerances import assert_close
+
+import peft_multibatch
+from peft_multibatch import errors
+from peft_multibatch.adapters.store import source as store_module
+from peft_multibatch.adapters.store.arena import size_class
+from peft_multibatch.adapters.store.streams import Streams
+
+
+COUNT = 12
+
+
+class Device(Streams):
+    """The CPU as if it had memory of its own, whose copies are noted."""
+
+    has_memory = True
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.copied, self.marks, self.pinned = [], 0, 0
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def pin(self, block):
+        self.pinned += len(block)
+
+    def copy(self, target, source, mark):
+        self.copied.append((target.data_ptr(), mark))
+        target.copy_(source)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters")
+    save_many(path, COUNT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    inputs = {key: value[:1].repeat(COUNT, 1) for key, value in left_padded(1).items()}
+    found = expected([f"a{number}" for number in range(COUNT)], folder, logits, inputs)
+    return dict(zip((f"a{number}" for number in range(COUNT)), found))
+
+
+@pytest.fixture
+def make(folder, monkeypatch):
+    def make(host, device, timeout=5.0, **options):
+        monkeypatch.setattr(store_module, "streams_of", Device)
+        model = base_model()
+        mb = peft_multibatch.enable(model)
+        size = size_class(4 * 2 * 2 * 4 * (48 + 36))  # two layers, q and v of rank 4
+        store = mb.adapter_store(host * size, device * size, timeout=timeout, **options)
+        store.register_folder(folder)
+        sizes = {size_class(version.layout.size) for version in store._versions.values()}
+        assert sizes == {size}
+        return model, store, size
+
+    return make
+
+
+def ask(model, names):
+    inputs = {key: value[:1].repeat(len(names), 1).to(model.device) for key, value in left_padded(1).items()}
+    return logits(model, inputs, adapter_ids=names)
+
+
+def check(model, rows, names):
+    for actual, name in zip(ask(model, names), names):
+        assert_close(actual.cpu(), rows[name])
+
+
+def test_one_copy_an_adapter(make, rows):
+    model, store, size = make(host=8, device=4)
+    check(model, rows, ["a0", "a1", "a0"])
+    stats = store.stats()
+    assert (stats.host_adapters, stats.device_adapters, stats.device_bytes) == (2, 2, 2 * size)
+    assert len(store._streams.copied) == 2 and store._streams.pinned == 2 * size
+
+
+def test_an_adapter_that_left_the_device_comes_from_the_host(make, rows):
+    model, store, _ = make(host=12, device=2)
+    for number in range(COUNT):
+        check(model, rows, [f"a{number}"])
+    read = store.stats().bytes_read
+    for number in range(COUNT):
+        check(model, rows, [f"a{number}"])
+    stats = store.stats()
+    assert stats.bytes_read == read and stats.loads == 2 * COUNT and stats.device_adapters == 2
+
+
+def test_less_room_in_the_host_than_on_the_device(make, rows):
+    model, store, _ = make(host=1, device=6)
+    check(model, rows, [f"a{number}" for number in range(6)])
+    check(model, rows, [f"a{number}" for number in range(6, COUNT)])
+    assert store.stats().host_adapters == 1 and store.stats().device_adapters == 6
+
+
+def test_memory_is_written_again_only_after_what_read_it(make, rows):
+    model, store, _ = make(host=12, device=1)
+    check(model, rows, ["a0"])
+    check(model, rows, ["a1"])
+    (first, mark), (second, later) = store._streams.copied
+    assert first == second and mark is None and later is not None
+
+
+def test_swaps_and_pins(make, rows, folder):
+    model, store, _ = make(host=2, device=2)
+    store.pin("a0")
+    mb = peft_multibatch.enable(model)
+    with mb.batch(["a0", "a1"]):
+        store.register("a0", folder / "a5")
+        check(model, rows, ["a1"])
+    assert_close(ask(model, ["a0"])[0], rows["a5"])
+    with pytest.raises(errors.StoreFullError, match="max_device_memory"):
+        ask(model, ["a0", "a1", "a2"])
+
+
+def test_threads_that_want_more_than_half_of_the_room(make, rows):
+    model, store, size = make(host=2, device=5, timeout=60)
+    failures = []
+
+    def serve(seed):
+        generator = random.Random(seed)
+        try:
+            for _ in range(10):
+                check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads) and failures == []
+    stats = store.stats()
+    assert stats.host_bytes <= 2 * size and stats.device_bytes <= 5 * size
+
+
+def test_a_model_on_two_devices():
+    model = base_model()
+    model.lm_head.to("meta")
+    with pytest.raises(errors.UnsupportedError, match=r"on cpu, meta: expected all of them on one"):
+        peft_multibatch.enable(model).adapter_store()
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def on_gpu(folder):
+    def make(device=4, host=8, backend="auto", **options):
+        model = base_model().cuda()
+        mb = peft_multibatch.enable(model, backend=backend)
+        size = size_class(4 * 2 * 2 * 4 * (48 + 36))
+        store = mb.adapter_store(host * size, device * size, **options)
+        store.register_folder(folder)
+        return model, store, size
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rows_on_a_gpu(on_gpu, rows, backend):
+    model, store, size = on_gpu(backend=backend)
+    generator = random.Random(0)
+    for _ in range(20):
+        check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
+        stats = store.stats()
+        assert stats.device_bytes <= 4 * size and stats.host_bytes <= 8 * size
+    part = next(iter(store.adapters([0])[0]._parts.values()))
+    assert part.lora_a.is_cuda
+
+
+@pytest.mark.gpu
+def test_host_memory_is_pinned(on_gpu):
+    model, store, _ = on_gpu()
+    ask(model, ["a0"])
+    (memory,) = store._loader.host._kept.values()
+    assert memory.is_pinned()
+
+
+@pytest.mark.gpu
+def test_kernels_that_run_late_read_their_own_weights(on_gpu, rows):
+    """The host is far ahead of the device while memory is taken for others."""
+    model, _, _ = on_gpu(device=2, host=12)
+    ask(model, ["a0"])
+    torch.cuda.synchronize()
+    found = []
+    for number in range(COUNT):
+        torch.cuda._sleep(20_000_000)
+        found.append(ask(model, [f"a{number}", f"a{(number + 1) % COUNT}"]))
+    for number, actual in enumerate(found):
+        assert_close(actual[0].cpu(), rows[f"a{number}"])
+        assert_close(actual[1].cpu(), rows[f"a{(number + 1) % COUNT}"])
+
+
+@pytest.mark.gpu
+def test_threads_on_streams_of_their_own(on_gpu, rows):
+    model, _, _ = on_gpu(device=7, host=4, timeout=60)
+    failures = []
+
+    def serve(seed):
+        generator = random.Random(seed)
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(10):
+                    check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failures == []
+
+
+@pytest.mark.gpu
+def test_graphs_are_made_for_all_that_is_registered(on_gpu, rows):
+    """A captured graph serves adapters that were loaded after it was captured."""
+    model, _, _ = on_gpu(device=6, host=12)
+    mb = peft_multibatch.enable(model)
+    inputs = {key: value[:1].repeat(2, 1).cuda() for key, value in left_padded(1).items()}
+    hidden = torch.randn(2, 9, 48, device="cuda")
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad(), mb.batch(["a0", "a1"]):
+        expected = layer(hidden).clone()
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            layer(hidden)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            output = layer(hidden)
+        graph.replay()
+        assert_close(output, expected)
+    logits(model, inputs, adapter_ids=["a4", "a5"])
+    with torch.no_grad(), mb.batch(["a4", "a5"]):
+        eager = layer(hidden).clone()
+        graph.replay()
+        assert_close(output, eager)

@@ -1,0 +1,430 @@
+"""What an adapter's files may be: everything else is a typed error when it is registered, and stops nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import base_model, lora_configs
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from stored import CONFIG, WEIGHTS, edit_config, edit_tensors, save, save_all
+
+import peft_multibatch
+from peft_multibatch import errors
+from peft_multibatch.adapters.store import layouts
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_all(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def shared():
+    model = base_model()
+    mb = peft_multibatch.enable(model)
+    return mb.adapter_store(max_host_memory="10MB", max_rank=8)
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    """A folder that a test may spoil."""
+    return shutil.copytree(saved / "eight", tmp_path / "eight")
+
+
+def header_of(folder):
+    raw = (folder / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write(folder, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def edit_header(change):
+    def spoil(folder):
+        header, data = header_of(folder)
+        change(header, next(key for key in header if key != "__metadata__"))
+        write(folder, header, data)
+
+    return spoil
+
+
+def swap_first(folder):
+    header, data = header_of(folder)
+    header.pop("__metadata__", None)
+    first, second = sorted(header, key=lambda key: header[key]["data_offsets"])[:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    write(folder, header, data)
+
+
+def twice(folder):
+    header, data = header_of(folder)
+    key = next(key for key in header if key != "__metadata__")
+    text = json.dumps(header)[:-1] + f", {json.dumps(key)}: {json.dumps(header[key])}}}"
+    write(folder, text.encode(), data)
+
+
+def only_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def pipe(folder):
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+def directory(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+
+
+def change_weights(change):
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def change_config(text):
+    return lambda folder: (folder / CONFIG).write_bytes(text)
+
+
+DAMAGED = {
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "no configuration": lambda folder: (folder / CONFIG).unlink(),
+    "only a pickle": only_pickle,
+    "a pipe": pipe,
+    "a directory": directory,
+    "a byte too few": change_weights(lambda raw: raw[:-1]),
+    "a byte too many": change_weights(lambda raw: raw + b"\0"),
+    "cut in the header": change_weights(lambda raw: raw[:100]),
+    "empty": change_weights(lambda raw: b""),
+    "seven bytes": change_weights(lambda raw: raw[:7]),
+    "a header without end": change_weights(lambda raw: b"\xff" * 8 + raw[8:]),
+    "a header longer than the file": change_weights(lambda raw: struct.pack("<Q", len(raw) - 7) + raw[8:]),
+    "no JSON": lambda folder: write(folder, b"{" + b" " * 30, b""),
+    "a list": lambda folder: write(folder, [], b""),
+    "not UTF-8": lambda folder: write(folder, b"\xff\xfe", b""),
+    "deep": lambda folder: write(folder, b"[" * 200_000, b""),
+    "a number without end": lambda folder: write(folder, b'{"a": ' + b"9" * 10_000 + b"}", b""),
+    "a name twice": twice,
+    "tensors on top of each other": swap_first,
+    "a hole": edit_header(lambda header, key: header.pop(key)),
+    "integers": edit_header(lambda header, key: header[key].update(dtype="I32")),
+    "another dtype": edit_header(lambda header, key: header[key].update(dtype="F16")),
+    "no dtype": edit_header(lambda header, key: header[key].pop("dtype")),
+    "an unhashable dtype": edit_header(lambda header, key: header[key].update(dtype=["F32"])),
+    "a negative size": edit_header(lambda header, key: header[key].update(shape=[-8, -48])),
+    "a size that is no integer": edit_header(lambda header, key: header[key].update(shape=[8.0, 48])),
+    "a true size": edit_header(lambda header, key: header[key].update(shape=[True, 384])),
+    "a huge size": edit_header(lambda header, key: header[key].update(shape=[1 << 47, 1 << 47])),
+    "many dimensions": edit_header(lambda header, key: header[key].update(shape=[1] * 10_000 + [384])),
+    "one offset": edit_header(lambda header, key: header[key].update(data_offsets=[0])),
+    "offsets backwards": edit_header(lambda header, key: header[key]["data_offsets"].reverse()),
+    "a tensor that is none": edit_header(lambda header, key: header.update({key: 7})),
+    "a configuration that is no JSON": change_config(b"r: 8"),
+    "a configuration that is a list": change_config(b"[]"),
+    "a configuration without end": change_config(b" " * ((1 << 20) + 1)),
+    "a configuration that names a key twice": change_config(b'{"r": 8, "r": 4}'),
+    "no type": lambda folder: change_config(b'{"r": 8, "target_modules": ["q_proj"]}')(folder),
+    "a rank of zero": lambda folder: edit_config(folder, r=0),
+    "a rank that is text": lambda folder: edit_config(folder, r="8"),
+    "a rank that is true": lambda folder: edit_config(folder, r=True),
+    "an alpha that is none": lambda folder: edit_config(folder, lora_alpha=None),
+    "an alpha that isn't finite": lambda folder: edit_config(folder, lora_alpha=float("inf")),
+    "an alpha that is no float": lambda folder: edit_config(folder, lora_alpha=10**400),
+    "a rank pattern of text": lambda folder: edit_config(folder, rank_pattern={"q_proj": "8"}),
+    "a rank pattern that is a list": lambda folder: edit_config(folder, rank_pattern=["q_proj"]),
+    "a pattern that is none": lambda folder: edit_config(folder, alpha_pattern={"(": 8}),
+    "modules that are numbers": lambda folder: edit_config(folder, target_modules=[1, 2]),
+    "no modules": lambda folder: edit_config(folder, target_modules=None),
+    "layers that are text": lambda folder: edit_config(folder, layers_to_transform=["0"]),
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files(shared, adapter, spoil):
+    spoil(adapter)
+    with pytest.raises(errors.AdapterFileError, match=r"(?s)eight.*: expected .*\. [A-Z]") as caught:
+        shared.register("eight", adapter)
+    assert len(str(caught.value)) < 700
+    assert "eight" not in shared
+
+
+UNSUPPORTED = {
+    "DoRA": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "a bias of lora_B": {"lora_bias": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "aLoRA": {"alora_invocation_tokens": [1, 2]},
+    "trainable tokens": {"trainable_token_indices": [1]},
+    "target_parameters": {"target_parameters": ["mlp.experts"]},
+    "layer replication": {"layer_replication": [[0, 2]]},
+    "QALoRA": {"use_qalora": True},
+    "Arrow": {"arrow_config": {"top_k": 2}},
+    "another tuner": {"peft_type": "IA3"},
+    "an initialisation that changes the base model": {"init_lora_weights": "pissa"},
+    "an initialisation nobody knows": {"init_lora_weights": 1},
+    "a key nobody knows": {"use_something_new": True},
+    "a key nobody knows, with a number": {"something_new": 0.5},
+    "a rule for all layers": {"target_modules": "all-linear"},
+    "a pattern that takes for ever": {"target_modules": r"(a|a)*(q_proj)+"},
+    "a pattern with many repetitions": {"target_modules": ".*.*.*.*.*q_proj"},
+    "a pattern that takes for ever in a pattern": {"rank_pattern": {"(.*)*x": 8}},
+}
+
+
+@pytest.mark.parametrize("values", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_a_store_does_not_take(shared, adapter, values):
+    edit_config(adapter, **values)
+    with pytest.raises(errors.AdapterUnsupportedError, match=r"eight.*: expected .*load_adapter"):
+        shared.register("eight", adapter)
+
+
+def test_keys_nobody_knows_that_are_off(shared, adapter):
+    edit_config(adapter, use_something_new=False, something_newer=None, others=[], more={})
+    shared.register("off", adapter)
+    shared.unregister("off")
+
+
+def rename(old, new):
+    return lambda folder: edit_tensors(
+        folder, lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
+    )
+
+
+def cut(pattern, slices):
+    return lambda folder: edit_tensors(
+        folder,
+        lambda tensors: {k: v[slices].contiguous() if pattern in k else v for k, v in tensors.items()},
+    )
+
+
+def without(pattern):
+    return lambda folder: edit_tensors(folder, lambda all: {k: v for k, v in all.items() if pattern not in k})
+
+
+MISMATCHED = {
+    "a missing lora_A": without("layers.1.mlp.up_proj.lora_A"),
+    "a missing lora_B": without("layers.1.mlp.up_proj.lora_B"),
+    "a missing module": without("layers.1.mlp.up_proj"),
+    "no tensors": without(""),
+    "a module that the model lacks": rename("layers.1", "layers.7"),
+    "weights that PEFT would leave out": lambda folder: edit_config(folder, target_modules=["q_proj"]),
+    "weights of layers that PEFT would leave out": lambda folder: edit_config(folder, layers_to_transform=[0]),
+    "another number of inputs": cut("q_proj.lora_A", (slice(None), slice(40))),
+    "another number of outputs": cut("q_proj.lora_B", (slice(40),)),
+    "ranks that differ": cut("q_proj.lora_A", (slice(4),)),
+    "a matrix that is none": lambda folder: edit_tensors(
+        folder, lambda all: {k: v.flatten() if "q_proj.lora_A" in k else v for k, v in all.items()}
+    ),
+    "another rank than the configuration's": lambda folder: edit_config(folder, r=4),
+    "another rank than the pattern's": lambda folder: edit_config(folder, rank_pattern={"q_proj": 4}),
+    "a scaling that is no number in float32": lambda folder: edit_config(folder, lora_alpha=1e300),
+}
+
+
+@pytest.mark.parametrize("spoil", MISMATCHED.values(), ids=MISMATCHED)
+def test_files_that_do_not_fit(shared, adapter, spoil):
+    spoil(adapter)
+    with pytest.raises(errors.AdapterMismatchError, match=r"eight.*: expected "):
+        shared.register("eight", adapter)
+
+
+def test_a_rank_larger_than_any_may_be(shared, tmp_path):
+    folder = save(tmp_path / "nine", LoraConfig(r=9, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(errors.AdapterMismatchError, match=r"the rank 9 in .*: expected 8 at most. Pass max_rank"):
+        shared.register("nine", folder)
+
+
+EXTRA = {
+    "a magnitude of DoRA": "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    "a bias": "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias",
+    "an embedding": "base_model.model.model.embed_tokens.weight",
+    "LoRA of an embedding": "base_model.model.model.embed_tokens.lora_embedding_A",
+    "the name of an adapter": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+}
+
+
+@pytest.mark.parametrize("key", EXTRA.values(), ids=EXTRA)
+def test_tensors_beside_plain_lora(shared, adapter, key):
+    edit_tensors(adapter, lambda tensors: tensors | {key: torch.zeros(48, 48)})
+    with pytest.raises(errors.AdapterUnsupportedError, match=r"has the tensor .*: expected .*Use load_adapter"):
+        shared.register("eight", adapter)
+
+
+def test_adapters_on_layers_that_are_not_linear(shared, tmp_path):
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False)
+    with pytest.raises(errors.AdapterUnsupportedError, match=r"lora_embedding.*Use load_adapter"):
+        shared.register("embedding", save(tmp_path, config))
+
+
+def test_headers_that_only_safetensors_writes_differently(shared, adapter):
+    """Metadata, spaces behind the header, another order of names: the same adapter."""
+    header, data = header_of(adapter)
+    text = json.dumps({"__metadata__": {"format": "pt", "who": "me"}, **dict(reversed(header.items()))}) + " " * 13
+    write(adapter, text.encode(), data)
+    shared.register("again", adapter)
+    shared.unregister("again")
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_in_any_place(shared, saved, tmp_path, data):
+    folder = tmp_path / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved / "eight", folder)
+    file = folder / data.draw(st.sampled_from([CONFIG, WEIGHTS, WEIGHTS]))
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, min(len(raw), 3000)))
+        new = data.draw(
+            st.one_of(st.binary(max_size=9), st.sampled_from([b"9" * 30, b'"', b"[", b"}", b"-1", b"null"]))
+        )
+        raw[start : start + data.draw(st.integers(0, 9))] = new
+    file.write_bytes(raw)
+    try:
+        shared.register("fuzzed", folder)
+    except errors.MultibatchError as error:
+        assert len(str(error)) < 1000
+    else:
+        shared.unregister("fuzzed")
+
+
+# Where files may lie.
+
+
+@pytest.fixture
+def rooted(tmp_path):
+    mb = peft_multibatch.enable(base_model())
+    (tmp_path / "roots").mkdir()
+    return mb.adapter_store(max_host_memory="10MB", roots=[tmp_path / "roots"]), tmp_path / "roots"
+
+
+def test_folders_inside_of_the_roots(rooted, adapter):
+    store, root = rooted
+    shutil.copytree(adapter, root / "inside")
+    store.register("inside", root / "inside")
+    (root / "link").symlink_to(root / "inside")
+    store.register("link", root / "link")
+    assert set(store) == {"inside", "link"}
+
+
+def link_folder(root, adapter):
+    (root / "link").symlink_to(adapter)
+    return root / "link"
+
+
+def link_file(file):
+    def link(root, adapter):
+        shutil.copytree(adapter, root / "copy")
+        (root / "copy" / file).unlink()
+        (root / "copy" / file).symlink_to(adapter / file)
+        return root / "copy"
+
+    return link
+
+
+OUTSIDE = {
+    "elsewhere": lambda root, adapter: adapter,
+    "by dots": lambda root, adapter: root / ".." / adapter.name,
+    "a folder that is a link": link_folder,
+    "weights that are a link": link_file(WEIGHTS),
+    "a configuration that is a link": link_file(CONFIG),
+    "a name that begins alike": lambda root, adapter: shutil.copytree(adapter, f"{root}-more"),
+}
+
+
+@pytest.mark.parametrize("place", OUTSIDE.values(), ids=OUTSIDE)
+def test_files_outside_of_the_roots(rooted, adapter, place):
+    store, root = rooted
+    with pytest.raises(errors.AdapterFileError, match=r"outside of the store's roots: expected"):
+        store.register("outside", place(root, adapter))
+
+
+def test_a_link_that_leads_nowhere(shared, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(errors.AdapterFileError, match=r"no folder"):
+        shared.register("link", tmp_path / "link")
+
+
+def test_a_weights_file_that_is_a_link_inside(shared, adapter):
+    """As in the cache of the Hub."""
+    os.rename(adapter / WEIGHTS, adapter / "blob")
+    (adapter / WEIGHTS).symlink_to("blob")
+    shared.register("linked", adapter)
+    shared.unregister("linked")
+
+
+# Folders of folders.
+
+
+def test_one_bad_adapter_in_a_folder_stops_no_other(rooted, saved):
+    store, root = rooted
+    shutil.copytree(saved, root, dirs_exist_ok=True)
+    edit_config(root / "four", use_dora=True)
+    (root / "no adapter").mkdir()
+    (root / "file").write_text("")
+    found = store.register_folder(root)
+    assert found.names == ["eight", "three"]
+    assert list(found.refused) == ["four"] and isinstance(found.refused["four"], errors.AdapterUnsupportedError)
+    edit_config(root / "four", use_dora=False)
+    before = {name: store.serial(store._names.ids[name]) for name in ("eight", "three")}
+    assert store.register_folder(root).names == ["eight", "four", "three"]
+    assert before == {name: store.serial(store._names.ids[name]) for name in ("eight", "three")}
+
+
+def test_a_folder_that_is_none(rooted):
+    store, root = rooted
+    with pytest.raises(errors.AdapterFileError, match=r"can't be read"):
+        store.register_folder(root / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["", "__base__", "a\nb", "x" * 257, 3, None, b"sql"])
+def test_names_that_batches_could_not_use(shared, saved, name):
+    with pytest.raises(errors.AdapterIdsError, match=r"by the name .*: expected"):
+        shared.register(name, saved / "eight")
+
+
+def test_ten_thousand_equal_headers_are_parsed_once(rooted, saved, monkeypatch):
+    store, root = rooted
+    shutil.copytree(saved / "eight", root / "one")
+    parsed = []
+    monkeypatch.setattr(
+        layouts, "parse_header", lambda *args, own=layouts.parse_header: parsed.append(args) or own(*args)
+    )
+    for number in range(50):
+        store.register(f"name {number}", root / "one")
+    assert len(parsed) == 1
+
+
+def test_configurations_that_differ_where_nothing_is_computed_share_a_layout(rooted, saved):
+    store, root = rooted
+    for name in ("one", "two"):
+        shutil.copytree(saved / "eight", root / name)
+        edit_config(root / name, base_model_name_or_path=name, revision=name)
+        store.register(name, root / name)
+    one, two = store._versions.values()
+    assert one.layout is two.layout
+
+
+def test_float_files_of_all_dtypes(shared, adapter):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
+        tensors = {key: value.to(dtype) for key, value in load_file(adapter / WEIGHTS).items()}
+        save_file(tensors, adapter / WEIGHTS)
+        shared.register("dtypes", adapter)
+    shared.unregister("dtypes")
+
+
+def test_every_supported_setting_registers(shared, tmp_path):
+    for name, config in lora_configs().items():
+        shared.register(name, save(tmp_path / name, config))
+        shared.unregister(name)

@@ -1,0 +1,583 @@
+"""Who is in memory: never more bytes than there may be, never memory that is being read, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import shutil
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from models import base_model, left_padded
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from stored import WEIGHTS, by_peft, edit_config, edit_tensors, expected, logits, save, save_many
+from tolerances import assert_close
+
+import peft_multibatch
+from peft_multibatch import errors
+from peft_multibatch.adapters.store import files, loading
+from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
+from peft_multibatch.adapters.store.streams import Streams
+
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters")
+    save_many(path, COUNT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def size(folder):
+    model = base_model()
+    store = peft_multibatch.enable(model).adapter_store()
+    store.register("a0", folder / "a0")
+    return size_class(next(iter(store._versions.values())).layout.size)
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """The logits of a prompt under every adapter, by PEFT."""
+    inputs = {key: value[:1].repeat(COUNT, 1) for key, value in left_padded(1).items()}
+    found = expected([f"a{number}" for number in range(COUNT)], folder, logits, inputs)
+    return dict(zip((f"a{number}" for number in range(COUNT)), found))
+
+
+def make(folder, size, room, timeout=5.0):
+    """A model and a store with room for so many adapters."""
+    model = base_model()
+    store = peft_multibatch.enable(model).adapter_store(max_host_memory=room * size, timeout=timeout)
+    store.register_folder(folder)
+    return model, store
+
+
+def ask(model, names):
+    inputs = {key: value[:1].repeat(len(names), 1) for key, value in left_padded(1).items()}
+    return logits(model, inputs, adapter_ids=names)
+
+
+def check(model, rows, names):
+    for actual, name in zip(ask(model, names), names):
+        assert_close(actual, rows[name])
+
+
+def in_memory(store):
+    return {each.name for each in store.describe()}
+
+
+def test_nothing_is_read_before_it_is_needed(folder, size, rows):
+    model, store = make(folder, size, 4)
+    assert store.stats().bytes_read == store.stats().host_bytes == 0
+    check(model, rows, ["a1", "a2", "a1"])
+    stats = store.stats()
+    assert (stats.registered, stats.host_adapters, stats.loads, stats.misses) == (COUNT, 2, 2, 2)
+    assert stats.host_bytes == 2 * size
+    check(model, rows, ["a2", "a1"])
+    assert (store.stats().loads, store.stats().hits) == (2, 2)
+
+
+def test_those_that_were_used_last_stay(folder, size, rows):
+    model, store = make(folder, size, 3)
+    for names in (["a0"], ["a1"], ["a2"], ["a0"], ["a3"]):
+        check(model, rows, names)
+    assert in_memory(store) == {"a0", "a2", "a3"}
+    assert store.stats().evictions == 1
+
+
+def test_pinned_ones_stay(folder, size, rows):
+    model, store = make(folder, size, 3)
+    store.pin("a0")
+    for number in range(1, COUNT):
+        check(model, rows, [f"a{number}"])
+    assert "a0" in in_memory(store)
+    store.pin("a0", False)
+    check(model, rows, ["a1", "a2", "a3"])
+    assert in_memory(store) == {"a1", "a2", "a3"}
+
+
+def test_pins_that_leave_no_room(folder, size, rows):
+    model, store = make(folder, size, 3)
+    store.register("p", folder / "a0", pin=True)
+    store.pin("a1")
+    with pytest.raises(errors.StoreFullError, match=r"a batch names 2 stored adapters .* pinned .*: expected fewer"):
+        ask(model, ["a2", "a3"])
+    store.pin("a2")
+    with pytest.raises(errors.StoreFullError, match=r"'a3' was to be pinned beside 3 others.*: expected room"):
+        store.pin("a3")
+    with pytest.raises(errors.StoreFullError, match=r"to be pinned"):
+        store.register("q", folder / "a0", pin=True)
+    assert "q" not in store
+    store.register("p", folder / "a4", pin=True)  # in its own place
+    check(model, rows, ["a1", "a2"])
+    assert_close(ask(model, ["p"])[0], rows["a4"])
+
+
+def test_a_batch_that_never_has_room(folder, size, rows):
+    model, _ = make(folder, size, 3)
+    begin = time.perf_counter()
+    with pytest.raises(errors.StoreFullError, match=r"names 4 stored adapters.*: expected fewer .*max_host_memory"):
+        ask(model, ["a0", "a1", "a2", "a3"])
+    assert time.perf_counter() - begin < 1
+    check(model, rows, ["a0", "a1", "a2"])
+
+
+def test_an_adapter_larger_than_all_memory(folder, size):
+    store = peft_multibatch.enable(base_model()).adapter_store(max_host_memory=size - 1)
+    with pytest.raises(errors.StoreFullError, match=r"'a0' needs .* bytes, and the store has .*: expected a smaller"):
+        store.register("a0", folder / "a0")
+
+
+def test_bytes_are_bounded_at_all_times(folder, size, rows, monkeypatch):
+    seen = []
+    model, store = make(folder, size, 3)
+    arena = store._loader.final.arena
+    take = arena.take
+    monkeypatch.setattr(arena, "take", lambda size: (take(size), seen.append(arena.used + arena.kept))[0])
+    generator = random.Random(0)
+    for _ in range(40):
+        check(model, rows, [f"a{generator.randrange(COUNT)}" for _ in range(3)])
+    assert len(seen) > 20 and max(seen) <= 3 * size
+
+
+# Memory that somebody reads.
+
+
+def test_a_call_keeps_the_version_that_it_began_with(folder, size, rows):
+    """With another version in its place, unregistered, and with all of the memory wanted for others."""
+    model, store = make(folder, size, 3)
+    mb = peft_multibatch.enable(model)
+    with mb.batch(["a1", "a2"]):
+        store.register("a1", folder / "a5")
+        store.unregister("a2")
+        inputs = {key: value[:1].repeat(2, 1) for key, value in left_padded(1).items()}
+        layer = model.model.layers[0].self_attn.q_proj
+        call = mb._router.active()
+        check(model, rows, ["a0"])  # there is room for one more
+        check(model, rows, ["a3"])
+        parts = [adapter.parts([layer._multibatch.module])[0] for adapter in call.plan.adapters.values()]
+        for name, part in zip(("a1", "a2"), parts):
+            file = load_file(folder / name / WEIGHTS)
+            key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+            assert torch.equal(part.lora_a, file[key])
+        with pytest.raises(errors.UnknownAdapterError):
+            logits(model, inputs)  # a block that names what is gone begins no more calls
+    assert_close(ask(model, ["a1"])[0], rows["a5"])
+    with pytest.raises(errors.UnknownAdapterError):
+        ask(model, ["a2"])
+
+
+def test_generate_ends_with_the_version_that_it_began_with(folder, size, rows):
+    model, store = make(folder, size, 2)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(name):
+        return model.generate(**left_padded(1), adapter_ids=[name], **options)
+
+    before, other = generate("a1"), generate("a2")
+    assert not torch.equal(before, other)
+
+    def swap(module, args):
+        if not swapped:
+            swapped.append(True)
+            store.register("a1", folder / "a2")
+
+    swapped = []
+    with model.model.layers[1].register_forward_pre_hook(swap):
+        assert torch.equal(generate("a1"), before)
+    assert torch.equal(generate("a1"), other)
+
+
+def test_no_room_while_calls_hold_it(folder, size, rows):
+    model, _ = make(folder, size, 2, timeout=0.2)
+    mb = peft_multibatch.enable(model)
+    with mb.batch(["a0", "a1"]):
+        with pytest.raises(
+            errors.StoreFullError, match=r"waited 0.2 s for 1 stored adapters \('a2'.*: expected memory"
+        ):
+            ask(model, ["a2"])
+        check(model, rows, ["a1"])  # which is there
+    check(model, rows, ["a2"])
+
+
+def test_memory_comes_back_when_a_call_ends(folder, size, rows):
+    model, _ = make(folder, size, 2)
+    mb = peft_multibatch.enable(model)
+    entered, leave, found = threading.Event(), threading.Event(), []
+
+    def hold():
+        with mb.batch(["a0", "a1"]):
+            entered.set()
+            leave.wait()
+
+    def want():
+        found.extend(ask(model, ["a2"]))
+
+    threads = [threading.Thread(target=hold), threading.Thread(target=want)]
+    threads[0].start()
+    entered.wait()
+    threads[1].start()
+    time.sleep(0.1)
+    assert not found
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert_close(found[0], rows["a2"])
+
+
+def test_gradients_read_what_they_were_made_of(folder, size):
+    """Autograd holds the weights of a call that has ended; others get memory of their own, or none."""
+    model, _ = make(folder, size, 2, timeout=0.2)
+    model.requires_grad_(False)
+    weight = model.get_input_embeddings().weight.requires_grad_(True)
+
+    def loss(name):
+        return model(**left_padded(1), adapter_ids=[name]).logits.square().mean()
+
+    loss("a0").backward()
+    wanted, weight.grad = weight.grad, None
+    first = loss("a0")
+    ask(model, ["a1"])
+    ask(model, ["a2"])  # in the place of a1
+    with pytest.raises(errors.StoreFullError):
+        ask(model, ["a3", "a4"])
+    first.backward()
+    assert torch.equal(weight.grad, wanted)
+    del first
+    ask(model, ["a3", "a4"])
+
+
+def test_an_exception_that_is_kept_costs_nothing_once_it_is_gone(folder, size, rows):
+    model, _ = make(folder, size, 2, timeout=0.5)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with model.model.layers[1].register_forward_pre_hook(fail), contextlib.suppress(ZeroDivisionError):
+        ask(model, ["a0", "a1"])
+    check(model, rows, ["a2", "a3"])
+
+
+def test_weights_are_released_when_nobody_needs_them(folder, size):
+    model, store = make(folder, size, 2)
+    ask(model, ["a0"])
+    memory = weakref.ref(store.adapters([store._names.ids["a0"]])[store._names.ids["a0"]])
+    ask(model, ["a1", "a2"])
+    gc.collect()
+    assert memory() is None
+
+
+# Files that change.
+
+
+def copy(folder, tmp_path, name="a0"):
+    return shutil.copytree(folder / name, tmp_path / name)
+
+
+def test_files_that_changed_since_they_were_registered(folder, size, tmp_path, rows):
+    model, store = make(folder, size, 4)
+    own = copy(folder, tmp_path)
+    store.register("own", own)
+    edit_tensors(own, lambda tensors: {key: value * 2 for key, value in tensors.items()})
+    for _ in range(2):
+        with pytest.raises(errors.AdapterFileError, match=r"'own' .* changed since .*: expected the same file"):
+            ask(model, ["own"])
+    check(model, rows, ["a0"])
+    store.register("own", own)
+    ask(model, ["own"])
+
+
+@pytest.mark.parametrize("spoil", ["cut", "gone", "a link"])
+def test_files_that_went(folder, size, tmp_path, rows, spoil):
+    model, store = make(folder, size, 4)
+    own = copy(folder, tmp_path)
+    store.register("own", own)
+    path = own / WEIGHTS
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        path.unlink()
+    if spoil == "a link":
+        path.symlink_to(folder / "a1" / WEIGHTS)
+    with pytest.raises(errors.AdapterFileError, match=r"'own'.*: expected"):
+        ask(model, ["a0", "own"])
+    check(model, rows, ["a0", "a1"])
+    stats = store.stats()
+    assert stats.host_bytes == stats.host_adapters * size
+
+
+def test_a_file_that_is_cut_while_it_is_read(folder, size, tmp_path, monkeypatch):
+    model, store = make(folder, size, 4)
+    own = copy(folder, tmp_path)
+    store.register("own", own)
+    preadv = files.os.preadv
+
+    def cutting(descriptor, buffers, offset):
+        (own / WEIGHTS).write_bytes((own / WEIGHTS).read_bytes()[: offset + 8])
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(files.os, "preadv", cutting)
+    with pytest.raises(errors.AdapterFileError, match=r"changed since"):
+        ask(model, ["own"])
+
+
+def test_short_reads(folder, size, rows, monkeypatch):
+    model, _ = make(folder, size, 4)
+    preadv = files.os.preadv
+    monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:1000]], offset))
+    check(model, rows, ["a0", "a3"])
+
+
+def test_whatever_reading_raises_is_the_error_of_its_own_adapter(folder, size, rows, monkeypatch):
+    model, _ = make(folder, size, 4)
+    read = loading.read_weights
+
+    def failing(name, *args):
+        if name == "a1":
+            raise MemoryError("no memory")
+        read(name, *args)
+
+    monkeypatch.setattr(loading, "read_weights", failing)
+    with pytest.raises(errors.AdapterFileError, match=r"'a1' can't be loaded .*MemoryError.*: expected"):
+        ask(model, ["a0", "a1"])
+    check(model, rows, ["a0", "a2"])
+
+
+def test_the_same_name_again_is_a_new_version(folder, size, rows):
+    model, store = make(folder, size, 4)
+    number = store._names.ids["a0"]
+    registry = peft_multibatch.enable(model)._registry
+    versions = {registry.version(number)}
+    for other in ("a1", "a2", "a2"):
+        store.register("a0", folder / other)
+        versions.add(registry.version(number))
+        assert_close(ask(model, ["a0"])[0], rows[other])
+    assert len(versions) == 4
+    ask(model, ["a3", "a4", "a5", "a6"])  # without it
+    before = registry.version(number)
+    ask(model, ["a0"])
+    assert registry.version(number) == before  # loaded again, and the same
+
+
+def test_an_adapter_that_cannot_be_registered_leaves_the_one_of_its_name(folder, size, rows, tmp_path):
+    model, store = make(folder, size, 4)
+    own = copy(folder, tmp_path)
+    edit_config(own, use_dora=True)
+    with pytest.raises(errors.AdapterUnsupportedError):
+        store.register("a0", own)
+    check(model, rows, ["a0"])
+
+
+# Threads.
+
+
+def test_prefetching(folder, size, rows):
+    model, store = make(folder, size, 4)
+    store.prefetch("a0", "a1")
+    deadline = time.monotonic() + 5
+    while store.stats().host_adapters < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    check(model, rows, ["a0", "a1"])
+    assert (store.stats().misses, store.stats().loads) == (0, 2)
+    mb = peft_multibatch.enable(model)
+    with mb.batch(["a0", "a1", "a2", "a3"]):
+        store.prefetch("a4", "a5")  # there is no room, and nobody waits
+
+
+def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch):
+    model, store = make(folder, size, 4)
+    begun, go = threading.Event(), threading.Event()
+    read = loading.read_weights
+
+    def slow(*args):
+        begun.set()
+        go.wait(5)
+        read(*args)
+
+    monkeypatch.setattr(loading, "read_weights", slow)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(ask(model, ["a0"]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    time.sleep(0.05)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and store.stats().loads == 1
+    for each in found:
+        assert_close(each[0], rows["a0"])
+
+
+def test_batches_that_each_want_more_than_half_of_the_room(folder, size, rows):
+    """From many threads, with swaps, prefetches and pins between: all end, and all are right."""
+    model, store = make(folder, size, 5, timeout=60)
+    failures = []
+
+    def serve(seed):
+        generator = random.Random(seed)
+        try:
+            for _ in range(12):
+                names = generator.sample([f"a{number}" for number in range(COUNT)], 3)
+                check(model, rows, names)
+        except BaseException as error:
+            failures.append(error)
+
+    def change():
+        generator = random.Random(7)
+        while any(thread.is_alive() for thread in threads):
+            name = f"a{generator.randrange(COUNT)}"
+            store.register(name, folder / name)
+            store.prefetch(f"a{generator.randrange(COUNT)}")
+            store.stats()
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    changing = threading.Thread(target=change)
+    changing.start()
+    for thread in [*threads, changing]:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == []
+    assert store.stats().host_bytes <= 5 * size
+
+
+def test_each_output_is_wholly_one_version(folder, size, rows):
+    model, store = make(folder, size, 4)
+    stop = threading.Event()
+
+    def swap():
+        while not stop.is_set():
+            for other in ("a1", "a2"):
+                store.register("a0", folder / other)
+                time.sleep(0.002)
+
+    store.register("a0", folder / "a1")
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for _ in range(40):
+            actual = ask(model, ["a0", "a3"])
+            errors_ = [float((actual[0] - rows[name]).norm() / rows[name].norm()) for name in ("a1", "a2")]
+            assert min(errors_) < 1e-5
+            assert_close(actual[1], rows["a3"])
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_interrupt_while_a_batch_waits(folder, size, rows, monkeypatch):
+    model, store = make(folder, size, 2)
+    mb = peft_multibatch.enable(model)
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with mb.batch(["a0", "a1"]), monkeypatch.context() as patch:
+        patch.setattr(store._lock, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(model, ["a2"])
+    gc.collect()
+    assert calls
+    check(model, rows, ["a2", "a3"])
+
+
+# Parts.
+
+
+def test_size_classes():
+    for size in (1, 63, 64, 65, 1000, 46080, 10**6, 84 * 10**6):
+        found = size_class(size)
+        assert size <= found <= max(size * 1.13, size + 64) and size_class(found) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("512MiB", 2**29), ("1.5 kb", 1500), (17, 17), ("17", 17), ("3 B", 3)]
+)
+def test_sizes(text, size):
+    assert parse_size("max_host_memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", 0, "0", None, True, "8 pounds", "1e9", float("nan")])
+def test_sizes_that_are_none(text):
+    with pytest.raises(errors.StoreFullError, match=r"max_host_memory=.*: expected a positive number"):
+        peft_multibatch.enable(base_model()).adapter_store(max_host_memory=text)
+
+
+def test_a_block_lives_as_long_as_any_view_of_it():
+    arena = Arena(1024, torch.device("cpu"), False, Streams(torch.device("cpu")))
+    memory, _ = arena.take(1000)
+    view = memory[16:80].view(torch.float32).view(4, 4)
+    product = view.detach().requires_grad_(True).matmul(torch.ones(4, 4, requires_grad=True)).sum()  # keeps the view
+    address = memory.data_ptr()
+    del memory, view
+    assert not arena.fits([1000])
+    del product
+    assert arena.fits([1000])
+    again, _ = arena.take(1000)
+    assert again.data_ptr() == address  # touched before
+    del again
+    other, _ = arena.take(500)
+    assert arena.used + arena.kept <= 1024 and len(other) == 500
+
+
+def test_blocks_taken_in_inference_mode_are_plain_tensors():
+    arena = Arena(1024, torch.device("cpu"), False, Streams(torch.device("cpu")))
+    with torch.inference_mode():
+        memory, _ = arena.take(64)
+    assert not memory.is_inference()
+
+
+def test_first_use_in_inference_mode_and_then_with_gradients(folder, size, rows):
+    model, _ = make(folder, size, 4)
+    with torch.inference_mode():
+        check(model, rows, ["a0"])
+    model(**left_padded(1), adapter_ids=["a0"]).logits.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_default_dtypes(folder, size, rows, dtype):
+    model, _ = make(folder, size, 4)
+    torch.set_default_dtype(dtype)
+    try:
+        actual = ask(model, ["a0", "a1"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(actual[0], rows["a0"])
+    assert_close(actual[1], rows["a1"])
+
+
+def test_matrices_that_do_not_lie_at_multiples_of_sixteen_bytes(tmp_path):
+    """Ranks of one and three, files of 16 bits, in a layout with gaps."""
+    config = LoraConfig(
+        r=3, rank_pattern={"v_proj": 1}, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False
+    )
+    folder = save(tmp_path / "odd", config)
+    save_file({key: value.half() for key, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    for dtype in (None, "file"):
+        model = base_model()
+        store = peft_multibatch.enable(model).adapter_store(dtype=dtype)
+        store.register("odd", folder)
+        layer_names = store.adapters([0])[0].version.layout.layers
+        for name, stored in layer_names.items():
+            assert stored.lora_a.start % 16 == stored.lora_b.start % 16 == 0
+            layer = next(each for each in store._model.names if store._model.names[each] == name)
+            part = store.adapters([0])[0].parts([layer])[0]
+            file = load_file(folder / WEIGHTS)[f"base_model.model.{name}.lora_B.weight"]
+            assert torch.equal(part.lora_b, file.to(part.lora_b.dtype))
+            assert part.lora_b.data_ptr() % 16 == 0
+        if dtype is None:
+            with by_peft(base_model(), folder) as reference:
+                wanted = logits(reference, left_padded(2))
+            assert_close(logits(model, left_padded(2), adapter_ids=["odd", "odd"]), wanted)

@@ -1,0 +1,249 @@
+"""Requests under stored adapters: they begin when these are in memory, and nobody else waits for that."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from batching import DEVICE, generation, prompts, results, settings
+from models import base_model, lora_configs
+from peft import get_peft_model
+from stored import WEIGHTS, by_peft, save_many
+
+import peft_multibatch
+from peft_multibatch.adapters.store import loading
+from peft_multibatch.adapters.store.arena import size_class
+
+
+COUNT = 12
+SIZE = size_class(4 * 2 * 2 * 4 * (48 + 36))  # two layers, q and v of rank 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters")
+    save_many(path, COUNT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return prompts(6)
+
+
+@pytest.fixture(scope="module")
+def texts(folder, inputs):
+    """What `generate` gives every prompt under every adapter, by PEFT."""
+
+    def generate(model):
+        return [
+            model.generate(
+                input_ids=torch.tensor([prompt], device=DEVICE),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=DEVICE),
+                generation_config=generation(),
+            )[0, len(prompt) :].tolist()
+            for prompt in inputs
+        ]
+
+    base = base_model().to(DEVICE)
+    found = {"__base__": generate(base)}
+    for number in range(COUNT):
+        with by_peft(base, folder / f"a{number}") as model:
+            found[f"a{number}"] = generate(model)
+    return found
+
+
+@pytest.fixture
+def make(folder):
+    handles = []
+
+    def make(room, model=None):
+        model = base_model().to(DEVICE) if model is None else model
+        mb = peft_multibatch.enable(model)
+        store = mb.adapter_store(room * SIZE, room * SIZE, timeout=20)
+        store.register_folder(folder)
+        handles.append(mb)
+        return mb, store
+
+    yield make
+    for mb in handles:
+        mb.disable()
+
+
+def serve(mb, **options):
+    return mb.continuous_batching(
+        generation_config=generation(), continuous_batching_config=settings(**options), warmup=False
+    )
+
+
+def test_texts_are_those_of_peft(make, inputs, texts):
+    mb, _ = make(room=COUNT)
+    names = ["a0", "__base__", "a1", "a2", "a0", "__base__"]
+    with serve(mb) as manager:
+        requests = manager.add_requests(inputs, adapter_ids=names)
+        found = results(manager, len(inputs))
+    for row, (request, name) in enumerate(zip(requests, names)):
+        assert found[request].generated_tokens == texts[name][row]
+
+
+def test_generate_batch(make, inputs, texts):
+    mb, _ = make(room=3)
+    names = ["a3", "__base__", "a4", "a5", "a6", "a3"]
+    outputs = mb._inner.generate_batch(
+        inputs, adapter_ids=names, generation_config=generation(), continuous_batching_config=settings()
+    )
+    for row, (output, name) in enumerate(zip(outputs.values(), names)):
+        assert output.generated_tokens == texts[name][row]
+
+
+def test_more_adapters_than_there_is_room_for(make, inputs, texts):
+    mb, store = make(room=2)
+    generator = random.Random(0)
+    wanted = [(generator.randrange(6), f"a{generator.randrange(COUNT)}") for _ in range(40)]
+    with serve(mb) as manager:
+        requests = [manager.add_request(inputs[row], adapter_id=name) for row, name in wanted]
+        found = results(manager, len(wanted), timeout=120)
+    for request, (row, name) in zip(requests, wanted):
+        assert found[request].error is None
+        assert found[request].generated_tokens == texts[name][row]
+    assert store.stats().evictions >= COUNT - 2
+
+
+def test_mixtures_and_adapters_of_peft(make, folder, inputs, texts):
+    model = get_peft_model(base_model(), lora_configs()["three"], adapter_name="p").to(DEVICE).eval()
+    mb, _ = make(3, model)
+    entries = ["p", {"p": 0.5, "a1": 0.5}, "a1", {"a2": 0.7, "a3": -0.3}, "__base__", "a1"]
+    expected = [
+        model.generate(
+            input_ids=torch.tensor([prompt], device=DEVICE), adapter_ids=[entry], generation_config=generation()
+        )[0, len(prompt) :].tolist()
+        for prompt, entry in zip(inputs, entries)
+    ]
+    assert expected[2] == texts["a1"][2]
+    with serve(mb) as manager:
+        requests = manager.add_requests(inputs, adapter_ids=entries)
+        found = results(manager, len(inputs))
+    assert [found[request].generated_tokens for request in requests] == expected
+
+
+def test_a_request_whose_adapter_is_slow_holds_up_nobody(make, inputs, texts, monkeypatch):
+    mb, _ = make(room=4)
+    read, go = loading.read_weights, threading.Event()
+
+    def slow(name, *args):
+        if name == "a0":
+            go.wait(20)
+        read(name, *args)
+
+    monkeypatch.setattr(loading, "read_weights", slow)
+    with serve(mb) as manager:
+        waiting = manager.add_request(inputs[0], adapter_id="a0")
+        others = [manager.add_request(inputs[row], adapter_id="a1") for row in range(1, 4)]
+        found = results(manager, 3)
+        assert set(found) == set(others)
+        go.set()
+        found |= results(manager, 1)
+    assert found[waiting].generated_tokens == texts["a0"][0]
+    assert [found[name].generated_tokens for name in others] == texts["a1"][1:4]
+
+
+def test_an_adapter_that_cannot_be_loaded_is_its_own_requests_fault(make, folder, inputs, texts, tmp_path):
+    mb, store = make(room=4)
+    own = shutil.copytree(folder / "a0", tmp_path / "own")
+    store.register("own", own)
+    (own / WEIGHTS).unlink()
+    names = ["a1", "own", "__base__", "own", "a2", "a1"]
+    with serve(mb) as manager:
+        requests = manager.add_requests(inputs, adapter_ids=names)
+        found = results(manager, len(inputs))
+        for row, (request, name) in enumerate(zip(requests, names)):
+            if name == "own":
+                assert "can't be opened any more" in found[request].error and not found[request].generated_tokens
+            else:
+                assert found[request].generated_tokens == texts[name][row]
+        store.register("own", folder / "a3")
+        request = manager.add_request(inputs[0], adapter_id="own")
+        assert results(manager, 1)[request].generated_tokens == texts["a3"][0]
+
+
+def test_a_mixture_that_never_has_room(make, inputs, texts):
+    mb, _ = make(room=2)
+    with serve(mb) as manager:
+        wrong = manager.add_request(inputs[0], adapter_id={"a0": 1, "a1": 1, "a2": 1})
+        right = manager.add_request(inputs[1], adapter_id="a0")
+        found = results(manager, 2)
+    assert "names 3 stored adapters" in found[wrong].error
+    assert found[right].generated_tokens == texts["a0"][1]
+
+
+def test_every_answer_is_wholly_of_one_version(make, folder, inputs, texts):
+    """A name is registered again and again while requests for it run."""
+    mb, store = make(room=4)
+    stop, swaps = threading.Event(), [0]
+
+    def swap():
+        while not stop.is_set():
+            for other in ("a1", "a2"):
+                store.register("a0", folder / other)
+                swaps[0] += 1
+                time.sleep(0.002)
+
+    with serve(mb) as manager:
+        store.register("a0", folder / "a1")
+        thread = threading.Thread(target=swap)
+        thread.start()
+        try:
+            requests = {manager.add_request(inputs[row % 6], adapter_id="a0"): row % 6 for row in range(24)}
+            others = {manager.add_request(inputs[row], adapter_id="a3"): row for row in range(6)}
+            found = results(manager, 30, timeout=120)
+        finally:
+            stop.set()
+            thread.join(30)
+    assert not thread.is_alive() and swaps[0] > 2
+    for request, row in requests.items():
+        assert found[request].generated_tokens in (texts["a1"][row], texts["a2"][row])
+    for request, row in others.items():
+        assert found[request].generated_tokens == texts["a3"][row]
+
+
+def test_unregistering_waits_for_those_that_have_begun(make, inputs, texts):
+    mb, store = make(room=4)
+    with serve(mb) as manager:
+        first = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=30)
+        deadline = time.monotonic() + 20
+        while not manager.served.get("a0") and time.monotonic() < deadline:
+            time.sleep(0.001)
+        store.unregister("a0")
+        second = manager.add_request(inputs[1], adapter_id="a0")
+        found = results(manager, 2)
+    assert found[first].error is None and len(found[first].generated_tokens) == 30
+    assert found[first].generated_tokens[:8] == texts["a0"][0]
+    assert "no adapter has this name" in found[second].error
+
+
+def test_prefixes_are_shared_under_one_version_alone(make, folder, texts):
+    mb, store = make(room=4)
+    prompt = [5, 6, 7] * 20
+    with serve(mb, allow_block_sharing=True) as manager:
+
+        def ask(name):
+            before = manager.prefix_hits
+            request = manager.add_request(prompt, adapter_id=name)
+            return results(manager, 1)[request].generated_tokens, manager.prefix_hits - before
+
+        first, hits = ask("a0")
+        assert hits == 0
+        again, hits = ask("a0")
+        assert again == first and hits
+        for number in range(1, 6):  # drive it out of memory
+            ask(f"a{number}")
+        again, hits = ask("a0")
+        assert again == first and hits
+        store.register("a0", folder / "a6")
+        other, hits = ask("a0")
+        assert hits == 0
+        assert other == ask("a6")[0]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import Function
 
 from peft_multibatch import compat
 
 
 NO_BACKWARD = -1
 """Number of the backward pass where none is under way."""
-
-_APPLY = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 class Origin(NamedTuple):
@@ -50,16 +48,18 @@ def in_function() -> bool:
 
 def functions() -> Iterator[Any]:
     """The ``ctx`` of all functions whose ``forward`` is under way, the innermost first."""
-    frame = sys._getframe(1)
-    while (caller := frame.f_back) is not None:
-        if caller.f_code is _APPLY:
-            code = frame.f_code
-            first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+    found: Any = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames:  # of no other: to read locals keeps them alive
+            first = frame.f_locals.get(code.co_varnames[0])
             if not code.co_argcount and isinstance(first, tuple) and first:  # of a decorator: *args
                 first = first[0]
-            if isinstance(first, compat.FunctionNode):
+            if isinstance(first, compat.FunctionNode) and first is not found:
+                found = first
                 yield first
-        frame = caller
+        frame = frame.f_back
 
 
 def checkpoint_frame() -> Any:

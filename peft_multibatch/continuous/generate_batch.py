@@ -41,7 +41,6 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         handle: Handle | None = getattr(self, STATE, None)
         adapter_ids = pop_ids(kwargs)
         check_keywords("generate_batch", kwargs)
-        _check_read(function, kwargs)
         call = None
         if handle is not None:  # ids of its own are all that a task needs that outlived its block
             call = handle._router.active() if adapter_ids is None else handle._router.live()
@@ -51,6 +50,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
                 "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
                 "adapter_ids=[...]) by itself."
             )
+        _check_read(function, kwargs)
         if adapter_ids is None:
             return function(self, inputs, *args, **kwargs)
         if handle is None:

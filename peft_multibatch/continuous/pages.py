@@ -49,6 +49,6 @@ def _blocks_of(tables: dict[Any, list[int]], names: Iterable[Any]) -> set[int]:
 
 def _write_zeros(tensors: list[torch.Tensor], blocks: set[int]) -> None:
     if blocks:
-        index = torch.tensor(sorted(blocks), device=tensors[0].device)
+        index = torch.tensor(sorted(blocks), dtype=torch.int64, device=tensors[0].device)
         for each in tensors:
             each.index_fill_(0, index, 0)

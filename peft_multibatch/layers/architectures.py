@@ -65,7 +65,7 @@ def tried() -> frozenset[str]:
 def look_up(model: nn.Module) -> bool:
     """Whether models of this type were tried, so that what isn't refused is known to be right; once, a word if not."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    is_tried = model_type in tried() or model_type in REFUSED
+    is_tried = any(model_type in known for known in (tried(), REFUSED, SAMPLES_BEHIND, TILED))
     if not is_tried:
         logger.warning_once(
             f"{type(model).__name__} is of a type that peft_multibatch wasn't tried with: call mb.verify(...) with a "

@@ -257,7 +257,7 @@ def for_each_segment(
     labels = [label(entries[index], call.plan) for index, _ in found]
     outputs = Outputs(patch.name, segments, parts, labels, dim_of)
     if not (is_known or outputs.is_certain or outputs.spec == patch.outputs):
-        both = torch.cat([torch.arange(num_rows, device=device)[rows] for _, rows in found[:2]])
+        both = torch.cat([torch.arange(num_rows, dtype=torch.int64, device=device)[rows] for _, rows in found[:2]])
         with _without_traces(views_of[found[0][0]]) as view:
             outputs.check_grows(run(view, both))
         patch.outputs = outputs.spec

@@ -59,7 +59,8 @@ class Inputs:
                 f"{name} was called without tensors but the model's own ({shapes}): expected some with rows of "
                 "samples. Leave this layer out of target_modules, or give all samples of a batch the same adapter."
             )
-        own = own or tensors or {0: torch.zeros(1)}  # of one adapter, whose rows nobody has to tell apart
+        nothing = {0: torch.zeros(1, dtype=torch.float32, device="cpu")}
+        own = own or tensors or nothing  # of one adapter, whose rows nobody has to tell apart
         self.num_tensors = len(own)
         self.dim = dim
         rows = {index: value.shape[self.dim] for index, value in own.items() if value.dim() > self.dim}

@@ -188,7 +188,7 @@ class Verifier:
             expected = references[entry][name][own]
             difference = (actual[own] - expected).abs()
             difference[actual[own] == expected] = 0.0  # infinities of masks
-            error = float(difference.nan_to_num(float("inf")).max()) / max(scale, float(TINY)) if own.any() else 0.0
+            error = float(difference.nan_to_num(float("inf")).max()) / max(scale, TINY) if own.any() else 0.0
             spreads = [(each[name][own] - expected).abs().nan_to_num(0.0, 0.0) for each in references.values()]
             spread = max(spread, *(float(each.max()) if each.numel() else 0.0 for each in spreads))
             largest = max(largest, error)
@@ -208,7 +208,7 @@ class Verifier:
         return OutputCheck(name, shape, largest, tuple(wrong), note)
 
 
-TINY = torch.tensor(1e-30)
+TINY = 1e-30
 
 
 @contextlib.contextmanager
@@ -251,9 +251,9 @@ def _exchanged(value: Any, sample: int, count: int) -> Any:
     """Inputs in which one sample is another one, wherever dimension 0 has as many rows as there are samples."""
     other = (sample + 1) % count
     if isinstance(value, Tensor) and value.dim() and len(value) == count:
-        order = torch.arange(count)
+        order = torch.arange(count, dtype=torch.int64, device=value.device)
         order[sample] = other
-        return value[order.to(value.device)]
+        return value[order]
     if isinstance(value, Mapping):
         return {key: _exchanged(each, sample, count) for key, each in value.items()}
     if isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(each, Tensor) for each in value):
@@ -275,7 +275,11 @@ def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Ten
 
     In a model that mixes samples nothing has a reference, whatever it is that happened to change.
     """
-    scale = base.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(TINY) if base.numel() else TINY
+    scale = (
+        base.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(TINY)
+        if base.numel()
+        else torch.ones((), dtype=base.dtype, device=base.device)
+    )
     changes = [(each - base).abs().nan_to_num(0.0) > tolerance * scale for each in exchanged]
     for dim in range(base.dim()):
         masks = _parts(base.shape, dim, len(changes))
@@ -292,7 +296,7 @@ def _parts(shape: Sequence[int], dim: int, count: int) -> list[Tensor] | None:
     size = shape[dim] // count
     if shape[dim] % count:
         return None
-    masks = [torch.zeros(shape, dtype=torch.bool) for _ in range(count)]
+    masks = [torch.zeros(shape, dtype=torch.bool, device="cpu") for _ in range(count)]
     for sample, mask in enumerate(masks):
         mask.narrow(dim, sample * size, size).fill_(True)
     return masks

@@ -23,6 +23,9 @@ from peft_multibatch import errors
 from peft_multibatch.calls import replay
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+
 ADAPTERS = ["three", "four", "eight"]
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
 OTHERS = ["eight", "eight", "three", "three", "__base__", "four"]
@@ -195,7 +198,6 @@ def test_several_calls_before_one_backward(model, layer, run):
     same(gradients(model), plain)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("outer", ["reentrant", "not reentrant", "composable", "a function of one's own"])
 @pytest.mark.parametrize("inner", ["reentrant", "not reentrant", "composable"])
 def test_nested(model, layer, outer, inner):

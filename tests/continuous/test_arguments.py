@@ -14,6 +14,9 @@ import peft_multibatch
 from peft_multibatch import errors
 
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You are calling .generate.. with the `input_ids` being on a device type"
+)
 OPTIONS = {"generation_config": generation(), "continuous_batching_config": settings()}
 MISSPELT = ["adapter_id", "adapters", "adapter_name", "adaptor_ids", "adpater_ids", "lora_request"]
 

@@ -357,6 +357,7 @@ def test_a_loop_that_cannot_be_followed(reader, monkeypatch):
             reader.encode(TEXTS, adapter_ids=NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # as torch 2.11 warns
 def test_compiled(reader):
     expected = reader.encode(TEXTS)
     peft_multibatch.enable(reader)

@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
 import peft_multibatch
-from peft_multibatch.errors import MultibatchError
+from peft_multibatch.errors import AdapterIdsLengthError, MultibatchError
 from peft_multibatch.layers.table import choose
 
 
@@ -193,6 +193,8 @@ def _try(tiny: Tiny, row: Row) -> bool:
             return False
         if name is None or pattern(name) in row.left_out:
             row.status, row.reason = REFUSED, str(error)
+            if isinstance(error, AdapterIdsLengthError):
+                row.reason = "it takes the patches of all images in one row, and not one row for each sample"
             return False
         row.left_out[pattern(name)] = _without_name(str(error), name)
         return True
@@ -211,6 +213,10 @@ def _generates(tiny: Tiny, model: Any) -> str:
     ids = ["c", "a", "__base__", "a"]
     inputs = _moved(tiny.inputs(len(ids), equal=False), tiny.model.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    try:
+        model.generate(**inputs, **options)
+    except TypeError:  # of a class that sets some of these itself
+        return ""
     mixed = model.generate(**inputs, **options, adapter_ids=ids)
     for sample, name in enumerate(ids):
         if name == "__base__":

@@ -104,7 +104,7 @@ class Arena:
         with torch.inference_mode(False):
             if isinstance(piece, np.ndarray):
                 return torch.from_numpy(piece)
-            return torch.as_tensor(piece, device=self._device)
+            return torch.as_tensor(piece, dtype=torch.uint8, device=self._device)
 
 
 class _DevicePiece:

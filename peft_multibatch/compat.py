@@ -19,12 +19,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import calculate_alora_offsets
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    get_pattern_key,
-)
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch._C import _current_autograd_node as current_node
 from torch._C import _current_graph_task_id as current_backward
@@ -59,7 +54,6 @@ __all__ = [
     "current_backward",
     "current_node",
     "dequantize_module_weight",
-    "get_pattern_key",
     "is_forward_mode_enabled",
     "lora",
     "pop_saved_tensors_hooks",

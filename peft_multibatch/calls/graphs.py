@@ -46,6 +46,7 @@ class Graph:
         sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
+        is_traced: whether code was compiled that reads attributes from here.
         packed: as in ``Call``; never so.
         base_layers: as in ``Call``; never any.
 
@@ -77,7 +78,7 @@ class Graph:
         self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None  # for whom, and what of it trains
         self._positions = Positions()  # which graphs of ops read
         self._written: BatchPlan | None = None
-        self._is_traced = self._runs_ops = False
+        self.is_traced = self._runs_ops = False
         self._devices: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
         self._ready: tuple[int, dict[int, int]] = 0, {}  # slots, and whom all of these tables have: serials, by slot
         self.is_captured = False
@@ -87,8 +88,8 @@ class Graph:
     def trace(self) -> bool:
         """Code is being compiled that reads attributes from here."""
         with self._lock:
-            if not self._is_traced:
-                self._is_traced = True
+            if not self.is_traced:
+                self.is_traced = True
                 self._look_apart([call for call in self._calls if call.is_active])
         return True
 
@@ -263,9 +264,9 @@ class Graph:
         No context manager written in Python holds the locks, which an exception might keep from letting go of them.
         """
         while True:
-            is_traced = self._is_traced
+            is_traced = self.is_traced
             with compile_lock if is_traced else self._lock, self._lock:  # in this order: tracing calls `arm`
-                if is_traced is self._is_traced:
+                if is_traced is self.is_traced:
                     return change()
 
     def _change(self, thread: ThreadState) -> None:
@@ -286,7 +287,7 @@ class Graph:
             self._write(calls[0].plan)
 
     def _look_apart(self, calls: Iterable[Call]) -> None:
-        if self._is_traced:
+        if self.is_traced:
             found = (call.plan.why_not_compiled(self.banks) for call in calls)
             self.apart = next(filter(None, found), "")
 

@@ -225,6 +225,11 @@ class Handle:
                 check_merged(layer.name, module)
         if disabled:
             disabled += self._stored.layers  # which PEFT doesn't know
+            if self._stored.layers and self._router.graph.is_traced:
+                raise UnsupportedError(
+                    "adapters were disabled in a model that was compiled, and that has layers which only stored "
+                    "adapters know, where graphs don't see it: expected enabled adapters. Pass -1 for all rows."
+                )
         for group in self._groups:
             group.check_weights()
         return frozenset(disabled)

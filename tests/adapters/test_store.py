@@ -50,6 +50,38 @@ def test_rows_are_those_of_peft(architecture, tmp_path):
     assert_close(logits(model, inputs, adapter_ids=NAMES), expected(NAMES, folder, logits, architecture=architecture))
 
 
+SETTINGS = {
+    "some layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "one layer, of a list that is named": {
+        "target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers",
+    },
+    "a pattern": {"target_modules": r".*\.(q|k)_proj$"},
+    "excluded modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "an excluded pattern": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.1.*"},
+    "ranks and alphas by pattern": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True, "lora_alpha": 3,
+        "rank_pattern": {"v_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 9},
+    },
+    "whole names": {"target_modules": ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"]},
+    "the head": {"target_modules": ["lm_head"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "no scaling": {"target_modules": ["q_proj"], "lora_alpha": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_settings_mean_what_they_mean_to_peft(tmp_path, options):
+    folder = save(tmp_path / "own", LoraConfig(r=4, init_lora_weights=False, **options))
+    model = base_model()
+    peft_multibatch.enable(model).adapter_store().register("own", folder)
+    names = ["own", "__base__", "own"]
+    actual = logits(model, left_padded(3), adapter_ids=names)
+    assert_close(actual, expected(names, {"own": folder}, logits))
+    if options.get("lora_alpha") != 0:
+        assert not torch.equal(actual[0], logits(model, left_padded(3))[0])
+
+
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
 def test_models_with_an_encoder(architecture, tmp_path):
     folder = save_all(tmp_path, architecture)
@@ -150,6 +182,15 @@ def in_peft(both, folder):
     return other.eval()
 
 
+@pytest.fixture
+def partly(folder):
+    """A `PeftModel` whose only adapter has q_proj alone, with three, four and eight in its store."""
+    model = get_peft_model(base_model(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    store = peft_multibatch.enable(model.eval()).adapter_store()
+    store.register_folder(folder)
+    return model, store
+
+
 MIXED = ["p-three", "eight", "__base__", "p-four", "three", "four"]
 
 
@@ -180,12 +221,14 @@ def test_calls_without_ids_are_peft_s(both, folder):
         assert torch.equal(logits(model, left_padded()), logits(base_model(), left_padded()))
 
 
-def test_disabled_adapters_are_the_base_model_on_all_layers(both):
-    model, _ = both
+def test_disabled_adapters_are_the_base_model_on_all_layers(partly, folder):
+    model, _ = partly
+    names = ["eight", "default", "three"]
     with model.disable_adapter():
-        actual = logits(model, left_padded(), adapter_ids=MIXED)
-    assert torch.equal(actual, logits(base_model(), left_padded()))
-    assert not torch.equal(logits(model, left_padded(), adapter_ids=MIXED), actual)
+        actual = logits(model, left_padded(3), adapter_ids=names)
+    assert torch.equal(actual, logits(base_model(), left_padded(3)))
+    actual = logits(model, left_padded(3), adapter_ids=names)[0]
+    assert_close(actual, expected(["eight"] * 3, folder, logits)[0])
 
 
 def test_peft_adds_an_adapter_to_layers_that_only_stored_ones_had(stored, folder):
@@ -438,6 +481,21 @@ def test_compiled_models(folder):
         assert_close(actual, expected(names, folder, logits))
     assert len(graphs) == 1
     assert_close(logits(compiled, inputs), logits(base_model(), inputs))
+
+
+def test_disabled_adapters_in_compiled_models_are_refused(partly):
+    """Graphs know of disabled layers through PEFT, which knows nothing of those that only stored adapters have."""
+    torch._dynamo.reset()
+    model, _ = partly
+    mb = peft_multibatch.enable(model)
+    names = ["eight", "default", "__base__", "three", "four", "eight"]
+    compiled = torch.compile(model.get_base_model(), backend="eager")
+    with mb.batch(names):
+        rows = logits(compiled, left_padded())
+    with model.disable_adapter(), pytest.raises(errors.UnsupportedError, match=r"disabled .*: expected .* Pass -1"):
+        logits(model, left_padded(), adapter_ids=names)
+    with mb.batch(names):
+        assert_close(logits(compiled, left_padded()), rows)
 
 
 def test_layers_whose_forward_was_replaced_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import time
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ DAMAGED = {
     "a pattern that is none": lambda folder: edit_config(folder, alpha_pattern={"(": 8}),
     "modules that are numbers": lambda folder: edit_config(folder, target_modules=[1, 2]),
     "no modules": lambda folder: edit_config(folder, target_modules=None),
+    "a group that PEFT has as well": lambda folder: edit_config(
+        folder, layers_to_transform=[0], layers_pattern=["(?P<idx>layers)"]
+    ),
+    "more modules than any model has": lambda folder: edit_config(folder, target_modules=["a"] * 9000),
+    "more patterns than any model has modules": lambda folder: edit_config(
+        folder, rank_pattern={f"layer{number}": 4 for number in range(3000)}
+    ),
+    "flags inside of a pattern": lambda folder: edit_config(folder, rank_pattern={"(?i)q_proj": 8}),
     "layers that are text": lambda folder: edit_config(folder, layers_to_transform=["0"]),
 }
 
@@ -392,6 +401,15 @@ def test_a_folder_that_is_none(rooted):
 def test_names_that_batches_could_not_use(shared, saved, name):
     with pytest.raises(errors.AdapterIdsError, match=r"by the name .*: expected"):
         shared.register(name, saved / "eight")
+
+
+def test_a_pattern_for_every_module_takes_no_time(rooted, saved):
+    store, root = rooted
+    shutil.copytree(saved / "eight", root / "one")
+    edit_config(root / "one", rank_pattern={f"model.layers.{number}.self_attn.x_proj": 4 for number in range(2000)})
+    begin = time.perf_counter()
+    store.register("one", root / "one")
+    assert time.perf_counter() - begin < 5
 
 
 def test_ten_thousand_equal_headers_are_parsed_once(rooted, saved, monkeypatch):

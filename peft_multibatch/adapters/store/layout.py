@@ -104,7 +104,7 @@ class Layout:
         dtype: torch.dtype | str | None,
     ) -> None:
         halves = self._halves(name, tensors)
-        _check_names(name, halves, settings.names(model.module_names()))
+        _check_names(name, halves, settings.names(name, model.module_names()))
         self.dropout = settings.dropout
         self._shapes = {
             module: (found["A"].shape, found["B"].shape, settings.rank_of(module)) for module, found in halves.items()

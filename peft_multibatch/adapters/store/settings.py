@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from peft_multibatch.compat import check_target_module_exists, get_pattern_key
+from peft_multibatch.compat import check_target_module_exists
 from peft_multibatch.errors import AdapterFileError, AdapterUnsupportedError
 
 
@@ -37,6 +38,8 @@ ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, F
 
 QUANTIFIED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
 MOST_QUANTIFIERS = 4
+MOST_PATTERNS = 2048
+MOST_NAMES = 8192
 
 
 class Settings(NamedTuple):
@@ -66,20 +69,31 @@ class Settings(NamedTuple):
     layers_pattern: tuple[str, ...]
     dropout: float
 
-    def names(self, modules: Iterable[str]) -> set[str]:
-        """The modules to which the adapter belongs, as PEFT finds them."""
+    def names(self, name: str, modules: Iterable[str]) -> set[str]:
+        """The modules to which the adapter belongs, as PEFT finds them.
+
+        Args:
+            name: the adapter's, for messages.
+            modules: names of all modules.
+
+        Raises:
+            AdapterFileError: a pattern can't be looked for where PEFT looks for it.
+        """
         config = _Config(
             self.targets, self.excluded, None if self.layers is None else [*self.layers], [*self.layers_pattern]
         )
-        return {name for name in modules if check_target_module_exists(config, name)}
+        try:
+            return {module for module in modules if check_target_module_exists(config, module)}
+        except Exception as error:
+            raise _wrong(name, "target_modules", self.targets) from error
 
     def rank_of(self, module: str) -> int:
         """The rank in a module."""
-        return _by_pattern(dict(self.ranks), module, self.rank)
+        return _by_pattern(self.ranks, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
         """The scaling in a module."""
-        rank, alpha = self.rank_of(module), _by_pattern(dict(self.alphas), module, self.alpha)
+        rank, alpha = self.rank_of(module), _by_pattern(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
 
@@ -145,11 +159,22 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
     )
 
 
-def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
-    return patterns.get(get_pattern_key(patterns.keys(), module), otherwise)
+def _by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, otherwise: Any) -> Any:
+    """What the first pattern that ends a module's name says, as in PEFT, which compiles them for every module anew."""
+    for pattern, value in patterns:
+        if _compiled(pattern).match(module):
+            return value
+    return otherwise
+
+
+@functools.lru_cache(MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(name: str, key: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    if len(value or ()) > MOST_PATTERNS:
+        raise _wrong(name, key, f"{len(value)} patterns")
     for pattern, number in (value or {}).items():
         _check_pattern(name, key, pattern)
         if not _is_finite(number):
@@ -161,13 +186,15 @@ def _names(name: str, key: str, value: Any) -> tuple[str, ...] | str:
     if isinstance(value, str):
         _check_pattern(name, key, value)
         return value
-    if any(not isinstance(each, str) for each in value or ()):
+    if len(value or ()) > MOST_NAMES or any(not isinstance(each, str) for each in value or ()):
         raise _wrong(name, key, value)
     return tuple(sorted(value or ()))
 
 
 def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else tuple(value or ())
+    if len(found) > MOST_NAMES:
+        raise _wrong(name, key, value)
     for each in found:
         _check_pattern(name, key, each)
     return found
@@ -176,7 +203,7 @@ def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
 def _check_pattern(name: str, key: str, pattern: Any) -> None:
     """Raise where a pattern is none, or where looking for it might take for ever: whoever wrote it isn't trusted."""
     try:
-        re.compile(pattern)
+        _compiled(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise _wrong(name, key, pattern) from error
     if (

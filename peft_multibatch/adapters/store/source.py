@@ -60,7 +60,7 @@ class StoredAdapters:
         self._model, self._names, self._slots = model, names, slots
         self._roots = files.resolve_roots(roots)
         self._layouts = Layouts(model, max_rank, dtype)
-        self._streams = streams_of(device)
+        self._device, self._streams = device, streams_of(device)
         sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
         self._loader = Loader(device, *sizes, timeout, self._streams)
         self._loader.let_go, self._guard = let_go, guard
@@ -171,6 +171,11 @@ class StoredAdapters:
             )  # fmt: skip
 
     def _check(self, version: Version) -> None:
+        if self._model.device() != self._device:
+            raise ModelStateError(
+                f"the model was moved to {self._model.device()}, and its adapter store keeps adapters for "
+                f"{self._device}: expected it to stay. Move the model first, and make its store afterwards."
+            )
         self._layouts.check(version.name, version.layout)
         if version.layout.dropout and self._model.is_training():
             raise UnsupportedError(

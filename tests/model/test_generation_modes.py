@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +100,10 @@ def turns(model: Any, inputs: dict, **ids: Any) -> Tensor:
     first = model.generate(**inputs, **options)
     said = torch.cat([first.sequences, first.sequences[:, :2] * 0 + 7], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(said[:, inputs["attention_mask"].shape[1] :])], dim=1)
-    second = model.generate(input_ids=said, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    parameters = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # as older transformers call it
+    cached = {name: getattr(first, name)}
+    second = model.generate(input_ids=said, attention_mask=mask, **cached, **options)
     return second.sequences
 
 

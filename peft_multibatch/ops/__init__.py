@@ -15,8 +15,8 @@ that one compiled graph serves any mix of adapters. Inference does both at once,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +74,9 @@ def expand(
 
 @shrink.register_fake
 def _(x, weights, plan, ranks):
-    rank = functools.reduce(torch.sym_max, (weight.shape[0] for weight in weights), 0)  # so that no graph fixes whose
+    rank: Any = 0
+    for weight in weights:  # so that no graph fixes whose
+        rank = torch.sym_max(rank, weight.shape[0])
     shape = (x.shape[0], ranks.shape[1], rank)
     return x.new_empty(shape, dtype=torch_backend.accumulator(x, *weights))
 

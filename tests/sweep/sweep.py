@@ -321,8 +321,13 @@ def publish(rows: list[Row]) -> None:
         notes = [f"{', '.join(layers)}: {reason}" for reason, layers in why.items()]
         notes += [row.reason] * bool(row.reason) + row.notes
         cells = [f"`{row.model_type}`", row.class_name, _result(row), row.generates or "–", "<br>".join(notes)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _cell(text: str) -> str:
+    """A cell of a table, in which brackets are no links; without the levels of smallness at which a model failed."""
+    return re.sub(r"([|\[\]])", r"\\\1", re.sub(r" \[\d, \d, \w+\]$", "", text)).replace("\n", " ")
 
 
 def _result(row: Row) -> str:

@@ -137,9 +137,10 @@ class Multibatch(Handle):
         dtype: torch.dtype | str | None = None,
         timeout: float = 60.0,
     ) -> AdapterStore:
-        """Keep thousands of adapters in files, and in memory those that are in use.
+        """Keep thousands of adapters in files, and in memory those that are in use, for a model on a CPU.
 
-        Batches name stored adapters as they name PEFT's, and mix both. See docs/store.md.
+        Batches name stored adapters as they name PEFT's, and mix both. A model on a GPU is refused for now. See
+        docs/store.md.
 
         Args:
             max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
@@ -157,7 +158,7 @@ class Multibatch(Handle):
 
         Raises:
             ModelStateError: the model has one already.
-            UnsupportedError: the model is on several devices.
+            UnsupportedError: the model is on a GPU, or on several devices.
             StoreFullError: a size is none.
 
         Example:

@@ -15,6 +15,9 @@ from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.plan.ids import Entry
 
 
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Arguments that carry a model's cache, in newer transformers and in older ones."""
+
 SENTENCES = "sentence_transformers"
 """The library whose loops sort inputs by length."""
 
@@ -30,6 +33,11 @@ def reads(model: nn.Module, keyword: str, custom_generate: Any = None) -> bool:
     classes = {type(part) for part in model.modules() if not type(part).__module__.startswith("peft.")}
     functions = [getattr(each, "forward", None) for each in classes] + [custom_generate]
     return any(keyword in inspect.signature(each).parameters for each in functions if inspect.isfunction(each))
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or None."""
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def check_order(entries: Sequence[Entry]) -> None:
@@ -69,7 +77,7 @@ def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None
     if prompts is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return
     samples, tokens = prompts.shape
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    cache = cache_of(kwargs)
     if len(input_ids) % samples or input_ids.shape[1] < tokens or (cache is not None and cache.get_seq_length()):
         return
     rows = torch.cat([prompts.to(input_ids.device), input_ids[:, :tokens]])

@@ -24,7 +24,7 @@ from peft_multibatch.errors import (
 )
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.layers.table import is_dual_encoder
-from peft_multibatch.model.callers import check_order, check_prompts, reads
+from peft_multibatch.model.callers import cache_of, check_order, check_prompts, reads
 from peft_multibatch.plan.ids import check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
 
@@ -41,9 +41,6 @@ INPUTS = (
     "decoder_input_ids",
 )
 
-
-CACHES = ("cache", "past_key_values", "cache_params")
-"""Arguments that carry a model's cache, in newer transformers and in older ones."""
 
 UNPREPARED = "_original_forward"
 """Attribute in which accelerate's prepare keeps a model's forward, until its unwrap_model gives it back."""
@@ -186,7 +183,7 @@ def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     asked = [kwargs.get("cache_implementation"), *(getattr(each, "cache_implementation", None) for each in configs)]
     chosen = next((each for each in asked if each is not None), "")
-    offloads = str(chosen).startswith("offloaded") or getattr(_cache(kwargs), "offloading", False)
+    offloads = str(chosen).startswith("offloaded") or getattr(cache_of(kwargs), "offloading", False)
     if offloads and model.device.type != "cpu":
         raise UnsupportedError(
             "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
@@ -233,13 +230,9 @@ def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -
 
 def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     """Tokens of a forward, and tokens in its cache."""
-    tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), _cache(kwargs)
+    tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), cache_of(kwargs)
     assert tensor is not None
     return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
-
-
-def _cache(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def copy_error() -> NotEnabledError:

@@ -177,7 +177,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
                     row.notes.append("not in train mode: samples are mixed")
                     continue
                 row.status = MIXES
-            elif not problems and all(each.note.endswith("not compared") for each in found.outputs):
+            elif not problems and not any(each.is_seen or each.wrong for each in found.outputs):
                 row.status = UNSEEN
             else:
                 row.status = WRONG

@@ -94,7 +94,20 @@ def test_the_version_option_prints_the_version_alone():
 
 
 ROOT = Path(peft_multibatch.__file__).parent
-WINGS = ["errors", "compat", "report", "plan", "adapters", "ops", "calls", "layers", "model", "continuous", "api"]
+WINGS = [
+    "errors",
+    "compat",
+    "streams",
+    "report",
+    "plan",
+    "adapters",
+    "ops",
+    "calls",
+    "layers",
+    "model",
+    "continuous",
+    "api",
+]
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.offload import loader
 from peft_multibatch.adapters.shards import own, split_of
@@ -62,7 +63,7 @@ class Bank:
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
         self._slots = 0
         # What `tables` was last called for and what it gave: plans differ more often than adapters.
-        self._last: dict[torch.device, tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
+        self._last: dict[tuple[torch.device, int], tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
         # Whose rows the tables hold, and for whom graphs can read them: serials of adapters, by slot.
         self._rows: dict[torch.device, dict[int, int]] = {}
         self._served: dict[torch.device, dict[int, int]] = {}
@@ -132,7 +133,8 @@ class Bank:
             ModelStateError: an adapter is on another device.
         """
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
-        last = self._last.get(device)
+        place = device, streams.note(device)
+        last = self._last.get(place)
         if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
         read = self._read(adapters)
@@ -150,7 +152,8 @@ class Bank:
             for slot in table.update(read):
                 self._served.get(device, {}).pop(slot, None)
         found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
-        self._last[device] = serials, slots, found
+        streams.before_read(device)
+        self._last[place] = serials, slots, found
         self._rows.setdefault(device, {}).update(serials)
         return found
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-import torch
-
 
 FEWEST = 16
 """Slots that a pool begins with."""
@@ -23,7 +21,6 @@ class Slots:
         self.capacity = FEWEST
         self._lock = threading.RLock()  # slots are given back whenever Python collects an adapter
         self._free = deque(range(FEWEST))
-        self._given_back: deque[int] = deque()  # whose rows kernels that were launched may still read
 
     def reserve(self, slots: int) -> None:
         """Have room for so many from now on, taken or not."""
@@ -32,10 +29,8 @@ class Slots:
                 self._grow()
 
     def take(self) -> int:
-        """A slot that nobody has, and that no running kernel reads."""
+        """A slot that nobody has. Kernels that were launched may still read its row, for which its writer waits."""
         with self._lock:
-            if not self._free and self._given_back and _wait_for_kernels():
-                self._free, self._given_back = self._given_back, deque()
             if not self._free:
                 self._grow()
             return self._free.popleft()
@@ -47,14 +42,4 @@ class Slots:
     def give_back(self, slot: int) -> None:
         """Nobody needs the slot any more."""
         with self._lock:
-            self._given_back.append(slot)
-
-
-def _wait_for_kernels() -> bool:
-    """Wait until all kernels that were launched so far have ended; False where waiting isn't possible."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
-    return True
+            self._free.append(slot)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from peft_multibatch import streams
 
 
 # One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the
@@ -67,6 +70,8 @@ class WeightTable:
         self.dtype = dtype
         with torch.inference_mode(False):  # a table outlives the call in which it is made
             self.rows = torch.zeros((slots, slices, 4), dtype=torch.int64, device=device)
+        streams.after_write(self.rows.device)
+        weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
         self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
         self._lock = threading.Lock()
 
@@ -108,8 +113,11 @@ class WeightTable:
         rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
         rows = torch.cat([rows, bits[:, None]], dim=1).view(len(changed), *self.rows.shape[1:])
         slots = torch.tensor(list(changed), dtype=torch.int64, device="cpu")
+        device = self.rows.device
         with torch.inference_mode(False):
-            self.rows[slots.to(self.rows.device)] = rows.to(self.rows.device)
+            streams.before_write(device)
+            self.rows[slots.to(device, non_blocking=True)] = rows.to(device, non_blocking=True)
+            streams.after_write(device)
 
 
 def dtype_of(part: LayerWeights) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch import streams
 from peft_multibatch.adapters import notices, views
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.checks import HOOKS, check_fit, check_halves, check_scaling, why_apart
@@ -69,6 +71,7 @@ class Adapter(AnyAdapter):
         self.dropouts: dict[Any, nn.Dropout] = {}
         self._get = itemgetter(name)
         self._parts: dict[Any, LayerWeights | None] = {}
+        weakref.finalize(self, _keep_for_kernels, self._parts).atexit = False
         self._views: dict[Any, Any] = {}
         self._seen: object = None  # what had been noticed when it was last looked at closely
         self._dicts: list[dict] = []  # that have an entry of this name
@@ -326,3 +329,8 @@ class Adapter(AnyAdapter):
             # copied from where it was offloaded to: what changes there can't be seen from here
             self._is_volatile = self._is_volatile or tensor is not module._parameters["weight"]
         return a, b
+
+
+def _keep_for_kernels(parts: dict[Any, LayerWeights | None]) -> None:
+    """Nobody needs a version any more, but kernels that were launched."""
+    streams.keep_for_all([each for part in list(parts.values()) if part is not None for each in part[:2]])

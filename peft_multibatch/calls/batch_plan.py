@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.plan.ids import Entry, components, ids_of
 from peft_multibatch.plan.segments import BASE, Segments
@@ -54,7 +55,7 @@ class BatchPlan:
         slots: how many slots there are, in use or not.
         mixed: those that are part of a mixture.
         placed: positions at which graphs of ops last took the adapters, and the packed plans with these.
-        products: for each bank what the backend for kernels prepared.
+        products: for each bank and stream what the backend for kernels prepared.
 
     Args:
         ids: an entry for every sample.
@@ -78,13 +79,14 @@ class BatchPlan:
         self.adapters = adapters
         self.serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         self.slots = slots
-        self.products: dict[Bank, Any] = {}
+        self.products: dict[tuple[Bank, int], Any] = {}
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
-        self._tables: dict[tuple[Bank, torch.device], tuple[TableRows, ...]] = {}
-        self._plans: dict[torch.device, list[Tensor]] = {}
+        # on devices, for each stream: see `streams`
+        self._tables: dict[tuple[Bank, torch.device, int], tuple[TableRows, ...]] = {}
+        self._plans: dict[tuple[torch.device, int], list[Tensor]] = {}
         self._dense_plans: list[Tensor] | None = None
         self._index = {slot: position for position, slot in enumerate(adapters)}
-        self._positions: dict[torch.device, Tensor] = {}
+        self._positions: dict[tuple[torch.device, int], Tensor] = {}
         self._kinds = list(dict.fromkeys(self.entries))
         self.mixed = {slot for entry in self._kinds if isinstance(entry, tuple) for slot in ids_of(entry)}
         self.placed: tuple[Mapping[int, int], list[Tensor]] | None = None
@@ -185,10 +187,11 @@ class BatchPlan:
 
     def plans(self, device: torch.device) -> list[Tensor]:
         """The packed plans on a device."""
-        found = self._plans.get(device)
+        place = device, streams.key(device)
+        found = self._plans.get(place)
         if found is None:
             with torch.inference_mode(False):
-                found = self._plans[device] = [each.pack().to(device, non_blocking=True) for each in self.components]
+                found = self._plans[place] = [each.pack().to(device, non_blocking=True) for each in self.components]
         return found
 
     def positions(self, device: torch.device) -> Tensor:
@@ -196,11 +199,12 @@ class BatchPlan:
 
         Mixtures have ``-1`` as well.
         """
-        found = self._positions.get(device)
+        place = device, streams.key(device)
+        found = self._positions.get(place)
         if found is None:
             positions = [BASE if isinstance(entry, tuple) else self._index.get(entry, BASE) for entry in self.entries]
             with torch.inference_mode(False):
-                found = self._positions[device] = torch.tensor(positions, dtype=torch.int64, device=device)
+                found = self._positions[place] = torch.tensor(positions, dtype=torch.int64, device=device)
         return found
 
     @cached_property
@@ -212,9 +216,10 @@ class BatchPlan:
 
     def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
         """Tables for kernels, one for each dtype."""
-        found = self._tables.get((bank, device))
+        place = bank, device, streams.key(device)
+        found = self._tables.get(place)
         if found is None:
-            found = self._tables[bank, device] = bank.tables(self.adapters, device, self.slots)
+            found = self._tables[place] = bank.tables(self.adapters, device, self.slots)
         return found
 
     def op_inputs(self, bank: Bank) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.errors import ModelStateError
 from peft_multibatch.plan.segments import CUT, SegmentBuffer, capacity_for
@@ -18,7 +19,6 @@ class PlanBuffers:
 
     def __init__(self) -> None:
         self.by_device: dict[str, list[SegmentBuffer]] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # on which the last plan was written
         self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
 
     def grow(self, device: torch.device, entries: int, components: int) -> None:
@@ -30,14 +30,9 @@ class PlanBuffers:
             torch._dynamo.mark_static_address(buffer.packed)
 
     def follow(self) -> None:
-        """Write after what reads the last plan, which calls of other threads may have left running on their stream."""
+        """The current streams read what stands here, which may have been written on others."""
         for device in map(torch.device, self.by_device):
-            if device.type == "cuda":
-                stream = torch.cuda.current_stream(device)
-                last = self._streams.get(device, stream)
-                if last != stream:
-                    stream.wait_stream(last)
-                self._streams[device] = stream
+            streams.before_read(device)
 
     def write(self, plan: BatchPlan, components: int, is_captured: bool) -> None:
         """Put a plan into all buffers that are large enough, and make larger ones where there are none.
@@ -58,5 +53,8 @@ class PlanBuffers:
                 self.grow(buffers[0].packed.device, max(entries, buffers[0].capacity), components)
         for buffers in (*self.by_device.values(), *self._outgrown):
             if entries <= buffers[0].capacity:
+                device = buffers[0].packed.device
+                streams.before_write(device)
                 for index, buffer in enumerate(buffers):
                     buffer.update(plan.component(index).cut(CUT))
+                streams.after_write(device)

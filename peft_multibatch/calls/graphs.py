@@ -114,7 +114,7 @@ class Graph:
                 place = torch.device(device)
                 bank = next(bank for bank in self.banks if bank.key == key)
                 bank.tables(call.plan.adapters, place, call.plan.slots)
-                bank.extend_for_graphs(call.plan.adapters, place, self._is_captured_with(bank))
+                bank.extend_for_graphs(call.plan.adapters, place, self.is_captured and bank in self._devices)
                 for table in bank.graph_tables:
                     torch._dynamo.mark_static_address(table.rows)
                 self._read_by_graphs(bank, place)
@@ -127,7 +127,7 @@ class Graph:
             if str(device) not in self.buffers:
                 self._buffers.grow(device, call.plan.segments.num_entries, self.components)
                 self._written = None
-            if self._written is not call.plan and (call.for_graphs or not self.contended):
+            if call.for_graphs or not self.contended:
                 self._write(call.plan)
             if self.contended:  # the layer that asks will write rows by itself
                 self._ready = 0, {}
@@ -156,7 +156,7 @@ class Graph:
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.extend_for_graphs(plan.adapters, device, self._is_captured_with(bank))
+            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._devices)
             self._read_by_graphs(bank, device)
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
@@ -254,9 +254,6 @@ class Graph:
             packed = Segments.from_ids([BASE] * min(call.plan.segments.num_entries, rows)).pack()
         return torch.nn.functional.pad(packed, (0, packed_size(rows) - packed.numel()))
 
-    def _is_captured_with(self, bank: Bank) -> bool:
-        return self.is_captured and bank in self._devices
-
     def _exclusively(self, change: Callable[[], None]) -> None:
         """Change what code is compiled for, and wait for what is being compiled on another thread.
 
@@ -283,7 +280,7 @@ class Graph:
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
         thread.active = bool(samples)
         self.active = bool(calls)
-        if calls and not self.contended and self._devices and self._written is not calls[0].plan:
+        if calls and not self.contended and self._devices:
             self._write(calls[0].plan)
 
     def _look_apart(self, calls: Iterable[Call]) -> None:
@@ -307,11 +304,14 @@ class Graph:
             self._synced = plan, live, is_trained
 
     def _write(self, plan: BatchPlan) -> None:
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        """Have a plan at the fixed place, for what runs next on the current streams."""
+        with self._lock:
+            if self._written is not plan:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._make_ready(plan)
+                    self._buffers.write(plan, self.components, self.is_captured)
+                self._written = plan
             self._buffers.follow()
-            self._make_ready(plan)
-            self._buffers.write(plan, self.components, self.is_captured)
-            self._written = plan
 
     def _make_ready(self, plan: BatchPlan) -> None:
         """Have the adapters of a plan in all tables that graphs read."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_multibatch import ops
+from peft_multibatch import ops, streams
 from peft_multibatch.adapters import shards
 from peft_multibatch.adapters.views import unpatched
 from peft_multibatch.calls.batch_plan import BatchPlan
@@ -197,13 +197,14 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
                     kernels.add_(ys, x, bank.widths, each, tables)
                 return ys
             check_not_capturing(x.device)  # before anything is made and kept that only a replay would fill
-        products = plan.products.get(bank)
+        place = bank, streams.key(x.device)
+        products = plan.products.get(place)
         if products is None or not products.fit(ys, x):
             call.num_rows(x.shape)
             ys = [y.contiguous() for y in ys]
             router.graph.prepare(call, x.device)
             packed, tables = plan.plans(x.device), plan.tables(bank, x.device)
-            products = plan.products[bank] = kernels.Products(ys, x, bank.widths, plan.components, packed, tables)
+            products = plan.products[place] = kernels.Products(ys, x, bank.widths, plan.components, packed, tables)
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys

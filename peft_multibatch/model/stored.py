@@ -18,8 +18,8 @@ from peft_multibatch.layers.plain import check_plain, layer_for, without_patch
 from peft_multibatch.model.scan import LayerScan
 
 
-SERVED = ("cpu",)
-"""Kinds of devices on which a store serves. On a GPU, rows were wrong for threads on streams of their own."""
+SERVED = ("cpu", "cuda")
+"""Kinds of devices on which a store serves."""
 
 
 class StoredLayers:
@@ -143,8 +143,7 @@ def device_of(model: nn.Module) -> torch.device:
     if len(devices) != 1 or next(iter(devices)).type not in SERVED:
         raise UnsupportedError(
             f"adapter_store was called on a model whose parameters are on {', '.join(sorted(map(str, devices)))}: "
-            f"expected all of them on one device of the kind {' or '.join(SERVED)}. On a GPU, and with device_map, "
-            "use load_adapter."
+            f"expected all of them on one device of the kind {' or '.join(SERVED)}. With device_map, use load_adapter."
         )
     return devices.pop()
 

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from peft_multibatch import streams
 from peft_multibatch.errors import RowMappingError
 
 
@@ -167,9 +168,10 @@ class Segments:
             RowMappingError: the number of rows is no multiple of the number of entries, of which there are several
                 kinds.
         """
+        stream = streams.note(device)  # which will read the weights of these segments
         if self.num_segments == 1:
             return [(slot, slice(0, num_rows)) for slot, _, _ in self.spans]
-        key = num_rows, device
+        key = num_rows, device, stream
         if key not in self._rows:
             if len(self._rows) >= MOST_SHAPES:  # prompts of ever new lengths must not fill the memory
                 self._rows.clear()
@@ -200,7 +202,7 @@ class Segments:
         return num_rows // max(self.num_entries, 1)
 
     @cached_property
-    def _rows(self) -> dict[tuple[int, torch.device], list[tuple[int, slice | Tensor]]]:
+    def _rows(self) -> dict[tuple[int, torch.device, int], list[tuple[int, slice | Tensor]]]:
         return {}
 
     def _rows_at(self, start: int, stop: int, per_entry: int, device: torch.device) -> slice | Tensor:

@@ -90,8 +90,7 @@ class Arena:
 
     def _make(self, size: int) -> Any:
         if self._device.type == "cuda":
-            with torch.inference_mode(False):
-                return torch.empty(size, dtype=torch.uint8, device=self._device)
+            return self._streams.make(size)
         block = np.empty(size, dtype=np.uint8)
         if self._is_pinned:
             self._streams.pin(block)

@@ -7,6 +7,7 @@ aren't stacked.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ class Bank:
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
         self._slots = 0
+        self._lock = threading.Lock()
         # What `tables` was last called for and what it gave: plans differ more often than adapters.
         self._last: dict[tuple[torch.device, int], tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
         # Whose rows the tables hold, and for whom graphs can read them: serials of adapters, by slot.
@@ -147,14 +149,15 @@ class Bank:
                         "Move the adapter there."
                     )
         dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
-        tables = self._make_tables(device, dtypes, slots)
-        for table in tables.values():  # those of other dtypes as well: a graph may read them
-            for slot in table.update(read):
-                self._served.get(device, {}).pop(slot, None)
-        found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
-        streams.before_read(device)
-        self._last[place] = serials, slots, found
-        self._rows.setdefault(device, {}).update(serials)
+        with self._lock:  # or the table that is written here is not the one that another thread has just made
+            tables = self._make_tables(device, dtypes, slots)
+            for table in tables.values():  # those of other dtypes as well: a graph may read them
+                for slot in table.update(read):
+                    self._served.get(device, {}).pop(slot, None)
+            found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
+            streams.before_read(device)
+            self._last[place] = serials, slots, found
+            self._rows.setdefault(device, {}).update(serials)
         return found
 
     def has_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
@@ -174,6 +177,10 @@ class Bank:
         Raises:
             ModelStateError: something would have to change that a captured graph has as a constant.
         """
+        with self._lock:
+            return self._extend(adapters, device, is_captured)
+
+    def _extend(self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool) -> bool:
         served = self._served.setdefault(device, {})
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         if self.graph_tables and serials.items() <= served.items():
@@ -218,9 +225,10 @@ class Bank:
 
     def forget(self) -> None:
         """Let go of what is known of adapters."""
-        self._last.clear()
-        self._rows.clear()
-        self._served.clear()
+        with self._lock:
+            self._last.clear()
+            self._rows.clear()
+            self._served.clear()
 
     def _make_tables(
         self, device: torch.device, dtypes: set[torch.dtype | None], slots: int

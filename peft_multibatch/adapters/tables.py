@@ -69,7 +69,8 @@ class WeightTable:
     def __init__(self, dtype: torch.dtype | None, slots: int, slices: int, device: torch.device | str) -> None:
         self.dtype = dtype
         with torch.inference_mode(False):  # a table outlives the call in which it is made
-            self.rows = torch.zeros((slots, slices, 4), dtype=torch.int64, device=device)
+            self._mirror = torch.zeros((slots, slices, 4), dtype=torch.int64, device="cpu")
+            self.rows = self._mirror.to(device, copy=True)
         streams.after_write(self.rows.device)
         weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
         self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
@@ -111,13 +112,14 @@ class WeightTable:
         parts = [part or (0, 0, 0, 0.0) for row in changed.values() for part in row]
         bits = torch.tensor([part[3] for part in parts], dtype=torch.float32, device="cpu").view(torch.int32)
         rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
-        rows = torch.cat([rows, bits[:, None]], dim=1).view(len(changed), *self.rows.shape[1:])
-        slots = torch.tensor(list(changed), dtype=torch.int64, device="cpu")
-        device = self.rows.device
+        span = slice(min(changed), max(changed) + 1)
         with torch.inference_mode(False):
-            streams.before_write(device)
-            self.rows[slots.to(device, non_blocking=True)] = rows.to(device, non_blocking=True)
-            streams.after_write(device)
+            self._mirror[list(changed)] = torch.cat([rows, bits[:, None]], dim=1).view(-1, *self._mirror.shape[1:])
+            streams.before_write(self.rows.device)
+            # a copy from the host, and no kernel: what kernels read of a table they read before they wait for the
+            # kernel that was launched right before them
+            self.rows[span].copy_(self._mirror[span], non_blocking=True)
+            streams.after_write(self.rows.device)
 
 
 def dtype_of(part: LayerWeights) -> torch.dtype | None:

@@ -2,8 +2,9 @@
 
 A program serves a segment: it reads the segment's slot and bounds from the packed plan, then the slot's row of the
 bank's table (where ``lora_A`` and ``lora_B`` are, rank, scaling), then weights: three loads in a row, and none that
-waits for the host. Segments without adapter and slots of rank 0 are nothing to do. Graphs, whose launches don't know
-how many segments there will be, ``LOOP``: their programs go round until all are served.
+waits for the host. Nor do these wait for the kernel that was launched right before, which must not be what wrote them:
+plans and tables are copied from the host. Segments without adapter and slots of rank 0 are nothing to do. Graphs,
+whose launches don't know how many segments there will be, ``LOOP``: their programs go round until all are served.
 
 Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order: the same input
 gives the same bits.

@@ -172,15 +172,15 @@ class Segments:
         if self.num_segments == 1:
             return [(slot, slice(0, num_rows)) for slot, _, _ in self.spans]
         key = num_rows, device, stream
-        if key not in self._rows:
+        found = self._rows.get(key)
+        if found is None:
             if len(self._rows) >= MOST_SHAPES:  # prompts of ever new lengths must not fill the memory
                 self._rows.clear()
             per_entry = self.rows_per_entry(num_rows, layer)
             with torch.inference_mode(False):  # kept for other calls, which may want gradients
-                self._rows[key] = [
-                    (slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans
-                ]
-        return self._rows[key]
+                found = [(slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans]
+            self._rows[key] = found
+        return found
 
     def rows_per_entry(self, num_rows: int, layer: object = "a layer") -> int:
         """Rows of every entry in a tensor of this many rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import OrderedDict
 
@@ -13,6 +14,7 @@ from peft.utils.hotswap import hotswap_adapter
 from tolerances import assert_close
 
 import peft_multibatch
+from peft_multibatch.adapters.tables import WeightTable
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -283,6 +285,42 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     bank.extend_for_graphs(after, device, is_captured=False)
     assert [table.rank for table in bank.graph_tables] == [40]
     assert found.rows[[*after], :, 2].tolist() == [[40]]
+
+
+def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
+    """Each reads the rows of its own adapter, whichever table stays."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    bank, device = layer_of(model)._multibatch.bank, torch.device("cpu")
+    begun, written, done = threading.Event(), threading.Event(), threading.Event()
+    make, update, found = WeightTable.__init__, WeightTable.update, {}
+
+    def read(number):
+        adapters = {adapter.slot: adapter for adapter in mb._registry.adapters([number]).values()}
+        (table,) = bank.tables(adapters, device, 16)
+        found[number] = table.rows[[*adapters], 0, 2].tolist()
+
+    def make_late(self, *args):
+        if threading.current_thread() is slow:
+            begun.set()
+            written.wait(1)  # the other one may have to wait for this one, and then it doesn't come
+        make(self, *args)
+
+    def update_and_wait(self, parts):
+        changed = update(self, parts)
+        if threading.current_thread() is not slow:
+            written.set()
+            done.wait(1)
+        return changed
+
+    monkeypatch.setattr(WeightTable, "__init__", make_late)
+    monkeypatch.setattr(WeightTable, "update", update_and_wait)
+    slow = threading.Thread(target=lambda: (read(0), done.set()))
+    slow.start()
+    begun.wait(10)
+    read(2)
+    slow.join()
+    assert found == {0: [3], 2: [8]}
 
 
 def test_slots_are_given_back_and_ids_are_not():

@@ -14,7 +14,7 @@ from tolerances import assert_close
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.adapters.store import source as store_module
-from peft_multibatch.adapters.store.arena import size_class
+from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 
 
@@ -114,6 +114,24 @@ def test_memory_is_written_again_only_after_what_read_it(make, rows):
     check(model, rows, ["a1"])
     (first, mark), (second, later) = store._streams.copied
     assert first == second and mark is None and later is not None
+
+
+def test_a_block_that_comes_back_while_others_are_marked():
+    """It was read after the mark, perhaps, and needs one of its own."""
+
+    class Late(Device):
+        def mark(self):
+            lent.clear()  # as another thread does
+            return super().mark()
+
+    streams = Late(torch.device("cpu"))
+    arena = Arena(4096, torch.device("cpu"), False, streams)
+    first, _ = arena.take(64)
+    lent = [arena.take(128)[0]]
+    del first
+    arena.collect()
+    assert arena.take(64)[1] == 1
+    assert arena.take(128)[1] == 2
 
 
 def test_swaps_and_pins(make, rows, folder):

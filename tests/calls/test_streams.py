@@ -84,6 +84,27 @@ def test_what_one_stream_wrote_is_read_on_another(backend, other):
     check(fast, rows, other)
 
 
+def test_kernels_that_begin_early_read_what_was_written_right_before():
+    """A kernel's first reads don't wait for the kernel before it; here the device has never a pause between two."""
+    model, mb, hidden = prepared("triton")
+    mixes = [["four", "eight", "four", "three"], ["eight", "three", "__base__", "four"]]
+    rows = {name: expected(model, name, hidden) for name in {*mixes[0], *mixes[1]}}
+    for names in mixes:
+        run(model, mb, names, hidden)
+    tables = [table for bank in mb._router.graph.banks for each in bank._tables.values() for table in each.values()]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20 * LONG)
+    found = []
+    for index in range(200):
+        mb._router.forget()
+        for table in tables:
+            table.rows.zero_()
+            table._written.clear()
+        found.append(run(model, mb, mixes[index % 2], hidden))
+    for index, actual in enumerate(found):
+        check(actual, rows, mixes[index % 2])
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_slots_and_memory_of_adapters_that_are_gone(backend):
     """A stream reads late what the host has deleted, while another one runs adapters that come in its place."""
@@ -159,6 +180,7 @@ def test_threads_on_streams_of_their_own(backend):
     model, mb, hidden = prepared(backend)
     names = ["four", "eight", "three", "__base__"]
     rows = {name: expected(model, name, hidden) for name in names}
+    torch.cuda.synchronize()
     failures = []
 
     def serve(seed):

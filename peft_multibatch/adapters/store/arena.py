@@ -81,8 +81,9 @@ class Arena:
 
     def collect(self) -> None:
         """Take back the blocks that nobody holds any more."""
-        mark = self._streams.mark() if self._returned else None
-        while self._returned:
+        count = len(self._returned)  # what comes back from here on was perhaps read after the mark
+        mark = self._streams.mark() if count else None
+        for _ in range(count):
             block = self._returned.popleft()
             self.used -= len(block)
             self.kept += len(block)

@@ -80,7 +80,7 @@ class Loader:
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self._timeout = timeout
         self._queue: deque[weakref.ref[Ticket]] = deque()
-        self._threads = ThreadPoolExecutor(THREADS, "peft_multibatch_store", streams.begin_thread)
+        self._threads = ThreadPoolExecutor(THREADS, "peft_multibatch_store")
         self._staging = threading.local()
 
     def close(self) -> None:

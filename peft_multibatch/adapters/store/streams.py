@@ -1,9 +1,12 @@
-"""A store's memory beside what runs: copies to a device have a stream of their own, and wait for what reads a block."""
+"""A store's memory beside what runs: copies to a device have a stream of their own, and wait for a block's readers."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +47,6 @@ class Streams:
     def pin(self, block: Any) -> None:
         """Let the device read host memory by itself."""
 
-    def begin_thread(self) -> None:
-        """A thread begins that calls ``pin`` and ``copy``."""
-
     def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
         """Copy a block to the device, and return when it is there."""
         target.copy_(source)
@@ -69,7 +69,7 @@ class CudaStreams(Streams):
 
     def make(self, size: int) -> Tensor:
         # of the stream that will write it: on another one, kernels may still use what was there before
-        with torch.cuda.stream(self._copies), torch.inference_mode(False):
+        with _relaxed(), torch.cuda.stream(self._copies), torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def let_go(self, block: Any) -> None:
@@ -77,22 +77,42 @@ class CudaStreams(Streams):
             streams.keep_for_all([block])
 
     def pin(self, block: Any) -> None:
-        runtime = torch.cuda.cudart()
         address = block.ctypes.data
-        torch.cuda.check_error(runtime.cudaHostRegister(address, block.nbytes, 0))
-        weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False
-
-    def begin_thread(self) -> None:
-        # pinning and waiting would end a graph's capture on another thread, with which this one has nothing to do
-        relaxed = ctypes.c_int(2)
-        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+        with _relaxed():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, block.nbytes, 0))
+        weakref.finalize(block, _unpin, address).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
-        with torch.cuda.stream(self._copies):
+        with _relaxed(), torch.cuda.stream(self._copies):
             for event in mark or ():
                 self._copies.wait_event(event)
             target.copy_(source, non_blocking=True)
             self._copies.record_event().synchronize()  # calls may read it on any stream from now on
+
+
+@contextmanager
+def _relaxed() -> Iterator[None]:
+    """A block that may take and give back memory, and wait, while a graph is captured that has nothing to do with it.
+
+    torch captures in CUDA's global mode, in which such a call of any thread ends the capture.
+    """
+    mode = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed
+    exchange = _driver().cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))  # which is now the mode that the thread had
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _unpin(address: int) -> None:
+    with _relaxed():
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def streams_of(device: torch.device) -> Streams:

@@ -150,7 +150,9 @@ class Bank:
                     )
         dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
         with self._lock:  # or the table that is written here is not the one that another thread has just made
-            tables = self._make_tables(device, dtypes, slots)
+            # a graph that is captured next may meet all of them, and during a capture nothing can be made that stays
+            likely = set() if device in self._tables else {*self._likely(device)}
+            tables = self._make_tables(device, dtypes | likely, slots)
             for table in tables.values():  # those of other dtypes as well: a graph may read them
                 for slot in table.update(read):
                     self._served.get(device, {}).pop(slot, None)
@@ -165,7 +167,9 @@ class Bank:
         rows = self._rows.get(device, {})
         return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
 
-    def extend_for_graphs(self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool) -> bool:
+    def extend_for_graphs(
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool = False
+    ) -> bool:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
 
         What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
@@ -178,9 +182,11 @@ class Bank:
             ModelStateError: something would have to change that a captured graph has as a constant.
         """
         with self._lock:
-            return self._extend(adapters, device, is_captured)
+            return self._extend(adapters, device, is_captured, is_capturing)
 
-    def _extend(self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool) -> bool:
+    def _extend(
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool = False
+    ) -> bool:
         served = self._served.setdefault(device, {})
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         if self.graph_tables and serials.items() <= served.items():
@@ -188,8 +194,9 @@ class Bank:
         read = self._read(adapters)
         before = {id(table.rows): table for table in self.graph_tables}
         likely = {} if is_captured else self._likely(device)
+        made = {*likely} if not is_capturing else set()
         found = []
-        for dtype, table in self._make_tables(device, set(likely), self._slots).items():
+        for dtype, table in self._make_tables(device, made, self._slots).items():
             now = table.describe(read)
             rank, is_aligned = likely.get(dtype, (0, True))
             was = before.get(id(now.rows), now)

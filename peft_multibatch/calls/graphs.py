@@ -156,7 +156,7 @@ class Graph:
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._devices)
+            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._devices, is_capturing)
             self._read_by_graphs(bank, device)
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables

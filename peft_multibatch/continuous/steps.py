@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from peft_multibatch.calls.call import Call
 from peft_multibatch.continuous.admission import Admission
@@ -49,10 +49,33 @@ class Steps:
         runner, io = processor.model_runner, processor.inputs_and_outputs
         self._io, self._runner, self._scheduler = io, runner, processor.scheduler
         runner.compute_batch = self._with_ids(runner.compute_batch, quarantine)
+        self._scheduler._process_candidates = self._without_parents(self._scheduler._process_candidates)
+
+    def _without_parents(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
+        """What puts a step together, without requests that are forked when the step under way was seen.
+
+        Until then they have no tokens to run, and need no blocks. Where nobody else can run, they are a step without
+        tokens: the one before it is seen when the next one has begun.
+        """
+
+        def process_candidates(candidates: list[RequestState], *args: Any) -> tuple:
+            parents = list(self._scheduler._requests_to_fork)  # of asynchronous steps; others were seen
+            found = process([each for each in candidates if not any(each is state for state in parents)], *args)
+            if found[0] or not parents:
+                return found
+            for state in parents:
+                state.tokens_to_process = []
+            # blocks that become complete; older transformers have one number for all kinds of attention
+            none: Any = {} if hasattr(self._scheduler.cache, "count_new_complete_blocks") else 0
+            return [FutureRequestState(state, False, none, 0) for state in parents], False, False, 0, 0
+
+        return process_candidates
 
     def _with_ids(self, compute: Callable[..., None], quarantine: Quarantine) -> Callable[..., None]:
         def compute_batch(model: Any, batch_data: dict) -> None:
             futures = self._packed().requests_in_batch
+            if not any(future.query_length for future in futures):
+                return
             known = self._scheduler.active_requests
             is_warmup = not any(known.get(future.state.request_id) is future.state for future in futures)
             # transformers would write it to the configuration, where calls on other threads find it. It says what

@@ -549,6 +549,37 @@ def test_a_plan_is_not_written_while_graphs_on_another_stream_read_the_last_one(
 
 
 @gpu
+def test_a_plan_is_read_after_it_was_written_on_the_stream_of_a_call_that_ended():
+    """A step begins beside a call of another thread, whose end leaves the fixed place to the step's plan."""
+    model, mb = enabled()
+    batch, graph, stream = inputs(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), mb.batch(MIXES[0]):
+        model(**batch, use_cache=False)
+        with torch.cuda.graph(graph):
+            out = model(**batch, use_cache=False).logits
+    want = logits(model, MIXES[0], use_cache=False)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def beside():
+        with torch.cuda.stream(stream), mb.batch(MIXES[2]):
+            has_begun.set()
+            may_end.wait()
+            torch.cuda._sleep(1_000_000_000)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    has_begun.wait()
+    torch.cuda.synchronize()
+    with mb.batch(MIXES[0]):
+        may_end.set()
+        thread.join()
+        mb._router.graph.prepare(mb._router.live(), out.device)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_close(out, want)
+
+
+@gpu
 def test_a_capture_without_a_call_before_is_refused():
     model, mb = enabled()
     batch = inputs()

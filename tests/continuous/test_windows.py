@@ -98,3 +98,29 @@ def test_a_request_that_is_cancelled_before_the_loop_has_it(enabled, monkeypatch
         found = results(manager, 2)
         assert manager.is_running()
     assert all("was cancelled" in output.error for output in found.values())
+
+
+def test_steps_with_graphs_do_not_wait_for_calls_of_other_threads(enabled, monkeypatch):
+    """Captured graphs read one plan, which such a call has until it ends: a step beside it runs without them."""
+    model, mb = enabled
+    want = row_by_row(model, [[9] * 20], ["eight"])
+    captured = []
+
+    def capture(forward, stream, *args):
+        captured.append(forward(*args))
+
+    with serve(mb) as manager:
+        manager.add_request([9] * 4)
+        results(manager, 2)
+        with manager.changing():
+            runner = manager.batch_processor.model_runner
+            monkeypatch.setattr(manager._admission, "uses_graphs", True)
+            monkeypatch.setattr(runner, "use_cuda_graph_varlen", True)
+            monkeypatch.setattr(runner, "_capture_graph", capture)
+        with mb.batch(["three"]):
+            names = manager.add_requests([[9] * 20], adapter_ids=["eight"])
+            assert in_both_copies(results(manager, 2), names) == want
+            assert not captured
+        names = manager.add_requests([[9] * 20], adapter_ids=["eight"])
+        assert in_both_copies(results(manager, 2), names) == want
+        assert captured

@@ -122,7 +122,7 @@ class Graph:
         return True
 
     def prepare(self, call: Call, device: torch.device) -> None:
-        """Have the plan of a call at the fixed place, on a device on which kernels run, for what its stream does next."""
+        """Have the plan of a call at the fixed place, on a device on which kernels run, for what its stream does."""
         with self._lock:
             if str(device) not in self.buffers:
                 self._buffers.grow(device, call.plan.segments.num_entries, self.components)

@@ -10,9 +10,10 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from models import left_padded, lora_configs, peft_model, row_by_row
+from models import SIZES, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import peft_multibatch
 from peft_multibatch import Segments
@@ -546,6 +547,53 @@ def test_a_plan_is_not_written_while_graphs_on_another_stream_read_the_last_one(
         pass
     torch.cuda.synchronize()
     assert_close(out, want)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_compiled_kernels_inside_of_a_reentrant_checkpoint_are_refused(device):
+    """Its forward pass runs without gradients, on kernels, and backward would run PEFT's active adapter."""
+    if device != DEVICE:
+        pytest.skip("the other device's turn")
+    model, mb = enabled()
+    model.set_requires_grad(["three", "four", "eight"])
+    layer = model.get_base_model().model.layers[0].mlp
+    torch._dynamo.reset()
+    fast = torch.compile(layer, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    x = torch.randn(6, 4, SIZES["hidden_size"], device=DEVICE, requires_grad=True)
+    with mb.batch(NAMES):
+        want = layer(x)
+        with torch.no_grad():
+            assert_close(fast(x), want)
+        with pytest.raises(peft_multibatch.UnsupportedError, match="use_reentrant=False"):
+            checkpoint(fast, x, use_reentrant=True)
+        assert_close(checkpoint(fast, x, use_reentrant=False), want)
+        with torch.inference_mode():
+            assert_close(fast(x.detach()), want)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_compiled_training_may_run_kernels_without_gradients(device):
+    """It is an autograd.Function as well, which backward doesn't run again: as of a reference pass in one graph."""
+    if device != DEVICE:
+        pytest.skip("the other device's turn")
+    model, mb = enabled()
+    model.set_requires_grad(["three", "four", "eight"])
+    layer = model.get_base_model().model.layers[0].mlp
+
+    def step(x):
+        with torch.no_grad():
+            reference = layer(x)
+        return layer(x) - 2 * reference
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    x = torch.randn(6, 4, SIZES["hidden_size"], device=DEVICE, requires_grad=True)
+    with mb.batch(NAMES):
+        assert_close(fast(x), step(x))
+        fast(x).square().sum().backward()
+        found, x.grad = x.grad, None
+        step(x).square().sum().backward()
+        assert_close(found, x.grad)
 
 
 @gpu

@@ -122,12 +122,12 @@ class Graph:
         return True
 
     def prepare(self, call: Call, device: torch.device) -> None:
-        """Have the plan of a call at the fixed place, on a device on which kernels run."""
+        """Have the plan of a call at the fixed place, on a device on which kernels run, for what its stream does."""
         with self._lock:
             if str(device) not in self.buffers:
                 self._buffers.grow(device, call.plan.segments.num_entries, self.components)
                 self._written = None
-            if call.for_graphs or not self.contended:
+            if self._written is call.plan or call.for_graphs or not self.contended:
                 self._write(call.plan)
             if self.contended:  # the layer that asks will write rows by itself
                 self._ready = 0, {}
@@ -201,11 +201,7 @@ class Graph:
             self.leave(call)
 
     def close(self) -> list[Call]:
-        """Let no more calls begin, unless some are active.
-
-        Returns:
-            Those that are.
-        """
+        """Let no more calls begin, unless some are active, which are returned."""
         with self._lock:
             calls = [call for call in self._calls if call.is_active]
             self._is_closed = not calls

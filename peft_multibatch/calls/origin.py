@@ -1,16 +1,15 @@
-"""What is around code that runs now: the backward pass, functions and checkpoints that may run it again."""
+"""What is around a call where it begins: the backward pass, functions and checkpoints that may run it again."""
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from peft_multibatch import compat
+from peft_multibatch.ops.again import functions, in_function
 
 
 NO_BACKWARD = -1
@@ -39,27 +38,6 @@ class Origin(NamedTuple):
         origin = cls(compat.current_backward(), torch.is_grad_enabled(), hooks and hooks[0])
         function = next(functions(), None) if in_function() else None
         return origin if function is None else origin._replace(function=weakref.ref(function))
-
-
-def in_function() -> bool:
-    """Whether an ``autograd.Function`` runs its ``forward``, which ``torch.no_grad`` alone doesn't look like."""
-    return not compat.is_forward_mode_enabled() and not torch.is_inference_mode_enabled()
-
-
-def functions() -> Iterator[Any]:
-    """The ``ctx`` of all functions whose ``forward`` is under way, the innermost first."""
-    found: Any = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames:  # of no other: to read locals keeps them alive
-            first = frame.f_locals.get(code.co_varnames[0])
-            if not code.co_argcount and isinstance(first, tuple) and first:  # of a decorator: *args
-                first = first[0]
-            if isinstance(first, compat.FunctionNode) and first is not found:
-                found = first
-                yield first
-        frame = frame.f_back
 
 
 def checkpoint_frame() -> Any:

@@ -22,8 +22,9 @@ import torch
 from torch.autograd import Function
 
 from peft_multibatch import compat
-from peft_multibatch.calls.origin import Origin, checkpoint_frame, checkpoint_frames, functions, in_function
-from peft_multibatch.errors import ModelStateError, NotEnabledError, UnsupportedError
+from peft_multibatch.calls.origin import Origin, checkpoint_frame, checkpoint_frames
+from peft_multibatch.errors import ModelStateError, NotEnabledError
+from peft_multibatch.ops.again import check_not_run_again, functions, in_function
 
 
 if TYPE_CHECKING:
@@ -72,12 +73,8 @@ class Replays:
         """
         if trains:
             self._note_frames(call, call.origin)
-        elif in_function():
-            raise UnsupportedError(
-                "compiled code was called with ids inside of a reentrant checkpoint, or another autograd.Function, "
-                "and backward would run it again without them: expected a checkpoint that isn't reentrant. Pass "
-                "use_reentrant=False, or checkpoint inside of what is compiled."
-            )
+        else:
+            check_not_run_again()
 
     def _note_frames(self, call: Call, origin: Origin) -> None:
         hooks = compat.saved_tensors_hooks(True)

@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 
 from peft_multibatch.adapters.views import get_base
 from peft_multibatch.continuous.head import HeadRouter
-from peft_multibatch.continuous.leaving import children_of
+from peft_multibatch.continuous.leaving import CANCELLED, children_of
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
@@ -101,6 +101,8 @@ class Admission:
             for each in forks:
                 self.note(each)
                 add(each)
+            if CANCELLED in state.__dict__:
+                scheduler.set_request_cancellation(state.request_id)
 
         return add_once
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import queue
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,11 +12,16 @@ import torch
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from peft_multibatch.continuous.pages import clear_pages
+from peft_multibatch.continuous.scheduler import entry_of, has_begun
 from peft_multibatch.errors import ModelStateError
+from peft_multibatch.plan.ids import ids_of
 
 
 LEFT = RequestStatus.FINISHED, RequestStatus.PENDING
 """States in which a request of a batch that is still under way isn't part of it any more."""
+
+CANCELLED = "_multibatch_cancelled"
+"""Attribute of a request that was cancelled before the loop had it."""
 
 
 def children_of(name: Any, number: int) -> list[str]:
@@ -26,6 +32,17 @@ def children_of(name: Any, number: int) -> list[str]:
 def on_stream(stream: Any) -> AbstractContextManager:
     """A block on a stream, or on none."""
     return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+
+def cancel_in(requests: queue.Queue[RequestState], name: Any) -> None:
+    """Let those who wait for the loop be cancelled when it takes them.
+
+    It takes requests first, and cancellations afterwards: those of a request that came in between would find nobody.
+    """
+    with requests.mutex:
+        for state in requests.queue:
+            if state.request_id == name:
+                state.__dict__[CANCELLED] = True
 
 
 class Leaving:
@@ -47,6 +64,12 @@ class Leaving:
     def states(self) -> Iterator[RequestState]:
         """All requests that are under way or wait."""
         return itertools.chain(self._scheduler.active_requests.values(), self._scheduler.waiting_requests.values())
+
+    def has_begun(self, ids: set[int]) -> bool:
+        """Whether a request that has begun needs one of these adapters."""
+        active, waiting = self._scheduler.active_requests, self._scheduler.waiting_requests
+        begun = itertools.chain(active.values(), filter(has_begun, waiting.values()))
+        return any(ids & {*ids_of(entry_of(state))} for state in begun)
 
     def find(self, name: Any) -> RequestState | None:
         """The request of this id."""

@@ -11,7 +11,6 @@ requests. Here every request has its adapter, and what depends on it:
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections import Counter
@@ -24,7 +23,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.admission import Admission, vocabulary_of
-from peft_multibatch.continuous.leaving import Leaving, children_of
+from peft_multibatch.continuous.leaving import Leaving, cancel_in, children_of
 from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.continuous.prefixes import Prefixes
 from peft_multibatch.continuous.prompts import check_name, check_options, ends_of, limit_of, prefix_of, tokens_of
@@ -216,7 +215,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 self._held.update(ids)
                 self._changing.append(threading.get_ident())
                 try:
-                    while not self._gate.wait_for(lambda: not (self.is_running() and self._has_begun(ids)), 0.1):
+                    while not self._gate.wait_for(lambda: not self._has_begun(ids), 0.1):
                         pass  # a loop that ended tells nobody
                     if self.model.device.type == "cuda":
                         torch.cuda.synchronize(self.model.device)
@@ -234,6 +233,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def cancel_request(self, request_id: Any) -> None:
         """End a request, and the sequences into which it was forked; the output of each has an error that says so."""
         check_name(request_id)
+        cancel_in(self.input_queue, request_id)
         super().cancel_request(request_id)
 
     def register_result_handler(self, request_id: Any, callback: Callable) -> None:
@@ -318,14 +318,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return salted_search
 
     def _has_begun(self, ids: set[int]) -> bool:
-        """Whether a request that has begun needs one of these adapters."""
-        if self.batch_processor is None:
-            return False
-        scheduler = self.batch_processor.scheduler
-        states = itertools.chain(
-            scheduler.active_requests.values(), filter(has_begun, scheduler.waiting_requests.values())
-        )
-        return any(ids & {*ids_of(entry_of(state))} for state in states)
+        return self.is_running() and self.batch_processor is not None and self._leaving.has_begun(ids)
 
     def _fail_hopeless(self) -> None:
         """End requests that can't run, or can't any more, before they stop the loop."""

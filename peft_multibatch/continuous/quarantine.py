@@ -157,6 +157,7 @@ class Quarantine:
             if others:
                 groups.insert(0 if self._others_are_next else len(groups), others)
             found = process([], *args) if not groups else ()
+            starved: list[tuple] = []
             for group in groups:
                 if group is not others and not has_begun(group[0]):
                     self.suspects.setdefault(group[0].request_id, 0)  # nothing in its pages will be others' doing
@@ -165,7 +166,9 @@ class Quarantine:
                     self._others_are_next = group is not others
                     if self._others_are_next and group[0].request_id in self.suspects:
                         self.suspects[group[0].request_id] = next(self._turns)
-                    break
+                    return found
+                starved += self._scheduler.starved_requests  # all who lack blocks, of whom some have to give theirs
+            self._scheduler.starved_requests = starved
             return found
 
         return process_candidates

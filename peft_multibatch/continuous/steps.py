@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from peft_multibatch.calls.call import Call
 from peft_multibatch.continuous.admission import Admission
@@ -43,16 +42,41 @@ class Steps:
         self.served: defaultdict[str, int] = defaultdict(int)
         self._registry, self._router = handle._registry, handle._router
         self._admission, self._queue = admission, queue
+        self._is_contended = False  # whether the step runs without graphs, as long as others read their place
 
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
         """Let a batch processor run its steps through here."""
         runner, io = processor.model_runner, processor.inputs_and_outputs
         self._io, self._runner, self._scheduler = io, runner, processor.scheduler
+        runner._get_forward_fn = self._eager_beside_others(runner._get_forward_fn)
         runner.compute_batch = self._with_ids(runner.compute_batch, quarantine)
+        self._scheduler._process_candidates = self._without_parents(self._scheduler._process_candidates)
+
+    def _without_parents(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
+        """What puts a step together, without requests that are forked when the step under way was seen.
+
+        Until then they have no tokens to run, and need no blocks. Where nobody else can run, they are a step without
+        tokens: the one before it is seen when the next one has begun.
+        """
+
+        def process_candidates(candidates: list[RequestState], *args: Any) -> tuple:
+            parents = list(self._scheduler._requests_to_fork)  # of asynchronous steps; others were seen
+            found = process([each for each in candidates if not any(each is state for state in parents)], *args)
+            if found[0] or not parents:
+                return found
+            for state in parents:
+                state.tokens_to_process = []
+            # blocks that become complete; older transformers have one number for all kinds of attention
+            none: Any = {} if hasattr(self._scheduler.cache, "count_new_complete_blocks") else 0
+            return [FutureRequestState(state, False, none, 0) for state in parents], False, False, 0, 0
+
+        return process_candidates
 
     def _with_ids(self, compute: Callable[..., None], quarantine: Quarantine) -> Callable[..., None]:
         def compute_batch(model: Any, batch_data: dict) -> None:
             futures = self._packed().requests_in_batch
+            if not any(future.query_length for future in futures):
+                return
             known = self._scheduler.active_requests
             is_warmup = not any(known.get(future.state.request_id) is future.state for future in futures)
             # transformers would write it to the configuration, where calls on other threads find it. It says what
@@ -90,17 +114,30 @@ class Steps:
         if self._router.graph.outgrown_by(self._router.plan(entries, checks=0)):
             self.forget_graphs()
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
-        while True:
-            # plans are copied in the order of the stream that computes
-            routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
-            with on_stream(self._io.compute_stream), routing as call:
-                if not (for_graphs and self._router.graph.contended):
-                    call.begin_model()
-                    call.for_graphs = for_graphs
-                    self._mask_wholly(batch_data)
-                    call.head = self._head(model, batch_data, futures, entries)
-                    return compute(model, batch_data)
-            time.sleep(0.001)  # graphs read their plan at one place, which a call on another thread has now
+        # plans are copied in the order of the stream that computes
+        routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
+        with on_stream(self._io.compute_stream), routing as call:
+            self._is_contended = self._router.graph.contended
+            call.begin_model()
+            call.for_graphs = for_graphs and not self._is_contended
+            if call.for_graphs and self._router.kernels is not None:  # for those that are captured already
+                self._router.graph.prepare(call, batch_data["input_ids"].device)
+            self._mask_wholly(batch_data)
+            call.head = self._head(model, batch_data, futures, entries)
+            compute(model, batch_data)
+
+    def _eager_beside_others(self, forward_of: Callable[..., tuple]) -> Callable[..., tuple]:
+        """What gives a step's forward pass, and whether it is a CUDA graph: never beside calls of other threads.
+
+        Graphs and compiled code read their plan at one place, which such a call has for as long as ``generate`` takes.
+        """
+
+        def forward_beside_others(*args: Any, **kwargs: Any) -> tuple:
+            if self._is_contended:
+                return self._runner._forward_process_and_sample, False
+            return forward_of(*args, **kwargs)
+
+        return forward_beside_others
 
     def _head(
         self, model: Any, batch_data: dict, futures: Sequence[FutureRequestState], entries: list[Entry]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.ops import reference, torch_backend
+from peft_multibatch.ops.again import check_not_run_again
 
 
 __all__ = ["add_", "expand", "reference", "shrink", "torch_backend"]
@@ -112,7 +113,11 @@ def add_(
         rank: largest rank in the table.
         is_aligned: whether all weights can be read 16 bytes at a time.
         dtype: dtype of the weights.
+
+    Raises:
+        UnsupportedError: a reentrant checkpoint runs it, and nothing would ask for ids the second time.
     """
+    check_not_run_again()
     from peft_multibatch.adapters.tables import TableRows
     from peft_multibatch.ops import triton_backend  # not before there is a GPU
 

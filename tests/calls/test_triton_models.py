@@ -10,9 +10,10 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from models import left_padded, lora_configs, peft_model, row_by_row
+from models import SIZES, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import peft_multibatch
 from peft_multibatch import Segments
@@ -544,6 +545,84 @@ def test_a_plan_is_not_written_while_graphs_on_another_stream_read_the_last_one(
         graph.replay()
     with mb.batch(MIXES[2]):
         pass
+    torch.cuda.synchronize()
+    assert_close(out, want)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_compiled_kernels_inside_of_a_reentrant_checkpoint_are_refused(device):
+    """Its forward pass runs without gradients, on kernels, and backward would run PEFT's active adapter."""
+    if device != DEVICE:
+        pytest.skip("the other device's turn")
+    model, mb = enabled()
+    model.set_requires_grad(["three", "four", "eight"])
+    layer = model.get_base_model().model.layers[0].mlp
+    torch._dynamo.reset()
+    fast = torch.compile(layer, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    x = torch.randn(6, 4, SIZES["hidden_size"], device=DEVICE, requires_grad=True)
+    with mb.batch(NAMES):
+        want = layer(x)
+        with torch.no_grad():
+            assert_close(fast(x), want)
+        with pytest.raises(peft_multibatch.UnsupportedError, match="use_reentrant=False"):
+            checkpoint(fast, x, use_reentrant=True)
+        assert_close(checkpoint(fast, x, use_reentrant=False), want)
+        with torch.inference_mode():
+            assert_close(fast(x.detach()), want)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_compiled_training_may_run_kernels_without_gradients(device):
+    """It is an autograd.Function as well, which backward doesn't run again: as of a reference pass in one graph."""
+    if device != DEVICE:
+        pytest.skip("the other device's turn")
+    model, mb = enabled()
+    model.set_requires_grad(["three", "four", "eight"])
+    layer = model.get_base_model().model.layers[0].mlp
+
+    def step(x):
+        with torch.no_grad():
+            reference = layer(x)
+        return layer(x) - 2 * reference
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    x = torch.randn(6, 4, SIZES["hidden_size"], device=DEVICE, requires_grad=True)
+    with mb.batch(NAMES):
+        assert_close(fast(x), step(x))
+        fast(x).square().sum().backward()
+        found, x.grad = x.grad, None
+        step(x).square().sum().backward()
+        assert_close(found, x.grad)
+
+
+@gpu
+def test_a_plan_is_read_after_it_was_written_on_the_stream_of_a_call_that_ended():
+    """A step begins beside a call of another thread, whose end leaves the fixed place to the step's plan."""
+    model, mb = enabled()
+    batch, graph, stream = inputs(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), mb.batch(MIXES[0]):
+        model(**batch, use_cache=False)
+        with torch.cuda.graph(graph):
+            out = model(**batch, use_cache=False).logits
+    want = logits(model, MIXES[0], use_cache=False)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def beside():
+        with torch.cuda.stream(stream), mb.batch(MIXES[2]):
+            has_begun.set()
+            may_end.wait()
+            torch.cuda._sleep(1_000_000_000)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    has_begun.wait()
+    torch.cuda.synchronize()
+    with mb.batch(MIXES[0]):
+        may_end.set()
+        thread.join()
+        mb._router.graph.prepare(mb._router.live(), out.device)
+        graph.replay()
     torch.cuda.synchronize()
     assert_close(out, want)
 

@@ -1,7 +1,8 @@
 """Everything at once: callers that add, cancel and name bad adapters, others that change them, `generate` beside it.
 
-``MULTIBATCH_REQUESTS=2000`` runs that many requests. Every good one has the tokens that it has alone, every bad one an
-error, and the loop lives.
+``MULTIBATCH_REQUESTS=2000`` runs that many requests, on a GPU with CUDA graphs too. Every good one has the tokens that
+it has alone, every bad one an error, and the loop lives. How long that takes is the machine's affair: only a loop that
+gives no outputs at all any more is waited for in vain.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import random
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 import peft_multibatch
 
 
-REQUESTS = int(os.environ.get("MULTIBATCH_REQUESTS", 100))
+REQUESTS = int(os.environ.get("MULTIBATCH_REQUESTS", 60))
+PATIENCE = 120  # seconds without any output
 TOKENS = 6
 SHARED = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
 PLAIN = {f"plain {rank}": {"r": rank, "target_modules": LLAMA_LIKE[rank % 3 :: 2]} for rank in (1, 2, 4, 8, 16)}
@@ -81,35 +84,45 @@ class Soak:
         self.cancelled: set[object] = set()
         self.failures: list[str] = []
         self.is_over = threading.Event()
-        self.generated = self.changed = 0
+        self.generated = self.changed = self.deleted = 0
+        self.swapped = weights_of(model, "swapped")
 
     def _alone(self, pairs):
         return row_by_row(self.model, [self.prompts[each] for each, _ in pairs], [entry for _, entry in pairs], TOKENS)
 
+    def again(self, seconds):
+        """Whether there is a next time, after a while."""
+        return not self.is_over.wait(seconds)
+
     def swap(self, manager):
         """Other weights for one adapter, in and out."""
-        kept = [weight.clone() for weight in weights_of(self.model, "swapped")]
-        while not self.is_over.wait(0.2):
+        kept = [weight.clone() for weight in self.swapped]
+        while True:
             with manager.changing("swapped"):
-                for weight, before in zip(weights_of(self.model, "swapped"), kept):
+                for weight, before in zip(self.swapped, kept):
                     weight.data.copy_(before * (-2 if self.changed % 2 == 0 else 1))
                 self.changed += 1
+            if not self.again(0.2):
+                return
 
     def delete(self, manager):
         """One adapter that goes, and one that comes in its place."""
         config = self.model.peft_config["deleted"]
-        while not self.is_over.wait(0.3):
+        while True:
             with manager.changing("deleted"):
                 self.model.delete_adapter("deleted")
             with manager.changing():
                 self.model.add_adapter("deleted", config)
                 self.model.eval()
+            self.deleted += 1
+            if not self.again(0.3):
+                return
 
     def generate(self, manager):
-        """`generate` on another thread."""
+        """`generate` on another thread, with pauses in which steps run by themselves, and in CUDA graphs."""
         pairs = [pair for pair in self.good if pair[1] not in ("swapped", "deleted")]
         chance = random.Random(1)
-        while not self.is_over.is_set():
+        while True:
             pair = chance.choice(pairs)
             try:
                 found = self._alone([pair])
@@ -120,6 +133,8 @@ class Soak:
             if found != self.good[pair]:
                 self.failures.append(f"generate gives other tokens for {pair}")
             self.generated += 1
+            if not self.again(chance.random() * 0.1):
+                return
 
     def add(self, manager, seed, number):
         """One caller."""
@@ -150,39 +165,47 @@ class Soak:
         elif output.error or output.generated_tokens not in self.good[pair]:
             self.failures.append(f"{name} under {pair}: {output.error or output.generated_tokens}")
 
-    def run(self, config, seconds):
+    def _run(self, target, *args):
+        try:
+            target(*args)
+        except Exception:
+            self.failures.append(traceback.format_exc())
+
+    def _threads(self, manager):
+        adding = [(self.add, manager, seed, REQUESTS // 4) for seed in range(4)]
+        beside = [(each, manager) for each in (self.swap, self.delete, self.generate)]
+        return [threading.Thread(target=self._run, args=each) for each in (*adding, *beside)]
+
+    def run(self, config):
         options = {"num_return_sequences": 2, "do_sample": True, "top_k": 1, "max_new_tokens": TOKENS}
+        found = {}
         with self.mb.continuous_batching(
             generation_config=generation(**options), continuous_batching_config=config
         ) as manager:
-            adding = [threading.Thread(target=self.add, args=(manager, seed, REQUESTS // 4)) for seed in range(4)]
-            beside = [
-                threading.Thread(target=each, args=(manager,)) for each in (self.swap, self.delete, self.generate)
-            ]
+            threads, last = self._threads(manager), time.monotonic()
             try:
-                for thread in (*adding, *beside):
+                for thread in threads:
                     thread.start()
-                found, end = {}, time.monotonic() + seconds
-                while len(found) < 2 * 4 * (REQUESTS // 4) and time.monotonic() < end and manager.is_running():
+                while len(found) < 2 * 4 * (REQUESTS // 4) and time.monotonic() < last + PATIENCE:
                     output = manager.get_result(timeout=1)
                     if output is not None and output.is_finished():
                         assert output.request_id not in found
-                        found[output.request_id] = output
+                        found[output.request_id], last = output, time.monotonic()
+                    if self.failures or not manager.is_running():
+                        break
             finally:
                 self.is_over.set()
-                for thread in (*adding, *beside):
+                for thread in threads:
                     thread.join()
+            assert not self.failures, self.failures[:5]
             assert manager.is_running()
             assert len(found) == 2 * 4 * (REQUESTS // 4)
         for name, output in found.items():
             self.check(name, output)
         assert not self.failures, self.failures[:5]
-        assert self.generated and self.changed
-        return found
+        assert self.generated and self.changed and self.deleted
 
 
-# failed once in eight runs on a machine with more to do, and it isn't known yet why
-@pytest.mark.skipif("MULTIBATCH_REQUESTS" not in os.environ, reason="by hand: MULTIBATCH_REQUESTS=100")
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(
@@ -202,13 +225,14 @@ def test_everything_at_once(graphs, request):
     model = served_model(kinds)
     mb = peft_multibatch.enable(model)
     soak = Soak(model, mb, [*kinds, "__base__"])
-    for weight in weights_of(model, "swapped"):
+    for weight in soak.swapped:
         weight.data.mul_(-2)
     for pair in soak.good:
         if pair[1] == "swapped":
             soak.good[pair] += soak._alone([pair])
-    for weight in weights_of(model, "swapped"):
+    for weight in soak.swapped:
         weight.data.div_(-2)
     config = settings(8, use_cuda_graph=uses_graphs, use_async_batching=is_asynchronous)
-    soak.run(config, seconds=60 + REQUESTS)
+    soak.run(config)
+    assert not uses_graphs or mb._router.graph.is_captured
     mb.disable()

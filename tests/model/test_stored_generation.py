@@ -1,4 +1,4 @@
-"""Every way to generate under stored adapters: token for token what PEFT gives one row at a time, under pressure too."""
+"""Every way to generate under stored adapters, under pressure: token for token what PEFT gives one row at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_multibatch.adapters.store.arena import size_class
 
 
 class Twins:
-    """A `PeftModel`, and a model without PEFT that has the same adapters in a store with room for these three alone."""
+    """A `PeftModel`, and a model without PEFT with these adapters in a store that has room for three."""
 
     def __init__(self, architecture, folder):
         self.by_peft = peft_model(architecture)

@@ -33,7 +33,7 @@ class StoredAdapters:
         max_host_memory: most bytes in host memory.
         max_device_memory: most bytes on the device; a CPU has none beside its own.
         max_rank: largest rank of any adapter.
-        roots: folders inside of which adapters have to lie; anywhere where none are given.
+        roots: folders inside of which adapters have to lie; anywhere where it is None.
         dtype: of weights in memory.
         timeout: seconds that a batch waits for its adapters at most.
         let_go: drops plans of calls that have ended, when there is no room.

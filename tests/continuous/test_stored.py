@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import threading
@@ -12,7 +13,7 @@ import torch
 from batching import DEVICE, generation, prompts, results, settings
 from models import base_model, lora_configs
 from peft import get_peft_model
-from stored import WEIGHTS, by_peft, save_many
+from stored import WEIGHTS, by_peft, edit_tensors, save_many
 
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
@@ -168,6 +169,80 @@ def test_an_adapter_that_cannot_be_loaded_is_its_own_requests_fault(make, folder
         store.register("own", folder / "a3")
         request = manager.add_request(inputs[0], adapter_id="own")
         assert results(manager, 1)[request].generated_tokens == texts["a3"][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_numbers_that_are_none_end_their_own_requests(make, folder, inputs, texts, tmp_path, value):
+    mb, store = make(room=4)
+    own = shutil.copytree(folder / "a0", tmp_path / "own")
+    edit_tensors(own, lambda tensors: {key: each.sign() * value for key, each in tensors.items()})
+    store.register("own", own)
+    names = ["a1", "own", "__base__", "own", "a2", "a1"]
+    with serve(mb) as manager:
+        requests = manager.add_requests(inputs, adapter_ids=names)
+        found = results(manager, len(inputs))
+    for row, (request, name) in enumerate(zip(requests, names)):
+        if name == "own":
+            assert "aren't finite" in found[request].error
+        else:
+            assert found[request].error is None and found[request].generated_tokens == texts[name][row]
+
+
+def test_files_that_change_while_requests_wait(make, folder, inputs, texts, tmp_path):
+    """Each fails by itself, and the rest go on; registered again, the name works again."""
+    mb, store = make(room=4)
+    names = [f"own{number}" for number in range(4)]
+    for name in names:
+        shutil.copytree(folder / "a0", tmp_path / name)
+        store.register(name, tmp_path / name)
+    weights = [tmp_path / name / WEIGHTS for name in names]
+    weights[0].write_bytes(weights[0].read_bytes()[:-4])
+    os.utime(weights[1])
+    weights[2].unlink()
+    weights[2].mkdir()
+    with serve(mb) as manager:
+        requests = manager.add_requests(inputs, adapter_ids=[*names, "a1", "__base__"])
+        found = results(manager, len(inputs))
+        for request in requests[:3]:
+            assert "own" in found[request].error and not found[request].generated_tokens
+        for row, name in ((3, "a0"), (4, "a1"), (5, "__base__")):
+            assert found[requests[row]].generated_tokens == texts[name][row]
+        store.register("own1", tmp_path / "own1")
+        request = manager.add_request(inputs[1], adapter_id="own1")
+        assert results(manager, 1)[request].generated_tokens == texts["a0"][1]
+
+
+def test_batches_on_other_threads_that_want_more_than_half_of_the_room(make, inputs, texts):
+    """While requests hold adapters: all of them end."""
+    mb, _ = make(room=3)
+    failures = []
+
+    def generate(seed):
+        generator = random.Random(seed)
+        try:
+            for _ in range(6):
+                row, names = generator.randrange(6), [f"a{each}" for each in generator.sample(range(COUNT), 2)]
+                found = mb._inner.generate(
+                    input_ids=torch.tensor([inputs[row]] * 2, device=DEVICE), generation_config=generation(),
+                    attention_mask=torch.ones(2, len(inputs[row]), dtype=torch.long, device=DEVICE), adapter_ids=names,
+                )  # fmt: skip
+                assert found[:, len(inputs[row]) :].tolist() == [texts[name][row] for name in names]
+        except BaseException as error:
+            failures.append(error)
+
+    generator = random.Random(9)
+    wanted = [(generator.randrange(6), f"a{generator.randrange(COUNT)}") for _ in range(40)]
+    threads = [threading.Thread(target=generate, args=(seed,)) for seed in range(4)]
+    with serve(mb) as manager:
+        for thread in threads:
+            thread.start()
+        requests = [manager.add_request(inputs[row], adapter_id=name) for row, name in wanted]
+        found = results(manager, len(wanted), timeout=120)
+        for thread in threads:
+            thread.join(60)
+    assert not any(thread.is_alive() for thread in threads) and failures == []
+    for request, (row, name) in zip(requests, wanted):
+        assert found[request].error is None and found[request].generated_tokens == texts[name][row]
 
 
 def test_a_mixture_that_never_has_room(make, inputs, texts):

@@ -13,15 +13,17 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from models import base_model, left_padded
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from stored import WEIGHTS, by_peft, edit_config, edit_tensors, expected, logits, save, save_many
 from tolerances import assert_close
+from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, loading
+from peft_multibatch.adapters.store import files, loading, progress
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.streams import Streams
 
@@ -537,6 +539,70 @@ def test_an_interrupt_while_a_batch_waits(folder, size, rows, monkeypatch):
     gc.collect()
     assert calls
     check(model, rows, ["a2", "a3"])
+
+
+# Progress.
+
+
+@pytest.fixture
+def bars():
+    transformers.utils.logging.enable_progress_bar()
+    yield
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Nothing is read before there is a bar, or there could have been one."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    read = loading.read_weights
+
+    def slow(*args):
+        deadline = time.monotonic() + 0.5
+        while not tqdm._instances and time.monotonic() < deadline:
+            time.sleep(0.01)
+        read(*args)
+
+    monkeypatch.setattr(loading, "read_weights", slow)
+
+
+def test_a_batch_that_waits_shows_how_many_are_there(folder, size, rows, bars, slowly, capsys):
+    model, _ = make(folder, size, 12)
+    capsys.readouterr()
+    check(model, rows, [f"a{number}" for number in range(12)])
+    shown = capsys.readouterr().err
+    assert "loading adapters" in shown and "/12" in shown
+    check(model, rows, ["a0", "a1"])  # which are there
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_are_hidden_where_those_of_transformers_are(folder, size, rows, bars, slowly, capsys):
+    transformers.utils.logging.disable_progress_bar()
+    model, _ = make(folder, size, 12)
+    check(model, rows, [f"a{number}" for number in range(12)])
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_end_when_loading_fails(folder, size, bars, slowly, capsys):
+    model, _ = make(folder, size, 2, timeout=1.5)
+    capsys.readouterr()
+    with peft_multibatch.enable(model).batch(["a0", "a1"]), pytest.raises(errors.StoreFullError):
+        ask(model, ["a2"])
+    assert "loading adapters" in capsys.readouterr().err and len(tqdm._instances) == 0
+
+
+def test_what_is_quick_shows_nothing(folder, size, rows, bars, capsys):
+    model, _ = make(folder, size, 12)
+    check(model, rows, ["a0", "a1"])
+    assert capsys.readouterr().err == ""
+
+
+def test_registering_many_shows_how_many(folder, size, bars, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    _, store = make(folder, size, 12)
+    assert len(store) == COUNT
+    shown = capsys.readouterr().err
+    assert "registering adapters" in shown and f"{COUNT}/{COUNT}" in shown
 
 
 # Parts.

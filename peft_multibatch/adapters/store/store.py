@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.files import AdapterFiles
+from peft_multibatch.adapters.store.progress import tracked
 from peft_multibatch.adapters.store.source import StoredAdapters
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import (
@@ -84,7 +85,7 @@ class AdapterStore(StoredAdapters):
             ) from error
         names: list[str] = []
         refused: dict[str, MultibatchError] = {}
-        for name in found:
+        for name in tracked("registering adapters", found):
             path = os.path.join(folder, name)
             if not os.path.exists(os.path.join(path, files.CONFIG)):
                 continue

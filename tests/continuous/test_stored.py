@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -18,6 +19,8 @@ from stored import WEIGHTS, by_peft, edit_tensors, save_many
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
 from peft_multibatch.adapters.store.arena import size_class
+from peft_multibatch.continuous import stored
+from peft_multibatch.continuous.scheduler import FairScheduler
 
 
 COUNT = 12
@@ -322,3 +325,105 @@ def test_prefixes_are_shared_under_one_version_alone(make, folder, texts):
         other, hits = ask("a0")
         assert hits == 0
         assert other == ask("a6")[0]
+
+
+# Whose turn it is.
+
+
+def test_a_flood_of_cold_adapters_neither_starves_nor_thrashes_the_others(make, folder, inputs, texts, monkeypatch):
+    """A tenant asks for 120 adapters that aren't in memory; another one for the same again and again, one by one."""
+    mb, store = make(room=8)
+    cold = {f"cold{number}": f"a{number % COUNT}" for number in range(120)}
+    for name, source in cold.items():
+        store.register(name, folder / source)
+    loads = []
+    read = loading.read_weights
+
+    def slow(name, *args):
+        loads.append(name)
+        time.sleep(0.02)
+        read(name, *args)
+
+    monkeypatch.setattr(loading, "read_weights", slow)
+    done, answers = [], []
+    with serve(mb, max_requests_per_batch=4) as manager:
+        hot = manager.add_request(inputs[0], adapter_id="a0")
+        assert results(manager, 1)[hot].generated_tokens == texts["a0"][0]
+        requests = {manager.add_request(inputs[row % 6], adapter_id=name): row for row, name in enumerate(cold)}
+        hot, deadline = manager.add_request(inputs[1], adapter_id="a0"), time.monotonic() + 120
+        while len(done) < len(cold) and time.monotonic() < deadline:
+            output = manager.get_result(timeout=1)
+            if output is None or not output.is_finished():
+                continue
+            if output.request_id == hot:
+                assert output.generated_tokens == texts["a0"][1]
+                answers.append(len(done))
+                hot = manager.add_request(inputs[1], adapter_id="a0")
+            else:
+                row = requests[output.request_id]
+                assert output.generated_tokens == texts[f"a{row % COUNT}"][row % 6]
+                done.append(output.request_id)
+    assert len(done) == len(cold)
+    assert loads.count("a0") == 1  # it never had to go
+    assert len(answers) >= 20, answers  # a third of one place in four at least
+    assert max(after - before for before, after in itertools.pairwise(answers)) <= 12, answers
+
+
+def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeypatch):
+    """All of the room is that of two adapters for which requests come without end."""
+    monkeypatch.setattr(stored, "STARVED", 0.2)
+    mb, _ = make(room=2)
+    with serve(mb, max_requests_per_batch=4) as manager:
+        hot = {manager.add_request(inputs[0], adapter_id=f"a{number % 2}"): number % 2 for number in range(8)}
+        cold, deadline = None, time.monotonic() + 60
+        for served in itertools.count():
+            output = manager.get_result(timeout=1)
+            assert time.monotonic() < deadline
+            if output is None or not output.is_finished():
+                continue
+            if output.request_id == cold:
+                assert output.generated_tokens == texts["a2"][1]
+                break
+            number = hot.pop(output.request_id)
+            assert output.generated_tokens == texts[f"a{number}"][0]
+            hot[manager.add_request(inputs[0], adapter_id=f"a{number}")] = number
+            if served >= 8 and cold is None:
+                cold = manager.add_request(inputs[1], adapter_id="a2")
+        found = results(manager, 8)
+        assert all(found[name].generated_tokens == texts[f"a{number}"][0] for name, number in hot.items())
+
+
+def test_cold_adapters_have_every_place_where_nobody_else_wants_one(make, inputs, texts):
+    mb, _ = make(room=8)
+    most = 0
+    with serve(mb, max_requests_per_batch=4) as manager:
+        requests = [manager.add_request(inputs[0], adapter_id=f"a{number}") for number in range(COUNT)]
+        while len(manager.served) < COUNT:
+            active = getattr(manager.batch_processor, "scheduler", None)
+            most = max(most, len(active.active_requests) if active is not None else 0)
+            time.sleep(0.0005)
+        found = results(manager, COUNT)
+    assert most == 4
+    assert [found[name].generated_tokens for name in requests] == [texts[f"a{n}"][0] for n in range(COUNT)]
+
+
+class Request:
+    def __init__(self, entry):
+        self.logit_processor_kwargs = {"adapter_id": entry}
+        self.initial_tokens = [1] * 10
+        self.status, self.generated_tokens, self._true_initial_tokens = 0, [], 0
+
+
+def test_adapters_without_end_do_not_starve_one_that_was_served_before():
+    """Simulated: requests for new adapters come twice as fast as any are served."""
+    queue, waiting, turns = FairScheduler(), [Request(0)], []
+    for step in range(200):
+        state = queue.order(waiting, set())[0]
+        waiting.remove(state)
+        entry = state.logit_processor_kwargs["adapter_id"]
+        queue.charge(entry, 10)
+        if entry == 0:
+            turns.append(step)
+            waiting.append(Request(0))
+        waiting += [Request(1 + 2 * step + each) for each in range(2)]
+    assert len(turns) >= 4, turns

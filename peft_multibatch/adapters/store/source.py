@@ -131,6 +131,16 @@ class StoredAdapters:
             self._check(version)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
 
+    def is_loaded(self, number: int) -> bool:
+        """Whether an adapter is in memory, where calls compute."""
+        version = self._versions.get(number)
+        return version is not None and version in self._loader.final
+
+    def is_coming(self, number: int) -> bool:
+        """Whether an adapter is in memory, or on its way."""
+        version = self._versions.get(number)
+        return version is None or version.loading is not None or version in self._loader.final
+
     def on_loaded(self, call: Callable[[], object]) -> None:
         """Have something called whenever an adapter was loaded."""
         self._loader.on_loaded = call

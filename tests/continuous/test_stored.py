@@ -13,8 +13,8 @@ import pytest
 import torch
 from batching import DEVICE, generation, prompts, results, settings
 from models import base_model, lora_configs
-from peft import get_peft_model
-from stored import WEIGHTS, by_peft, edit_tensors, save_many
+from peft import LoraConfig, get_peft_model
+from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
 
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
@@ -427,3 +427,77 @@ def test_adapters_without_end_do_not_starve_one_that_was_served_before():
             waiting.append(Request(0))
         waiting += [Request(1 + 2 * step + each) for each in range(2)]
     assert len(turns) >= 4, turns
+
+
+# Graphs.
+
+
+def save_wide(folder):
+    """An adapter on layers that none of the others has."""
+    return save(folder, LoraConfig(r=4, target_modules=["v_proj", "o_proj", "up_proj"], init_lora_weights=False))
+
+
+def test_layers_that_came_after_a_graph_was_captured(make, tmp_path):
+    """Adapters that have weights there can't run in it; those that haven't can, whoever was loaded meanwhile."""
+    mb, store = make(room=COUNT)
+    ids, router = store._names.ids, mb._router
+    with serve(mb) as manager:
+        steps = manager._steps
+        assert not steps._has_new_layers(router.plan([ids["a0"]]))
+        router.graph.is_captured = True  # as if
+        store.register("wide", save_wide(tmp_path / "wide"))
+        assert not steps._has_new_layers(router.plan([ids["a0"], ids["a7"]]))
+        assert steps._has_new_layers(router.plan([ids["a1"], ids["wide"]]))
+        assert not steps._has_new_layers(router.plan([ids["wide"]]))  # they were captured anew by now
+        router.graph.is_captured = False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_graph_is_captured_because_something_was_loaded(make, folder, inputs, texts, monkeypatch, asynchronous):
+    """Four times as many adapters as there is room for, over and over, after the first round captured its graphs."""
+    captured = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph,
+        "capture_begin",
+        lambda self, *args, **kwargs: (captured.append(1), begin(self, *args, **kwargs))[1],
+    )
+    mb, store = make(room=3)
+    generator = random.Random(0)
+    with serve(mb, use_cuda_graph=True, use_async_batching=asynchronous, max_requests_per_batch=3) as manager:
+        counts = []
+        for _ in range(6):
+            before = len(captured)
+            wanted = [(row, f"a{generator.randrange(COUNT)}") for row in range(6) for _ in range(6)]
+            requests = [manager.add_request(inputs[row], adapter_id=name) for row, name in wanted]
+            found = results(manager, len(wanted), timeout=120)
+            for request, (row, name) in zip(requests, wanted):
+                assert found[request].error is None and found[request].generated_tokens == texts[name][row]
+            counts.append(len(captured) - before)
+        store.register("again", folder / "a3")  # of a shape that is known
+        request = manager.add_request(inputs[0], adapter_id="again")
+        assert results(manager, 1)[request].generated_tokens == texts["a3"][0]
+    assert counts[0] > 0 and counts[-2:] == [0, 0], counts  # rounds may meet new shapes, and fewer every time
+    assert store.stats().evictions > 4 * COUNT
+
+
+@pytest.mark.gpu
+def test_graphs_have_layers_that_came_later(make, inputs, texts, tmp_path):
+    mb, store = make(room=COUNT)
+    wide = save_wide(tmp_path / "wide")
+    with by_peft(base_model().to(DEVICE), wide) as model:
+        wanted = model.generate(
+            input_ids=torch.tensor([inputs[1]], device=DEVICE),
+            attention_mask=torch.ones(1, len(inputs[1]), dtype=torch.long, device=DEVICE),
+            generation_config=generation(),
+        )[0, len(inputs[1]) :].tolist()
+    assert wanted != texts["__base__"][1]
+    with serve(mb, use_cuda_graph=True) as manager:
+        for _ in range(2):
+            request = manager.add_request(inputs[0], adapter_id="a0")
+            assert results(manager, 1)[request].generated_tokens == texts["a0"][0]
+        store.register("wide", wide)
+        names = [manager.add_request(inputs[1], adapter_id="wide"), manager.add_request(inputs[0], adapter_id="a0")]
+        found = results(manager, 2)
+    assert [found[name].generated_tokens for name in names] == [wanted, texts["a0"][0]]

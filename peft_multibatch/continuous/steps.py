@@ -89,7 +89,7 @@ class Steps:
                 self._queue.charge(entry, future.query_length)
                 self.served[label_of(entry, self._registry.names)] += future.query_length
         entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
-        self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
+        self._registry.adapters(sorted(begin), len(begin))  # whoever's turn it is, because a prompt is read once
         plan = self._router.plan(entries, checks=0)
         if self._has_new_layers(plan) or self._router.graph.outgrown_by(plan):
             self.forget_graphs()

@@ -114,6 +114,8 @@ class StoredRequests:
             self.failed.append((waiting.state, error))
             return False
         if adapters is not None:
+            if waiting.state.request_id not in self._leases:
+                store.count(*((0, len(adapters)) if waiting.is_late else (len(adapters), 0)))
             self._leases[waiting.state.request_id] = adapters
         elif self._wake_up is not None:
             store.on_loaded(self._wake_up.set)

@@ -85,13 +85,19 @@ def serve(mb, **options):
 
 
 def test_texts_are_those_of_peft(make, inputs, texts):
-    mb, _ = make(room=COUNT)
+    mb, store = make(room=COUNT)
     names = ["a0", "__base__", "a1", "a2", "a0", "__base__"]
     with serve(mb) as manager:
         requests = manager.add_requests(inputs, adapter_ids=names)
         found = results(manager, len(inputs))
-    for row, (request, name) in enumerate(zip(requests, names)):
-        assert found[request].generated_tokens == texts[name][row]
+        for row, (request, name) in enumerate(zip(requests, names)):
+            assert found[request].generated_tokens == texts[name][row]
+        assert store.stats().hits + store.stats().misses == 4  # each request once, however many steps it takes
+        assert store.stats().loads == 3
+        again = manager.add_requests(inputs[:3], adapter_ids=["a1", "a1", {"a0": 1, "a2": 1}])
+        found = results(manager, 3)
+        assert all(found[request].error is None for request in again)
+        assert store.stats().hits + store.stats().misses == 8 and store.stats().loads == 3
 
 
 def test_generate_batch(make, inputs, texts):

@@ -102,8 +102,8 @@ class Registry:
 
         Args:
             ids: which.
-            checks: how many of them are compared with what PEFT has; all where it isn't given, in a call that begins.
-                The others may be as they were a few calls ago, because those come first that were compared longest ago.
+            checks: how many of them are compared with what PEFT has; all where it isn't given, as when a call begins.
+                The others may be as they were a few calls ago: those come first that were compared longest ago.
 
         Raises:
             UnsupportedError: one is of a kind that can't be mixed.

@@ -84,8 +84,9 @@ class Watch:
         }
 
     def __rich__(self) -> Table:
-        table = Table(*self.numbers(), title=f"{len(self.store)} adapters registered")
-        table.add_row(*self.numbers().values())
+        table = Table(title=f"{len(self.store)} adapters registered", show_header=False, min_width=50)
+        for what, number in self.numbers().items():
+            table.add_row(what, number)
         return table
 
     def line(self) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import MultibatchError
-from peft_multibatch.plan.ids import ids_of
+from peft_multibatch.plan.ids import Entry, ids_of
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,29 @@ class StoredRequests:
         self._registry, self._wake_up = registry, wake_up
         self._leases: dict[Any, list[StoredAdapter]] = {}  # of requests that run, or are about to
         self._loaded: set[Any] = set()  # requests whose adapters had to be loaded
+        self._early: set[Entry] = set()  # of requests that weren't seen yet, and whose adapters are loading
         self._short: tuple[Any, float] = None, 0.0  # the first request that finds no room, and since when
+
+    def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
+        """A request came: its adapters begin to load at once, and not after the step that runs, if it may be next.
+
+        Args:
+            entry: what it runs under.
+            processor: transformers', or None where nothing ran yet.
+            ahead: requests of which it hasn't heard yet.
+        """
+        store = self._registry.store
+        if store is None or processor is None:
+            return
+        ids = [each for each in ids_of(entry) if store.has(each)]
+        if all(map(store.is_coming, ids)):
+            return
+        scheduler = processor.scheduler
+        ahead += len(scheduler.active_requests) + len(scheduler.waiting_requests)
+        if ahead < scheduler.max_requests_per_batch:
+            self._early.add(entry)
+            with suppress(MultibatchError):  # which the loop finds as well
+                store.load(ids)
 
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
         """Of requests in their order, those that may run now; adapters of the others begin to load.
@@ -78,6 +101,9 @@ class StoredRequests:
         waiting: list[Waiting] = []
         for state in states:
             ids = [each for each in ids_of(entry_of(state)) if store.has(each)]
+            if entry_of(state) in self._early:
+                self._early.discard(entry_of(state))
+                self._loaded.add(state.request_id)
             is_late = state.request_id in self._loaded or not all(map(store.is_loaded, ids))
             waiting.append(Waiting(state, ids, is_late))
         late = [each for each in waiting if each.is_late]

@@ -399,6 +399,22 @@ def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeyp
         assert all(found[name].generated_tokens == texts[f"a{number}"][0] for name, number in hot.items())
 
 
+def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, monkeypatch):
+    """And not when the step that runs has ended; the request counts as one that missed all the same."""
+    mb, store = make(room=4)
+    begun = threading.Event()
+    read = loading.read_weights
+    monkeypatch.setattr(loading, "read_weights", lambda *args: (begun.set(), read(*args))[1])
+    with serve(mb) as manager:
+        request = manager.add_request(inputs[0], adapter_id="__base__")
+        results(manager, 1)
+        with manager._gate:  # no step runs
+            request = manager.add_request(inputs[1], adapter_id="a3")
+            assert begun.wait(20)
+        assert results(manager, 1)[request].generated_tokens == texts["a3"][1]
+    assert (store.stats().hits, store.stats().misses) == (0, 1)
+
+
 def test_cold_adapters_have_every_place_where_nobody_else_wants_one(make, inputs, texts):
     mb, _ = make(room=8)
     most = 0

@@ -151,6 +151,13 @@ class StoredAdapters:
         version = self._versions.get(number)
         return version is None or version.loading is not None or version in self._loader.final
 
+    def load(self, ids: Sequence[int]) -> None:
+        """Begin to load adapters, as far as there is room that no batch waits for."""
+        with self._lock:
+            versions = [self._find(number) for number in ids]
+            for version in versions:
+                self._loader.prefetch(version, versions)
+
     def on_loaded(self, call: Callable[[], object]) -> None:
         """Have something called whenever an adapter was loaded."""
         self._loader.on_loaded = call

@@ -1,7 +1,7 @@
-"""An adapter store on a CPU: registering thousands, what they cost a call, and the first use of one. About a minute.
+"""An adapter store on a CPU: registering thousands, what they cost a call, and the first use of one. Some minutes.
 
-    python benchmarks/store.py                       # results/store.csv beside this script
-    python benchmarks/store.py --count 1000          # in seconds
+    python benchmarks/store.py                                  # results/store.csv and .png beside this script
+    python benchmarks/store.py --count 1000 --present 1,10      # in seconds
 
 The model is a Llama of four layers with a hidden size of 192, in float32; adapters have rank 8 on all seven
 projections (0.6 MB). Their folders are hard links to 50 different ones. What is timed:
@@ -11,13 +11,18 @@ projections (0.6 MB). Their folders are hard links to 50 different ones. What is
 - ``enter``: entering and leaving ``mb.batch(ids)`` with eight adapters that are in memory, at 10 and at all
   registered, in turns; the ratio is the median over rounds.
 - ``cold``: the first use of an adapter that isn't in memory, in memory that was touched before: until its weights are
-  there, and the same for PEFT's ``load_adapter`` of the same files into a model with 1 and with ``--beside`` adapters.
+  there.
+- ``load_adapter``: the same for PEFT's, of the same files, into a model with as many other adapters as ``--present``
+  says; these were added the quick way of registry.py, because PEFT takes an hour for the last of them. Both are timed
+  in turns, and the ratio is the median over rounds.
 
 Before anything is timed, rows of a mixed batch must equal those of PEFT's ``load_adapter``, one adapter at a time.
+benchmarks/store_serving.py is the same for requests on a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -27,15 +32,21 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import matplotlib
 import torch
 import typer
 from end_to_end import PROJECTIONS, versions, write
 from peft import LoraConfig, PeftModel, get_peft_model
+from registry import register as register_quickly
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_multibatch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,40 +152,67 @@ def enter(root: Path, count: int, rounds: int, samples: int) -> list[dict]:
     ]  # fmt: skip
 
 
-def cold(root: Path, count: int, beside: int, samples: int) -> list[dict]:
+def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) -> list[dict]:
     _, mb, store = make_store("10MB")  # a few adapters
     store.register_folder(root)
-    ids = random.Random(0).sample(range(count), samples + 20)
-    taken = []
-    for number in ids:
-        begin = time.perf_counter()
-        store.adapters([number])
-        taken.append(time.perf_counter() - begin)
-    taken = taken[20:]
+    ids = iter(random.Random(0).sample(range(count), min(count, samples + 20 + rounds * len(present) * 20)))
+
+    def ours(number: int) -> list[float]:
+        taken = []
+        for each in itertools.islice(ids, number):
+            begin = time.perf_counter()
+            store.adapters([each])
+            taken.append(time.perf_counter() - begin)
+        return taken
+
+    ours(20)
+    taken = ours(samples)
     records = [{"what": "cold", "registered": count, "us_p50": round(statistics.median(taken) * 1e6, 1)}]
     model = PeftModel.from_pretrained(base_model(), str(root / "0"), adapter_name="first")
-    for present in (1, beside):
-        while len(model.peft_config) < present:
-            model.load_adapter(str(root / str(len(model.peft_config) % DIFFERENT)), f"a{len(model.peft_config)}")
-        found = []
-        for number in range(5):
+    for number in present:
+        known = len(model.peft_config)
+        register_quickly(model, [f"a{each}" for each in range(known, number)], model.peft_config["first"])
+        found, ratios = [], []
+        for each in range(rounds):
             begin = time.perf_counter()
-            model.load_adapter(str(root / str(number + 1)), "new")
+            model.load_adapter(str(root / str(each % (DIFFERENT - 1) + 1)), "new")
             found.append(time.perf_counter() - begin)
             model.delete_adapter("new")
+            ratios.append(found[-1] / statistics.median(ours(20) or taken))
         records.append({
-            "what": "load_adapter", "registered": present, "us_p50": round(statistics.median(found) * 1e6, 1),
-            "ratio": round(statistics.median(found) / statistics.median(taken), 1),
+            "what": "load_adapter", "registered": number, "us_p50": round(statistics.median(found) * 1e6, 1),
+            "ratio": round(statistics.median(ratios), 1),
         })  # fmt: skip
     mb.disable()
     return records
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Host time over the number of adapters."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for what, label in (
+        ("load_adapter", "PEFT's load_adapter, by adapters present"),
+        ("cold", "store: first use of an adapter, by adapters registered"),
+        ("register", "store: registering an adapter"),
+        ("enter", "store: entering a batch of 8 adapters in memory"),
+    ):
+        found = [record for record in records if record["what"] == what]
+        axis.plot([each["registered"] for each in found], [each["us_p50"] / 1e3 for each in found], "o-", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="adapters", ylabel="ms (median)")
+    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.grid(alpha=0.3)
+    axis.set_title(f"Adapters of 0.6 MB, one CPU thread, commit {records[0]['commit']}", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def main(
     count: int = 10_000,
     rounds: int = 5,
     samples: int = 200,
-    beside: int = 50,
+    present: str = typer.Option("1,100,1000", help="adapters beside which PEFT loads another one"),
+    loads: int = typer.Option(5, help="how often it does"),
     commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
     out: Path = RESULTS / "store.csv",
 ):
@@ -184,11 +222,11 @@ def main(
         make_folder(root, count)
         check(root)
         records = [register(root, count, rounds), *enter(root, count, rounds, samples)]
-        records += cold(root, count, beside, samples)
+        records += cold(root, count, [int(each) for each in present.split(",")], samples, loads)
     finally:
         shutil.rmtree(root)
     shared = {"threads": torch.get_num_threads(), **versions(commit)}
-    write([record | shared for record in records], out)
+    write([record | shared for record in records], out, plot)
     for record in records:
         Console().print(record)
 

@@ -148,7 +148,7 @@ class Multibatch(Handle):
             max_rank: largest rank that an adapter may have.
             slots: adapters that batches which run at the same time have in use at most. More of them work as well, and
                 have CUDA graphs captured anew.
-            roots: folders inside of which adapters have to lie, links resolved; anywhere where none are given.
+            roots: folders inside of which adapters have to lie, links resolved; anywhere where it isn't given.
             dtype: of adapters in memory. By default what PEFT's ``load_adapter`` gives them, float32 in most models;
                 ``"file"`` keeps what is in the files, which takes half the memory for float16 and bfloat16.
             timeout: seconds that a batch waits for its adapters before it raises ``StoreFullError``.
@@ -160,6 +160,7 @@ class Multibatch(Handle):
             ModelStateError: the model has one already.
             UnsupportedError: the model is on a GPU, or on several devices.
             StoreFullError: a size is none.
+            AdapterFileError: ``roots`` is an empty list, or has anything in it but paths.
 
         Example:
             ```python

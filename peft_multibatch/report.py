@@ -68,8 +68,8 @@ class StoreStats:
         device_bytes: bytes of the device's memory in use.
         device_bytes_kept: bytes that are kept for the next adapters.
         max_device_bytes: most bytes of both together.
-        hits: adapters that a call named and that were where calls compute.
-        misses: adapters that a call named and that weren't.
+        hits: adapters that a call, or a request of continuous batching, named and that were where calls compute.
+        misses: adapters that one named and that weren't.
         loads: adapters that were read or copied to the device.
         evictions: adapters that had to make room.
         bytes_read: bytes read from files.

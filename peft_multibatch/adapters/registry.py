@@ -102,8 +102,8 @@ class Registry:
 
         Args:
             ids: which.
-            checks: how many of them are compared with what PEFT has; all where it isn't given. The others may be as
-                they were a few calls ago, because those come first that were compared longest ago.
+            checks: how many of them are compared with what PEFT has; all where it isn't given, as when a call begins.
+                The others may be as they were a few calls ago: those come first that were compared longest ago.
 
         Raises:
             UnsupportedError: one is of a kind that can't be mixed.
@@ -114,7 +114,7 @@ class Registry:
         if not stored:
             return self._of_peft(ids, checks)
         assert self.store is not None
-        found: dict[int, AnyAdapter] = {**self.store.adapters(stored)}
+        found: dict[int, AnyAdapter] = {**self.store.adapters(stored, is_new=checks is None)}
         if len(stored) < len(ids):
             found.update(self._of_peft([each for each in ids if each not in found], checks))
             found = {each: found[each] for each in ids}

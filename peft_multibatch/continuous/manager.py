@@ -64,8 +64,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.logit_processor.supported_keys[KEY] = object
         self.output_router = Outputs()
         self.prefix_hits = 0
-        self._handle = handle
-        self._router = handle._router
+        self._handle, self._router = handle, handle._router
         self._waiting_ids = waiting_ids  # of `generate_batch`, whose requests are added without them
         self._queue, self._registry = FairScheduler(), handle._registry
         self._prefixes = Prefixes(vocabulary_of(self.model), self._registry)
@@ -128,6 +127,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         except MultibatchError as caught:
             error = caught
         if error is None:
+            self._stored.queued(entry, self.batch_processor, self.input_queue.qsize())
             return super().add_request(
                 tokens,
                 request_id,

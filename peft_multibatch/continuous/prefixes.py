@@ -68,7 +68,7 @@ class Prefixes:
         ids = ids_of(entry_of(state))
         try:
             self._notice_writes(ids)
-            self._registry.adapters(ids)  # so that their versions are known
+            self._registry.adapters(ids, len(ids))  # so that their versions are known
         except MultibatchError:
             return None
         state.__dict__[BEGUN] = self.key(state)

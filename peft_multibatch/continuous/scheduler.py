@@ -35,19 +35,24 @@ class FairScheduler:
     """Whose request begins next: that of the adapter which was served least, among those that have requests.
 
     Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
-    One that had no requests for a while doesn't accumulate credit: it begins with the count of the least served one.
-    Within an adapter, requests begin in the order in which they came.
+    One that had no requests for a while doesn't accumulate credit: it begins with what each of the others would have
+    had if all had been served alike, and at least with the count of the least served one. With that count alone, new
+    adapters that come without end would always go before one that was served. Within an adapter, requests begin in
+    the order in which they came.
 
     Source:
-        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024.
+        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. Where new ones
+        begin: virtual time, Parekh and Gallager, A Generalized Processor Sharing Approach to Flow Control, 1993.
     """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[int, ...], float] = {}
+        self._now = 0.0  # what each had been served if all had been served alike
 
     def charge(self, entry: Entry, tokens: int) -> None:
         """Count tokens that run for an entry."""
-        self._counts[ids_of(entry)] = self._counts.get(ids_of(entry), 0) + tokens
+        self._counts[ids_of(entry)] = self._counts.get(ids_of(entry), self._now) + tokens
+        self._now += tokens / len(self._counts)
 
     def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
         """Requests in the order in which they should begin; those that have begun already come first.
@@ -63,9 +68,9 @@ class FairScheduler:
                 queues.setdefault(ids_of(entry_of(state)), deque()).append(state)
         busy = {*queues, *map(ids_of, running)}
         self._counts = {entry: count for entry, count in self._counts.items() if entry in busy}
-        least = min(self._counts.values(), default=0)
+        self._now = max(self._now, min(self._counts.values())) if self._counts else 0.0
         for entry in queues:
-            self._counts.setdefault(entry, least)
+            self._counts.setdefault(entry, self._now)
         turns = [(self._counts[entry], place, queue) for place, (entry, queue) in enumerate(queues.items())]
         heapq.heapify(turns)
         while turns:

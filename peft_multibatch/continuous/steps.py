@@ -19,6 +19,8 @@ from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.batch_plan import BatchPlan
     from peft_multibatch.model.handle import Handle
 
 
@@ -43,6 +45,7 @@ class Steps:
         self._registry, self._router = handle._registry, handle._router
         self._admission, self._queue = admission, queue
         self._is_contended = False  # whether the step runs without graphs, as long as others read their place
+        self._banks: list[Bank] = []  # that there were before graphs were captured
 
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
         """Let a batch processor run its steps through here."""
@@ -110,9 +113,11 @@ class Steps:
                 self._queue.charge(entry, future.query_length)
                 self.served[label_of(entry, self._registry.names)] += future.query_length
         entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
-        self._registry.adapters(sorted(begin))  # compared whoever's turn it is, because a prompt is read once
-        if self._router.graph.outgrown_by(self._router.plan(entries, checks=0)):
+        self._registry.adapters(sorted(begin), len(begin))  # whoever's turn it is, because a prompt is read once
+        plan = self._router.plan(entries, checks=0)
+        if self._has_new_layers(plan) or self._router.graph.outgrown_by(plan):
             self.forget_graphs()
+        del plan  # what waits for room below must not keep what may have to go
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
         # plans are copied in the order of the stream that computes
         routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
@@ -163,6 +168,18 @@ class Steps:
     def _packed(self) -> Any:
         """transformers' description of the step that is prepared or about to run."""
         return self._io.io_pairs[self._io.current_pair].host_io if hasattr(self._io, "io_pairs") else self._io
+
+    def _has_new_layers(self, plan: BatchPlan) -> bool:
+        """Whether adapters have weights in layers that weren't there when graphs were captured."""
+        graph, before = self._router.graph, self._banks
+        new: set[Any] = set()
+        if graph.is_captured and graph.banks is not before:
+            new = {layer for bank in graph.banks for layer in bank.layers}
+            new.difference_update(layer for bank in before for layer in bank.layers)
+            if new and not any(adapter.has(layer) for adapter in plan.adapters.values() for layer in new):
+                return False
+        self._banks = graph.banks  # graphs have these, or will
+        return bool(new)
 
     def forget_graphs(self) -> None:
         """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -308,7 +309,144 @@ def test_any_bytes_in_any_place(shared, saved, tmp_path, data):
         shared.unregister("fuzzed")
 
 
+SIZES = st.one_of(st.integers(-2, 50), st.sampled_from([8, 48, 80, 1 << 40, 1 << 63, 10**30]))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), SIZES, st.floats(), st.text(max_size=5)),
+    lambda each: st.one_of(st.lists(each, max_size=4), st.dictionaries(st.text(max_size=5), each, max_size=4)),
+    max_leaves=8,
+)
+
+
+@st.composite
+def headers(draw, known):
+    """Headers that look like one, with any part of it replaced."""
+    found = dict(known)
+    for key in draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=3, unique=True)):
+        how = draw(st.sampled_from(["shape", "data_offsets", "dtype", "entry", "rename", "drop"]))
+        entry = found.pop(key)
+        if how in entry:
+            if how == "dtype":
+                value = draw(st.one_of(st.sampled_from(["F64", "F16", "BF16", "I8", "F8_E4M3", "f32"]), VALUES))
+            else:
+                value = draw(st.one_of(st.lists(SIZES, max_size=3), VALUES))
+            found[key] = {**entry, how: value}
+        elif how == "entry":
+            found[key] = draw(VALUES)
+        elif how == "rename":
+            found[draw(st.text(max_size=300))] = entry
+    return found
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_headers_that_say_anything(shared, saved, tmp_path, data):
+    """None crashes, and none has more memory allocated than the few files of its size would take."""
+    folder = tmp_path / "said"
+    if not folder.exists():
+        shutil.copytree(saved / "eight", folder)
+    header, weights = header_of(saved / "eight")
+    header.pop("__metadata__", None)
+    text = json.dumps(data.draw(headers(header))).encode()
+    length = data.draw(
+        st.one_of(st.just(len(text)), st.integers(0, len(text) + 9), st.sampled_from([1 << 40, 2**64 - 1]))
+    )
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + text + weights[: data.draw(st.integers(0, 99)) or None])
+    tracemalloc.start()
+    try:
+        shared.register("said", folder)
+    except errors.MultibatchError as error:
+        assert len(str(error)) < 1000
+    else:
+        shared.unregister("said")
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2**22
+    assert shared.stats().host_bytes == 0
+
+
+@given(st.dictionaries(st.sampled_from([
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "use_rslora", "lora_dropout", "peft_type", "bias", "init_lora_weights", "other",
+]), VALUES, min_size=1, max_size=4))  # fmt: skip
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_configurations_that_say_anything(shared, saved, tmp_path, values):
+    folder = tmp_path / "said"
+    if not folder.exists():
+        shutil.copytree(saved / "eight", folder)
+    shutil.copy(saved / "eight" / CONFIG, folder / CONFIG)
+    edit_config(folder, **values)
+    try:
+        shared.register("said", folder)
+    except errors.MultibatchError as error:
+        assert len(str(error)) < 1000
+    else:
+        shared.unregister("said")
+
+
+@pytest.mark.parametrize("text", [b'{"a%d": {}}', b'{"a%d": []}', b'"%d"', b"[%d]"], ids=str)
+def test_the_largest_header_that_is_read(shared, adapter, text):
+    """Of entries as small as they can be."""
+    entry = text.strip(b"{}").replace(b": {", b": {}") if text.startswith(b"{") else text
+    many = b",".join(entry % number for number in range((3 << 20) // len(entry)))
+    write(adapter, (b"{" + many + b"}") if text.startswith(b"{") else (b"[" + many + b"]"), b"")
+    tracemalloc.start()
+    with pytest.raises(errors.AdapterFileError):
+        shared.register("eight", adapter)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * (adapter / WEIGHTS).stat().st_size
+
+
+def test_layouts_of_adapters_that_are_gone_go_as_well(rooted, saved):
+    store, root = rooted
+    folder = shutil.copytree(saved / "eight", root / "one")
+    for number in range(300):
+        edit_config(folder, lora_alpha=number)
+        store.register("one", folder)
+    assert len(store._layouts._by_content) <= layouts.KNOWN_FILES + 1
+    assert len(store._layouts._checked) <= layouts.KNOWN_FILES + 1
+
+
 # Where files may lie.
+
+
+NO_PATHS = {
+    "a null character": "a\0b", "a number": 3, "None": None, "a list": ["a"], "a null byte": b"a\0b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NO_PATHS.values(), ids=NO_PATHS)
+def test_paths_that_are_none(shared, path):
+    for register in (lambda: shared.register("eight", path), lambda: shared.register_folder(path)):
+        with pytest.raises(errors.AdapterFileError, match=r"was named .*: expected a path"):
+            register()
+    with pytest.raises(errors.AdapterFileError, match=r"was named .*: expected a path"):
+        peft_multibatch.enable(base_model()).adapter_store(roots=[path])
+
+
+def test_roots(saved, tmp_path):
+    """One path is one root, and no list of letters, one of which may be "/"; no root at all isn't every one."""
+    store = peft_multibatch.enable(base_model()).adapter_store(roots=str(tmp_path))
+    with pytest.raises(errors.AdapterFileError, match="outside of the store's roots"):
+        store.register("eight", saved / "eight")
+    with pytest.raises(errors.AdapterFileError, match=r"roots=\[\]: expected"):
+        peft_multibatch.enable(base_model()).adapter_store(roots=[])
+    store = peft_multibatch.enable(base_model()).adapter_store(roots=[str(saved).encode(), tmp_path])
+    store.register("eight", str(saved / "eight").encode())
+
+
+def test_a_folder_that_becomes_a_link_to_one_outside(rooted, saved):
+    """After it was registered: what is read is what was registered, or nothing."""
+    store, root = rooted
+    shutil.copytree(saved / "eight", root / "eight")
+    store.register("eight", root / "eight")
+    os.rename(root / "eight", root / "before")
+    (root / "eight").symlink_to(saved / "eight")
+    with pytest.raises(errors.AdapterFileError, match="changed since they were registered"):
+        store.adapters([store._names.ids["eight"]])
+    with pytest.raises(errors.AdapterFileError, match="outside of the store's roots"):
+        store.register("eight", root / "eight")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import shutil
 import threading
@@ -12,15 +13,17 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from models import base_model, left_padded
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from stored import WEIGHTS, by_peft, edit_config, edit_tensors, expected, logits, save, save_many
 from tolerances import assert_close
+from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, loading
+from peft_multibatch.adapters.store import files, loading, progress
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.streams import Streams
 
@@ -67,6 +70,14 @@ def ask(model, names):
 def check(model, rows, names):
     for actual, name in zip(ask(model, names), names):
         assert_close(actual, rows[name])
+
+
+def eventually(is_so):
+    """Threads that read let go of a failed load a moment after the batch has its error."""
+    deadline = time.monotonic() + 10
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return is_so()
 
 
 def in_memory(store):
@@ -294,14 +305,20 @@ def test_files_that_changed_since_they_were_registered(folder, size, tmp_path, r
     ask(model, ["own"])
 
 
-@pytest.mark.parametrize("spoil", ["cut", "gone", "a link"])
+@pytest.mark.parametrize("spoil", ["cut", "gone", "a link", "another of the same size and time"])
 def test_files_that_went(folder, size, tmp_path, rows, spoil):
     model, store = make(folder, size, 4)
-    own = copy(folder, tmp_path)
+    own = copy(folder, tmp_path, "a2")
     store.register("own", own)
     path = own / WEIGHTS
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-8])
+    elif spoil.startswith("another"):
+        then = path.stat()
+        shutil.copy(folder / "a1" / WEIGHTS, own / "other")
+        os.utime(own / "other", ns=(then.st_atime_ns, then.st_mtime_ns))
+        os.replace(own / "other", path)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (then.st_size, then.st_mtime_ns)
     else:
         path.unlink()
     if spoil == "a link":
@@ -309,8 +326,7 @@ def test_files_that_went(folder, size, tmp_path, rows, spoil):
     with pytest.raises(errors.AdapterFileError, match=r"'own'.*: expected"):
         ask(model, ["a0", "own"])
     check(model, rows, ["a0", "a1"])
-    stats = store.stats()
-    assert stats.host_bytes == stats.host_adapters * size
+    assert eventually(lambda: store.stats().host_bytes == store.stats().host_adapters * size)
 
 
 def test_a_file_that_is_cut_while_it_is_read(folder, size, tmp_path, monkeypatch):
@@ -373,6 +389,38 @@ def test_an_adapter_that_cannot_be_registered_leaves_the_one_of_its_name(folder,
     with pytest.raises(errors.AdapterUnsupportedError):
         store.register("a0", own)
     check(model, rows, ["a0"])
+
+
+WEIRD = {
+    "one NaN in lora_B": lambda tensors: {
+        key: value.index_fill(0, torch.tensor([0]), float("nan"))
+        if "layers.0.self_attn.q_proj.lora_B" in key
+        else value
+        for key, value in tensors.items()
+    },
+    "infinite": lambda tensors: {key: value * float("inf") for key, value in tensors.items()},
+    "values that overflow": lambda tensors: {key: value * 1e30 for key, value in tensors.items()},
+    "float64 that float32 can't hold": lambda tensors: {key: value.double() * 1e300 for key, value in tensors.items()},
+    "zeros": lambda tensors: {key: value * 0 for key, value in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("change", WEIRD.values(), ids=WEIRD)
+def test_numbers_that_are_none_stay_in_their_rows(folder, size, tmp_path, rows, change):
+    """And are in these as PEFT has them."""
+    model, store = make(folder, size, 4)
+    own = copy(folder, tmp_path)
+    edit_tensors(own, change)
+    store.register("own", own)
+    names = ["a1", "own", "__base__", "own", "a2"]
+    actual = ask(model, names)
+    wanted = expected(names, {"own": own, "a1": folder / "a1", "a2": folder / "a2"}, logits, {
+        key: value[:1].repeat(len(names), 1) for key, value in left_padded(1).items()
+    })  # fmt: skip
+    for row in (0, 2, 4):
+        assert_close(actual[row], wanted[row])
+    assert torch.equal(actual[1].isfinite(), wanted[1].isfinite())
+    assert_close(actual[1].nan_to_num(0, 0, 0), wanted[1].nan_to_num(0, 0, 0))
 
 
 # Threads.
@@ -491,6 +539,70 @@ def test_an_interrupt_while_a_batch_waits(folder, size, rows, monkeypatch):
     gc.collect()
     assert calls
     check(model, rows, ["a2", "a3"])
+
+
+# Progress.
+
+
+@pytest.fixture
+def bars():
+    transformers.utils.logging.enable_progress_bar()
+    yield
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Nothing is read before there is a bar, or there could have been one."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    read = loading.read_weights
+
+    def slow(*args):
+        deadline = time.monotonic() + 0.5
+        while not tqdm._instances and time.monotonic() < deadline:
+            time.sleep(0.01)
+        read(*args)
+
+    monkeypatch.setattr(loading, "read_weights", slow)
+
+
+def test_a_batch_that_waits_shows_how_many_are_there(folder, size, rows, bars, slowly, capsys):
+    model, _ = make(folder, size, 12)
+    capsys.readouterr()
+    check(model, rows, [f"a{number}" for number in range(12)])
+    shown = capsys.readouterr().err
+    assert "loading adapters" in shown and "/12" in shown
+    check(model, rows, ["a0", "a1"])  # which are there
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_are_hidden_where_those_of_transformers_are(folder, size, rows, bars, slowly, capsys):
+    transformers.utils.logging.disable_progress_bar()
+    model, _ = make(folder, size, 12)
+    check(model, rows, [f"a{number}" for number in range(12)])
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_end_when_loading_fails(folder, size, bars, slowly, capsys):
+    model, _ = make(folder, size, 2, timeout=1.5)
+    capsys.readouterr()
+    with peft_multibatch.enable(model).batch(["a0", "a1"]), pytest.raises(errors.StoreFullError):
+        ask(model, ["a2"])
+    assert "loading adapters" in capsys.readouterr().err and len(tqdm._instances) == 0
+
+
+def test_what_is_quick_shows_nothing(folder, size, rows, bars, capsys):
+    model, _ = make(folder, size, 12)
+    check(model, rows, ["a0", "a1"])
+    assert capsys.readouterr().err == ""
+
+
+def test_registering_many_shows_how_many(folder, size, bars, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    _, store = make(folder, size, 12)
+    assert len(store) == COUNT
+    shown = capsys.readouterr().err
+    assert "registering adapters" in shown and f"{COUNT}/{COUNT}" in shown
 
 
 # Parts.

@@ -30,7 +30,10 @@ def test_snippets_run(page, capsys):
 
 # train_adapters.py downloads texts and trains for minutes; test_ray.py runs ray_batch_inference.py with a small model
 ELSEWHERE = ("train_adapters", "ray_batch_inference")
-OPTIONS = {"accelerate_generate": ["--max-new-tokens", "4"]}  # which test_accelerate.py runs with a small model
+OPTIONS = {
+    "accelerate_generate": ["--max-new-tokens", "4"],  # which test_accelerate.py runs with a small model
+    "thousands_of_adapters": ["--adapters", "40", "--requests", "16", "--new-tokens", "3", "--room", "3MB"],
+}
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in ELSEWHERE]
 
 

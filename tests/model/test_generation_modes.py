@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from models import EVERY_ARCHITECTURE, SIZES, alone, draws_by_row, left_padded, peft_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tolerances import assert_close
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -41,6 +41,10 @@ class StopsAtMultiplesOfThree(StoppingCriteria):
         return input_ids[:, -1] % 3 == 0
 
 
+def inner_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def settings(form: str) -> Callable[..., Tensor]:
     """`generate` with beams that come from a configuration or from the model's own one."""
     beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0, **SHORT}
@@ -50,13 +54,13 @@ def settings(form: str) -> Callable[..., Tensor]:
         if form == "config":
             return model.generate(**inputs, generation_config=GenerationConfig(**beams), **ids)
         if form == "positional config":
-            return model.get_base_model().generate(
+            return inner_of(model).generate(
                 inputs["input_ids"],
                 GenerationConfig(**beams),
                 attention_mask=inputs["attention_mask"],
                 **ids,
             )
-        inner = model.get_base_model()
+        inner = inner_of(model)
         before, inner.generation_config = inner.generation_config, GenerationConfig(**beams)
         try:
             return model.generate(**inputs, **ids)

@@ -70,9 +70,39 @@ class AdapterFiles(NamedTuple):
     config: bytes
 
 
-def resolve_roots(roots: Sequence[str | os.PathLike] | None) -> tuple[str, ...]:
-    """Folders in which adapters may lie, links resolved; none where everything may be read."""
-    return tuple(os.path.realpath(root) for root in roots or ())
+def resolve_roots(roots: Sequence[str | os.PathLike] | str | os.PathLike | None) -> tuple[str, ...]:
+    """Folders in which adapters may lie, links resolved; none where everything may be read.
+
+    Raises:
+        AdapterFileError: one is no path, or there is an empty list of them.
+    """
+    if roots is None:
+        return ()
+    found = [roots] if isinstance(roots, (str, bytes, os.PathLike)) else list(roots)
+    if not found:
+        raise AdapterFileError(
+            "adapter_store got roots=[]: expected folders inside of which adapters have to lie. Leave roots out to "
+            "let them lie anywhere."
+        )
+    return tuple(os.path.realpath(path_of(root)) for root in found)
+
+
+def path_of(folder: Any) -> str:
+    """A path as text.
+
+    Raises:
+        AdapterFileError: it is none.
+    """
+    try:
+        path = os.fsdecode(folder)
+    except TypeError:
+        path = "\0"
+    if "\0" in path:
+        raise AdapterFileError(
+            f"a folder of adapters was named {folder!r:.80}: expected a path, as text or a pathlib.Path, without null "
+            "characters. Look at the path."
+        )
+    return path
 
 
 def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterFiles:
@@ -86,11 +116,12 @@ def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterF
     Raises:
         AdapterFileError: something is missing, outside of the roots, no regular file, or too large to be a header.
     """
+    folder = path_of(folder)
     real = os.path.realpath(folder)
     _check_inside(name, real, roots)
     if not os.path.isdir(real):
         raise AdapterFileError(
-            f"adapter {name!r} was registered from {os.fspath(folder)!r}, which is no folder: expected one that "
+            f"adapter {name!r} was registered from {folder!r}, which is no folder: expected one that "
             "PEFT's save_pretrained wrote. Download adapters of the Hub first."
         )
     with _open(name, real, CONFIG, roots) as (descriptor, _):

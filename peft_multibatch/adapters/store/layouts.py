@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -20,6 +21,8 @@ KNOWN_FILES = 256
 class Layouts:
     """Finds the layout of an adapter's files, and knows which were compared with the model as it is now.
 
+    Layouts of adapters that are gone go as well, but for the last few.
+
     Args:
         model: the layers.
         max_rank: largest rank of any adapter.
@@ -28,9 +31,9 @@ class Layouts:
 
     def __init__(self, model: Layers, max_rank: int, dtype: torch.dtype | str | None) -> None:
         self._model, self._max_rank, self._dtype = model, max_rank, dtype
-        self._by_content: dict[tuple[tuple[StoredTensor, ...], Settings], Layout] = {}
+        self._by_content: MutableMapping[tuple[tuple[StoredTensor, ...], Settings], Layout] = WeakValueDictionary()
         self._by_bytes: OrderedDict[tuple[bytes, int, bytes], Layout] = OrderedDict()
-        self._checked: dict[Layout, int] = {}  # at which state of the model
+        self._checked: MutableMapping[Layout, int] = WeakKeyDictionary()  # at which state of the model
         self._lock = threading.RLock()
 
     def find(self, name: str, found: AdapterFiles) -> Layout:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.files import read_weights
+from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
@@ -132,6 +133,10 @@ class Loader:
             AdapterFileError: files can't be read any more.
             StoreFullError: there is no room, or nothing was loaded in time.
         """
+        with Progress("loading adapters", len(versions)) as progress:
+            return self._fetch(versions, progress)
+
+    def _fetch(self, versions: Sequence[Version], progress: Progress) -> dict[Version, Tensor]:
         deadline = time.monotonic() + self._timeout
         held: dict[Version, Tensor] = {}
         loads: dict[Version, Load] = {}
@@ -153,12 +158,15 @@ class Loader:
                     elif found is not None:
                         held, loads = found
                         ticket = None
-                if held and all(version.loading is not load for version, load in loads.items()):
+                missing = sum(version.loading is load for version, load in loads.items())
+                if held and not missing:
                     return held
                 left = deadline - time.monotonic()
                 if left > 0:
                     self.lock.wait(min(left, POLL))
-                    continue
+            if left > 0:
+                progress.update(len(versions) - missing if held else 0)
+                continue
             if not was_collected:  # what an exception's traceback or a cycle holds
                 was_collected = True
                 gc.collect()

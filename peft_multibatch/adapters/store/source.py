@@ -33,7 +33,7 @@ class StoredAdapters:
         max_host_memory: most bytes in host memory.
         max_device_memory: most bytes on the device; a CPU has none beside its own.
         max_rank: largest rank of any adapter.
-        roots: folders inside of which adapters have to lie; anywhere where none are given.
+        roots: folders inside of which adapters have to lie; anywhere where it is None.
         dtype: of weights in memory.
         timeout: seconds that a batch waits for its adapters at most.
         let_go: drops plans of calls that have ended, when there is no room.
@@ -77,8 +77,12 @@ class StoredAdapters:
         """The version of an adapter."""
         return self._versions[number].serial
 
-    def adapters(self, ids: Collection[int]) -> dict[int, StoredAdapter]:
+    def adapters(self, ids: Collection[int], is_new: bool = True) -> dict[int, StoredAdapter]:
         """Adapters in memory, by id; those that weren't are loaded.
+
+        Args:
+            ids: which.
+            is_new: whether a call begins, for which hits and misses count; not so for steps of continuous batching.
 
         Raises:
             AdapterFileError: files can't be read any more.
@@ -92,8 +96,8 @@ class StoredAdapters:
             wanted = list(dict.fromkeys(versions.values()))
             there = sum(tier.touch(version) for version in wanted)
             found = tier.get_all(wanted) if there == len(wanted) else {}
-            self._hits += there
-            self._misses += len(wanted) - there
+        if is_new:
+            self.count(there, len(wanted) - there)
         for version in wanted:
             self._check(version)
         self._streams.note()
@@ -130,6 +134,29 @@ class StoredAdapters:
         for version in wanted:
             self._check(version)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
+
+    def count(self, hits: int, misses: int) -> None:
+        """Note how many adapters were in memory for a call or request that begins, and how many weren't."""
+        with self._lock:
+            self._hits += hits
+            self._misses += misses
+
+    def is_loaded(self, number: int) -> bool:
+        """Whether an adapter is in memory, where calls compute."""
+        version = self._versions.get(number)
+        return version is not None and version in self._loader.final
+
+    def is_coming(self, number: int) -> bool:
+        """Whether an adapter is in memory, or on its way."""
+        version = self._versions.get(number)
+        return version is None or version.loading is not None or version in self._loader.final
+
+    def load(self, ids: Sequence[int]) -> None:
+        """Begin to load adapters, as far as there is room that no batch waits for."""
+        with self._lock:
+            versions = [self._find(number) for number in ids]
+            for version in versions:
+                self._loader.prefetch(version, versions)
 
     def on_loaded(self, call: Callable[[], object]) -> None:
         """Have something called whenever an adapter was loaded."""

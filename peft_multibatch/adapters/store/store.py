@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.files import AdapterFiles
+from peft_multibatch.adapters.store.progress import tracked
 from peft_multibatch.adapters.store.source import StoredAdapters
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import (
@@ -74,16 +75,17 @@ class AdapterStore(StoredAdapters):
         Raises:
             AdapterFileError: there is no such folder.
         """
+        folder = files.path_of(folder)
         try:
-            found = sorted(str(entry.name) for entry in os.scandir(os.fspath(folder)) if entry.is_dir())
+            found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         except OSError as error:
             raise AdapterFileError(
-                f"register_folder got {os.fspath(folder)!r}, which can't be read ({error.strerror}): expected a "
+                f"register_folder got {folder!r}, which can't be read ({error.strerror}): expected a "
                 "folder of adapters' folders. Look at the path."
             ) from error
         names: list[str] = []
         refused: dict[str, MultibatchError] = {}
-        for name in found:
+        for name in tracked("registering adapters", found):
             path = os.path.join(folder, name)
             if not os.path.exists(os.path.join(path, files.CONFIG)):
                 continue
@@ -209,7 +211,7 @@ class AdapterStore(StoredAdapters):
         return self._guard(number) if number in self._versions else nullcontext()
 
     def _version(self, name: str) -> Version:
-        version = self._versions.get(self._names.ids.get(name, -1))
+        version = self._versions.get(self._names.ids.get(name, -1)) if isinstance(name, str) else None
         if version is None:
             raise UnknownAdapterError(
                 f"no adapter of the store is called {name!r:.80}: expected {nearest(name, self._names)}. Register it "

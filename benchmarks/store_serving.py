@@ -1,0 +1,515 @@
+"""An adapter store under continuous batching on a GPU: 10,000 adapters registered, 64 on the device. Some minutes.
+
+    python benchmarks/store_serving.py               # results/store_serving.csv and .png beside this script
+    python benchmarks/store_serving.py --tiny        # the same on a CPU in a minute, to see it run
+
+Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16; adapters of rank 16 on all seven projections, 21 MB
+in bfloat16, which the store keeps as they are (``dtype="file"``). Of the 10,000 folders, 1,000 have weights of their
+own and the others are hard links to them; every folder is an adapter with memory of its own. Host memory has room for
+512 of them, device memory for 16, 64 or 128.
+
+- ``throughput``: streams of requests for adapters under Zipf's law with the exponent 1 over 10,000, evenly over 1,000,
+  and evenly over 10,000; all requests are there at once, prompts of 16 to 128 tokens and 64 new ones. Every round has
+  requests of its own. ``of resident`` compares with a session in which device memory has room for all adapters of a
+  round, all of which were loaded before it began: the same requests, the same adapters, the same settings. ``64 in
+  use`` is another baseline: the same requests under 64 adapters (the name's number modulo 64), all resident.
+- ``first token``: time until the first token of one request at a time, beside 16 that run, whose adapter is on the
+  device, in host memory, in a file that the operating system has in memory, or in one that it hasn't (written out and
+  dropped with ``posix_fadvise``).
+- ``step``: time between tokens of 16 requests under pinned adapters, while nothing is loaded, while adapters come from
+  host memory to the device one after the other, and while they come from files; nobody asks for these.
+
+CUDA graphs are counted as they are captured: sessions begin with rounds that aren't timed, until one captures none.
+Before anything is timed, rows of a mixed batch must be as near to those of PEFT's ``load_adapter`` as bfloat16 allows,
+and first tokens of continuous batching the same for seven of eight requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import typer
+from continuous import captured, counted, finish
+from end_to_end import PROJECTIONS, versions, write
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file
+from scaling_out import TINY
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation import ContinuousBatchingConfig
+
+import peft_multibatch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BIG = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+RESIDENT, IN_USE = "all resident", "64 in use, resident"
+console = Console(width=130)
+
+
+class Sizes:
+    """What is measured: as the top of this file says, or a tiny version of it."""
+
+    def __init__(self, is_tiny: bool) -> None:
+        self.is_tiny = is_tiny
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = TINY if is_tiny else BIG
+        self.layers, self.rank = (2, 4) if is_tiny else (8, 16)
+        self.different, self.registered, self.even = (60, 120, 24) if is_tiny else (1000, 10_000, 1000)
+        self.host = 30 if is_tiny else 512
+        self.requests, self.new_tokens, self.longest = (24, 4, 20) if is_tiny else (384, 64, 128)
+        self.places, self.in_use, self.running, self.probes = (8, 8, 4, 3) if is_tiny else (64, 64, 16, 24)
+        self.running_tokens = 150 if is_tiny else 1500
+        self.step_seconds = 0.4 if is_tiny else 1.5
+        self.bytes = 0  # of an adapter in memory
+
+
+# Adapters.
+
+
+def build(sizes: Sizes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=sizes.layers, eos_token_id=None, pad_token_id=0, **sizes.model)
+    with torch.device(sizes.device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def write_adapters(sizes: Sizes, root: Path) -> None:
+    """Files of the same header and configuration, each with random weights of its own, and links to them."""
+    config = LoraConfig(r=sizes.rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=sizes.layers, **sizes.model))
+    skeleton = get_peft_model(skeleton.to(torch.bfloat16), config, autocast_adapter_dtype=False).to_empty(device="cpu")
+    skeleton.save_pretrained(str(root / "0"))
+    raw = (root / "0" / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:end])
+    entries.pop("__metadata__", None)
+    factors = torch.empty((len(raw) - end) // 2, device=sizes.device)
+    for key, entry in entries.items():
+        start, stop = (each // 2 for each in entry["data_offsets"])
+        # logits have to stay in the range in which bfloat16 tells adapters apart
+        factors[start:stop] = 0.02 if ".lora_B." in key else entry["shape"][1] ** -0.5
+    text = (root / "0" / CONFIG).read_bytes()
+    lock = threading.Lock()
+
+    def make(number: int) -> None:
+        with lock:
+            generator = torch.Generator(sizes.device).manual_seed(number)
+            numbers = torch.randn(len(factors), generator=generator, device=sizes.device).mul_(factors)
+            data = numbers.bfloat16().view(torch.uint8).cpu().numpy()
+        folder = root / str(number)
+        folder.mkdir(exist_ok=True)
+        with (folder / WEIGHTS).open("wb") as file:
+            file.write(raw[:end])
+            file.write(data)
+        (folder / CONFIG).write_bytes(text)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make, range(sizes.different)))
+    for number in range(sizes.different, sizes.registered):
+        (root / str(number)).mkdir()
+        for file in (CONFIG, WEIGHTS):
+            os.link(root / str(number % sizes.different) / file, root / str(number) / file)
+    sizes.bytes = sum(each.nbytes for each in load_file(root / "0" / WEIGHTS).values())
+
+
+@torch.no_grad()
+def check(sizes: Sizes, model: Any, root: Path) -> list[int]:
+    """Hold a mixed batch to PEFT; the next tokens of these prompts under the adapters 0, 1, ..., as PEFT has them."""
+    prompts = torch.randint(1, sizes.model["vocab_size"] - 1, (8, 24), generator=torch.Generator().manual_seed(3))
+    prompts = prompts.to(sizes.device)
+    plain = model(prompts).logits[:, -1].float()
+    theirs = []
+    for number in range(8):
+        peft = PeftModel.from_pretrained(model, str(root / str(number)), autocast_adapter_dtype=False).eval()
+        theirs.append(peft(prompts[number : number + 1]).logits[:, -1].float())
+        peft.unload()
+    wanted = torch.cat(theirs)
+    with serving(sizes, model, root, 8) as (store, manager):
+        names = [str(number) for number in range(8)]
+        ours = model(prompts, adapter_ids=names).logits[:, -1].float()
+        tokens = finish(manager, manager.add_requests(prompts.tolist(), adapter_ids=names))
+        assert len(store) == sizes.registered
+    error, effect = (float((each - wanted).norm() / wanted.norm()) for each in (ours, plain))
+    first = wanted.argmax(-1).tolist()
+    same = sum(mine[0] == theirs for mine, theirs in zip(tokens, first)) / len(first)
+    console.print(f"error against PEFT {error:.4f}, effect of the adapters {effect:.2f}, {same:.0%} of first tokens")
+    if not (error < 0.03 < 0.1 < effect and same >= 0.87):  # two roundings of bfloat16 are this far apart
+        raise SystemExit("nothing is timed")
+    return first
+
+
+# Sessions.
+
+
+@contextmanager
+def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[Any, Any]]:
+    """A store with room for so many adapters where the model computes, and a manager."""
+    mb = peft_multibatch.enable(model)
+    block = sizes.bytes * 9 // 8 + 4096  # size classes are at most an eighth larger
+    host = room if sizes.device == "cpu" else sizes.host
+    # whoever ends and whoever begins in a step have a slot each
+    store = mb.adapter_store(host * block, room * block, dtype="file", slots=4 * sizes.places, timeout=300)
+    begin = time.perf_counter()
+    registered = store.register_folder(root)
+    console.print(f"room for {room}: {len(registered.names)} registered in {time.perf_counter() - begin:.2f} s")
+    config = ContinuousBatchingConfig(
+        use_cuda_graph=sizes.device == "cuda", allow_block_sharing=False, num_blocks=128,
+        max_requests_per_batch=sizes.places, max_batch_tokens=1024,
+    )  # fmt: skip
+    generation = GenerationConfig(max_new_tokens=sizes.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    options = {"generation_config": generation, "continuous_batching_config": config}
+    try:
+        with mb.continuous_batching(**options) as manager:
+            yield store, manager
+    finally:
+        mb.disable()
+        del store, mb
+        gc.collect()
+        if sizes.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def streams(sizes: Sizes) -> dict[str, Callable[[int], list[int]]]:
+    """Numbers of adapters for the requests of a round."""
+    cumulative = list(itertools.accumulate(1 / rank for rank in range(1, sizes.registered + 1)))
+    order = list(range(sizes.registered))
+    random.Random(7).shuffle(order)
+
+    def zipf(seed: int) -> list[int]:
+        return random.Random(seed).choices(order, cum_weights=cumulative, k=sizes.requests)
+
+    def even(over: int) -> Callable[[int], list[int]]:
+        return lambda seed: (
+            [random.Random(f"{seed} {over}").choice(order[:over]) for _ in range(1)]
+            + [order[each] for each in random.Random(seed).choices(range(over), k=sizes.requests - 1)]
+        )
+
+    return {
+        f"Zipf(1.0) over {sizes.registered}": zipf,
+        f"evenly over {sizes.even}": even(sizes.even),
+        f"evenly over {sizes.registered}": even(sizes.registered),
+    }
+
+
+def prompts_of(sizes: Sizes, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(16, sizes.longest + 1, (sizes.requests,), generator=generator).tolist()
+    return [torch.randint(1, sizes.model["vocab_size"] - 1, (each,), generator=generator).tolist() for each in lengths]
+
+
+def play(sizes: Sizes, manager: Any, numbers: list[int], seed: int) -> float:
+    """Seconds that a round takes."""
+    prompts = prompts_of(sizes, seed)
+    begin = time.perf_counter()
+    finish(manager, manager.add_requests(prompts, adapter_ids=[str(number) for number in numbers]))
+    return time.perf_counter() - begin
+
+
+def make_resident(store: Any, numbers: list[int]) -> None:
+    """Load adapters, and wait until they are there."""
+    ids = [store._names.ids[str(number)] for number in dict.fromkeys(numbers)]
+    while not all(map(store.is_loaded, ids)):
+        store.prefetch(*(str(number) for number in numbers))
+        time.sleep(0.01)
+
+
+def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int) -> list[dict]:
+    records = []
+    kinds = streams(sizes)
+    most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
+    for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
+        with serving(sizes, model, root, room) as (store, manager):
+            for number in range(8):  # until nothing is captured any more
+                before = len(captured)
+                draw = list(kinds.values())[number % len(kinds)]
+                play(sizes, manager, draw(1000 + number), 1000 + number)
+                if number >= len(kinds) - 1 and len(captured) == before:
+                    break
+            console.print(f"{way}: {len(captured)} graphs captured before anything is timed")
+            for name, draw in kinds.items():
+                for label, change in ((way, lambda each: each), (IN_USE, lambda each: each % sizes.in_use)):
+                    if label == IN_USE and way != RESIDENT:
+                        continue
+                    times = []
+                    before, late = store.stats(), len(captured)
+                    for seed in range(rounds):
+                        numbers = [change(each) for each in draw(seed)]
+                        if way == RESIDENT:
+                            make_resident(store, numbers)
+                            before = store.stats() if not times else before
+                        times.append(play(sizes, manager, numbers, seed))
+                    after = store.stats()
+                    hits, misses = after.hits - before.hits, after.misses - before.misses
+                    seconds = statistics.median(times)
+                    records.append({
+                        "what": "throughput", "stream": name, "way": label, "room": room,
+                        "requests": sizes.requests, "adapters": len({change(each) for each in draw(0)}),
+                        "seconds": round(seconds, 3), "fastest_s": round(min(times), 3),
+                        "slowest_s": round(max(times), 3),
+                        "tokens_per_s": round(sizes.requests * sizes.new_tokens / seconds),
+                        "hit_rate": round(hits / max(hits + misses, 1), 3), "loads": after.loads - before.loads,
+                        "GB_read": round((after.bytes_read - before.bytes_read) / 1e9, 2),
+                        "captured": len(captured) - late,
+                    })  # fmt: skip
+                    console.print(records[-1])
+    resident = {each["stream"]: each["tokens_per_s"] for each in records if each["way"] == RESIDENT}
+    for record in records:
+        record["of resident"] = round(record["tokens_per_s"] / resident[record["stream"]], 3)
+    return records
+
+
+# Latency.
+
+
+class Running:
+    """Requests under pinned adapters that run for as long as they are needed; when each of their tokens came."""
+
+    def __init__(self, sizes: Sizes, store: Any, manager: Any) -> None:
+        self.sizes, self.manager = sizes, manager
+        self.numbers = list(range(sizes.running))
+        for number in self.numbers:
+            store.pin(str(number))
+        make_resident(store, self.numbers)
+        self.times: list[float] = []
+        self.done: dict[str, Any] = {}
+        self._names: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Running:
+        prompts = prompts_of(self.sizes, 5)[: self.sizes.running]
+        for number, prompt in zip(self.numbers, prompts):
+            self._names.append(
+                self.manager.add_request(
+                    prompt[:16], f"running {number}", self.sizes.running_tokens, streaming=True, adapter_id=str(number)
+                )
+            )
+        self._thread.start()
+        while len(self.times) < 5:
+            time.sleep(0.01)
+        return self
+
+    def _read(self) -> None:
+        while not self._stop.is_set():
+            output = self.manager.get_result(timeout=0.1)
+            if output is None:
+                continue
+            if output.request_id == "running 0":
+                self.times.append(time.perf_counter())
+            if output.is_finished():
+                self.done[output.request_id] = output
+
+    def wait_for(self, name: str) -> Any:
+        while name not in self.done:
+            time.sleep(0.0002)
+        return self.done.pop(name)
+
+    @property
+    def has_ended(self) -> bool:
+        return "running 0" in self.done
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._names:
+            self.manager.cancel_request(name)
+        while not all(name in self.done for name in self._names):
+            time.sleep(0.01)
+        self._stop.set()
+        self._thread.join()
+
+
+def drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def percentile(values: list[float], part: float) -> float:
+    return sorted(values)[round(part * (len(values) - 1))]
+
+
+def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
+    records = []
+    fresh = iter(range(sizes.running, sizes.different))  # files that nobody has read
+
+    def some(count: int) -> list[int]:
+        return list(itertools.islice(fresh, count))
+
+    with serving(sizes, model, root, room) as (store, manager):
+        play(sizes, manager, [each % sizes.running for each in range(sizes.requests)], 0)  # captures its graphs
+        places = {"device": some(sizes.probes), "host": some(sizes.probes), "file": [], "file, dropped": []}
+        places["file"], places["file, dropped"] = some(sizes.probes), some(sizes.probes)
+        if sizes.device == "cpu":
+            del places["host"]
+        fillers = some(room - sizes.running) or [sizes.registered - 1]
+        prompt = prompts_of(sizes, 9)[0]
+        found: dict[str, list[float]] = {place: [] for place in places}
+        for each in places.get("host", []):
+            make_resident(store, [each])
+        make_resident(store, fillers[: room - sizes.running])  # which drive them out of the device's memory
+        for each in places["file"]:
+            (root / str(each) / WEIGHTS).read_bytes()
+        for each in places["file, dropped"]:
+            drop_from_cache(root / str(each) / WEIGHTS)
+        warm_up = len(captured)
+        with Running(sizes, store, manager) as running:
+            for index in track(range(-2, sizes.probes), description="first token", console=console):
+                for place, numbers in places.items():
+                    number = numbers[index]  # the first two aren't counted, and are where they were put no more
+                    if index < 0:
+                        number = sizes.registered - 1 - index
+                    if place == "device" or index < 0:
+                        make_resident(store, [number % sizes.registered])
+                    name = f"probe {place} {index}"
+                    manager.add_request(
+                        prompt, name, 1, adapter_id=str(number % sizes.registered), record_timestamps=True
+                    )
+                    output = running.wait_for(name)
+                    if output.error:
+                        raise SystemExit(output.error)
+                    if index >= 0:
+                        found[place].append(output.timestamps[0] - output.created_time)
+                if running.has_ended:
+                    raise SystemExit("the requests beside which first tokens are timed ended too early")
+        for place, values in found.items():
+            records.append({
+                "what": "first token", "way": place, "room": room, "requests": len(values),
+                "ms_p50": round(statistics.median(values) * 1e3, 2), "ms_p90": round(percentile(values, 0.9) * 1e3, 2),
+                "of resident": round(statistics.median(values) / statistics.median(found["device"]), 3),
+                "captured": len(captured) - warm_up,
+            })  # fmt: skip
+        records += steps(sizes, store, manager, room)
+    for record in records:
+        console.print(record)
+    return records
+
+
+def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
+    """Time between tokens of those that run, while adapters are loaded that nobody asks for."""
+    in_host = list(range(sizes.running, sizes.running + min(sizes.host - sizes.running, 3 * room)))
+    if sizes.device == "cuda":
+        for start in range(0, len(in_host), 8):
+            make_resident(store, in_host[start : start + 8])
+    fresh = itertools.cycle(range(sizes.different, sizes.registered))
+    before = len(captured)
+    loads = {"nothing is loaded": None, "from host memory": itertools.cycle(in_host), "from files": fresh}
+    if sizes.device == "cpu":
+        del loads["from host memory"]
+    gaps: dict[str, list[float]] = {what: [] for what in loads}
+    rates: dict[str, float] = dict.fromkeys(loads, 0.0)
+    turns = [*loads.items()] * 2
+    for what, numbers in turns:
+        with Running(sizes, store, manager) as running:
+            first, begin, known = len(running.times), time.perf_counter(), store.stats().loads
+            while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended:
+                if numbers is None:
+                    time.sleep(0.01)
+                    continue
+                number = next(numbers)
+                store.prefetch(str(number))
+                deadline = time.perf_counter() + 1
+                while not store.is_loaded(store._names.ids[str(number)]) and time.perf_counter() < deadline:
+                    time.sleep(0.0005)
+            rates[what] += (store.stats().loads - known) / (time.perf_counter() - begin) / 2
+            gaps[what] += [after - before for before, after in itertools.pairwise(running.times[first:])]
+    quiet = gaps["nothing is loaded"]
+    return [
+        {
+            "what": "step", "way": what, "room": room, "requests": sizes.running,
+            "ms_p50": round(statistics.median(values) * 1e3, 3), "ms_p90": round(percentile(values, 0.9) * 1e3, 3),
+            "of resident": round(statistics.median(values) / statistics.median(quiet), 3),
+            "p90 of resident": round(percentile(values, 0.9) / percentile(quiet, 0.9), 3),
+            "loads_per_s": round(rates[what], 1), "captured": len(captured) - before,
+        }
+        for what, values in gaps.items()
+    ]  # fmt: skip
+
+
+def plot(records: list[dict], path: Path) -> None:
+    figure, (rates, firsts, gaps) = plt.subplots(1, 3, figsize=(14, 4))
+    found = [each for each in records if each["what"] == "throughput"]
+    for stream in dict.fromkeys(each["stream"] for each in found):
+        mine = [each for each in found if each["stream"] == stream and each["way"].startswith("room")]
+        rates.plot([each["room"] for each in mine], [each["of resident"] for each in mine], "o-", label=stream)
+    rates.axhline(1, color="gray", linestyle=":")
+    rates.set(
+        xlabel="adapters for which the device has room", ylabel="tokens per second, of all resident", ylim=(0, None)
+    )
+    rates.legend(fontsize=8)
+    for axis, what, label in ((firsts, "first token", "ms to the first token"), (gaps, "step", "ms between tokens")):
+        mine = [each for each in records if each["what"] == what]
+        names = [each["way"] for each in mine]
+        axis.barh(names, [each["ms_p90"] for each in mine], color="tab:gray", label="90 %")
+        axis.barh(names, [each["ms_p50"] for each in mine], color="tab:orange", label="median", height=0.5)
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"10,000 adapters, Llama-8B-shaped, 8 layers, {records[0]['gpu']}, commit {records[0]['commit']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    rooms: str = "",
+    rounds: int = 2,
+    tiny: bool = typer.Option(False, "--tiny"),
+    folder: Annotated[Path | None, typer.Option(help="where adapters are written; temporary files by default")] = None,
+    out: Path = RESULTS / "store_serving.csv",
+    commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
+) -> None:
+    """Measure throughput for each of ROOMS, then first tokens and steps with room for 64."""
+    if torch.cuda.is_available():
+        torch.cuda.CUDAGraph.capture_begin = counted
+    sizes = Sizes(tiny)
+    counts = [int(each) for each in (rooms or ("4,8,16" if tiny else "16,64,128")).split(",")]
+    begin = time.perf_counter()
+    root = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        write_adapters(sizes, root)
+        console.print(f"{sizes.registered} adapters written in {time.perf_counter() - begin:.0f} s")
+        model = build(sizes)
+        check(sizes, model, root)
+        known = versions(commit)
+        records = throughput(sizes, model, root, counts, rounds)
+        write([record | known for record in records], out)
+        records += latency(sizes, model, root, 16 if tiny else 64)
+        write([record | known for record in records], out, plot)
+    finally:
+        shutil.rmtree(root)
+    console.print(f"{time.perf_counter() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    typer.run(main)

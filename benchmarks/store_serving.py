@@ -154,9 +154,12 @@ def check(sizes: Sizes, model: Any, root: Path) -> list[int]:
         theirs.append(peft(prompts[number : number + 1]).logits[:, -1].float())
         peft.unload()
     wanted = torch.cat(theirs)
+    names = [str(number) for number in range(8)]
+    mb = peft_multibatch.enable(model)  # in older transformers, a model that is served can't be called
+    stored(sizes, mb, root, 8)
+    ours = model(prompts, adapter_ids=names).logits[:, -1].float()
+    mb.disable()
     with serving(sizes, model, root, 8) as (store, manager):
-        names = [str(number) for number in range(8)]
-        ours = model(prompts, adapter_ids=names).logits[:, -1].float()
         tokens = finish(manager, manager.add_requests(prompts.tolist(), adapter_ids=names))
         assert len(store) == sizes.registered
     error, effect = (float((each - wanted).norm() / wanted.norm()) for each in (ours, plain))
@@ -171,10 +174,8 @@ def check(sizes: Sizes, model: Any, root: Path) -> list[int]:
 # Sessions.
 
 
-@contextmanager
-def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[Any, Any]]:
-    """A store with room for so many adapters where the model computes, and a manager."""
-    mb = peft_multibatch.enable(model)
+def stored(sizes: Sizes, mb: Any, root: Path, room: int) -> Any:
+    """A store with room for so many adapters where the model computes."""
     block = sizes.bytes * 9 // 8 + 4096  # size classes are at most an eighth larger
     host = room if sizes.device == "cpu" else sizes.host
     # whoever ends and whoever begins in a step have a slot each
@@ -182,6 +183,14 @@ def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[A
     begin = time.perf_counter()
     registered = store.register_folder(root)
     console.print(f"room for {room}: {len(registered.names)} registered in {time.perf_counter() - begin:.2f} s")
+    return store
+
+
+@contextmanager
+def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[Any, Any]]:
+    """A store with room for so many adapters where the model computes, and a manager."""
+    mb = peft_multibatch.enable(model)
+    store = stored(sizes, mb, root, room)
     config = ContinuousBatchingConfig(
         use_cuda_graph=sizes.device == "cuda", allow_block_sharing=False, num_blocks=128,
         max_requests_per_batch=sizes.places, max_batch_tokens=1024,

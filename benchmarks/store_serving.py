@@ -21,7 +21,7 @@ own and the others are hard links to them; every folder is an adapter with memor
 
 CUDA graphs are counted as they are captured: sessions begin with rounds that aren't timed, until one captures none.
 Before anything is timed, rows of a mixed batch must be as near to those of PEFT's ``load_adapter`` as bfloat16 allows,
-and first tokens of continuous batching the same for seven of eight requests.
+and first tokens of continuous batching among its most likely ones.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def write_adapters(sizes: Sizes, root: Path) -> None:
 
 
 @torch.no_grad()
-def check(sizes: Sizes, model: Any, root: Path) -> list[int]:
-    """Hold a mixed batch to PEFT; the next tokens of these prompts under the adapters 0, 1, ..., as PEFT has them."""
+def check(sizes: Sizes, model: Any, root: Path) -> None:
+    """Hold a mixed batch, and first tokens of continuous batching, to what PEFT gives."""
     prompts = torch.randint(1, sizes.model["vocab_size"] - 1, (8, 24), generator=torch.Generator().manual_seed(3))
     prompts = prompts.to(sizes.device)
     plain = model(prompts).logits[:, -1].float()
@@ -163,12 +163,17 @@ def check(sizes: Sizes, model: Any, root: Path) -> list[int]:
         tokens = finish(manager, manager.add_requests(prompts.tolist(), adapter_ids=names))
         assert len(store) == sizes.registered
     error, effect = (float((each - wanted).norm() / wanted.norm()) for each in (ours, plain))
-    first = wanted.argmax(-1).tolist()
-    same = sum(mine[0] == theirs for mine, theirs in zip(tokens, first)) / len(first)
-    console.print(f"error against PEFT {error:.4f}, effect of the adapters {effect:.2f}, {same:.0%} of first tokens")
-    if not (error < 0.03 < 0.1 < effect and same >= 0.87):  # two roundings of bfloat16 are this far apart
+    # in bfloat16 the most likely tokens may change places; those of other weights are far below
+    behind, others = (
+        float(((wanted.max(-1).values - wanted[range(8), first]) / wanted.std(-1)).max())
+        for first in ([each[0] for each in tokens], plain.argmax(-1).tolist())
+    )
+    console.print(f"error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
+    console.print(
+        f"first tokens are up to {behind:.3f} deviations behind PEFT's, those of the base model {others:.3f}"
+    )
+    if not (error < 0.03 < 0.1 < effect and behind < 0.1 < others):  # two roundings of bfloat16 are this far apart
         raise SystemExit("nothing is timed")
-    return first
 
 
 # Sessions.

@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 from peft import PeftMixedModel, PeftModel
-from peft.functional import set_adapter
+from peft.functional import set_adapter, set_requires_grad
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
@@ -60,6 +60,7 @@ __all__ = [
     "push_saved_tensors_hooks",
     "saved_tensors_hooks",
     "set_adapter",
+    "set_requires_grad",
 ]
 
 logger = logging.get_logger(__name__)

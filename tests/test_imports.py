@@ -26,7 +26,17 @@ def test_nothing_optional_is_loaded():
     code = f"{dependencies}; before = set(sys.modules); import peft_multibatch"
     loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
     assert "peft_multibatch.api" in loaded
-    optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
+    optional = (
+        "triton",
+        "typer",
+        "rich",
+        "gguf",
+        "matplotlib",
+        "peft_multibatch.demo",
+        "peft_multibatch.ops.triton",
+        "peft_multibatch.training",
+        "transformers.trainer",
+    )
     assert [name for name in loaded if name.startswith(optional)] == []
 
 
@@ -106,6 +116,7 @@ WINGS = [
     "layers",
     "model",
     "continuous",
+    "training",
     "api",
 ]
 

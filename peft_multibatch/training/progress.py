@@ -1,0 +1,106 @@
+"""One adapter's run under way: its optimizer, its schedule, and what it has accumulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_multibatch.training.runs import Run
+
+
+class Progress:
+    """How far one adapter's run has come.
+
+    Attributes:
+        parameters: the adapter's, by their names in the model.
+        steps: steps of its optimizer so far.
+        stopped: why it doesn't go on, or the empty string.
+        batches: accumulated for the step to come.
+        loss: sum of losses in these.
+        items: what they are divided by.
+    """
+
+    def __init__(self, run: Run, parameters: dict[str, nn.Parameter]) -> None:
+        self.run, self.parameters = run, parameters
+        self.optimizer = run.build_optimizer(parameters.values())
+        self.schedule = run.build_schedule(self.optimizer)
+        self.steps, self.stopped = 0, ""
+        self.batches, self.loss, self.items = 0, 0.0, 0.0
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def has_gradients(self) -> bool:
+        """Whether backward has reached any of its parameters."""
+        return any(each.grad is not None for each in self.parameters.values())
+
+    def take(self, loss: float, items: float) -> None:
+        """A batch with rows of this adapter went through backward."""
+        self.batches, self.loss, self.items = self.batches + 1, self.loss + loss, self.items + items
+        if self.batches == 1 and self.is_due:
+            return  # gradients stay where they are
+        for name, each in self.parameters.items():
+            if each.grad is not None:
+                kept = self._kept.get(name)
+                # a copy, because DistributedDataParallel may write into the gradient's memory
+                self._kept[name] = each.grad.clone() if kept is None else kept.add_(each.grad)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough batches were accumulated for a step."""
+        return self.batches >= self.run.accumulate
+
+    def gather(self) -> None:
+        """Have all that was accumulated as gradients."""
+        for name, kept in self._kept.items():
+            self.parameters[name].grad = kept
+        self._kept = {}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are."""
+        return [each.grad for each in self.parameters.values() if each.grad is not None]
+
+    def normalize(self) -> Tensor:
+        """Divide the gradients by what they are sums over, and give their norm."""
+        gradients = self.gradients()
+        torch._foreach_div_(gradients, self.items)
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, norm: Tensor) -> None:
+        """A step of the optimizer and its schedule."""
+        if self.run.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.run.max_grad_norm, norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.steps += 1
+        if self.run.steps is not None and self.steps >= self.run.steps:
+            self.stopped = f"it has finished its {self.steps} steps"
+
+    def clear(self) -> None:
+        """Forget what was accumulated."""
+        self.batches, self.loss, self.items = 0, 0.0, 0.0
+        self._kept = {}
+
+    def zero_grad(self) -> None:
+        for each in self.parameters.values():
+            each.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "kept": self._kept,
+            **{name: getattr(self, name) for name in ("steps", "stopped", "batches", "loss", "items")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._kept = {name: kept.clone().to(self.parameters[name].device) for name, kept in state["kept"].items()}
+        for name in ("steps", "stopped", "batches", "loss", "items"):
+            setattr(self, name, state[name])

@@ -1,8 +1,18 @@
 """Training many adapters in one run, each of which moves as it would in a run of its own."""
 
+from peft_multibatch.training.data import AdapterBatchSampler, AdapterCollator, MixedDataset
 from peft_multibatch.training.losses import sample_losses
 from peft_multibatch.training.optimizer import AdapterOptimizer
 from peft_multibatch.training.runs import Run
+from peft_multibatch.training.trainer import MultiAdapterTrainer
 
 
-__all__ = ["AdapterOptimizer", "Run", "sample_losses"]
+__all__ = [
+    "AdapterBatchSampler",
+    "AdapterCollator",
+    "AdapterOptimizer",
+    "MixedDataset",
+    "MultiAdapterTrainer",
+    "Run",
+    "sample_losses",
+]

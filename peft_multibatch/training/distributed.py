@@ -68,8 +68,8 @@ class Ranks:
             for each in wanted:
                 if each.grad is None:
                     each.grad = torch.zeros_like(each)
-            for dtype in {each.dtype for each in wanted}:
+            for dtype in dict.fromkeys(each.dtype for each in wanted):  # in the same order everywhere
                 some = [each for each in wanted if each.dtype == dtype]
-                flat = self.sum(torch.cat([each.grad.flatten() for each in some]))
+                flat = self.sum(torch.cat([each.grad.flatten() for each in some if each.grad is not None]))
                 for each, part in zip(some, flat.split([each.numel() for each in some])):
                     each.grad = part.view_as(each)

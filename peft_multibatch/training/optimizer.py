@@ -44,6 +44,7 @@ class AdapterOptimizer:
         steps: how many steps each adapter has made.
         stopped: adapters that don't go on, and why.
         running: adapters that do.
+        moved: what ``step`` or ``flush`` returned last.
 
     Raises:
         NotEnabledError: ``enable`` was not called on the model.
@@ -81,6 +82,7 @@ class AdapterOptimizer:
         self._norms = [each for each in self._handle._inner.modules() if isinstance(each, _BatchNorm)]
         self._places = {name: place for place, name in enumerate(runs)}
         self._noted: list[Tensor] = []
+        self.moved: dict[str, dict[str, float]] = {}
 
     @property
     def steps(self) -> dict[str, int]:
@@ -96,7 +98,7 @@ class AdapterOptimizer:
 
     @property
     def lrs(self) -> dict[str, float]:
-        """The learning rate of every adapter's step to come."""
+        """The learning rate of each adapter's next step."""
         return {name: each.lr for name, each in self._runs.items()}
 
     def loss(self, losses: Tensor, items: Tensor, adapter_ids: Any) -> Tensor:
@@ -168,13 +170,15 @@ class AdapterOptimizer:
                 no gradients.
         """
         counted = self._count()
-        for name, (loss, items) in counted.items():
+        for name, (loss, _) in counted.items():
             if not math.isfinite(loss):
                 self.stop(name, f"its loss was {loss} at step {self._runs[name].steps + 1}")
-            else:
-                self._runs[name].take(loss, items)
-        due = [name for name in counted if not self._runs[name].stopped and self._runs[name].is_due]
-        return self._move(due)
+        runs = {name: self._runs[name] for name in counted if not self._runs[name].stopped}
+        # also of those that aren't due, so that every process has the same state
+        self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
+        for name, each in runs.items():
+            each.take(*counted[name])
+        return self._move([name for name, each in runs.items() if each.is_due])
 
     def flush(self) -> dict[str, dict[str, float]]:
         """Move the adapters that have accumulated fewer batches than they want, at the end of a run."""
@@ -285,13 +289,12 @@ class AdapterOptimizer:
         runs = {name: self._runs[name] for name in names}
         for each in runs.values():
             each.gather()
-        self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
         norms = {name: each.normalize() for name, each in runs.items()}
         values = torch.stack([norm.float().cpu() for norm in norms.values()]).tolist() if norms else []
-        moved = {}
+        self.moved = {}
         for (name, each), norm in zip(runs.items(), values):
             if math.isfinite(norm):
-                moved[name] = {
+                self.moved[name] = {
                     "loss": each.loss / each.items, "grad_norm": norm, "lr": each.lr, "items": each.items,
                 }  # fmt: skip
                 each.step(norms[name])
@@ -300,4 +303,4 @@ class AdapterOptimizer:
                 self.stop(name, f"its gradient had a norm of {norm} at step {each.steps + 1}")
         for each in self._runs.values():
             each.zero_grad()
-        return moved
+        return self.moved

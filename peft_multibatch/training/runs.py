@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import get_scheduler
+from transformers.optimization import get_scheduler
 
 from peft_multibatch.errors import UnsupportedError
 
@@ -27,12 +27,12 @@ class Run:
         max_grad_norm: clip the norm of this adapter's gradient; None or 0 doesn't clip.
         schedule: a name that ``transformers.get_scheduler`` knows, such as ``"linear"`` or ``"cosine"``, or a function
             that takes the optimizer and returns a scheduler; constant if None. It advances with this adapter's steps.
-        warmup_steps: steps of the adapter during which the learning rate rises.
+        warmup_steps: steps of the adapter during which the learning rate rises; none if None.
         schedule_options: further arguments of a schedule that is given by name.
         accumulate: batches with rows of this adapter that make one step of its optimizer.
         steps: steps of its optimizer after which the adapter is finished, and over which its schedule is spread.
-        batch_size: rows of this adapter in a batch, over all processes; only ``MultiAdapterTrainer`` reads this and
-            what follows. By default the trainer's batch size is divided by ``weight``.
+        batch_size: rows of this adapter in a batch, over all processes. This and what follows is for
+            ``MultiAdapterTrainer``, which shares its batch size among adapters if no run has one.
         weight: its share of a batch, relative to other adapters' weights; by default the size of its dataset.
         train_dataset: its rows.
         eval_dataset: rows on which it is evaluated.
@@ -45,7 +45,7 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     max_grad_norm: float | None = None
     schedule: str | Callable[[Optimizer], LRScheduler] | None = None
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     schedule_options: Mapping[str, Any] | None = None
     accumulate: int = 1
     steps: int | None = None
@@ -65,9 +65,11 @@ class Run:
 
     def build_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """The optimizer of these parameters."""
-        given = {"lr": self.lr, "weight_decay": self.weight_decay}
-        options = {name: value for name, value in given.items() if value is not None}
-        return (self.optimizer or AdamW)(list(parameters), **options, **self.options)
+        options = dict(self.options)
+        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            if value is not None:
+                options[name] = value
+        return (self.optimizer or AdamW)(list(parameters), **options)
 
     def build_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """The schedule of an optimizer's learning rate.
@@ -79,7 +81,7 @@ class Run:
             schedule = self.schedule(optimizer)
         else:
             schedule = get_scheduler(
-                self.schedule or "constant_with_warmup", optimizer, self.warmup_steps, self.steps,
+                self.schedule or "constant_with_warmup", optimizer, self.warmup_steps or 0, self.steps,
                 scheduler_specific_kwargs=self.schedule_options,
             )  # fmt: skip
         if isinstance(schedule, ReduceLROnPlateau) or not isinstance(schedule, LRScheduler):

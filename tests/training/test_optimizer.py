@@ -9,8 +9,8 @@ import torch
 import transformers
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
-from runs import ADAPTERS, STEPS, adamw_runs, alone, batch_of, has_rows, mixed_batch, sgd_runs
 from tolerances import assert_close, relative_error
+from training_runs import ADAPTERS, STEPS, adamw_runs, alone, batch_of, has_rows, mixed_batch, sgd_runs
 
 import peft_multibatch
 from peft_multibatch import errors

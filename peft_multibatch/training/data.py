@@ -1,0 +1,193 @@
+"""Whose every row is, from datasets to batches: a dataset of all, batches of rows of several, a collator."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import default_data_collator
+
+from peft_multibatch.errors import AdapterIdsError
+from peft_multibatch.plan.ids import BASE_NAME
+
+
+COLUMN = "adapter_ids"
+"""The column, and the model's argument, that says whose a row is."""
+
+
+class MixedDataset(Dataset):
+    """Rows of several datasets, one after the other, each with its adapter's name in the column ``adapter_ids``.
+
+    Args:
+        datasets: a dataset for every adapter, with a length, and dictionaries as rows.
+
+    Attributes:
+        sizes: rows of every adapter.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any]) -> None:
+        self.datasets = dict(datasets)
+        self.sizes = {name: len(each) for name, each in self.datasets.items()}
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row; with an index below zero, counted from the end, it runs under the base model and trains nothing."""
+        is_filler, index = index < 0, index % len(self)
+        for name, size in self.sizes.items():
+            if index < size:
+                return {**self.datasets[name][index], COLUMN: BASE_NAME if is_filler else name}
+            index -= size
+        raise IndexError(index)
+
+
+class AdapterBatchSampler(Sampler[list[int]]):
+    """Batches of rows of several datasets, for a ``MixedDataset``.
+
+    An epoch goes once through every dataset, each in an order of its own that depends on the seed, the epoch and its
+    name alone. Where a dataset has ended before the others, its part of a batch is empty. So which rows an adapter
+    sees, and in which of its batches, doesn't depend on the other adapters' stopping.
+
+    Args:
+        sizes: rows of every adapter's dataset, such as ``MixedDataset.sizes``.
+        batch_size: rows in a batch over all processes, shared among adapters by weight; or a number for each adapter.
+        weights: shares of adapters, with one number for all; by default the sizes, so that all datasets end together.
+        seed: of the orders; None leaves rows in order.
+        rank: which of the processes this is.
+        processes: how many there are, each of which gets its part of every batch. One that gets nothing has a row of
+            the base model. Leave both out where accelerate's ``prepare`` gives each process batches of its own.
+
+    Attributes:
+        stopped: names of adapters whose rows are left out from now on.
+
+    Example:
+        ```python
+        dataset = MixedDataset({"sql": sql_rows, "poet": poet_rows})
+        sampler = AdapterBatchSampler(dataset.sizes, batch_size=16, weights={"sql": 3, "poet": 1}, seed=0)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=AdapterCollator())
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            for batch in loader: ...
+        ```
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        batch_size: int | Mapping[str, int],
+        weights: Mapping[str, float] | None = None,
+        seed: int | None = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.sizes, self.seed, self.rank, self.processes = dict(sizes), seed, rank, processes
+        shares = sizes if weights is None else weights
+        if isinstance(batch_size, Mapping):
+            shares = batch_size
+            batch_size = sum(batch_size[name] for name in sizes)
+        if not all(sizes.values()) or not all(shares.get(name, 0) > 0 for name in sizes):
+            raise ValueError(
+                f"AdapterBatchSampler got datasets of {dict(sizes)} rows and shares of {dict(shares)}: expected rows "
+                "and a positive number for every adapter."
+            )
+        total = sum(shares[name] for name in sizes)
+        self._shares = {name: batch_size * shares[name] / total for name in sizes}
+        self._batch_size = batch_size
+        self.stopped: Collection[str] = ()
+        self._epoch = self._start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that is iterated next.
+
+        Args:
+            epoch: its number, from which the orders follow.
+            start: how many of its batches to leave out, to go on where a run was interrupted.
+        """
+        self._epoch, self._start = epoch, start
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._counts())
+
+    def batches(self, total: int) -> dict[str, int]:
+        """In how many of a number of batches each adapter has rows."""
+        found, length = dict.fromkeys(self.sizes, 0), len(self)
+        for place, counts in enumerate(self._counts()):
+            times = math.ceil((total - place) / length)  # epochs that get that far
+            for name in counts:
+                found[name] += max(times, 0)
+        return found
+
+    def __iter__(self) -> Iterator[list[int]]:
+        orders, offsets, taken = {}, {}, dict.fromkeys(self.sizes, 0)
+        offset = 0
+        for name, size in self.sizes.items():
+            orders[name], offsets[name] = list(range(size)), offset
+            if self.seed is not None:
+                random.Random(f"{self.seed}/{self._epoch}/{name}").shuffle(orders[name])
+            offset += size
+        start, self._start = self._start, 0
+        for place, counts in enumerate(self._counts()):
+            rows: list[int] = []
+            for name, count in counts.items():
+                if name not in self.stopped:
+                    own = orders[name][taken[name] : taken[name] + count]
+                    rows.extend(offsets[name] + row for row in own)
+                taken[name] += count
+            if place >= start:
+                yield rows[self.rank :: self.processes] or [(rows[0] if rows else 0) - offset]
+
+    def _counts(self) -> Iterator[dict[str, int]]:
+        """For every batch of an epoch, how many rows of which adapters it has."""
+        left, credit = dict(self.sizes), dict.fromkeys(self.sizes, 0.0)
+        while any(left.values()):
+            for name, share in self._shares.items():
+                credit[name] += share
+            wanted = {name: max(math.floor(each), 0) for name, each in credit.items()}
+            missing = self._batch_size - sum(wanted.values())
+            for name in sorted(credit, key=lambda name: wanted[name] - credit[name])[: max(missing, 0)]:
+                wanted[name] += 1
+            for name, count in wanted.items():
+                credit[name] -= count
+            counts = {name: min(count, left[name]) for name, count in wanted.items() if count and left[name]}
+            for name, count in counts.items():
+                left[name] -= count
+            if counts:
+                yield counts
+
+
+class AdapterCollator:
+    """A collator that puts the column ``adapter_ids`` into the batch, and leaves all else to another one.
+
+    Args:
+        inner: what makes batches of rows without that column; transformers' default collator if None.
+
+    Raises:
+        AdapterIdsError: a row lacks the column.
+
+    Example:
+        ```python
+        collator = AdapterCollator(DataCollatorWithPadding(tokenizer))
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
+        ```
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any] | None = None) -> None:
+        self.inner = default_data_collator if inner is None else inner
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        missing = [place for place, row in enumerate(rows) if row.get(COLUMN) is None]
+        if missing:
+            raise AdapterIdsError(
+                f"row {missing[0]} of a batch has no {COLUMN} (one of {len(missing)} such rows): expected an id or a "
+                f"name in every row. Add the column {COLUMN!r} to the dataset; with TRL's trainers pass "
+                "remove_unused_columns=False as well."
+            )
+        ids = [row[COLUMN] for row in rows]
+        batch = self.inner([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
+        batch[COLUMN] = ids if any(isinstance(each, str) for each in ids) else torch.as_tensor(ids)
+        return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.call import Call
-from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.errors import AdapterIdsError, RowMappingError, UnsupportedError
+from peft_multibatch.layers.patch import STATE
 from peft_multibatch.plan.ids import Entry
 
 
@@ -26,6 +28,17 @@ LOOPS = ("encode", "predict")
 
 FOLLOWED = f"peft_multibatch.model.{SENTENCES}"
 """The module by which inputs in these loops are followed."""
+
+TRAINERS = "transformers.trainer"
+"""The module of transformers' Trainer, from which TRL's are derived."""
+
+STEPS = ("training_step", "prediction_step", "compute_loss")
+"""Its methods that call the model."""
+
+COLUMNS = ("adapter_ids", "adapter_names")
+"""Columns of a dataset that say whose a row is."""
+
+_columns: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
 def reads(model: nn.Module, keyword: str, custom_generate: Any = None) -> bool:
@@ -60,6 +73,64 @@ def check_order(entries: Sequence[Entry]) -> None:
                 "SentenceTransformer or CrossEncoder itself to peft_multibatch.enable."
             )
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def check_trainer(handle: Any, has_ids: bool) -> None:
+    """Raise where a Trainer calls an enabled model, and rows would run under other adapters than their own.
+
+    Args:
+        handle: of the model.
+        has_ids: ids were passed, or are active.
+
+    Raises:
+        AdapterIdsError: the Trainer's dataset has ids, which were lost on the way.
+        UnsupportedError: it is one of TRL's that compare the model with a reference, which would have the same ids.
+    """
+    if TRAINERS not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame.f_code.co_name not in STEPS or not isinstance(
+        frame.f_locals.get("self"), sys.modules[TRAINERS].Trainer
+    ):
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+    trainer = frame.f_locals["self"]
+    if getattr(trainer.model, STATE, None) is not handle:
+        return
+    name = type(trainer).__name__
+    if has_ids:
+        if hasattr(trainer, "ref_model") and frame.f_globals["__name__"].startswith("trl."):
+            raise UnsupportedError(
+                f"{name} called a model with ids, which would hold for its reference as well: expected none. Train "
+                "one adapter at a time without ids, or write a loop in which policies and references are ids, as "
+                "examples/dpo_reference.py does."
+            )
+        return
+    if trainer not in _columns:
+        _columns[trainer] = _column_of(trainer)
+    column = _columns[trainer]
+    if column is not None:
+        raise AdapterIdsError(
+            f"the dataset of {name} has a column {column!r} that didn't reach the model: expected ids for every "
+            "batch. Pass data_collator=peft_multibatch.training.AdapterCollator(...), and to TRL's SFTTrainer "
+            "remove_unused_columns=False as well. TRL's other trainers know no ids: train one adapter at a time, or "
+            "write a loop as examples/dpo_reference.py does."
+        )
+
+
+def _column_of(trainer: Any) -> str | None:
+    """The column with ids of a Trainer's datasets, or None."""
+    given = [getattr(trainer, "train_dataset", None), getattr(trainer, "eval_dataset", None)]
+    for dataset in [each for part in given for each in (part.values() if isinstance(part, Mapping) else [part])]:
+        names = getattr(dataset, "column_names", None)
+        if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+            row = dataset[0]
+            names = [*row] if isinstance(row, Mapping) else None
+        for name in names or ():
+            if name in COLUMNS:
+                return name
+    return None
 
 
 def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None:

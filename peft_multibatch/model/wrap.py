@@ -24,7 +24,7 @@ from peft_multibatch.errors import (
 )
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.layers.table import is_dual_encoder
-from peft_multibatch.model.callers import cache_of, check_order, check_prompts, reads
+from peft_multibatch.model.callers import cache_of, check_order, check_prompts, check_trainer, reads
 from peft_multibatch.plan.ids import check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
 
@@ -84,6 +84,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         if adapter_ids is not None and handle is None:
             raise copy_error()
         call = handle._router.look() if handle is not None and adapter_ids is None else None
+        if handle is not None and (call is None or not call.inside):
+            check_trainer(handle, adapter_ids is not None or call is not None)
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
         samples = _num_samples(self, args, kwargs)

@@ -78,7 +78,7 @@ def alone(
     parameters = {key: each for key, each in model.named_parameters() if each.requires_grad}
     decay = {} if run.weight_decay is None else {"weight_decay": run.weight_decay}
     optimizer = (run.optimizer or torch.optim.AdamW)(parameters.values(), lr=run.lr, **decay, **run.options)
-    schedule = get_scheduler(run.schedule or "constant_with_warmup", optimizer, run.warmup_steps, run.steps)
+    schedule = get_scheduler(run.schedule or "constant_with_warmup", optimizer, run.warmup_steps or 0, run.steps)
     waiting, losses = [], []
     for step in range(steps):
         if not has_rows(name, step):

@@ -32,8 +32,9 @@ class AdapterOptimizer:
     ``close``.
 
     With several processes every one calls ``step`` equally often; gradients are added up over all of them and divided
-    by the items of all, so that a process may lack rows of an adapter. DistributedDataParallel isn't needed, and does
-    no harm with ``find_unused_parameters=True``.
+    by the items of all, so that a process may lack rows of an adapter. DistributedDataParallel isn't needed. Around
+    the model it does no harm if it was made after the optimizer, with ``find_unused_parameters=True``, and every
+    process has rows of some adapter in every batch.
 
     Args:
         model: an enabled model.

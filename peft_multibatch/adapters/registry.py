@@ -191,10 +191,10 @@ class Registry:
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
-    def changing(self, number: int) -> AbstractContextManager[None]:
-        """A block in which a stored adapter changes, while no request that began with it is under way."""
+    def changing(self, *numbers: int) -> AbstractContextManager[None]:
+        """A block in which adapters change, while no request that began with one of them is under way."""
         guard = self.guard() if self.guard is not None else None
-        return nullcontext() if guard is None else guard(number)
+        return nullcontext() if guard is None or not numbers else guard(*numbers)
 
     def current(self, number: int) -> AnyAdapter | None:
         """The version that was read last, which needn't be what PEFT has now."""

@@ -122,7 +122,8 @@ def check_trainer(handle: Any, has_ids: bool) -> None:
 def _column_of(trainer: Any) -> str | None:
     """The column with ids of a Trainer's datasets, or None."""
     given = [getattr(trainer, "train_dataset", None), getattr(trainer, "eval_dataset", None)]
-    for dataset in [each for part in given for each in (part.values() if isinstance(part, Mapping) else [part])]:
+    datasets: list[Any] = [each for part in given for each in (part.values() if isinstance(part, Mapping) else [part])]
+    for dataset in datasets:
         names = getattr(dataset, "column_names", None)
         if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
             row = dataset[0]

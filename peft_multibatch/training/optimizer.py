@@ -161,7 +161,8 @@ class AdapterOptimizer:
     def step(self) -> dict[str, dict[str, float]]:
         """Take the gradients of what went through backward, and move the adapters that are due.
 
-        Gradients are None afterwards; what is accumulated is kept elsewhere.
+        Gradients are None afterwards; what is accumulated is kept elsewhere. While continuous batching runs on the
+        model, requests that have begun under an adapter end before it moves, with the weights they began with.
 
         Returns:
             For every adapter that moved: ``loss`` per item, ``grad_norm`` before it was clipped, ``lr``, ``items``.
@@ -293,15 +294,19 @@ class AdapterOptimizer:
         norms = {name: each.normalize() for name, each in runs.items()}
         values = torch.stack([norm.float().cpu() for norm in norms.values()]).tolist() if norms else []
         self.moved = {}
-        for (name, each), norm in zip(runs.items(), values):
-            if math.isfinite(norm):
+        finite = {name: norm for name, norm in zip(runs, values) if math.isfinite(norm)}
+        registry = self._handle._registry
+        with registry.changing(*(registry.names.ids[name] for name in finite)):
+            for name, norm in finite.items():
+                each = runs[name]
                 self.moved[name] = {
                     "loss": each.loss / each.items, "grad_norm": norm, "lr": each.lr, "items": each.items,
                 }  # fmt: skip
                 each.step(norms[name])
                 each.clear()
-            else:
-                self.stop(name, f"its gradient had a norm of {norm} at step {each.steps + 1}")
+        for name, norm in zip(runs, values):
+            if name not in finite:
+                self.stop(name, f"its gradient had a norm of {norm} at step {runs[name].steps + 1}")
         for each in self._runs.values():
             each.zero_grad()
         return self.moved

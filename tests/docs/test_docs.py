@@ -22,7 +22,8 @@ PAGES = [
 # transformers 5.17 says so of offloaded models
 @pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type")
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_snippets_run(page, capsys):
+def test_snippets_run(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(compile(snippet, str(page), "exec"), names)
@@ -33,14 +34,17 @@ ELSEWHERE = ("train_adapters", "ray_batch_inference")
 OPTIONS = {
     "accelerate_generate": ["--max-new-tokens", "4"],  # which test_accelerate.py runs with a small model
     "thousands_of_adapters": ["--adapters", "40", "--requests", "16", "--new-tokens", "3", "--room", "3MB"],
+    "train_many": ["--steps", "3", "--rows", "1", "--length", "32"],
+    "sweep": ["--steps", "2", "--length", "16"],
 }
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(path):
-    """Each compares every row with PEFT and fails where they differ."""
-    done = subprocess.run([sys.executable, path, *OPTIONS.get(path.stem, [])], capture_output=True, text=True)
+def test_examples_run(path, tmp_path):
+    """Each compares with PEFT and fails where they differ."""
+    command = [sys.executable, path, *OPTIONS.get(path.stem, [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "as PEFT says" in done.stdout
 

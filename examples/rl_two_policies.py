@@ -29,7 +29,8 @@ config = LlamaConfig(
     vocab_size=64, eos_token_id=None, initializer_range=0.1,
 )  # fmt: skip
 targets = ["q_proj", "v_proj", "down_proj"]
-model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules=targets), adapter_name="even")
+lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets)
+model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="even")
 model.add_adapter("odd", LoraConfig(r=4, lora_alpha=16, target_modules=targets))
 mb = peft_multibatch.enable(model.eval())
 

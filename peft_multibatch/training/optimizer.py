@@ -266,24 +266,24 @@ class AdapterOptimizer:
         sums = torch.stack(noted).sum(0) if noted else torch.zeros(2, len(self._runs), device=device)
         self._noted.clear()
         for (name, each), items in zip(self._runs.items(), sums[1].tolist()):
-            has_gradients = each.has_gradients()
-            if has_gradients and not noted and not each.stopped:
-                raise ModelStateError(
-                    f"step found gradients of {name!r} whose loss it doesn't know, and which it can't divide by what "
-                    "is that adapter's own: expected losses through AdapterOptimizer.loss. Write "
-                    "optimizer.loss(losses, items, adapter_ids).backward()."
-                )
-            if items and not has_gradients and not each.stopped:
+            if items and not each.stopped and not each.has_gradients():
                 raise ModelStateError(
                     f"{name!r} had rows in a batch and got no gradients: expected parameters that are trained. Was it "
                     "frozen by set_adapter, or deleted and added again? Close the optimizer and begin another one."
                 )
         losses, everywhere = (self._ranks.sum(sums) if self._ranks.size > 1 else sums).tolist()
-        found = {name: (loss, items) for name, loss, items in zip(self._runs, losses, everywhere) if items}
-        for name, each in self._runs.items():
-            if name not in found or each.stopped:
-                found.pop(name, None)
-                each.zero_grad()  # compiled code leaves zeros
+        found = {}
+        for (name, each), loss, items in zip(self._runs.items(), losses, everywhere):
+            if items and not each.stopped:
+                found[name] = loss, items
+                continue
+            if not each.stopped and each.has_gradients(other_than_zero=True):
+                raise ModelStateError(
+                    f"step found gradients of {name!r} whose loss it doesn't know, and which it can't divide by what "
+                    "is that adapter's own: expected losses through AdapterOptimizer.loss. Write "
+                    "optimizer.loss(losses, items, adapter_ids).backward()."
+                )
+            each.zero_grad()  # compiled code leaves zeros
         return found
 
     def _move(self, names: list[str]) -> dict[str, dict[str, float]]:

@@ -35,9 +35,9 @@ class Progress:
         """The learning rate of the step to come."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def has_gradients(self) -> bool:
+    def has_gradients(self, other_than_zero: bool = False) -> bool:
         """Whether backward has reached any of its parameters."""
-        return any(each.grad is not None for each in self.parameters.values())
+        return any(not other_than_zero or bool(each.any()) for each in self.gradients())
 
     def take(self, loss: float, items: float) -> None:
         """A batch with rows of this adapter went through backward."""

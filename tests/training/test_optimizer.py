@@ -246,6 +246,19 @@ def test_rows_of_the_base_model_count_for_nothing():
     assert optimizer.step() == {}
 
 
+def test_rows_without_labels_are_no_batch():
+    """Of an adapter that accumulates, or whose schedule would go on."""
+    model, _ = enabled()
+    optimizer, ids = AdapterOptimizer(model, {name: Run(lr=0.1) for name in ADAPTERS}), ["three", "four", "eight"]
+    batch = batch_of("eight", 0)
+    labels = batch.pop("labels")
+    labels[1] = -100
+    losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    optimizer.loss(losses, items, ids).backward()
+    assert optimizer.step().keys() == {"three", "eight"}
+    assert optimizer.steps["four"] == 0
+
+
 def test_close_restores_what_has_gradients():
     model, _ = enabled()
     model.set_adapter("four")
@@ -375,6 +388,14 @@ class TestRefused:
         optimizer = AdapterOptimizer(model, adamw_runs())
         model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
         with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' whose loss it doesn't know"):
+            optimizer.step()
+
+    def test_a_loss_beside_those_that_were_counted(self):
+        model, _ = enabled()
+        optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
+        losses, items = self.losses(model, ids)
+        (optimizer.loss(losses[:2], items[:2], ids[:2]) + losses[2]).backward()
+        with pytest.raises(errors.ModelStateError, match=r"gradients of 'eight' whose loss it doesn't know"):
             optimizer.step()
 
     def test_an_adapter_that_was_frozen(self):

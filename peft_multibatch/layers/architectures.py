@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
@@ -23,9 +24,6 @@ TILED_ROWS = "its rows are tiled, so that a sample's don't stand side by side"
 # By model type, layers whose names (with # for numbers) match, and why adapters in them can't take part.
 REFUSED: dict[str, dict[str, str]] = {
     "dia": {"": TILED_ROWS},
-    "fsmt": {"": POSITIONS_FIRST},
-    "led": {"": POSITIONS_FIRST},
-    "longformer": {"": POSITIONS_FIRST},
     "mask2former": {"": POSITIONS_FIRST},
     "musicgen": {"": TILED_ROWS},
     "musicgen_decoder": {"": TILED_ROWS},
@@ -33,8 +31,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "musicgen_melody_decoder": {"": TILED_ROWS},
     "oneformer": {"": POSITIONS_FIRST},
     "vibevoice": {"": TILED_ROWS},
-    "xlnet": {"": POSITIONS_FIRST},
 }
+
+LONGFORMER = ("query", "key", "value", "query_global", "key_global", "value_global")
 
 # By model type, layers that have the samples in a later dimension, and in which.
 SAMPLES_BEHIND: dict[str, dict[str, int]] = {
@@ -44,6 +43,10 @@ SAMPLES_BEHIND: dict[str, dict[str, int]] = {
         "initial_token_classifier": 1,
         "subsequent_token_classifier": 1,
     },
+    "fsmt": dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), 1),
+    "led": dict.fromkeys(LONGFORMER, 1),
+    "longformer": dict.fromkeys(LONGFORMER, 1),
+    "xlnet": dict.fromkeys(("layer_1", "layer_2"), 1),
 }
 
 # By model type, layers that are given all samples, and then all of them again: as prompts, patches, groups of queries.
@@ -74,25 +77,42 @@ def look_up(model: nn.Module) -> bool:
     return is_tried
 
 
-def why_refused(config: Any, name: str) -> str:
-    """Why adapters in a layer can't take part; the empty string where nothing is known against them.
+def types_around(model: Any, name: str) -> dict[str, None]:
+    """The model types that a layer belongs to, from that of the model to that of the innermost one that holds it.
 
     Args:
-        config: the model's transformers configuration, or None.
+        model: it may be made of others, as an ``EncoderDecoderModel`` is.
+        name: the layer's name in it.
+    """
+    found: dict[str, None] = {}
+    for part in ("", *name.split(".")):
+        model = getattr(model, part, None) if part else model
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if isinstance(model_type, str):
+            found[model_type] = None
+    return found
+
+
+def why_refused(types: Iterable[str], name: str) -> tuple[str, str]:
+    """Why adapters in a layer can't take part, and the model type of which that is known; empty strings if nothing is.
+
+    Args:
+        types: those around it.
         name: the layer's name in the model.
     """
     numbered = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
-    refused = REFUSED.get(getattr(config, "model_type", ""), {})
-    return next((reason for layers, reason in refused.items() if re.search(layers, numbered)), "")
+    known = (
+        (why, each) for each in types for layers, why in REFUSED.get(each, {}).items() if re.search(layers, numbered)
+    )
+    return next(known, ("", ""))
 
 
-def dim_of_samples(config: Any, name: str) -> int:
+def dim_of_samples(types: Iterable[str], name: str) -> int:
     """The dimension in which a layer has the samples, 0 where nothing else is known."""
-    behind = SAMPLES_BEHIND.get(getattr(config, "model_type", ""), {})
-    return next((dim for part, dim in behind.items() if part in name.split(".")), 0)
+    parts = name.split(".")
+    return next((dim for each in types for part, dim in SAMPLES_BEHIND.get(each, {}).items() if part in parts), 0)
 
 
-def is_tiled(config: Any, name: str) -> bool:
+def is_tiled(types: Iterable[str], name: str) -> bool:
     """Whether a layer is given all samples again and again, one after the other each time."""
-    layers = TILED.get(getattr(config, "model_type", ""))
-    return layers is not None and re.search(layers, name) is not None
+    return any(re.search(TILED[each], name) for each in types if each in TILED)

@@ -141,10 +141,11 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     tuner = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     if handler is None or (isinstance(layer, BaseTunerLayer) and tuner not in TUNERS):
         raise UnsupportedError(f"{name} is a {type(layer).__module__}.{kind}: {expected}. {advice}")
-    known = architectures.why_refused(config, name)
-    if config is not None and known:
+    types = architectures.types_around(model, name)
+    known, model_type = architectures.why_refused(types, name)
+    if known:
         raise UnsupportedError(
-            f"{name} belongs to a model of the type {config.model_type!r}, and {known}: {expected}. {advice}"
+            f"{name} belongs to a model of the type {model_type!r}, and {known}: {expected}. {advice}"
         )
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():
@@ -179,10 +180,10 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
         shards.check_gathered(name, layer, advice)
     elif shards.is_sharded(layer):
         shards.check(name, layer, advice)
-    behind = architectures.dim_of_samples(config, name)
+    behind = architectures.dim_of_samples(types, name)
     if behind:
         return PER_SEGMENT_ALONG[behind], f"its samples are in dimension {behind}"
-    if architectures.is_tiled(config, name):
+    if architectures.is_tiled(types, name):
         return tiled, "the model gives it all samples more than once"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,46 @@ def test_examples_run(path):
     done = subprocess.run([sys.executable, path, *OPTIONS.get(path.stem, [])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "as PEFT says" in done.stdout
+
+
+# layers, hidden size, intermediate size, heads, heads of keys and values, head size: of the models' config.json
+SIZED = {
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, 64),
+    "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 64),
+    "Qwen2.5-7B": (28, 3584, 18944, 28, 4, 128),
+    "Mistral-7B": (32, 4096, 14336, 32, 8, 128),
+    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128),
+    "Llama-3.1-70B": (80, 8192, 28672, 64, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_of_adapters(name):
+    """The table of docs/store.md, by the formula that stands above it."""
+    page = (ROOT / "docs" / "store.md").read_text()
+    names: dict[str, object] = {}
+    exec(
+        next(each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def " in each).split("\n\n\n")[
+            0
+        ],
+        names,
+    )
+    layers, hidden, intermediate, heads, groups, head = SIZED[name]
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=head, vocab_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    sizes = [
+        names["adapter_bytes"](model, targets, rank, each)
+        for targets, rank in ((["q_proj", "v_proj"], 8), (every, 16))
+        for each in (4, 2)
+    ]
+    row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    assert cells == [*(f"{size / 1e6:.1f} MB" for size in sizes), str(int(8e9 // sizes[-1]))]
 
 
 def test_the_readme_is_short():

@@ -14,7 +14,7 @@ projections (0.6 MB). Their folders are hard links to 50 different ones. What is
   there.
 - ``load_adapter``: the same for PEFT's, of the same files, into a model with as many other adapters as ``--present``
   says; these were added the quick way of registry.py, because PEFT takes an hour for the last of them. Both are timed
-  in turns, and the ratio is the median over rounds.
+  in turns, on the clock and by what the CPU spends on all threads, and ratios are medians over rounds.
 
 Before anything is timed, rows of a mixed batch must equal those of PEFT's ``load_adapter``, one adapter at a time.
 benchmarks/store_serving.py is the same for requests on a GPU.
@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -157,38 +158,44 @@ def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) 
     store.register_folder(root)
     ids = iter(random.Random(0).sample(range(count), min(count, samples + 20 + rounds * len(present) * 20)))
 
-    def ours(number: int) -> list[float]:
-        taken = []
-        for each in itertools.islice(ids, number):
-            begin = time.perf_counter()
-            store.adapters([each])
-            taken.append(time.perf_counter() - begin)
-        return taken
+    def timed(run: Callable[[], object]) -> tuple[float, float]:
+        """Seconds on the clock, and of the CPU on all threads."""
+        begin, cpu = time.perf_counter(), time.process_time()
+        run()
+        return time.perf_counter() - begin, time.process_time() - cpu
+
+    def ours(number: int) -> list[tuple[float, float]]:
+        return [timed(lambda each=each: store.adapters([each])) for each in itertools.islice(ids, number)]
+
+    def medians(taken: list[tuple[float, float]]) -> tuple[float, float]:
+        return statistics.median(each[0] for each in taken), statistics.median(each[1] for each in taken)
+
+    def record(what: str, registered: int, taken: list[tuple[float, float]]) -> dict:
+        clock, cpu = (round(each * 1e6, 1) for each in medians(taken))
+        return {"what": what, "registered": registered, "us_p50": clock, "cpu_us_p50": cpu}
 
     ours(20)
     taken = ours(samples)
-    records = [{"what": "cold", "registered": count, "us_p50": round(statistics.median(taken) * 1e6, 1)}]
+    records = [record("cold", count, taken)]
     model = PeftModel.from_pretrained(base_model(), str(root / "0"), adapter_name="first")
     for number in present:
         known = len(model.peft_config)
         register_quickly(model, [f"a{each}" for each in range(known, number)], model.peft_config["first"])
         found, ratios = [], []
         for each in range(rounds):
-            begin = time.perf_counter()
-            model.load_adapter(str(root / str(each % (DIFFERENT - 1) + 1)), "new")
-            found.append(time.perf_counter() - begin)
+            path = str(root / str(each % (DIFFERENT - 1) + 1))
+            found.append(timed(lambda path=path: model.load_adapter(path, "new")))
             model.delete_adapter("new")
-            ratios.append(found[-1] / statistics.median(ours(20) or taken))
-        records.append({
-            "what": "load_adapter", "registered": number, "us_p50": round(statistics.median(found) * 1e6, 1),
-            "ratio": round(statistics.median(ratios), 1),
-        })  # fmt: skip
+            near = medians(ours(20) or taken)
+            ratios.append([theirs / mine for theirs, mine in zip(found[-1], near)])
+        clock, cpu = (round(statistics.median(each), 1) for each in zip(*ratios))
+        records.append(record("load_adapter", number, found) | {"ratio": clock, "cpu_ratio": cpu})
     mb.disable()
     return records
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Host time over the number of adapters."""
+    """Time over the number of adapters."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for what, label in (
         ("load_adapter", "PEFT's load_adapter, by adapters present"),
@@ -197,8 +204,9 @@ def plot(records: list[dict], path: Path) -> None:
         ("enter", "store: entering a batch of 8 adapters in memory"),
     ):
         found = [record for record in records if record["what"] == what]
-        axis.plot([each["registered"] for each in found], [each["us_p50"] / 1e3 for each in found], "o-", label=label)
-    axis.set(xscale="log", yscale="log", xlabel="adapters", ylabel="ms (median)")
+        times = [each.get("cpu_us_p50") or each["us_p50"] for each in found]
+        axis.plot([each["registered"] for each in found], [each / 1e3 for each in times], "o-", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="adapters", ylabel="ms (median), of the CPU where it was counted")
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(alpha=0.3)
     axis.set_title(f"Adapters of 0.6 MB, one CPU thread, commit {records[0]['commit']}", fontsize=9)

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,46 @@ def test_examples_run(path, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "as PEFT says" in done.stdout
+
+
+# layers, hidden size, intermediate size, heads, heads of keys and values, head size: of the models' config.json
+SIZED = {
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, 64),
+    "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 64),
+    "Qwen2.5-7B": (28, 3584, 18944, 28, 4, 128),
+    "Mistral-7B": (32, 4096, 14336, 32, 8, 128),
+    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128),
+    "Llama-3.1-70B": (80, 8192, 28672, 64, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_of_adapters(name):
+    """The table of docs/store.md, by the formula that stands above it."""
+    page = (ROOT / "docs" / "store.md").read_text()
+    names: dict[str, Any] = {}
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(next(each for each in snippets if each.startswith("def adapter_bytes")).partition("print(")[0], names)
+    layers, hidden, intermediate, heads, groups, head = SIZED[name]
+    shapes = {
+        "q_proj": (hidden, heads * head), "k_proj": (hidden, groups * head), "v_proj": (hidden, groups * head),
+        "o_proj": (heads * head, hidden), "gate_proj": (hidden, intermediate), "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }  # fmt: skip
+    modules = [
+        (f"layers.{layer}.{key}", SimpleNamespace(in_features=shape[0], out_features=shape[1]))
+        for layer in range(layers)
+        for key, shape in shapes.items()
+    ]
+    model = SimpleNamespace(named_modules=lambda: modules)
+    sizes = [
+        names["adapter_bytes"](model, targets, rank, each)
+        for targets, rank in ((["q_proj", "v_proj"], 8), ([*shapes], 16))
+        for each in (4, 2)
+    ]
+    row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    assert cells == [*(f"{size / 1e6:.1f} MB" for size in sizes), str(int(8e9 // sizes[-1]))]
 
 
 def test_the_readme_is_short():

@@ -95,7 +95,9 @@ class Steps:
             parameter.grad = None
 
     def gradients(self, way: str) -> Tensor:
-        self.ready(way)()
+        step = self.ready(way)
+        self.clear()
+        step()
         found = [p.grad.float().cpu().flatten() for p in self.model.parameters() if p.grad is not None]
         self.clear()
         return torch.cat(found)

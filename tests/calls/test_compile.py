@@ -254,7 +254,7 @@ def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer):
 
     def train(compiles):
         torch.manual_seed(0)
-        model = peft_model()
+        model = peft_model(dtype=torch.float64, autocast_adapter_dtype=False)  # AdamW makes roundings larger
         model.set_requires_grad(["three", "four", "eight"])
         inner, mb, graphs = model.get_base_model(), peft_multibatch.enable(model), []
 

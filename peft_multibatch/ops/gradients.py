@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.errors import UnsupportedError
 
@@ -101,8 +102,7 @@ class TrainedWeights:
             wanted: for each parameter whether it gets one.
             device: where the kernels run.
         """
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = wanted, device, stream
+        key = wanted, device, streams.key(device)
         if key not in self._layouts:
             self._layouts[key] = Layout(self, wanted, self._slots, device)
         return self._layouts[key]

@@ -63,10 +63,10 @@ class Steps:
 
     def loss(self, ids: Tensor, **options: list[str]) -> Tensor:
         """Summed over tokens, so that one adapter's gradients don't depend on who else is there."""
-        logits = self.model(input_ids=ids, use_cache=False, **options).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-        ) / (len(ids[0]) * self._rows)
+        logits = self.model(input_ids=ids, use_cache=False, **options).logits
+        labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        return total / (len(ids[0]) * self._rows)
 
     def mixed(self, names: list[str] | None = None) -> None:
         self.loss(self.ids, adapter_ids=names or self.names).backward()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
+from peft_multibatch.ops.gradients import TrainedWeights
 from peft_multibatch.plan.ids import Entry, components, ids_of
 from peft_multibatch.plan.segments import BASE, Segments
 
@@ -84,7 +85,7 @@ class BatchPlan:
         # on devices, for each stream: see `streams`
         self._tables: dict[tuple[Bank, torch.device, int], tuple[TableRows, ...]] = {}
         self._plans: dict[tuple[torch.device, int], list[Tensor]] = {}
-        self._dense_plans: list[Tensor] | None = None
+        self._trained: dict[Bank, TrainedWeights] = {}
         self._index = {slot: position for position, slot in enumerate(adapters)}
         self._positions: dict[tuple[torch.device, int], Tensor] = {}
         self._kinds = list(dict.fromkeys(self.entries))
@@ -162,15 +163,6 @@ class BatchPlan:
             found = self._weights[bank] = {slot: bank.weights(adapter) for slot, adapter in self.adapters.items()}
         return found
 
-    def trains(self, bank: Bank) -> bool:
-        """Whether any weight in use wants a gradient."""
-        return any(
-            part.parameters[0].requires_grad or part.parameters[1].requires_grad
-            for adapter in self.adapters.values()
-            for part in adapter.parts(bank.layers)
-            if part
-        )
-
     def component(self, index: int) -> Segments:
         """The segments of one component, for which no sample need have an adapter."""
         none = [BASE] * len(self.entries)
@@ -222,12 +214,12 @@ class BatchPlan:
             found = self._tables[place] = bank.tables(self.adapters, device, self.slots)
         return found
 
-    def op_inputs(self, bank: Bank) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Plans, ``lora_A``, ``lora_B``, ranks and scalings of the adapters in use and of no other, for the ops."""
-        with torch.inference_mode(False):  # autograd will save them
-            if self._dense_plans is None:
-                self._dense_plans = self.packed_at(self._index)
-            return self._dense_plans, *bank.gather(self.adapters.values())
+    def trained(self, bank: Bank) -> TrainedWeights:
+        """The weights in use, as products that make gradients take them."""
+        found = self._trained.get(bank)
+        if found is None:
+            found = self._trained[bank] = TrainedWeights(self.adapters, bank.layers, self.slots)
+        return found
 
 
 def _with_slots(entry: Entry, slots: Mapping[int, int]) -> Entry:

@@ -22,6 +22,8 @@ from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
 from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
+from peft_multibatch.ops.gradients import Wanted, add_with_gradients
+from peft_multibatch.ops.torch_gradients import TorchProduct
 
 
 if TYPE_CHECKING:
@@ -181,9 +183,12 @@ def _add_deltas(
 
 def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
-    if torch.is_grad_enabled() and (plan.trains(bank) or x.requires_grad or any(y.requires_grad for y in ys)):
-        call.num_rows(x.shape)
-        return _add_through_ops(plan.op_inputs(bank), bank, ys, x) if plan.adapters else ys
+    if torch.is_grad_enabled():
+        trained = plan.trained(bank)
+        wanted = tuple(parameter.requires_grad for parameter in trained.parameters)
+        if any(wanted) or x.requires_grad or any(y.requires_grad for y in ys):
+            call.num_rows(x.shape)
+            return _add_with_gradients(call, plan, router, bank, ys, x, Wanted(x.requires_grad, wanted))
     if kernels is not None and kernels.runs_on(x):
         is_capturing = kernels.is_capturing()
         if is_capturing or call.for_graphs:
@@ -218,6 +223,23 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
             for segments in plan.components:
                 ops.torch_backend.apply_(slices, rows, segments, plan.weights(bank))
     return ys
+
+
+def _add_with_gradients(
+    call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor, wanted: Wanted
+) -> list[Tensor]:
+    trained, kernels = plan.trained(bank), router.kernels
+    if not trained.parameters:
+        return ys
+    check_not_capturing(x.device)
+    if kernels is not None and kernels.runs_on(x):
+        tables = plan.tables(bank, x.device)
+        if kernels.takes(ys, x, tables):
+            from peft_multibatch.ops.triton_gradients import TritonProduct  # not before there is a GPU
+
+            product = TritonProduct(plan.components, plan.plans(x.device), tables, trained, wanted)
+            return add_with_gradients(product, trained, ys, x)
+    return add_with_gradients(TorchProduct(plan.components, trained, wanted), trained, ys, x)
 
 
 def _scale(call: Call, plan: BatchPlan, bank: Bank, ys: list[Tensor]) -> list[Tensor]:

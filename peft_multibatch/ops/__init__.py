@@ -10,7 +10,8 @@ Dimension letters, here and in the files beside this one:
 
 Both ops have shape functions and autograd formulas, take persistent plans, and keep their host code out of graphs, so
 that one compiled graph serves any mix of adapters. Inference does both at once, in place: eager code calls
-``torch_backend.apply_`` or the products of ``triton_backend``, and compiled code on a GPU the op ``add_``.
+``torch_backend.apply_`` or the products of ``triton_backend``, and compiled code on a GPU the op ``add_``. Eager
+training has a node of its own in autograd's graph, see ``gradients``; the ops' own formulas are for compiled training.
 """
 
 from __future__ import annotations

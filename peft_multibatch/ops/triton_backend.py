@@ -198,7 +198,7 @@ def product(
     if found is None:
         if len(_products) >= _MOST_PRODUCTS:
             _products.clear()
-        chosen = launch or choose(num_segments, longest, key.num_inputs, key.widths, key.rank, _processors(x.device))
+        chosen = launch or choose(num_segments, longest, key.num_inputs, key.widths, key.rank, processors(x.device))
         found = _products[key, launch] = Product(key, chosen)
     return found
 
@@ -313,5 +313,6 @@ def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
     )
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

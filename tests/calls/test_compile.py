@@ -247,14 +247,19 @@ def test_training_through_aot_autograd():
     assert_close(gradients(compiled_run), gradients(lambda: model(**left_padded(), adapter_ids=MIXES[0])))
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer):
-    """Gradients are None where eager training has None, whatever came before, and weight decay moves nobody else."""
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [(torch.optim.AdamW, torch.float64), (torch.optim.SGD, torch.float32)]
+)
+def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer, dtype):
+    """Gradients are None where eager training has None, whatever came before, and weight decay moves nobody else.
+
+    AdamW makes roundings larger, and so has float64, for which absent weights are of another dtype in a graph.
+    """
     mixes = [[0] * 6, [1, 1, 1, -1, -1, -1], [-1] * 6, [{"three": 0.5, "eight": 0.5}, 2, 2, 0, 0, -1], [2, 1, 0] * 2]
 
     def train(compiles):
         torch.manual_seed(0)
-        model = peft_model()
+        model = peft_model(dtype=dtype, autocast_adapter_dtype=False)
         model.set_requires_grad(["three", "four", "eight"])
         inner, mb, graphs = model.get_base_model(), peft_multibatch.enable(model), []
 
@@ -286,7 +291,7 @@ def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer):
             assert_close(each[key], want[key])
     for key, want in weights.items():
         assert_close(trained[key], want)
-    assert graphs == 1
+    assert graphs == (1 if dtype == torch.float32 else 2)
 
 
 def test_an_outer_block_that_goes_on_trains_again(layer):

@@ -1,0 +1,243 @@
+"""A training step of many adapters against PEFT: one adapter over the whole batch, and one adapter at a time.
+
+    python benchmarks/training.py                      # on a GPU: results/training.csv and .png beside this script
+    python benchmarks/training.py --device cpu         # results/training_cpu.csv
+
+Llama-8B-shaped with 8 of its 32 layers, random weights in bfloat16 (on a CPU: hidden size 512, float32), adapters of
+rank 16 on all seven projections, in float32, which is PEFT's default, or as the base model. A step is forward, loss
+and backward; what the optimizer does is the same work however gradients were made. Before anything is timed, the
+gradients of the mixed step must be those of PEFT, one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+import typer
+from end_to_end import PROJECTIONS, RESULTS, console, versions, write
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_multibatch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+OURS, ONE, ALONE = "peft_multibatch, mixed", "PEFT, one adapter", "PEFT, one at a time"
+SIZES = {
+    "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "vocab_size": 128256},
+    "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8,
+            "vocab_size": 32000},
+}  # fmt: skip
+POINTS = {"cuda": "8:1:512,32:1:256,8:4:512", "cpu": "8:1:64,8:2:32,16:1:32,4:4:64,2:1:128,8:1:16"}
+
+
+class Steps:
+    """The ways in which a batch of several adapters is trained.
+
+    Args:
+        model: with at least this many adapters, ``adapter0`` and on.
+        adapters: how many the batch has.
+        rows: samples of each.
+        tokens: of each sample.
+    """
+
+    def __init__(self, model: PeftModel, adapters: int, rows: int, tokens: int) -> None:
+        self.model, self.device = model, model.device
+        self.adapters = [f"adapter{index}" for index in range(adapters)]
+        self.names = [name for name in self.adapters for _ in range(rows)]
+        self.ids = torch.randint(1, model.config.vocab_size, (adapters * rows, tokens), device=self.device)
+        self._rows = rows
+
+    def loss(self, ids: Tensor, **options: list[str]) -> Tensor:
+        """Summed over tokens, so that one adapter's gradients don't depend on who else is there."""
+        logits = self.model(input_ids=ids, use_cache=False, **options).logits
+        labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        return total / (len(ids[0]) * self._rows)
+
+    def mixed(self, names: list[str] | None = None) -> None:
+        self.loss(self.ids, adapter_ids=names or self.names).backward()
+
+    def one(self) -> None:
+        self.loss(self.ids).backward()
+
+    def alone(self) -> None:
+        for index, name in enumerate(self.adapters):
+            self.model.set_adapter(name)
+            self.loss(self.ids[index * self._rows : (index + 1) * self._rows]).backward()
+        self.model.set_adapter("adapter0")
+
+    def ready(self, way: str) -> Callable[[], None]:
+        """Make the model ready for a way, and give its step."""
+        peft_multibatch.disable(self.model)
+        if way == OURS:
+            peft_multibatch.enable(self.model)
+            self.model.set_requires_grad(self.adapters)
+            return self.mixed
+        self.model.set_adapter("adapter0")
+        return self.one if way == ONE else self.alone
+
+    def clear(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def gradients(self, way: str) -> Tensor:
+        step = self.ready(way)
+        self.clear()
+        step()
+        found = [p.grad.float().cpu().flatten() for p in self.model.parameters() if p.grad is not None]
+        self.clear()
+        return torch.cat(found)
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        self.clear()
+        self._wait()
+        begin = time.perf_counter()
+        step()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def peak(self, step: Callable[[], None]) -> float:
+        """GB beside what is there before the step."""
+        self.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        found = (torch.cuda.max_memory_allocated() - before) / 1e9
+        self.clear()
+        return found
+
+    def launches(self, names: list[str]) -> int:
+        """Kernels and copies of a mixed step."""
+        self.mixed(names)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.mixed(names)
+            torch.cuda.synchronize()
+        self.clear()
+        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def build(num_adapters: int, rank: int, layers: int, device: str, dtype: torch.dtype, is_float32: bool) -> PeftModel:
+    """A model with adapters of the size that trained ones have, in float32 or in the dtype of the base model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=layers, eos_token_id=None, pad_token_id=0, **SIZES[device])
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        base = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        lora = LoraConfig(r=rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(base, lora, adapter_name="adapter0", autocast_adapter_dtype=is_float32)
+        for index in track(range(1, num_adapters), description="adding adapters", console=console):
+            model.add_adapter(f"adapter{index}", lora, autocast_adapter_dtype=is_float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.1)
+    return model.train()
+
+
+def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float | str]:
+    """Times in milliseconds, and ratios as medians of those of a round; within one every way has its turn."""
+    times: dict[str, list[float]] = {way: [] for way in (OURS, ONE, ALONE)}
+    found: dict[str, float | str] = {}
+    for number in track(range(rounds + 1), description="rounds", console=console):
+        for way in list(times):
+            try:
+                step = steps.ready(way)
+                steps.seconds(step)
+                took = statistics.median(steps.seconds(step) for _ in range(repeats))
+                if not number and steps.device.type == "cuda":
+                    found[f"{way}, GB"] = round(steps.peak(step), 3)
+            except torch.cuda.OutOfMemoryError:
+                found[f"{way}, ms"] = "out of memory"
+                del times[way]
+                steps.clear()
+                continue
+            if number:
+                times[way].append(1e3 * took)
+    found |= {f"{way}, ms": round(statistics.median(took), 2) for way, took in times.items()}
+    for way, column in ((ONE, "× one adapter"), (ALONE, "× one at a time")):
+        if way in times and OURS in times:
+            ratio = statistics.median(mine / theirs for mine, theirs in zip(times[OURS], times[way]))
+            found[column] = round(ratio, 3)
+    return found
+
+
+def plot(records: list[dict], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.9 * len(records)), layout="constrained")
+    for offset, way in enumerate((OURS, ONE, ALONE)):
+        values = [record.get(f"{way}, ms") for record in records]
+        heights = [index + 0.27 * (offset - 1) for index in range(len(records))]
+        axis.barh(heights, [value if isinstance(value, float) else 0 for value in values], 0.25, label=way)
+    axis.set_yticks(range(len(records)), [f"{record['point']}, {record['adapter dtype']}" for record in records])
+    axis.set(xscale="log", xlabel="ms for forward and backward", ylabel="adapters:rows:tokens, adapters in")
+    axis.invert_yaxis()
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    device: str = "cuda",
+    layers: int = 8,
+    rank: int = 16,
+    points: str = "",
+    dtypes: str = "",
+    rounds: int = 5,
+    repeats: int = 3,
+    out: Path = Path(),
+    commit: str = "",
+) -> None:
+    """Measure every point ADAPTERS:ROWS:TOKENS, with adapters in float32 and in the base model's dtype."""
+    out = out if out.name else RESULTS / ("training.csv" if device == "cuda" else "training_cpu.csv")
+    sizes = [tuple(map(int, point.split(":"))) for point in (points or POINTS[device]).split(",")]
+    base_dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    known, records = versions(commit), []
+    for dtype in (dtypes or ("float32,bfloat16" if device == "cuda" else "float32")).split(","):
+        model = build(max(size[0] for size in sizes), rank, layers, device, base_dtype, dtype == "float32")
+        for adapters, rows, tokens in sizes:
+            torch.manual_seed(1)
+            steps = Steps(model, adapters, rows, tokens)
+            theirs, ours = steps.gradients(ALONE), steps.gradients(OURS)
+            error = float((ours - theirs).norm() / theirs.norm())
+            point = f"{adapters}:{rows}:{tokens}"
+            console.print(f"{point}, adapters in {dtype}: error of the gradients against PEFT {error:.2e}")
+            if not error < (0.05 if device == "cuda" else 1e-4):
+                raise SystemExit("nothing is timed")
+            record = {"point": point, "adapter dtype": dtype} | measure(steps, rounds, repeats)
+            if device == "cuda":
+                steps.ready(OURS)
+                single = steps.launches(["adapter0"] * len(steps.names))
+                record["launches"] = steps.launches(steps.names)
+                record["launches × one adapter"] = round(record["launches"] / single, 3)
+            records.append(record | {"error": f"{error:.1e}"})
+            console.print(record)
+            write([each | {"layers": layers, "rank": rank} | known for each in records], out, plot)
+        del model, steps
+        gc.collect()
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    table = Table(*columns)
+    for record in records:
+        table.add_row(*(str(record.get(column, "")) for column in columns))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,209 @@
+"""Training: a projection group's deltas as one node of autograd's graph, whatever adapters are in use.
+
+Forward keeps ``x``, which the base layers keep as well, and ``h = x @ A.T``, a row of rank columns for every row of
+``x``. Backward makes all gradients from these: ``dS = s · dY @ B``, ``dX = dS @ A``, ``dA = dS.T @ x``,
+``dB = s · dY.T @ h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from peft_multibatch import streams
+from peft_multibatch.adapters.adapter import AnyAdapter
+from peft_multibatch.errors import UnsupportedError
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.compat import LoraLayer
+
+
+class Wanted(NamedTuple):
+    """Which gradients a product makes.
+
+    Attributes:
+        x: whether that of its input.
+        weights: for each of ``TrainedWeights.parameters`` whether that one's.
+    """
+
+    x: bool
+    weights: tuple[bool, ...]
+
+    @property
+    def any_a(self) -> bool:
+        """Whether any ``lora_A`` gets a gradient."""
+        return any(self.weights[::2])
+
+    @property
+    def any_b(self) -> bool:
+        """Whether any ``lora_B`` gets a gradient."""
+        return any(self.weights[1::2])
+
+
+class Product(Protocol):
+    """How a backend adds deltas to the outputs of one projection group, and makes their gradients.
+
+    Attributes:
+        wanted: the gradients that it makes.
+    """
+
+    wanted: Wanted
+
+    def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What ``ys`` are with their deltas, in new tensors, and ``h`` where a ``lora_B`` gets a gradient."""
+
+    def backward(
+        self, grad_ys: Sequence[Tensor | None], x: Tensor | None, h: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of ``x`` and of all parameters, None where they aren't wanted. May be called several times.
+
+        Args:
+            grad_ys: of the outputs; None where nobody used one.
+            x: None where no ``lora_A`` gets a gradient.
+            h: what ``forward`` returned.
+        """
+
+
+class TrainedWeights:
+    """The weights of a group's adapters in use, in the order in which autograd takes them.
+
+    Attributes:
+        parts: for each slot the adapter's weights, slice by slice.
+        parameters: PEFT's own ``lora_A`` and ``lora_B`` in turn, slot by slot and slice by slice, the absent left out.
+        places: slot and slice of each pair.
+        index: the inverse: where the pair of a slot and slice begins in ``parameters``.
+
+    Args:
+        adapters: those in use, by slot, which nobody else gets until this is let go of.
+        layers: of the group, in the order of their slices.
+        slots: how many slots there are.
+    """
+
+    def __init__(self, adapters: Mapping[int, AnyAdapter], layers: Sequence[LoraLayer], slots: int) -> None:
+        self._adapters = adapters
+        self.parts = parts = {slot: adapter.parts(layers) for slot, adapter in adapters.items()}
+        self.num_slices = len(layers)
+        places = [(slot, i) for slot, row in parts.items() for i, part in enumerate(row) if part is not None]
+        self.places = places
+        self.index = {place: 2 * number for number, place in enumerate(places)}
+        self.parameters = [each for row in parts.values() for part in row if part for each in part.parameters]
+        self._slots = slots
+        self._layouts: dict[tuple, Layout] = {}
+
+    def layout(self, wanted: tuple[bool, ...], device: torch.device) -> Layout:
+        """Where gradients stand in memory, for kernels on the stream that is current.
+
+        Args:
+            wanted: for each parameter whether it gets one.
+            device: where the kernels run.
+        """
+        key = wanted, device, streams.key(device)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(self, wanted, self._slots, device)
+        return self._layouts[key]
+
+
+class Layout:
+    """Gradients side by side in one buffer for each dtype, so that kernels find them without addresses.
+
+    Attributes:
+        offsets: int64 ``[S, I, 2]`` on the device: where the gradients of ``lora_A`` and ``lora_B`` begin in the
+            buffer of their dtype, in elements; -1 for those that aren't wanted.
+    """
+
+    def __init__(self, weights: TrainedWeights, wanted: tuple[bool, ...], slots: int, device: torch.device) -> None:
+        self._device = device
+        self._sizes: dict[torch.dtype, int] = {}
+        self._found: list[tuple[torch.dtype, tuple[int, ...], tuple[int, int], int] | None] = []
+        offsets = torch.full((slots, weights.num_slices, 2), -1, dtype=torch.int64, device="cpu")
+        for index, (parameter, is_wanted) in enumerate(zip(weights.parameters, wanted)):
+            if not is_wanted:
+                self._found.append(None)
+                continue
+            offset = self._sizes.get(parameter.dtype, 0)
+            shape = tuple(parameter.shape)
+            self._found.append((parameter.dtype, shape, (shape[1], 1), offset))
+            self._sizes[parameter.dtype] = offset + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            offsets[(*weights.places[index // 2], index % 2)] = offset
+        self.offsets = offsets.to(device, non_blocking=True)
+
+    def buffers(self, is_zero: bool) -> dict[torch.dtype, Tensor]:
+        """Memory for all gradients, a tensor for each dtype."""
+        make = torch.zeros if is_zero else torch.empty
+        return {dtype: make(size, dtype=dtype, device=self._device) for dtype, size in self._sizes.items()}
+
+    def views(self, buffers: Mapping[torch.dtype, Tensor]) -> list[Tensor | None]:
+        """The gradient of each parameter, None where it isn't wanted."""
+        return [found and buffers[found[0]].as_strided(*found[1:]) for found in self._found]
+
+
+_ALIGNMENT = 16  # elements, so that every gradient can be written, and read by an optimizer, 16 bytes at a time
+
+
+def add_with_gradients(product: Product, weights: TrainedWeights, ys: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """The outputs of a projection group with every row's own delta, as a node of autograd's graph.
+
+    Args:
+        product: how this is computed; for this call alone.
+        weights: those in use.
+        ys: the base layer's output ``[..., N]`` of each slice.
+        x: what all slices read, ``[..., K]``.
+
+    Returns:
+        Tensors like ``ys``. Their gradients can't be differentiated again.
+    """
+    return list(_Add.apply(product, [i for _, i in weights.places], len(ys), x, *ys, *weights.parameters))
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product: Product, slices: list[int], num_ys: int, x: Tensor, *tensors: Tensor) -> Any:
+        ys, parameters = tensors[:num_ys], tensors[num_ys:]
+        with _without_autocast(x.device.type):
+            outputs, h = product.forward(ys, x)
+        # parameters are read where they are: autograd has to notice where somebody writes them before backward
+        ctx.save_for_backward(*([x] if product.wanted.any_a else []), *h, *parameters)
+        ctx.product, ctx.slices, ctx.num_h = product, slices, len(h)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:
+        tensors, product = list(ctx.saved_tensors), ctx.product
+        x = tensors.pop(0) if product.wanted.any_a else None
+        given = [grad for grad in grad_ys if grad is not None]
+        grad_x: Tensor | None = None
+        grads: list[Tensor | None] = [None] * len(product.wanted.weights)
+        if given:
+            with torch.no_grad(), _without_autocast(given[0].device.type):
+                grad_x, grads = product.backward(grad_ys, x, tensors[: ctx.num_h])
+        if len(given) < len(grad_ys):
+            grads = [None if grad_ys[ctx.slices[index // 2]] is None else grad for index, grad in enumerate(grads)]
+        if torch.is_grad_enabled() and any(grad.requires_grad for grad in given):
+            source = next(grad for grad in given if grad.requires_grad)
+            grad_x, *grads = (each if each is None else _Last.apply(each, source) for each in (grad_x, *grads))
+        return None, None, None, grad_x, *grad_ys, *grads
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, source: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise UnsupportedError(
+            "gradients of gradients were asked for, through layers that ran with adapter_ids: expected first "
+            "derivatives. Leave out create_graph=True, or run one adapter at a time without ids."
+        )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -1,0 +1,218 @@
+"""Training on a GPU: a launch for each of the products in ``triton_gradient_kernels``, for all adapters together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from peft_multibatch.adapters.tables import TableRows
+from peft_multibatch.ops.gradients import TrainedWeights, Wanted
+from peft_multibatch.ops.triton_backend import DTYPES, padded, processors
+from peft_multibatch.ops.triton_gradient_kernels import (
+    expand_kernel,
+    grad_weight_kernel,
+    grad_x_kernel,
+    shrink_kernel,
+)
+from peft_multibatch.plan.segments import Segments
+
+
+class Pass(NamedTuple):
+    """What one set of launches serves: a component of the plan, and the adapters of one dtype.
+
+    Attributes:
+        segments: the component.
+        plan: the same, packed, on the device.
+        table: where the weights are.
+        is_mixed: whether an adapter may have several segments.
+    """
+
+    segments: Segments
+    plan: Tensor
+    table: TableRows
+    is_mixed: bool
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the component."""
+        return self.segments.num_segments
+
+    def longest(self, num_rows: int) -> int:
+        """Rows of the longest segment."""
+        return self.segments.longest * (num_rows // self.segments.num_entries)
+
+    @property
+    def weights(self) -> tuple[Any, bool, str]:
+        """What kernels have to know of weights: dtype, whether they are aligned, and how float32 is multiplied.
+
+        In float32's own precision, by three products on tensor cores, unless the user allowed TF32 to matrix products,
+        which PEFT's follow as well.
+        """
+        assert self.table.dtype is not None
+        is_coarse = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return DTYPES[self.table.dtype], self.table.is_aligned, "tf32" if is_coarse else "tf32x3"
+
+
+class TritonProduct:
+    """Deltas of a projection group and their gradients.
+
+    Args:
+        components: the plans.
+        plans: the same, packed, on the device.
+        tables: where the weights are, a table for each dtype.
+        weights: of the adapters in use.
+        wanted: the gradients that ``backward`` makes.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Segments],
+        plans: Sequence[Tensor],
+        tables: Sequence[TableRows],
+        weights: TrainedWeights,
+        wanted: Wanted,
+    ) -> None:
+        self.wanted = wanted
+        self._weights = weights
+        self._passes = [
+            Pass(component, plan, table, component.weights is not None)
+            for component, plan in zip(components, plans)
+            for table in tables
+            if table.rank
+        ]
+
+    def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """As in ``gradients.Product``; an ``h`` ``[T, I, R]`` for each pass."""
+        self._shape, self._dtype, self._widths = x.shape, x.dtype, [y.shape[-1] for y in ys]
+        if not self._passes or not x.numel():
+            return [y.clone(memory_format=torch.contiguous_format) for y in ys], []
+        inputs, sources = _flat(x), [y.contiguous().view(-1, y.shape[-1]) for y in ys]
+        outputs = [torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in ys]
+        flat = [y.view(-1, y.shape[-1]) for y in outputs]
+        kept = []
+        with _on(x.device):
+            for number, each in enumerate(self._passes):
+                h = _shrink(each, [inputs] * len(ys), is_backward=False)
+                _expand(each, flat, flat if number else sources, h, is_in_place=number > 0)
+                kept.append(h)
+        return outputs, kept if self.wanted.any_b else []
+
+    def backward(
+        self, grad_ys: Sequence[Tensor | None], x: Tensor | None, h: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """As in ``gradients.Product``."""
+        wanted, num_rows = self.wanted, self._shape[:-1].numel()
+        some = next(grad for grad in grad_ys if grad is not None)
+        is_empty = not self._passes or not num_rows
+        is_in_place = len(self._passes) > 1  # the first one can't know where the others will write
+        layout = self._weights.layout(wanted.weights, some.device)
+        buffers, grad_x = layout.buffers(is_empty or is_in_place), None
+        if wanted.x:
+            make = torch.zeros if is_empty or is_in_place else torch.empty
+            grad_x = make(self._shape, dtype=self._dtype, device=some.device)
+        if not is_empty:
+            grads = [
+                some.new_zeros(1, width).expand(num_rows, -1) if grad is None else _flat(grad)
+                for grad, width in zip(grad_ys, self._widths)
+            ]
+            with _on(some.device):
+                for number, each in enumerate(self._passes):
+                    if wanted.x or wanted.any_a:
+                        ds = _shrink(each, grads, is_backward=True)
+                        if grad_x is not None:
+                            _grad_x(each, grad_x.view(num_rows, -1), ds, is_in_place)
+                        if x is not None:
+                            inputs = [_flat(x)] * len(grads)
+                            _grad_weight(each, layout.offsets, buffers, ds, inputs, False, is_in_place)
+                    if wanted.any_b:
+                        _grad_weight(each, layout.offsets, buffers, h[number], grads, True, is_in_place)
+        return grad_x, layout.views(buffers)
+
+
+def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
+    """``h``, or ``dS``, ``[T, I, R]`` in the dtype of the weights."""
+    rank, slices, num_rows = padded(each.table.rank), len(inputs), len(inputs[0])
+    out = torch.empty((num_rows, slices, rank), dtype=each.table.dtype, device=inputs[0].device)
+    block_t = 32 if rank <= 64 else 16
+    block_c = 128 if rank <= 32 else 64 if rank <= 128 else 32
+    tiles = triton.cdiv(each.longest(num_rows), block_t)
+    shrink_kernel[each.num_segments * tiles * slices,](
+        out, *_three(inputs), each.plan, each.table.rows, num_rows,
+        *_three([x.shape[1] for x in inputs]), *_three([x.stride(0) for x in inputs]),
+        tiles, slices, rank, block_t, block_c, is_backward, *each.weights, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tensor, is_in_place: bool) -> None:
+    """Write ``sources`` and their deltas."""
+    rank, slices, num_rows = padded(each.table.rank), len(to), len(h)
+    block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
+    blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
+    most = triton.cdiv(each.longest(num_rows), block_t)
+    # a program that has several tiles of rows reads its weights once, as long as there are programs for the whole GPU
+    tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors(h.device), blocks * each.num_segments)))
+    expand_kernel[each.num_segments * tiles, blocks](
+        *_three(to), *_three(sources), h, each.plan, each.table.rows, num_rows,
+        *_three([y.shape[1] for y in to]), *_three([y.stride(0) for y in to]),
+        tiles, slices, rank, block_t, block_c, is_in_place, *each.weights, num_warps=4,
+    )  # fmt: skip
+
+
+def _grad_x(each: Pass, grad_x: Tensor, ds: Tensor, is_in_place: bool) -> None:
+    """Write ``dX``, or add to it."""
+    (num_rows, slices, rank), block_t = ds.shape, 32
+    block_c, block_r = 128 if rank <= 32 else 64, min(rank, 64)
+    tiles = triton.cdiv(each.longest(num_rows), block_t)
+    grad_x_kernel[each.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
+        grad_x, ds, each.plan, each.table.rows, num_rows, grad_x.shape[1], grad_x.stride(0),
+        tiles, slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
+    )  # fmt: skip
+
+
+def _grad_weight(
+    each: Pass,
+    offsets: Tensor,
+    buffers: Mapping[torch.dtype, Tensor],
+    left: Tensor,
+    inputs: Sequence[Tensor],
+    is_b: bool,
+    is_in_place: bool,
+) -> None:
+    """Write the gradients of all ``lora_A``, or of all ``lora_B``, or add to them."""
+    assert each.table.dtype is not None
+    if each.table.dtype not in buffers:
+        return
+    num_rows, slices, rank = left.shape
+    block_r, block_t = min(rank, 32), 32 if each.table.dtype == torch.float32 else 64
+    widths = [x.shape[1] for x in inputs]
+    most = 2 * processors(left.device)
+    for block_c in (128, 64, 32):
+        blocks = sum(triton.cdiv(width, block_c) for width in widths)
+        if blocks * each.num_segments * (rank // block_r) >= most:
+            break
+    grad_weight_kernel[blocks, each.num_segments, rank // block_r](
+        buffers[each.table.dtype], offsets, left, *_three(inputs), each.plan, each.table.rows, num_rows,
+        *_three(widths), *_three([x.stride(0) for x in inputs]),
+        slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place, *each.weights, num_warps=4,
+    )  # fmt: skip
+
+
+def _three(found: Sequence[Any]) -> list[Any]:
+    """What belongs to each slice, as kernels take it: repeated where there are fewer slices."""
+    return [*found, *[found[0]] * (3 - len(found))]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A tensor ``[T, C]`` that kernels can read row by row: without a copy wherever possible."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

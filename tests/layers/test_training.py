@@ -1,0 +1,213 @@
+"""Gradients of whole models in mixed batches against PEFT, one adapter at a time: torch's products and the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import alone, left_padded, peft_model
+from tolerances import assert_close, relative_error
+
+import peft_multibatch
+
+
+triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+)
+both_backends = pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), pytest.param("triton", torch.float32, marks=kernels)]
+)
+ADAPTERS = ["three", "four", "eight"]
+MIXES = {
+    "ordered": ["three", "three", "four", "eight"],
+    "interleaved": ["eight", "three", "eight", "four", "three"],
+    "with base": ["__base__", "four", "__base__", "eight"],
+    "one adapter": ["four", "four"],
+}
+
+
+def build(dtype, backend=None, **options):
+    # adapters that PEFT would keep in float32 beside a base model in float64
+    model = peft_model(dtype=dtype, autocast_adapter_dtype=False, **options).to(DEVICE).train()
+    if backend is not None:
+        mb = peft_multibatch.enable(model, backend=backend)
+        assert mb.report().backend == backend
+    return model
+
+
+def losses(model, rows, length=5, **options):
+    """A number for every row, with gradients."""
+    inputs = {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
+    weights = torch.linspace(0.5, 2, 160, device=DEVICE)
+    return lambda own=slice(None): (
+        model(**{key: value[own] for key, value in inputs.items()}, use_cache=False, **options).logits * weights
+    ).square().mean((1, 2))  # fmt: skip
+
+
+def trained(model, names=ADAPTERS):
+    model.set_requires_grad(names)
+    return {
+        key: parameter
+        for key, parameter in model.named_parameters()
+        if "lora_" in key and any(f".{name}." in key for name in names)
+    }
+
+
+def one_at_a_time(dtype, names, own=ADAPTERS):
+    """What PEFT gives, row by row: a sum of the gradients of the rows of each adapter."""
+    model = build(dtype)
+    row_loss = losses(model, len(names))
+    found = {}
+    for row, name in enumerate(names):
+
+        def run(row=row):
+            row_loss(slice(row, row + 1)).sum().backward()
+
+        if name in own:
+            alone(model, name, run)
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[key] = parameter.grad
+    return found
+
+
+def mixed(model, names, own=ADAPTERS):
+    parameters = trained(model, own)
+    losses(model, len(names), adapter_ids=names)().sum().backward()
+    return {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
+
+
+def check(actual, expected, dtype):
+    assert actual.keys() == expected.keys()
+    assert_close(*(torch.cat([found[key].flatten() for key in expected]) for found in (actual, expected)), dtype)
+
+
+@both_backends
+@pytest.mark.parametrize("mix", MIXES)
+def test_gradients_are_those_of_one_adapter_at_a_time(mix, backend, dtype):
+    names = MIXES[mix]
+    check(mixed(build(dtype, backend), names), one_at_a_time(dtype, names), dtype)
+
+
+@both_backends
+def test_an_adapter_that_is_frozen_gets_none(backend, dtype):
+    names, own = MIXES["interleaved"], ["three", "eight"]
+    model = build(dtype, backend)
+    check(mixed(model, names, own), one_at_a_time(dtype, names, own), dtype)
+    assert not any(p.grad is not None for key, p in model.named_parameters() if ".four." in key)
+
+
+@both_backends
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, backend, dtype):
+    names = MIXES["interleaved"]
+    model = build(dtype, backend)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    check(mixed(model, names), one_at_a_time(dtype, names), dtype)
+
+
+@kernels
+def test_gradients_are_the_same_bits_twice():
+    model = build(torch.float32, "triton")
+    first = mixed(model, MIXES["interleaved"])
+    model.zero_grad()
+    second = mixed(model, MIXES["interleaved"])
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@kernels
+def test_gradients_are_views_of_one_buffer_for_each_group():
+    model = build(torch.float32, "triton")
+    found = mixed(model, MIXES["ordered"])
+    attention = model.base_model.model.model.layers[0].self_attn
+    storages = {
+        half[name].weight.grad.untyped_storage().data_ptr()
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        for half in (projection.lora_A, projection.lora_B)
+        for name in half
+    }
+    assert len(storages) == 1
+    for gradient in found.values():  # as optimizers and clipping write them
+        gradient.mul_(0.5)
+
+
+@kernels
+def test_autocast():
+    """The kernels are as near to what float32 gives as PEFT is under autocast."""
+    names = MIXES["interleaved"]
+    exact = one_at_a_time(torch.float32, names)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = one_at_a_time(torch.float32, names)
+        actual = mixed(build(torch.float32, "triton"), names)
+    assert_as_near(actual, expected, exact)
+
+
+def assert_as_near(actual, expected, exact):
+    assert actual.keys() == expected.keys() == exact.keys()
+    flat = [torch.cat([each[key].float().flatten() for key in exact]) for each in (actual, expected, exact)]
+    assert relative_error(flat[0], flat[2]) < 1.25 * relative_error(flat[1], flat[2]) < 0.1
+
+
+@both_backends
+def test_rows_without_gradients_and_with_in_one_model(backend, dtype):
+    """Adapters alone want gradients, not the input of the first layer; then nothing, and the model still runs."""
+    model = build(dtype, backend)
+    names = MIXES["with base"]
+    with torch.no_grad():
+        expected = losses(model, len(names), adapter_ids=names)()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.enable_grad():
+        plain = losses(model, len(names), adapter_ids=names)()
+    assert not plain.requires_grad
+    assert_close(plain, expected)
+    model.set_requires_grad(["four"])
+    actual = losses(model, len(names), adapter_ids=names)()
+    assert actual.requires_grad
+    assert_close(actual, expected)
+
+
+@both_backends
+def test_an_adapter_that_is_deleted_before_backward(backend, dtype):
+    """What was used is what gets gradients, whoever takes the adapter's place in the meantime."""
+    names = MIXES["ordered"]
+    expected = one_at_a_time(dtype, names)
+    model = build(dtype, backend)
+    model.set_adapter("eight")
+    parameters = trained(model)
+    loss = losses(model, len(names), adapter_ids=names)().sum()
+    config = model.peft_config["three"]
+    model.delete_adapter("three")
+    model.add_adapter("new", config)
+    model.to(DEVICE, dtype)
+    with torch.no_grad():
+        losses(model, 2, adapter_ids=["new", "new"])()
+    loss.backward()
+    check({key: p.grad for key, p in parameters.items() if p.grad is not None}, expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bfloat16_base_on_a_gpu(mix, adapters):
+    """As near to PEFT as PEFT is to itself in float32: several layers of roundings lie between."""
+    names = MIXES[mix]
+
+    def convert(model):
+        for key, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(adapters if "lora_" in key else torch.bfloat16)
+        return model
+
+    model = convert(build(torch.float32))
+    row_loss = losses(model, len(names))
+    for row, name in enumerate(names):
+        if name in ADAPTERS:
+            alone(model, name, lambda row=row: row_loss(slice(row, row + 1)).sum().backward())
+    expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    model = convert(build(torch.float32))
+    peft_multibatch.enable(model, backend="triton")
+    actual = mixed(model, names)
+    assert_as_near(actual, expected, one_at_a_time(torch.float32, names))

@@ -1,0 +1,341 @@
+"""Training's products: torch's against autograd's own, one adapter at a time, and the kernels' against torch's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from peft_multibatch import Segments, UnsupportedError
+from peft_multibatch.adapters.tables import LayerWeights, WeightTable
+from peft_multibatch.ops.gradients import TrainedWeights, Wanted, add_with_gradients
+from peft_multibatch.ops.torch_gradients import TorchProduct
+
+
+triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
+from peft_multibatch.ops import triton_gradients  # noqa: E402, after triton was looked for
+from peft_multibatch.ops.triton_gradients import TritonProduct  # noqa: E402
+
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+kernels = pytest.mark.skipif(not GPU and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+
+MIXES = {
+    "[0, 0, 1]": [[0, 0, 1]],
+    "one row each": [[2, 0, 1]],
+    "interleaved": [[2, 0, 1, 2, 0, 3]],
+    "with base": [[-1, 1, -1, 0]],
+    "all base": [[-1, -1]],
+    "no adapter here": [[3, 3]],
+    "mixtures": [[0, 1, 0, -1, 2], [1, -1, 2, -1, 0]],
+}
+WEIGHTS = {"mixtures": [[0.5, 1.0, 0.25, 1.0, -2.0], [0.125, 1.0, 3.0, 1.0, 0.5]]}
+RANKS = [[3, 8, 1], [0, 4, 16], [5, 0, 12], [0, 0, 0]]  # slot 3 has no adapter here, others lack a slice
+
+
+class Case:
+    """A projection group, the batch that it gets and the gradients of its outputs.
+
+    `mix` has a row for each component, `ranks` one for each slot.
+    """
+
+    def __init__(self, mix, ranks, inputs, widths, dtype, weights=None, rows=2, scales=None, frozen=()):
+        scales = scales or [None] * len(mix)
+        self.components = [Segments.from_ids(slots, weights=scale) for slots, scale in zip(mix, scales)]
+        self.dtype, self.weights_dtype = dtype, weights or dtype
+        entries = len(mix[0])
+        self.x = torch.randn(entries, rows, inputs).to(DEVICE, dtype).requires_grad_("x" not in frozen)
+        self.ys = [torch.randn(entries, rows, width).to(DEVICE, dtype).requires_grad_() for width in widths]
+        self.grads = [torch.randn_like(y) for y in self.ys]
+        used = sorted({slot for slots in mix for slot in slots} - {-1})
+        self.parts = {slot: self._parts(ranks[slot], slot, inputs, widths, frozen) for slot in used}
+        self.slots = len(ranks) + 2
+
+    def _parts(self, ranks, slot, inputs, widths, frozen):
+        found = []
+        for i, (rank, width) in enumerate(zip(ranks, widths)):
+            if not rank:
+                found.append(None)
+                continue
+            a = (torch.randn(rank, inputs) / inputs**0.5).to(DEVICE, self.weights_dtype)
+            b = torch.randn(width, rank).to(DEVICE, self.weights_dtype)
+            a.requires_grad_((slot, "a") not in frozen)
+            b.requires_grad_((slot, "b") not in frozen)
+            found.append(LayerWeights(a.data, b.data, [2.0, -0.5, 0.25, 1.0][(slot + i) % 4], (a, b)))
+        return found
+
+    def trained(self):
+        adapters = {slot: SimpleNamespace(parts=lambda _, row=row: row) for slot, row in self.parts.items()}
+        return TrainedWeights(adapters, [None] * len(self.ys), self.slots)
+
+    def product(self, kind):
+        trained = self.trained()
+        wanted = Wanted(self.x.requires_grad, tuple(each.requires_grad for each in trained.parameters))
+        if kind is TorchProduct:
+            return TorchProduct(self.components, trained, wanted), trained
+        table = WeightTable(self.weights_dtype, self.slots, len(self.ys), DEVICE)
+        table.update(self.parts)
+        plans = [each.pack().to(DEVICE) for each in self.components]
+        return TritonProduct(self.components, plans, [table.describe(self.parts)], trained, wanted), trained
+
+    def run(self, kind):
+        product, trained = self.product(kind)
+        return add_with_gradients(product, trained, self.ys, self.x), trained
+
+    def tensors(self, trained):
+        return [each for each in (self.x, *self.ys, *trained.parameters) if each.requires_grad]
+
+    def gradients(self, kind, grads=None):
+        outputs, trained = self.run(kind)
+        found = torch.autograd.grad(outputs, self.tensors(trained), grads or self.grads)
+        return outputs, list(found)
+
+    def exact(self):
+        """The same in float64; what goes in is rounded to the weights' dtype first, as PEFT does."""
+        other = Case.__new__(Case)
+        other.__dict__ |= self.__dict__
+        other.dtype = other.weights_dtype = torch.float64
+        other.x = self.x.detach().to(self.weights_dtype).double().requires_grad_(self.x.requires_grad)
+        other.ys = [y.detach().double().requires_grad_() for y in self.ys]
+        other.grads = [grad.to(self.weights_dtype).double() for grad in self.grads]
+        other.parts = {}
+        for slot, row in self.parts.items():
+            other.parts[slot] = []
+            for part in row:
+                pair = part and tuple(p.detach().double().requires_grad_(p.requires_grad) for p in part.parameters)
+                other.parts[slot].append(part and LayerWeights(pair[0].data, pair[1].data, part.scaling, pair))
+        return other
+
+    def by_autograd(self):
+        """Outputs and gradients, one sample and adapter at a time, by autograd's own formulas."""
+        outputs = []
+        for i, y in enumerate(self.ys):
+            rows = list(y)
+            for component in self.components:
+                found = component.rows(len(rows), torch.device("cpu"))
+                for (slot, entries), weight in zip(found, component.scales):
+                    part = self.parts[slot][i] if slot >= 0 else None
+                    for entry in torch.arange(len(rows))[entries].tolist() if part else ():
+                        a, b = part.parameters
+                        rows[entry] = rows[entry] + (self.x[entry] @ a.t() @ b.t()) * (part.scaling * weight)
+            outputs.append(torch.stack(rows))
+        tensors = self.tensors(self.trained())
+        return outputs, list(torch.autograd.grad(outputs, tensors, self.grads, materialize_grads=True))
+
+
+def make(mix, slices=3, **options):
+    widths = options.pop("widths", [40, 24, 33])[:slices]
+    inputs = options.pop("inputs", 72)
+    ranks = [row[:slices] for row in options.pop("ranks", RANKS)]
+    return Case(MIXES[mix], ranks, inputs, widths, options.pop("dtype"), scales=WEIGHTS.get(mix), **options)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_torch_against_autograd(mix):
+    case = make(mix, dtype=torch.float64)
+    for mine, theirs in zip(case.gradients(TorchProduct), case.by_autograd()):
+        assert len(mine) == len(theirs)
+        for actual, expected in zip(mine, theirs):
+            assert_close(actual, expected)
+
+
+def check(case):
+    """The kernels against float64, twice: the same input gives the same bits."""
+    outputs, gradients = case.gradients(TritonProduct)
+    again, gradients_again = case.gradients(TritonProduct)
+    wanted, expected = case.exact().gradients(TorchProduct)
+    coarsest = max(case.dtype, case.weights_dtype, key=lambda each: torch.finfo(each).eps)
+    for actual, twice, exact in zip([*outputs, *gradients], [*again, *gradients_again], [*wanted, *expected]):
+        assert_close(actual, exact, coarsest)
+        assert torch.equal(actual, twice)
+    for actual, tensor in zip(gradients, case.tensors(case.trained())):
+        assert (actual.dtype, actual.shape) == (tensor.dtype, tensor.shape)
+
+
+@kernels
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize("mix", MIXES)
+def test_kernels(mix, slices):
+    check(make(mix, slices, dtype=torch.float32, rows=5))
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float16", "float16"), ("float16", "float32"), ("float32", "float16")]
+)
+def test_dtypes(dtype, weights):
+    check(make("interleaved", dtype=getattr(torch, dtype), weights=getattr(torch, weights), rows=7))
+
+
+@kernels
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("x",),
+        ((0, "a"), (0, "b")),
+        ((0, "a"), (1, "a"), (2, "a")),
+        tuple((slot, half) for slot in range(3) for half in "ab"),
+    ],
+    ids=["x", "one adapter", "every lora_A", "every adapter"],
+)
+def test_what_is_frozen_gets_no_gradient(frozen):
+    case = make("with base" if "x" in frozen else "interleaved", dtype=torch.float32, frozen=frozen)
+    check(case)
+    product, trained = case.product(TritonProduct)
+    found = product.backward(case.grads, *product_inputs(case, product))[1]
+    assert [grad is not None for grad in found] == [parameter.requires_grad for parameter in trained.parameters]
+
+
+def product_inputs(case, product):
+    _, h = product.forward(case.ys, case.x)
+    return case.x if product.wanted.any_a else None, h
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_gradients_that_come_in_any_form(kind):
+    """Expanded, transposed, with a stride between columns, and none at all for outputs that nobody used."""
+    case = make("interleaved", dtype=torch.float32)
+    shapes = [y.shape for y in case.ys]
+    forms = [
+        torch.randn((), device=DEVICE).expand(shapes[0]),
+        torch.randn(shapes[1][::-1], device=DEVICE).permute(2, 1, 0),
+        torch.randn(*shapes[2], 2, device=DEVICE)[..., 0],
+    ]
+    contiguous = [form.contiguous() for form in forms]
+    for actual, expected in zip(case.gradients(kind, forms)[1], case.gradients(kind, contiguous)[1]):
+        assert_close(actual, expected)
+    outputs, trained = case.run(kind)
+    found = torch.autograd.grad(outputs[1], trained.parameters, contiguous[1], allow_unused=True)
+    zeros = [torch.zeros_like(contiguous[0]), contiguous[1], torch.zeros_like(contiguous[2])]
+    every = case.gradients(kind, zeros)[1][1 + len(case.ys) :]
+    for index, (grad, expected) in enumerate(zip(found, every)):
+        assert (grad is None) == (trained.places[index // 2][1] != 1)
+        if grad is not None:
+            assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_an_input_that_is_not_contiguous(kind):
+    case = make("interleaved", dtype=torch.float32, rows=4)
+    expected = case.gradients(kind)
+    case.x = case.x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not case.x.is_contiguous()
+    for mine, theirs in zip(case.gradients(kind), expected):
+        for actual, wanted in zip(mine, theirs):
+            assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_no_rows(kind):
+    case = make("[0, 0, 1]", dtype=torch.float32, rows=0)
+    outputs, gradients = case.gradients(kind)
+    assert [output.shape for output in outputs] == [y.shape for y in case.ys]
+    for gradient, tensor in zip(gradients, case.tensors(case.trained())):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_a_graph_is_used_twice(kind):
+    case = make("mixtures", dtype=torch.float32)
+    outputs, trained = case.run(kind)
+    tensors = case.tensors(trained)
+    first = torch.autograd.grad(outputs, tensors, case.grads, retain_graph=True)
+    for once, again in zip(first, torch.autograd.grad(outputs, tensors, case.grads)):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_second_derivatives_are_refused(kind):
+    case = make("[0, 0, 1]", dtype=torch.float32)
+    outputs, trained = case.run(kind)
+    loss = sum(output.square().sum() for output in outputs)
+    found = torch.autograd.grad(loss, [case.x, *trained.parameters], create_graph=True)
+    for grad in found:
+        with pytest.raises(UnsupportedError, match="gradients of gradients were asked for"):
+            torch.autograd.grad(grad.sum(), case.x, retain_graph=True)
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_weights_that_were_written_before_backward_are_noticed(kind):
+    case = make("[0, 0, 1]", dtype=torch.float32)
+    outputs, trained = case.run(kind)
+    with torch.no_grad():
+        trained.parameters[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, trained.parameters, case.grads)
+
+
+@pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
+def test_what_is_kept_for_backward(kind):
+    """The input itself, which base layers keep as well, and a row of rank columns for each of its rows."""
+    case = make("interleaved", dtype=torch.float32, rows=16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        _, trained = case.run(kind)
+    known = {each.data_ptr() for each in (case.x, *trained.parameters)}
+    others = [tensor for tensor in kept if tensor.data_ptr() not in known]
+    assert len(kept) - len(others) == len(known)
+    rows, slices, rank = case.x.shape[:-1].numel(), len(case.ys), 16  # kernels have ranks of 16 at least
+    assert 0 < sum(tensor.numel() for tensor in others) <= rows * slices * rank
+
+
+@kernels
+@pytest.mark.parametrize("mix", ["[0, 0, 1]", "interleaved", "mixtures"])
+def test_launches_do_not_depend_on_the_number_of_adapters(monkeypatch, mix):
+    launches = []
+    for name in ("shrink_kernel", "expand_kernel", "grad_x_kernel", "grad_weight_kernel"):
+        monkeypatch.setattr(triton_gradients, name, Counted(getattr(triton_gradients, name), launches))
+    make(mix, dtype=torch.float32).gradients(TritonProduct)
+    assert len(launches) == 6 * len(MIXES[mix])
+
+
+class Counted:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+GPU_DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "weights"), GPU_DTYPES, ids=["-".join(pair) for pair in GPU_DTYPES])
+@pytest.mark.parametrize("rank", [1, 5, 8, 16, 32, 64, 100, 256])
+def test_ranks_on_a_gpu(rank, dtype, weights):
+    dtypes = {"dtype": getattr(torch, dtype), "weights": getattr(torch, weights)}
+    for rows in (1, 7, 150):
+        ranks = [[rank], [max(1, rank // 2)], [0], [0]]
+        check(make("interleaved", 1, ranks=ranks, inputs=576, widths=[1536], rows=rows, **dtypes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "weights"), GPU_DTYPES, ids=["-".join(pair) for pair in GPU_DTYPES])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("slices", [2, 3])
+def test_mixes_on_a_gpu(slices, mix, dtype, weights):
+    dtypes = {"dtype": getattr(torch, dtype), "weights": getattr(torch, weights)}
+    for rows in (1, 33):
+        check(make(mix, slices, inputs=576, widths=[576, 192, 192], rows=rows, **dtypes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_follows_what_the_user_allows_to_matrix_products(monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    case = make("[0, 0, 1]", 1, dtype=torch.float32, inputs=4096, widths=[4096], rows=64)
+    (output,), _ = case.gradients(TritonProduct)
+    (exact,), _ = case.exact().gradients(TorchProduct)
+    delta = float((output - exact).norm() / (exact - case.ys[0]).norm())
+    assert delta < 1e-5 if precision == "ieee" else 1e-5 < delta < 2e-3
+
+
+@pytest.mark.gpu
+def test_many_adapters_on_a_gpu():
+    case = Case([list(range(256)) * 2], [[8, 0]] * 128 + [[4, 16]] * 128, 192, [320, 64], torch.bfloat16, rows=3)
+    check(case)

@@ -1,0 +1,6 @@
+"""Fixtures of these tests."""
+
+from asynchronous import asynchronous
+
+
+__all__ = ["asynchronous"]

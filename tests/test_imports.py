@@ -27,6 +27,7 @@ def test_nothing_optional_is_loaded():
     loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
     assert "peft_multibatch.api" in loaded
     optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
+    optional += ("fastapi", "uvicorn", "starlette", "prometheus_client", "openai", "peft_multibatch.serve")
     assert [name for name in loaded if name.startswith(optional)] == []
 
 
@@ -107,6 +108,7 @@ WINGS = [
     "model",
     "continuous",
     "api",
+    "serve",
 ]
 
 

@@ -39,9 +39,7 @@ class SamplingManager(ContinuousBatchingManager):
             for each in [part for pair in pairs for part in (pair.host_io, pair.device_io)] or [io]:
                 old = each.output_ids
                 shape = len(old) + sampling.logprobs.rows, old.shape[1]
-                each.output_ids = torch.zeros(
-                    shape, dtype=old.dtype, device=old.device, pin_memory=old.is_pinned()
-                )
+                each.output_ids = torch.zeros(shape, dtype=old.dtype, device=old.device, pin_memory=old.is_pinned())
             runner._sample = sampling.logprobs.wrap_sample(runner._sample)
             io.prepare_batch_update = sampling.logprobs.wrap_update(io, io.prepare_batch_update)
         return processor
@@ -74,6 +72,17 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.output_router = Causes()
+        self.current_batch = 0  # steps so far; transformers counts them from when the loop begins
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return vocabulary_of(self.model)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that the cache has room for."""
+        return self._admission._longest
 
 
 def logits_of(model: Any) -> int:

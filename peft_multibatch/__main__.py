@@ -1,4 +1,4 @@
-"""``python -m peft_multibatch demo`` and ``peft-multibatch demo``."""
+"""``peft-multibatch demo`` and ``peft-multibatch serve``, also as ``python -m peft_multibatch``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def main() -> None:
             f"the command line needs {' and '.join(missing)}: install them with pip install 'peft-multibatch[demo]'"
         )
     from peft_multibatch.demo.cli import app
+    from peft_multibatch.serve.cli import serve
 
+    app.command()(serve)
     app()
 
 

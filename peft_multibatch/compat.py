@@ -50,6 +50,7 @@ __all__ = [
     "TrainableTokensWrapper",
     "calculate_alora_offsets",
     "check",
+    "check_serving",
     "check_target_module_exists",
     "current_backward",
     "current_node",
@@ -113,3 +114,40 @@ def check() -> None:
             f"torch {version('torch')} is installed, whose checkpoints have no recompute_fn: expected torch "
             f"{TESTED['torch'][0]} to {TESTED['torch'][1]}. Install one of these."
         )
+
+
+def check_serving() -> None:
+    """Look for what the server reads and replaces inside of transformers' continuous batching.
+
+    Raises:
+        ImportError: the installed version lacks some of it.
+    """
+    from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
+    from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+    from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+    processors = cb_logits_processors.ContinuousBatchingLogitsProcessorList
+    manager = continuous_api.ContinuousBatchingManager
+    needed: dict[tuple[type, str], tuple[str, ...]] = {
+        (ModelRunner, "__init__"): ("pad_inputs",),
+        (ModelRunner, "_forward_process_and_sample"): ("logit_processor", "_sample"),
+        (ModelRunner, "_sample"): ("argmax",),
+        (ContinuousBatchingIOs, "prepare_batch_update"): ("output_ids", "requests_in_batch"),
+        (processors, "__init__"): ("logits_processor", "tensors_required"),
+        (processors, "_retrieve_processors_kwargs"): ("supported_keys",),
+        (processors, "prepare_tensor_args"): (),
+        (processors, "fill_defaults"): (),
+        (manager, "_create_batch_processor"): ("logit_processor",),
+        (manager, "_run_generation_loop"): ("current_batch",),
+        (continuous_api.BackgroundThreadStatus, "record_fatal_error"): ("fatal_error",),
+        (requests.RequestState, "create_equivalent_initial_request"): ("_true_initial_tokens",),
+    }
+    for (owner, method), names in needed.items():
+        code = getattr(getattr(owner, method, None), "__code__", None)
+        missing = [name for name in names if code is not None and name not in code.co_names]
+        if code is None or missing:
+            raise ImportError(
+                f"transformers {version('transformers')} is installed, whose {owner.__name__}.{method} "
+                f"{'has no ' + ', '.join(missing) if missing else 'is not there'}: expected transformers 5.24, which "
+                "the server was tested with. Install that."
+            )

@@ -26,17 +26,9 @@ def test_nothing_optional_is_loaded():
     code = f"{dependencies}; before = set(sys.modules); import peft_multibatch"
     loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
     assert "peft_multibatch.api" in loaded
-    optional = (
-        "triton",
-        "typer",
-        "rich",
-        "gguf",
-        "matplotlib",
-        "peft_multibatch.demo",
-        "peft_multibatch.ops.triton",
-        "peft_multibatch.training",
-        "transformers.trainer",
-    )
+    optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
+    optional += ("fastapi", "uvicorn", "starlette", "prometheus_client", "openai", "peft_multibatch.serve")
+    optional += ("peft_multibatch.training", "transformers.trainer")
     assert [name for name in loaded if name.startswith(optional)] == []
 
 
@@ -118,6 +110,7 @@ WINGS = [
     "continuous",
     "training",
     "api",
+    "serve",
 ]
 
 

@@ -1,0 +1,228 @@
+"""Which adapters there are, and what ``model=`` names: an adapter costs nothing until somebody asks for it.
+
+Everything that reads files runs in threads, one at a time for each adapter, so that no two requests register the same
+one; nobody waits for another adapter's files, or for the requests after which another one can be replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_multibatch.adapters.store.files import CONFIG, WEIGHTS
+from peft_multibatch.adapters.store.store import AdapterStore
+from peft_multibatch.errors import AdapterFileError, MultibatchError, UnknownAdapterError
+from peft_multibatch.plan.ids import BASE_NAME
+from peft_multibatch.serve.errors import ApiError, from_adapter, invalid, unavailable, unknown_model
+from peft_multibatch.serve.settings import NAME, Settings
+
+
+THREADS, LOCKS = 32, 1024
+
+
+class Target(NamedTuple):
+    """What a request runs under.
+
+    Attributes:
+        entry: as continuous batching takes it.
+        label: an adapter's name, the base model's, or ``"mixture"``; for logs and metrics.
+        names: of its adapters.
+    """
+
+    entry: Any
+    label: str
+    names: tuple[str, ...] = ()
+
+
+class Catalog:
+    """The adapters that clients may name.
+
+    Args:
+        store: of the model.
+        settings: where adapters lie, and how many and how large they may be.
+        on_refused: called with an adapter's name and the error that registering it raised.
+    """
+
+    def __init__(
+        self, store: AdapterStore, settings: Settings, on_refused: Callable[[str, Exception], None] = lambda *_: None
+    ) -> None:
+        self._store, self._settings, self._on_refused = store, settings, on_refused
+        self._folders = dict(settings.adapters)  # of adapters that don't have the name of their folder
+        self._unloaded: set[str] = set()  # on purpose, though their folders are there
+        self._stamps: dict[str, tuple] = {}  # of the files of adapters that are registered
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapters")
+        self._locks = [threading.Lock() for _ in range(LOCKS)]  # each for a part of all names
+
+    async def find(self, model: str, mixture: dict[str, float] | None = None) -> Target:
+        """What a request names; its adapters are registered from now on.
+
+        Args:
+            model: the base model's name, or an adapter's.
+            mixture: weights of adapters by name, for the base model alone.
+
+        Raises:
+            ApiError: 404 where there is no such model, 400 where it can't be used.
+        """
+        is_base = model in self._settings.model_names
+        if not mixture:
+            if mixture is not None:
+                raise invalid("'adapter' is empty: expected weights of adapters by name.", "adapter")
+            if not is_base:
+                await self._provide(model)
+                return Target(model, model, (model,))
+            return Target(BASE_NAME, model)
+        if not is_base:
+            raise invalid("'adapter' was given together with an adapter as 'model': expected the base model's name.",
+                          "adapter")  # fmt: skip
+        if len(mixture) > self._settings.max_mixture:
+            raise invalid(f"'adapter' has {len(mixture)} adapters: expected {self._settings.max_mixture} at most.",
+                          "adapter")  # fmt: skip
+        for name in mixture:
+            await self._provide(name)
+        return Target(mixture, "mixture", tuple(mixture))
+
+    async def load(self, name: str, folder: str, in_place: bool) -> None:
+        """Register an adapter from a folder inside of ``--adapters``, checked before anything changes.
+
+        Raises:
+            ApiError: the name or the folder can't be used, or the name is taken.
+        """
+        if not NAME.fullmatch(name) or name == BASE_NAME or name in self._settings.model_names:
+            raise invalid(
+                "'lora_name' is none that an adapter may have: expected letters, digits, '.', '_' and '-', 64 at "
+                "most, the first one a letter or digit, and not the base model's name.",
+                "lora_name",
+            )
+        if "\0" in folder:
+            raise invalid("'lora_path' has a null character: expected a path.", "lora_path")
+        await self._run(name, self._load, name, folder, in_place)
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter, also one that ``--adapters`` has; requests under way end with it.
+
+        Raises:
+            ApiError: there is none of this name.
+        """
+        await self._run(name, self._unload, name)
+
+    async def names(self) -> list[tuple[str, int]]:
+        """Adapters, and when their weights were written, in seconds since 1970."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: sorted(self._list()))
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, name: str, function: Callable[..., None], *args: Any) -> None:
+        def alone() -> None:
+            with self._locks[hash(name) % LOCKS]:
+                function(*args)
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, alone)
+
+    async def _provide(self, name: str) -> None:
+        if not NAME.fullmatch(name) or name == BASE_NAME:
+            raise unknown_model(name)
+        if name in self._store and self._stamp(name) == self._stamps.get(name):
+            return
+        await self._run(name, self._register_known, name)
+
+    def _folder(self, name: str) -> Path | None:
+        """Where an adapter of this name should lie."""
+        if name in self._unloaded:
+            return None
+        root = self._settings.adapters_dir
+        folder = self._folders.get(name, root / name if root is not None else None)
+        return folder if folder is not None and os.path.exists(folder / CONFIG) else None
+
+    def _stamp(self, name: str) -> tuple | None:
+        """What changes when an adapter's files are replaced; None where they aren't there."""
+        root = self._settings.adapters_dir
+        folder = self._folders.get(name, root / name if root is not None else None)
+        if folder is None:
+            return None
+        try:
+            found = [os.stat(folder / file) for file in (CONFIG, WEIGHTS)]
+        except OSError:
+            return None
+        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+
+    def _register_known(self, name: str) -> None:
+        folder = self._folder(name)
+        if folder is None:
+            if name in self._store:  # its files are gone; in memory it may still be
+                return
+            raise unknown_model(name)
+        stamp = self._stamp(name)
+        if name not in self._store or stamp != self._stamps.get(name):
+            self._register(name, folder)
+            self._stamps[name] = stamp or ()
+
+    def _register(self, name: str, folder: Path) -> None:
+        settings = self._settings
+        if name not in self._store and len(self._store) >= settings.max_adapters:
+            raise unavailable(f"The server knows {len(self._store)} adapters, as many as it may.", "too_many_adapters")
+        try:
+            size = _size_of(folder)
+            if size > settings.max_adapter_mb * 1e6:
+                raise AdapterFileError(
+                    f"adapter {name!r} has weights of {size} bytes: expected {settings.max_adapter_mb:g} MB at most. "
+                    "Raise --max-adapter-mb."
+                )
+            self._store.register(name, folder)
+        except MultibatchError as error:
+            self._on_refused(name, error)
+            raise from_adapter(error, name) from error
+
+    def _load(self, name: str, folder: str, in_place: bool) -> None:
+        root = self._settings.adapters_dir
+        assert root is not None
+        if (name in self._store or self._folder(name) is not None) and not in_place:
+            raise ApiError(
+                409,
+                f"The adapter `{name}` is loaded: unload it first, or set 'load_inplace' to true.",
+                "adapter_exists",
+                "lora_name",
+            )
+        self._register(name, root / folder)
+        self._folders[name] = root / folder
+        self._unloaded.discard(name)
+        self._stamps[name] = self._stamp(name) or ()
+        self._store.prefetch(name)
+
+    def _unload(self, name: str) -> None:
+        if name not in self._store and self._folder(name) is None:
+            raise ApiError(404, f"The adapter `{name:.80}` does not exist.", "adapter_not_found", "lora_name")
+        self._unloaded.add(name)
+        self._folders.pop(name, None)
+        self._stamps.pop(name, None)
+        with contextlib.suppress(UnknownAdapterError):  # nobody had asked for it
+            self._store.unregister(name)
+
+    def _list(self) -> Iterator[tuple[str, int]]:
+        root = self._settings.adapters_dir
+        found = {name: folder for name, folder in list(self._folders.items()) if name not in self._unloaded}
+        if root is not None and root.is_dir():
+            for each in os.scandir(root):
+                if NAME.fullmatch(each.name) and each.name not in {*found, *self._unloaded}:
+                    found[each.name] = Path(each.path)
+        for name, folder in found.items():
+            if name not in self._settings.model_names:
+                try:
+                    yield name, int(os.stat(folder / CONFIG).st_mtime)
+                except OSError:
+                    continue
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of an adapter's weights; 0 where they aren't there, which registering finds out."""
+    try:
+        return os.stat(folder / WEIGHTS).st_size
+    except OSError:
+        return 0

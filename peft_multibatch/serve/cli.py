@@ -1,0 +1,147 @@
+"""``peft-multibatch serve``: its options."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+DEMO = "demo"
+"""Instead of a path: the demo's model, with its adapters."""
+
+
+def serve(
+    base: Annotated[str, typer.Argument(help="Base model: a folder, a name on the hub, or 'demo'.")],
+    adapters: Annotated[Path | None, typer.Option(help="Folder whose folders are adapters.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH of one adapter more; repeatable.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the base model; repeatable.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; others than loopback need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="PEFT_MULTIBATCH_API_KEY", show_default=False, help="Clients must send one; repeatable."),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="PEFT_MULTIBATCH_ADMIN_KEY", show_default=False, help="For loading and unloading."),
+    ] = None,
+    allow_load: Annotated[bool, typer.Option("--allow-load", help="Open /v1/load_lora_adapter and its twin.")] = False,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Adapters that may be known at a time.")] = 100_000,
+    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of any adapter.")] = 64,
+    max_adapter_mb: Annotated[float, typer.Option(min=0, help="Largest file of an adapter's weights.")] = 1024,
+    adapter_memory: Annotated[str, typer.Option(help="Host memory for adapters.")] = "8GB",
+    max_mixture: Annotated[int, typer.Option(min=1, help="Adapters in a mixture.")] = 4,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 64,
+    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in a step.")] = None,
+    max_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache holds.")] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more get 429.")] = 256,
+    max_requests_per_adapter: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that run or wait for one adapter.")
+    ] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0, help="Largest body of a request.")] = 4,
+    request_timeout: Annotated[float, typer.Option(min=0, help="Seconds that a request may take.")] = 600,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the files' own.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="As in transformers.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it stops.")] = 30,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch the base from the hub.")] = False,
+) -> None:
+    """Serve one base model and its adapters, as OpenAI's API: `model` picks the adapter."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"serve needs {', '.join(missing)}: install them with pip install 'peft-multibatch[serve]'")
+    from peft_multibatch.serve.engine import Engine
+    from peft_multibatch.serve.logs import set_up
+    from peft_multibatch.serve.server import Server
+    from peft_multibatch.serve.settings import Settings
+
+    if log_format not in ("text", "json"):
+        raise typer.BadParameter("expected text or json", param_hint="--log-format")
+    if adapters is None and base == DEMO:
+        from peft_multibatch.demo.model import ADAPTERS_DIR
+
+        adapters = ADAPTERS_DIR
+    if adapters is not None and not adapters.is_dir():
+        raise typer.BadParameter(f"{adapters} is no folder", param_hint="--adapters")
+    try:
+        settings = Settings(
+            adapters_dir=adapters,
+            adapters=_named(adapter or []),
+            model_names=tuple(served_model_name or [_name_of(base)]),
+            api_keys=tuple(api_key or ()),
+            admin_key=admin_key,
+            allow_load=allow_load,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            max_adapter_mb=max_adapter_mb,
+            adapter_memory=adapter_memory,
+            max_mixture=max_mixture,
+            max_model_len=max_model_len,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            max_cache_tokens=max_cache_tokens,
+            max_queue=max_queue,
+            max_requests_per_adapter=max_requests_per_adapter,
+            max_body_mb=max_body_mb,
+            request_timeout=request_timeout,
+            grace=grace,
+            log_prompts=log_prompts,
+        )
+        settings.check_host(host)
+    except ValueError as error:
+        sys.exit(str(error))
+    set_up(log_format)
+    model, tokenizer = _load(base, device, dtype, attn_implementation, allow_download)
+    engine = Engine(model, tokenizer, settings)
+    try:
+        engine.start()
+    except ValueError as error:
+        sys.exit(str(error))
+    Server(engine, host, port).run()
+
+
+def _named(adapters: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for each in adapters:
+        name, _, path = each.partition("=")
+        if not path or name in found:
+            raise ValueError(f"--adapter {each}: expected NAME=PATH, with a name that no other adapter has.")
+        found[name] = Path(path).resolve()
+    return found
+
+
+def _name_of(base: str) -> str:
+    if base == DEMO:
+        from peft_multibatch.demo.model import MODEL_ID
+
+        return MODEL_ID
+    return Path(base).resolve().name if os.path.isdir(base) else base
+
+
+def _load(base: str, device: str, dtype: str, attention: str | None, may_download: bool) -> tuple[Any, Any]:
+    if base == DEMO:
+        import torch
+
+        from peft_multibatch.demo.model import load_model
+
+        return load_model(torch.float32 if dtype == "auto" else getattr(torch, dtype), device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": not may_download, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(base, **options)
+    if attention is not None:
+        options["attn_implementation"] = attention
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,263 @@
+"""The model, its adapters and continuous batching, as the endpoints use them: jobs in, pieces of text out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.utils import logging
+
+import peft_multibatch
+from peft_multibatch.compat import check_serving
+from peft_multibatch.errors import MultibatchError
+from peft_multibatch.serve.catalog import Catalog
+from peft_multibatch.serve.errors import ApiError, busy, failed, from_adapter, unavailable, unknown_model
+from peft_multibatch.serve.jobs import Delta, Job, Sequence
+from peft_multibatch.serve.manager import ServingManager
+from peft_multibatch.serve.settings import Settings
+
+
+logger = logging.get_logger(__name__)
+
+STALLED = 120.0
+"""Seconds without a step, while requests wait for one, after which the server counts as broken."""
+
+CPU_CACHE, CPU_STEP = 8192, 256
+"""Tokens that the cache and a step hold on a CPU, where transformers would take what there is of memory."""
+
+
+class Engine:
+    """Runs jobs.
+
+    Args:
+        model: in eval mode, not enabled yet.
+        tokenizer: the model's.
+        settings: limits.
+
+    Attributes:
+        max_model_len: most tokens of a prompt and its answer.
+        running: sequences that were accepted and haven't ended, by what they run under.
+        is_stopping: whether no job is accepted any more.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        check_serving()
+        self.tokenizer, self.settings = tokenizer, settings
+        self.is_stopping = False
+        self.running: Counter[str] = Counter()
+        self._ids = itertools.count()
+        self._jobs: dict[int, asyncio.Queue] = {}
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # which isn't safe in several
+        self._mb = peft_multibatch.enable(model)
+        roots = [each for each in (settings.adapters_dir, *settings.adapters.values()) if each is not None]
+        self.store = self._mb.adapter_store(
+            max_host_memory=settings.adapter_memory,
+            max_device_memory=settings.adapter_memory,
+            max_rank=settings.max_rank,
+            roots=roots or None,
+        )
+        self.catalog = Catalog(self.store, settings, self._log_refused)
+        config, own = model.config.get_text_config(), model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({each for each in (*ends, tokenizer.eos_token_id) if each is not None})
+        self.manager = ServingManager(
+            self._mb,
+            mixtures=settings.max_mixture,
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=self.ends or -1),
+            continuous_batching_config=_batching(settings, model.device),
+        )
+        self.max_model_len = settings.max_model_len or 0
+        self._positions = getattr(config, "max_position_embeddings", None)
+        self._progress = 0, time.monotonic()
+
+    def start(self) -> None:
+        """Begin to run; returns when jobs can be.
+
+        Raises:
+            RuntimeError: the loop ended before it began.
+            ValueError: requests of the length that was asked for don't fit.
+        """
+        self.manager.warmup()
+        self.manager.start()
+        while self.manager.batch_processor is None:
+            if not self.manager.is_running():
+                raise RuntimeError("continuous batching did not start: expected a loop that runs. The log says why.")
+            time.sleep(0.01)
+        longest = min(self.manager.longest, self._positions or self.manager.longest)
+        if self.max_model_len > longest:
+            self.stop()
+            raise ValueError(
+                f"--max-model-len is {self.max_model_len}, and the model and its cache have room for {longest}: "
+                "expected no more. Raise --max-cache-tokens, or leave it out."
+            )
+        self.max_model_len = self.max_model_len or longest
+
+    def stop(self) -> None:
+        """End what runs, and put the model back as it was."""
+        self.is_stopping = True
+        if self.manager.is_running():
+            self.manager.stop(hard_stop=True)
+        self.manager.destroy()
+        self.catalog.close()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._mb.disable()
+
+    def problem(self) -> str | None:
+        """Why no request can run, None where they can."""
+        status = self.manager.background_thread_status
+        if status.fatal_error is not None or not self.manager.is_running():
+            return "the loop that runs requests has ended"
+        now, steps = time.monotonic(), self.manager.current_batch
+        if steps != self._progress[0] or not self.running:
+            self._progress = steps, now
+        if now - self._progress[1] > STALLED:
+            return f"no step ended for {now - self._progress[1]:.0f} s"
+        return None
+
+    def check(self) -> None:
+        """Raise where no job is accepted.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.is_stopping:
+            raise unavailable("The server is about to stop: try again, elsewhere or later.", "stopping")
+        if self.manager.background_thread_status.fatal_error is not None or not self.manager.is_running():
+            raise unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+
+    async def tokenize(self, function: Any, *args: Any) -> Any:
+        """Call something that needs the tokenizer, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+
+    def cancel_all(self) -> None:
+        """End all jobs with an error that says that the server stops."""
+        error = unavailable("The server stopped before this request had ended: send it again.", "stopping")
+        for queue in list(self._jobs.values()):
+            queue.put_nowait(error)
+
+    async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
+        """What a job generates, as it comes. Closing the generator ends the job.
+
+        Raises:
+            ApiError: it can't be run, or couldn't be until its end.
+        """
+        self.check()
+        queue: asyncio.Queue = asyncio.Queue()
+        under_way: dict[str, Sequence] = {}
+        number = next(self._ids)
+        with self._place(job.target.label, len(job.prompts) * job.n):
+            self._jobs[number] = queue
+            try:
+                for sequence in job.sequences(self.tokenizer):
+                    name = f"{number}-{sequence.index}"
+                    self._add(name, job, sequence, queue)
+                    under_way[name] = sequence
+                while under_way:
+                    output, cause = await self._next(queue, job)
+                    found = under_way.get(output.request_id)
+                    if found is None:
+                        continue  # it had a stop string already
+                    if output.error is not None:
+                        raise self._as_api_error(cause, job)
+                    delta = found.take(output, [] if job.ignore_eos else self.ends)
+                    if delta.reason is not None:
+                        del under_way[output.request_id]
+                        if not output.is_finished():
+                            self.manager.cancel_request(output.request_id)
+                    job.count(delta, output)
+                    yield delta
+            finally:
+                del self._jobs[number]
+                for name in under_way:
+                    self.manager.cancel_request(name)
+
+    @contextmanager
+    def _place(self, label: str, count: int) -> Iterator[None]:
+        limit, own = self.settings.max_batch + self.settings.max_queue, self.settings.max_requests_per_adapter
+        if self.running.total() + count > limit:
+            raise busy("The server has as many requests as it takes: try again later.", "queue_full")
+        if own is not None and self.running[label] + count > own:
+            raise busy(f"The model `{label}` has as many requests as it may have: try again later.", "adapter_busy")
+        self.running[label] += count
+        try:
+            yield
+        finally:
+            self.running[label] -= count
+            if not self.running[label]:
+                del self.running[label]
+
+    def _add(self, name: str, job: Job, sequence: Sequence, queue: asyncio.Queue) -> None:
+        causes = self.manager.output_router.causes
+
+        def hand_on(output: Any) -> None:
+            queue.put_nowait((output, causes.pop(output.request_id, None)))
+
+        added = self.manager.add_request(
+            sequence.prompt,
+            name,
+            job.max_tokens_of(sequence.prompt, self.max_model_len),
+            streaming=job.is_streamed or bool(job.stops),
+            record_timestamps=not job.is_streamed,
+            eos_token_id=[-1] if job.ignore_eos else self.ends or [-1],
+            adapter_id=job.target.entry,
+            **sequence.options,
+        )
+        if added is None:
+            raise unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+        self.manager.register_result_handler(name, hand_on)
+
+    async def _next(self, queue: asyncio.Queue, job: Job) -> tuple[Any, Exception | None]:
+        if not queue.empty():
+            found = queue.get_nowait()
+        else:
+            left = job.arrived + self.settings.request_timeout - time.perf_counter()
+            try:
+                async with asyncio.timeout(max(left, 0)):
+                    found = await queue.get()
+            except TimeoutError:
+                raise ApiError(
+                    504,
+                    f"The request took longer than {self.settings.request_timeout:g} s: ask for fewer tokens.",
+                    "timeout",
+                    headers={"x-should-retry": "false"},
+                ) from None
+        if isinstance(found, ApiError):
+            raise found
+        return found
+
+    def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
+        logger.error(f"request {job.request_id} under {job.target.label!r} failed: {cause!r}")
+        if self.manager.background_thread_status.fatal_error is not None:
+            return unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+        gone = [name for name in job.target.names if name not in self.store]
+        if gone:
+            return unknown_model(gone[0])
+        return from_adapter(cause, job.target.label) if isinstance(cause, MultibatchError) else failed()
+
+    def _log_refused(self, name: str, error: Exception) -> None:
+        logger.warning(f"adapter {name!r} was refused: {error}")
+
+
+def _batching(settings: Settings, device: torch.device) -> ContinuousBatchingConfig:
+    options: dict[str, Any] = {"max_requests_per_batch": settings.max_batch}
+    cache, step = settings.max_cache_tokens, settings.max_batch_tokens
+    if device.type == "cpu":
+        cache, step = cache or CPU_CACHE, step or CPU_STEP
+        options |= {"page_size": 32, "use_cuda_graph": False}
+    else:
+        options["max_memory_percent"] = 0.8  # as transformers does where tokens are sampled
+    if cache is not None:
+        options["num_blocks"] = -(-cache // options.get("page_size", 256))
+    if step is not None:
+        options["max_batch_tokens"] = max(step, settings.max_batch)
+    return ContinuousBatchingConfig(**options)

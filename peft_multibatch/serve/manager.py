@@ -1,0 +1,91 @@
+"""The manager of continuous batching that the server runs: every request samples in its own way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestState
+
+from peft_multibatch.continuous.admission import vocabulary_of
+from peft_multibatch.continuous.manager import AdapterBatchingManager
+from peft_multibatch.continuous.outputs import Outputs
+from peft_multibatch.serve.sampling import Sampling
+
+
+MAX_LOGPROBS = 20
+"""Likeliest tokens that OpenAI's API gives at each position, at most."""
+
+
+class SamplingManager(ContinuousBatchingManager):
+    """transformers' manager, with arguments for sampling per request; see ``Sampling``."""
+
+    logit_processor: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logit_processor = Sampling(logits_of(self.model), MAX_LOGPROBS)
+
+    def _create_batch_processor(self) -> Any:
+        is_new = self.batch_processor is None
+        processor = super()._create_batch_processor()
+        if is_new:
+            runner, io, sampling = processor.model_runner, processor.inputs_and_outputs, self.logit_processor
+            sampling.is_static = runner.pad_inputs
+            most = self.continuous_batching_config.max_requests_per_batch
+            sampling.penalties.allocate(most, self.model.device, io.compute_stream)
+            pairs = getattr(io, "io_pairs", ())
+            for each in [part for pair in pairs for part in (pair.host_io, pair.device_io)] or [io]:
+                old = each.output_ids
+                shape = len(old) + sampling.logprobs.rows, old.shape[1]
+                each.output_ids = torch.zeros(shape, dtype=old.dtype, device=old.device, pin_memory=old.is_pinned())
+            runner._sample = sampling.logprobs.wrap_sample(runner._sample)
+            io.prepare_batch_update = sampling.logprobs.wrap_update(io, io.prepare_batch_update)
+        return processor
+
+
+class Causes(Outputs):
+    """The router of outputs, which keeps errors as they were raised: an output has their text alone.
+
+    Attributes:
+        causes: errors by request; whoever reads one takes it out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causes: dict[Any, Exception] = {}
+
+    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
+        """End a request with an error."""
+        self.causes[state.request_id] = error
+        super().fail_and_deliver(state, error)
+
+
+class ServingManager(AdapterBatchingManager, SamplingManager):
+    """An adapter and ways to sample of its own for every request.
+
+    ``add_request`` takes ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``, ``frequency_penalty``
+    and ``logprobs`` as well. Requests without a seed and a temperature are greedy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.output_router = Causes()
+        self.current_batch = 0  # steps so far; transformers counts them from when the loop begins
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return vocabulary_of(self.model)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that the cache has room for."""
+        return self._admission._longest
+
+
+def logits_of(model: Any) -> int:
+    """How many logits a model gives."""
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else vocabulary_of(model)

@@ -1,0 +1,92 @@
+"""What Prometheus reads at ``/metrics``; every series has a label for its adapter, and goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from peft_multibatch.serve.engine import Engine
+from peft_multibatch.serve.gate import Record
+
+
+PREFIX = "peft_multibatch_"
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics(Collector):
+    """Counts what happens, and asks the engine for what is.
+
+    Args:
+        engine: of the server.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(f"{PREFIX}requests", "Requests that have ended.", ("adapter", "status"),
+                                 registry=registry)  # fmt: skip
+        self._prompt = Counter(f"{PREFIX}prompt_tokens", "Tokens of prompts.", ("adapter",), registry=registry)
+        self._generated = Counter(f"{PREFIX}generated_tokens", "Tokens generated.", ("adapter",), registry=registry)
+        self._first = Histogram(f"{PREFIX}time_to_first_token_seconds", "From a request's arrival to its first token.",
+                                ("adapter",), registry=registry, buckets=SECONDS)  # fmt: skip
+        self._whole = Histogram(f"{PREFIX}request_seconds", "From a request's arrival to its end.", ("adapter",),
+                                registry=registry, buckets=SECONDS)  # fmt: skip
+        registry.register(self)
+
+    def observe(self, record: Record) -> None:
+        """A request has ended."""
+        job = record.job
+        label = job.target.label if job is not None and self._is_known(job.target) else ""
+        self._requests.labels(label, record.status).inc()
+        if job is not None:
+            self._prompt.labels(label).inc(job.prompt_tokens)
+            self._generated.labels(label).inc(job.completion_tokens)
+            self._whole.labels(label).observe(record.seconds)
+            if job.first_token is not None:
+                self._first.labels(label).observe(job.first_token)
+
+    def forget(self, adapter: str) -> None:
+        """Drop the series of an adapter that was unloaded."""
+        for each in (self._requests, self._prompt, self._generated, self._first, self._whole):
+            each.remove_by_labels({"adapter": adapter})
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Any]:
+        """What the engine and its store tell."""
+        engine, stats = self._engine, self._engine.store.stats()
+        processor = engine.manager.batch_processor
+        active = len(processor.scheduler.active_requests) if processor is not None else 0
+        accepted = engine.running.total()
+        yield _gauge("running", "Sequences that run.", active)
+        yield _gauge("waiting", "Sequences that wait to run.", max(accepted - active, 0))
+        by_adapter = GaugeMetricFamily(f"{PREFIX}accepted", "Sequences that run or wait.", labels=("adapter",))
+        for label, count in list(engine.running.items()):
+            by_adapter.add_metric((label,), count)
+        yield by_adapter
+        yield _gauge("adapters_known", "Adapters that were asked for and are registered.", stats.registered)
+        yield _gauge("adapters_loaded", "Adapters in memory.", stats.host_adapters)
+        yield _gauge("adapter_bytes", "Memory that adapters take.", stats.host_bytes)
+        yield _counter("adapter_loads", "Adapters that were read from files.", stats.loads)
+        yield _counter("adapter_load_seconds", "Seconds that reading them took.", stats.load_seconds)
+        yield _counter("adapter_evictions", "Adapters that had to make room.", stats.evictions)
+        yield _counter("prefix_hit_tokens", "Tokens whose cache was found.", engine.manager.prefix_hits)
+        yield _gauge("healthy", "1 where requests can run.", int(engine.problem() is None))
+
+    def _is_known(self, target: Any) -> bool:
+        return all(name in self._engine.store for name in target.names)
+
+
+def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, help, value=value)
+
+
+def _counter(name: str, help: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(PREFIX + name, help, value=value)

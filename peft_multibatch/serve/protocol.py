@@ -1,0 +1,146 @@
+"""What clients may send: OpenAI's parameters that are supported, and a few of vLLM's. All others are refused by name.
+
+Parameters that are null count as not given. Values are taken as they are: "3" is no number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+MOST_PROMPTS = 128
+"""Prompts in one request, and answers to one prompt, at most."""
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # which half of a surrogate pair isn't
+    return text
+
+
+Str = Annotated[str, AfterValidator(_encodable)]
+Token = Annotated[int, Field(ge=0)]
+Stop = Annotated[Str, Field(min_length=1, max_length=1024)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Strict(BaseModel):
+    """Something whose fields are all known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        is_object = isinstance(values, dict)
+        return {name: value for name, value in values.items() if value is not None} if is_object else values
+
+
+class Sampled(Strict):
+    """What all endpoints that generate have in common."""
+
+    model: Str
+    adapter: dict[Str, float] | None = Field(None, description="weights of adapters by name, for the base model")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy; 1 where it isn't given")
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool | None = None
+    user: Str | None = Field(None, max_length=256, description="written to the log")
+
+
+class StreamOptions(Strict):
+    """How a stream is."""
+
+    include_usage: bool | None = None
+
+
+class Generated(Sampled):
+    """What chat and completions have in common."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = Field(None, ge=1, description="of vLLM")
+    ignore_eos: bool | None = Field(None, description="of vLLM: go on behind the model's own end")
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Str
+
+
+class Message(Strict):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | list[TextPart]
+    name: Str | None = None
+
+
+class ChatRequest(Generated):
+    """Body of ``/v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class CompletionRequest(Generated):
+    """Body of ``/v1/completions``."""
+
+    prompt: (
+        Str
+        | Annotated[list[Str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class InputPart(Strict):
+    """A part of a message of ``/v1/responses``."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Str
+    annotations: list[Any] | None = Field(None, max_length=0)
+    logprobs: list[Any] | None = Field(None, max_length=0)
+
+
+class InputMessage(Strict):
+    """A message of ``/v1/responses``; those that it answered may be sent back as they came."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Str | list[InputPart]
+    id: Str | None = None
+    status: Literal["completed", "incomplete"] | None = None
+
+
+class ResponseRequest(Sampled):
+    """Body of ``/v1/responses``: text in, text out. Nothing is stored."""
+
+    input: Str | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: Str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    store: Literal[False] | None = None
+
+
+class LoadRequest(Strict):
+    """Body of ``/v1/load_lora_adapter``, as vLLM has it."""
+
+    lora_name: Str
+    lora_path: Str = Field(min_length=1, max_length=4096, description="inside of the folder of adapters")
+    load_inplace: bool = Field(False, description="replace an adapter of this name")
+
+
+class UnloadRequest(Strict):
+    """Body of ``/v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: Str

@@ -1,0 +1,148 @@
+"""What a client sent → a job for the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_multibatch.serve.engine import Engine
+from peft_multibatch.serve.errors import ApiError, invalid, unsupported
+from peft_multibatch.serve.jobs import Job
+from peft_multibatch.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generated,
+    Message,
+    ResponseRequest,
+    TextPart,
+)
+
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's, for completions; a chat's answer may be as long as there is room."""
+
+
+async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
+    """The job of a chat.
+
+    Raises:
+        ApiError: it can't be one.
+    """
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise unsupported("max_tokens", "'max_completion_tokens' as well")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("'top_logprobs' was given without 'logprobs': expected 'logprobs' to be true.", "top_logprobs")
+    target = await engine.catalog.find(body.model, body.adapter)
+    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, body.messages)
+    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _job(engine, body, Job(request_id, target, [prompt], "messages", max_tokens=limit), logprobs)
+
+
+async def completion_job(engine: Engine, body: CompletionRequest, request_id: str) -> Job:
+    """The job of a completion.
+
+    Raises:
+        ApiError: it can't be one.
+    """
+    target = await engine.catalog.find(body.model, body.adapter)
+    prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt)
+    known = engine.manager.vocabulary
+    if any(token >= known for prompt in prompts for token in prompt):
+        raise invalid(f"'prompt' has tokens that the model doesn't know: expected 0 to {known - 1}.", "prompt")
+    limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    return _job(engine, body, Job(request_id, target, prompts, "prompt", max_tokens=limit), body.logprobs)
+
+
+async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -> Job:
+    """The job of a response.
+
+    Raises:
+        ApiError: it can't be one.
+    """
+    target = await engine.catalog.find(body.model, body.adapter)
+    messages = [Message(role="system", content=body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        messages.append(Message(role="user", content=body.input))
+    else:
+        for each in body.input:
+            given = each.content
+            parts = given if isinstance(given, str) else [TextPart(type="text", text=part.text) for part in given]
+            messages.append(Message(role=each.role, content=parts))
+    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, messages)
+    job = Job(request_id, target, [prompt], "input", max_tokens=body.max_output_tokens)
+    job.is_streamed = bool(body.stream)
+    job.options = sampling_options(1.0 if body.temperature is None else body.temperature, body.top_p)
+    job.max_tokens_of(prompt, engine.max_model_len)
+    return job
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """A chat as the model's template writes it.
+
+    Raises:
+        ApiError: the model has no template, or its template doesn't take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise invalid("The model has no chat template: use /v1/completions.", "messages", "no_chat_template")
+    chat = [_plain(message) for message in messages]
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # a template may raise whatever it likes about what it gets
+        raise invalid(f"The model's chat template doesn't take these messages: {error}", "messages") from error
+
+
+def _plain(message: Message) -> dict[str, str]:
+    parts = message.content
+    text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": text} | ({"name": message.name} if message.name else {})
+
+
+def _completion_tokens(tokenizer: Any, prompt: Any) -> list[list[int]]:
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    if isinstance(prompt[0], list):
+        return prompt
+    found = [tokenizer(each).input_ids for each in prompt]
+    if all(found):
+        return found
+    start = tokenizer.bos_token_id
+    if start is None:
+        raise invalid("'prompt' is empty: expected text, because the model has no token to begin with.", "prompt")
+    return [each or [start] for each in found]
+
+
+def _job(engine: Engine, body: Generated, job: Job, logprobs: int | None) -> Job:
+    if body.stream_options is not None and not body.stream:
+        raise invalid("'stream_options' was given without 'stream': expected 'stream' to be true.", "stream_options")
+    job.n = body.n or 1
+    job.stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    job.seed, job.ignore_eos, job.is_streamed = body.seed, bool(body.ignore_eos), bool(body.stream)
+    temperature = 1.0 if body.temperature is None else body.temperature
+    job.options = sampling_options(temperature, body.top_p, body.top_k)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(body, name):
+            job.options[name] = float(getattr(body, name))
+    if logprobs is not None:
+        job.options["logprobs"] = logprobs
+    limit = engine.settings.max_batch + engine.settings.max_queue
+    if len(job.prompts) * job.n > limit:
+        raise ApiError(400, f"The request asks for {len(job.prompts) * job.n} answers: expected {limit} at most.",
+                       "invalid_value", "n")  # fmt: skip
+    for prompt in job.prompts:
+        job.max_tokens_of(prompt, engine.max_model_len)
+    return job
+
+
+def sampling_options(temperature: float, top_p: float | None, top_k: int | None = None) -> dict[str, Any]:
+    """How tokens are chosen; greedily where the temperature is 0."""
+    if temperature < 1e-5:
+        return {}
+    options: dict[str, Any] = {"temperature": float(temperature)}
+    if top_p is not None and top_p < 1:
+        options["top_p"] = float(top_p)
+    if top_k is not None:
+        options["top_k"] = min(top_k, 2**31 - 1)
+    return options

@@ -1,0 +1,160 @@
+"""How each request of continuous batching chooses its next token: transformers' processors, and what they lack.
+
+transformers draws with one global generator, so that nobody's seed means anything, and takes one decision between
+greedy search and sampling for all requests. Here every step ends in an argmax. What is sampled has noise of the Gumbel
+distribution added first, which makes the argmax a draw from the softmax; the noise is a function of the request's seed
+and of the token's position alone, so that a request gives the same tokens whoever runs beside it, evicted or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+    ContinuousBatchingTemperatureLogitsWarper,
+    ContinuousBatchingTopKLogitsWarper,
+    ContinuousBatchingTopPLogitsWarper,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from peft_multibatch.serve.logprobs import Logprobs
+from peft_multibatch.serve.penalties import Penalties
+
+
+OPTIONS = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "logprobs": int,
+}
+"""What a request may say, and of which type. One without a temperature is greedy."""
+
+WARPERS = ("temperature", "top_k", "top_p")
+KEY, SLOT, PRESENCE, FREQUENCY = range(len(WARPERS), len(WARPERS) + 4)
+"""Rows of the tensor in which arguments travel to the device, behind those of the warpers."""
+
+
+class Sampling(ContinuousBatchingLogitsProcessorList):
+    """The processors of all requests, each with its own arguments.
+
+    Rows that want nothing are left alone, so that a greedy request pays for nobody else's sampling; where steps are
+    captured in CUDA graphs, every row goes through everything, and neutral arguments change nothing.
+
+    Args:
+        vocabulary: how many logits there are.
+        max_logprobs: most tokens whose log-probabilities a request may ask for at each position.
+
+    Attributes:
+        logprobs: of the model's own distribution.
+        is_static: whether steps are captured, in which nothing may depend on who is there.
+    """
+
+    def __init__(self, vocabulary: int, max_logprobs: int) -> None:
+        neutral = [
+            ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0)),
+            ContinuousBatchingTopKLogitsWarper(TopKLogitsWarper(vocabulary)),
+            ContinuousBatchingTopPLogitsWarper(TopPLogitsWarper(1.0)),
+        ]
+        super().__init__(LogitsProcessorList(neutral))
+        self.tensors_required = FREQUENCY + 1
+        self.supported_keys.update(OPTIONS)
+        self.logprobs = Logprobs(max_logprobs)
+        self.penalties = Penalties(vocabulary)
+        self.is_static = False
+        self._vocabulary = vocabulary
+        self._noise: Tensor | None = None
+        self._rows: dict[str, list[int]] = {}  # of the step, those that want something, by what
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Write the arguments that change nothing."""
+        super().fill_defaults(int32_tensor)
+        int32_tensor[KEY:] = 0
+
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
+        """Write the arguments of a step's requests to where the device finds them."""
+        states = [future.state for future in requests_in_batch if future.has_new_token]
+        super().prepare_tensor_args(requests_in_batch, arg_storage)
+        options = [state.logit_processor_kwargs for state in states]
+        self._rows = {name: _rows_with(name, options) for name in (*WARPERS, "seed")}
+        self.logprobs.prepare(options)
+        slots, presence, frequency = self.penalties.prepare(states)
+        keys = [_key(each["seed"], state.position_offset) if "seed" in each else 0
+                for each, state in zip(options, states)]  # fmt: skip
+        arg_storage[KEY:] = 0  # padding too, which must not count tokens in anybody's slot
+        written = [keys, slots, _bits(presence), _bits(frequency)]
+        arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32).to(arg_storage.device)
+        return arg_storage
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        """Scores of which the highest is the next token.
+
+        Args:
+            input_ids: the last token of every request, [requests].
+            scores: the model's logits, [requests, vocabulary], float32.
+            logits_processor_args: what ``prepare_tensor_args`` wrote, [rows, at least requests], int32.
+        """
+        args = logits_processor_args
+        self.logprobs.look_at(scores, self.is_static)
+        before = scores
+        if self.is_static or self.penalties.are_wanted:
+            scores = self.penalties.apply(scores, input_ids, args[SLOT], args[PRESENCE], args[FREQUENCY])
+        for index, name in enumerate(WARPERS):
+            warper: Any = self.logits_processor[index]
+            rows = self._rows.get(name, [])
+            if self.is_static:
+                scores = warper(scores, args[index])
+            elif rows:
+                scores = scores.clone() if scores is before else scores
+                scores[rows] = warper(scores[rows], args[index][rows])
+        return self._with_noise(scores, args[KEY])
+
+    def _with_noise(self, scores: Tensor, keys: Tensor) -> Tensor:
+        rows = self._rows.get("seed", [])
+        if self._noise is None:
+            self._noise = _mixed(torch.arange(self._vocabulary, device=scores.device))
+        if self.is_static:
+            keys = keys[: len(scores)]
+            return torch.where(keys[:, None] != 0, scores + _gumbel(keys, self._noise), scores)
+        if rows:
+            scores[rows] += _gumbel(keys[rows], self._noise)
+        return scores
+
+
+def _rows_with(name: str, options: Sequence[dict]) -> list[int]:
+    return [row for row, each in enumerate(options) if name in each]
+
+
+def _bits(values: Sequence[float]) -> list[int]:
+    """float32 numbers as the int32 that have their bits."""
+    return torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
+
+
+def _key(seed: int, position: int) -> int:
+    """31 bits that look random, never 0, of a seed and a position (splitmix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return ((x ^ (x >> 31)) & 0x7FFFFFFF) or 1
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 bits that look random of 32 bits, in int64, the high half of whose products is cut off."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _gumbel(keys: Tensor, noise: Tensor) -> Tensor:
+    """Noise of the standard Gumbel distribution, [keys, vocabulary]."""
+    uniform = (_mixed(keys[:, None].long() ^ noise).float() + 0.5) / 2**32
+    # exponential: of what is small all bits are there, and what is large never wins
+    return -(-torch.log1p(-uniform.clamp(max=1 - 2**-24))).log()

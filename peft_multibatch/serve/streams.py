@@ -1,0 +1,127 @@
+"""Answering clients that may leave at any time: whole answers and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from transformers.utils import logging
+
+from peft_multibatch.serve.errors import ApiError, failed
+from peft_multibatch.serve.gate import LEFT, Record
+
+
+T = TypeVar("T")
+
+logger = logging.get_logger(__name__)
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns, which is cancelled as soon as the client has left.
+
+    Raises:
+        ApiError: the client has left; nobody reads it.
+    """
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_has_left(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(LEFT, "The client left.", "client_left")
+        return task.result()
+    finally:
+        await _end(task, watch)
+
+
+async def begun(deltas: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The same generator, once its first element is there: what goes wrong before has a status of its own."""
+    first = await anext(deltas)
+
+    async def rest() -> AsyncGenerator[T, None]:
+        try:
+            yield first
+            async for each in deltas:
+                yield each
+        finally:
+            await deltas.aclose()
+
+    return rest()
+
+
+class EventStream(Response):
+    """Server-sent events, which end when the client leaves.
+
+    Args:
+        events: the data of each, to be written as JSON, or a name and the data.
+        source: what they are made from; it is closed at the end.
+        record: of the request.
+        timeout: seconds that all of it may take, for clients that don't read.
+        last: the data of the last event, if it isn't an error.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[Any],
+        source: AsyncGenerator[Any, None],
+        record: Record,
+        timeout: float,
+        last: str | None = "[DONE]",
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._source, self._record, self._timeout, self._last = events, source, record, timeout, last
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        task, watch = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_has_left(receive))
+        try:
+            await asyncio.wait({task, watch}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._record.error = ApiError(LEFT, "The client left, or didn't read.", "client_left")
+        finally:
+            await _end(task, watch)
+            await self._source.aclose()
+        if not task.cancelled():
+            task.result()
+
+    async def _send(self, send: Any) -> None:
+        try:
+            async for event in self._events:
+                await send(_message(event))
+        except ApiError as error:
+            self._record.error = error
+            await send(_message(error.body()))
+        except Exception as error:
+            logger.error(f"request {self._record.request_id} failed: {error!r}", exc_info=True)
+            self._record.error = failed()
+            await send(_message(self._record.error.body()))
+        else:
+            if self._last is not None:
+                await send(_message(self._last))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _message(event: Any) -> dict[str, Any]:
+    if isinstance(event, tuple):
+        name, data = event
+        text = f"event: {name}\ndata: {json.dumps(data)}\n\n"
+    else:
+        text = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+    return {"type": "http.response.body", "body": text.encode(), "more_body": True}
+
+
+async def _has_left(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

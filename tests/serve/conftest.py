@@ -1,0 +1,46 @@
+"""A tokenizer, a tiny model and three adapters for it; a server that most tests share."""
+
+from __future__ import annotations
+
+import pytest
+from asynchronous import asynchronous
+from peft import PeftModel
+
+
+pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+
+from serving import save_adapters, save_tokenizer, serving, tiny_model
+
+
+__all__ = ["asynchronous"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    return save_adapters(tmp_path_factory.mktemp("adapters"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def alone(tokenizer, folder):
+    """The model by itself, and PEFT's under each adapter alone."""
+    models = {"base": tiny_model(tokenizer)}
+    for name in ("red", "green", "blue"):
+        models[name] = PeftModel.from_pretrained(tiny_model(tokenizer), str(folder / name)).eval()
+    return models
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer, folder):
+    with serving(tiny_model(tokenizer), tokenizer, folder) as found:
+        yield found
+
+
+@pytest.fixture
+def client(served):
+    with served.client() as found:
+        yield found

@@ -137,10 +137,10 @@ class Multibatch(Handle):
         dtype: torch.dtype | str | None = None,
         timeout: float = 60.0,
     ) -> AdapterStore:
-        """Keep thousands of adapters in files, and in memory those that are in use, for a model on a CPU.
+        """Keep thousands of adapters in files, and in memory those that are in use.
 
-        Batches name stored adapters as they name PEFT's, and mix both. A model on a GPU is refused for now. See
-        docs/store.md.
+        Batches name stored adapters as they name PEFT's, and mix both. The model is on a CPU, or on one CUDA device.
+        See docs/store.md.
 
         Args:
             max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
@@ -158,7 +158,7 @@ class Multibatch(Handle):
 
         Raises:
             ModelStateError: the model has one already.
-            UnsupportedError: the model is on a GPU, or on several devices.
+            UnsupportedError: the model is on several devices, or on one that is neither a CPU nor a CUDA device.
             StoreFullError: a size is none.
             AdapterFileError: ``roots`` is an empty list, or has anything in it but paths.
 

@@ -24,6 +24,7 @@ import peft_multibatch
 
 REQUESTS = int(os.environ.get("MULTIBATCH_REQUESTS", 60))
 PATIENCE = 120  # seconds without any output
+PACE = max(1, REQUESTS / 400)  # more requests for each change and call beside them, where there are many
 TOKENS = 6
 SHARED = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
 PLAIN = {f"plain {rank}": {"r": rank, "target_modules": LLAMA_LIKE[rank % 3 :: 2]} for rank in (1, 2, 4, 8, 16)}
@@ -92,7 +93,7 @@ class Soak:
 
     def again(self, seconds):
         """Whether there is a next time, after a while."""
-        return not self.is_over.wait(seconds)
+        return not self.is_over.wait(seconds * PACE)
 
     def swap(self, manager):
         """Other weights for one adapter, in and out."""

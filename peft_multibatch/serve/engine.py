@@ -63,6 +63,7 @@ class Engine:
             max_host_memory=settings.adapter_memory,
             max_device_memory=settings.adapter_memory,
             max_rank=settings.max_rank,
+            slots=max(64, settings.max_batch),
             roots=roots or None,
         )
         self.catalog = Catalog(self.store, settings, self._log_refused)

@@ -37,7 +37,7 @@ OPTIONS = {
     "accelerate_generate": ["--max-new-tokens", "4"],  # which test_accelerate.py runs with a small model
     "thousands_of_adapters": ["--adapters", "40", "--requests", "16", "--new-tokens", "3", "--room", "3MB"],
     "train_many": ["--steps", "3", "--rows", "1", "--length", "32"],
-    "sweep": ["--steps", "2", "--length", "16"],
+    "sweep_learning_rates": ["--steps", "2", "--length", "16"],
 }
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem not in ELSEWHERE]
 

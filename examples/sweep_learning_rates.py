@@ -1,6 +1,6 @@
 """Learning rates and ranks over one dataset, all in one run, with a plot of their losses.
 
-    python examples/sweep.py --steps 60 --plot sweep.png
+    python examples/sweep_learning_rates.py --steps 60 --plot sweep.png
 
 Every step reads the same rows once for each pair of settings, in one batch. The best one is trained once more, alone
 by PEFT, to show that its losses are what they would have been.

@@ -205,7 +205,7 @@ def test_no_more_is_rounded_than_by_peft(adapters, device):
     x, grad = (torch.randn(4, 33, size, device=device, dtype=torch.bfloat16) for size in (192, 160))
 
     def run(model, dtype, **ids):
-        own = x.to(dtype).requires_grad_()
+        own = x.to(dtype, copy=True).requires_grad_()
         y = model(own, **ids)
         y.backward(grad.to(dtype))
         weights = [each for each in model.parameters() if each.requires_grad]

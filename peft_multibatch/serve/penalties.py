@@ -28,7 +28,9 @@ class Penalties:
     def __init__(self, vocabulary: int) -> None:
         self.are_wanted = False
         self._vocabulary = vocabulary
-        self._counts = torch.zeros(0)  # [slots, vocabulary]; slot 0 is that of all requests without penalties
+        self._counts = torch.zeros(
+            0, dtype=torch.float32, device="cpu"
+        )  # [slots, vocabulary]; slot 0 is that of all requests without penalties
         self._stream: Any = None
         self._held: dict[Any, tuple[int, RequestState]] = {}  # slots of the requests of the last step
 
@@ -89,5 +91,5 @@ class Penalties:
 
     def _write(self, slot: int, tokens: list[int]) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            counted = torch.bincount(torch.tensor(tokens, dtype=torch.long), minlength=self._vocabulary)
+            counted = torch.bincount(torch.tensor(tokens, dtype=torch.int64, device="cpu"), minlength=self._vocabulary)
             self._counts[slot] = counted.to(self._counts)

@@ -91,7 +91,9 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
                 for each, state in zip(options, states)]  # fmt: skip
         arg_storage[KEY:] = 0  # padding too, which must not count tokens in anybody's slot
         written = [keys, slots, _bits(presence), _bits(frequency)]
-        arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32).to(arg_storage.device)
+        arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32, device="cpu").to(
+            arg_storage.device
+        )
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
     def _with_noise(self, scores: Tensor, keys: Tensor) -> Tensor:
         rows = self._rows.get("seed", [])
         if self._noise is None:
-            self._noise = _mixed(torch.arange(self._vocabulary, device=scores.device))
+            self._noise = _mixed(torch.arange(self._vocabulary, dtype=torch.int64, device=scores.device))
         if self.is_static:
             keys = keys[: len(scores)]
             return torch.where(keys[:, None] != 0, scores + _gumbel(keys, self._noise), scores)
@@ -135,7 +137,7 @@ def _rows_with(name: str, options: Sequence[dict]) -> list[int]:
 
 def _bits(values: Sequence[float]) -> list[int]:
     """float32 numbers as the int32 that have their bits."""
-    return torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
 
 
 def _key(seed: int, position: int) -> int:

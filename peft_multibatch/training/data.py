@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -189,5 +190,8 @@ class AdapterCollator:
             )
         ids = [row[COLUMN] for row in rows]
         batch = self.inner([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
-        batch[COLUMN] = ids if any(isinstance(each, str) for each in ids) else torch.as_tensor(ids)
+        try:
+            batch[COLUMN] = torch.tensor([operator.index(each) for each in ids], dtype=torch.int64, device="cpu")
+        except TypeError:  # names, or what the model will refuse
+            batch[COLUMN] = ids
         return batch

@@ -263,7 +263,8 @@ class AdapterOptimizer:
         """Losses and items, over all processes, of the adapters that had any since the last step."""
         device = next(iter(next(iter(self._runs.values())).parameters.values())).device
         noted = [each.to(device) for each in self._noted]
-        sums = torch.stack(noted).sum(0) if noted else torch.zeros(2, len(self._runs), device=device)
+        none = torch.zeros(2, len(self._runs), dtype=torch.float32, device=device)
+        sums = torch.stack(noted).sum(0) if noted else none
         self._noted.clear()
         for (name, each), items in zip(self._runs.items(), sums[1].tolist()):
             if items and not each.stopped and not each.has_gradients():

@@ -172,6 +172,8 @@ class Bank:
     ) -> bool:
         """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
 
+        While a graph is being captured no table is made, of which it would be a part.
+
         What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
         begins with the largest one that PEFT or a store has here.
 
@@ -185,7 +187,7 @@ class Bank:
             return self._extend(adapters, device, is_captured, is_capturing)
 
     def _extend(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool = False
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool
     ) -> bool:
         served = self._served.setdefault(device, {})
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 import torch
 from models import base_model, left_padded
 from stored import expected, logits, save_many
+from threads import in_threads
 from tolerances import assert_close
 
 import peft_multibatch
@@ -148,22 +148,12 @@ def test_swaps_and_pins(make, rows, folder):
 
 def test_threads_that_want_more_than_half_of_the_room(make, rows):
     model, store, size = make(host=2, device=5, timeout=60)
-    failures = []
 
-    def serve(seed):
-        generator = random.Random(seed)
-        try:
-            for _ in range(10):
-                check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
-        except BaseException as error:
-            failures.append(error)
+    def serve(generator):
+        for _ in range(10):
+            check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
 
-    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads) and failures == []
+    in_threads(serve, count=5)
     stats = store.stats()
     assert stats.host_bytes <= 2 * size and stats.device_bytes <= 5 * size
 
@@ -245,23 +235,13 @@ def test_kernels_that_run_late_read_their_own_weights(on_gpu, rows):
 @pytest.mark.gpu
 def test_threads_on_streams_of_their_own(on_gpu, rows):
     model, _, _ = on_gpu(device=7, host=4, timeout=60)
-    failures = []
 
-    def serve(seed):
-        generator = random.Random(seed)
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(10):
-                    check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
-        except BaseException as error:
-            failures.append(error)
+    def serve(generator):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                check(model, rows, generator.sample([f"a{number}" for number in range(COUNT)], 3))
 
-    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert failures == []
+    in_threads(serve)
 
 
 @pytest.mark.gpu

@@ -5,8 +5,6 @@ Streams are held up by `torch.cuda._sleep`, so that the host is far ahead of one
 
 from __future__ import annotations
 
-import random
-import threading
 import time
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from models import alone, base_model, peft_model
 from peft import LoraConfig, PeftModel
 from stored import logits, save_many
+from threads import in_threads
 from tolerances import assert_close
 from torch import Tensor
 
@@ -181,25 +180,15 @@ def test_threads_on_streams_of_their_own(backend):
     names = ["four", "eight", "three", "__base__"]
     rows = {name: expected(model, name, hidden) for name in names}
     torch.cuda.synchronize()
-    failures = []
 
-    def serve(seed):
-        generator = random.Random(seed)
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(50):
-                    wanted = generator.choices(names, k=ROWS)
-                    torch.cuda._sleep(generator.choice([0, 1_000_000]))
-                    check(run(model, mb, wanted, hidden), rows, wanted)
-        except BaseException as error:
-            failures.append(error)
+    def serve(generator):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                wanted = generator.choices(names, k=ROWS)
+                torch.cuda._sleep(generator.choice([0, 1_000_000]))
+                check(run(model, mb, wanted, hidden), rows, wanted)
 
-    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert failures == []
+    in_threads(serve)
 
 
 def test_files_are_loaded_while_a_graph_is_captured(tmp_path):

@@ -5,7 +5,8 @@
 Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all seven projections;
 prompts of 16 to 256 tokens, 64 new ones each. Stock continuous batching of transformers runs the base model, and the
 model with one adapter at a time; every way has the same settings, among them a cache of the size that it needs, and
-runs the same requests until a round captures no CUDA graph. That round and those after it are timed.
+runs the same requests until a round captures no CUDA graph. That round and those after it are timed. With
+``--attention flash_attention_3`` the base model is as fast as users have it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,16 @@ begin_capture = torch.cuda.CUDAGraph.capture_begin
 def counted(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
     captured.append(True)
     begin_capture(graph, *args, **kwargs)
+
+
+def set_attention(model: Any, name: str) -> None:
+    if name:
+        model.set_attn_implementation(name)
+
+
+def without_block_table(attention: str) -> dict[str, int]:
+    """Builds of flash attention without a paged cache can't decode through a block table."""
+    return {"max_blocks_per_request": 0} if attention.startswith("flash") else {}
 
 
 def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: Any) -> tuple[dict[str, Any], list]:
@@ -119,13 +130,17 @@ def main(
     blocks: int = 128,
     graphs: bool = True,
     asynchronous: bool = True,
+    attention: str = "",
+    fuse: str = "",
     out: Path = RESULTS / "continuous.csv",
     commit: str = "",
 ) -> None:
-    """Measure the throughput over every number of adapters."""
+    """Measure the throughput over every number of adapters; FUSE="weights" is handed to ``enable``."""
     torch.cuda.CUDAGraph.capture_begin = counted
     counts = [int(each) for each in adapters.split(",")]
     base, model = build(max(counts), rank, layers)
+    for each in (base, model.get_base_model()):
+        set_attention(each, attention)
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def options() -> dict[str, Any]:
@@ -136,6 +151,7 @@ def main(
             num_blocks=blocks,
             max_requests_per_batch=64,
             max_batch_tokens=1024,
+            **without_block_table(attention),
         )
         return {"generation_config": generation, "continuous_batching_config": config}
 
@@ -148,7 +164,7 @@ def main(
         # beside every other one, because hosts aren't equally fast all the time
         baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
         names = [f"adapter{index % count}" for index in range(requests)]
-        mb = peft_multibatch.enable(model)
+        mb = peft_multibatch.enable(model, fuse=fuse or True)
         session = mb.continuous_batching(**options())
         ours, tokens = timed(session, prompts, rounds, adapter_ids=names)
         mb.disable()
@@ -168,7 +184,7 @@ def main(
                 | {"seconds": round(result["seconds"], 3), "first_s": round(result["first"], 3)}
                 | {"tokens_per_s": round(requests * new_tokens / result["seconds"])}
                 | {"× base": round(baseline["seconds"] / result["seconds"], 3), "captured": result["captured"]}
-                | {"graphs": graphs, "async": asynchronous}
+                | {"graphs": graphs, "async": asynchronous, "attention": attention or "sdpa", "fuse": fuse or "True"}
                 | known
             )
             times = ", ".join(f"{each:.2f}" for each in result["times"])

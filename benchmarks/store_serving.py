@@ -45,7 +45,7 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 import typer
-from continuous import captured, counted, finish
+from continuous import captured, counted, finish, set_attention, without_block_table
 from end_to_end import PROJECTIONS, versions, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -78,7 +78,7 @@ console = Console(width=130)
 class Sizes:
     """What is measured: as the top of this file says, or a tiny version of it."""
 
-    def __init__(self, is_tiny: bool) -> None:
+    def __init__(self, is_tiny: bool, attention: str) -> None:
         self.is_tiny = is_tiny
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = TINY if is_tiny else BIG
@@ -89,6 +89,7 @@ class Sizes:
         self.places, self.in_use, self.running, self.probes = (8, 8, 4, 3) if is_tiny else (64, 64, 16, 24)
         self.running_tokens = 150 if is_tiny else 1500
         self.step_seconds = 0.4 if is_tiny else 1.5
+        self.attention = attention
         self.bytes = 0  # of an adapter in memory
 
 
@@ -198,7 +199,7 @@ def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[A
     store = stored(sizes, mb, root, room)
     config = ContinuousBatchingConfig(
         use_cuda_graph=sizes.device == "cuda", allow_block_sharing=False, num_blocks=128,
-        max_requests_per_batch=sizes.places, max_batch_tokens=1024,
+        max_requests_per_batch=sizes.places, max_batch_tokens=1024, **without_block_table(sizes.attention),
     )  # fmt: skip
     generation = GenerationConfig(max_new_tokens=sizes.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     options = {"generation_config": generation, "continuous_batching_config": config}
@@ -499,6 +500,7 @@ def main(
     rooms: str = "",
     rounds: int = 2,
     tiny: bool = typer.Option(False, "--tiny"),
+    attention: str = "",
     folder: Annotated[Path | None, typer.Option(help="where adapters are written; temporary files by default")] = None,
     out: Path = RESULTS / "store_serving.csv",
     commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
@@ -506,7 +508,7 @@ def main(
     """Measure throughput for each of ROOMS, then first tokens and steps with room for 64."""
     if torch.cuda.is_available():
         torch.cuda.CUDAGraph.capture_begin = counted
-    sizes = Sizes(tiny)
+    sizes = Sizes(tiny, attention)
     counts = [int(each) for each in (rooms or ("4,8,16" if tiny else "16,64,128")).split(",")]
     begin = time.perf_counter()
     root = Path(tempfile.mkdtemp(dir=folder))
@@ -514,8 +516,9 @@ def main(
         write_adapters(sizes, root)
         console.print(f"{sizes.registered} adapters written in {time.perf_counter() - begin:.0f} s")
         model = build(sizes)
+        set_attention(model, attention)
         check(sizes, model, root)
-        known = versions(commit)
+        known = {"attention": attention or "sdpa"} | versions(commit)
         records = throughput(sizes, model, root, counts, rounds)
         write([record | known for record in records], out)
         records += latency(sizes, model, root, 16 if tiny else 64)

@@ -123,8 +123,9 @@ class Steps:
         return found
 
     def launches(self, names: list[str]) -> int:
-        """Kernels and copies of a mixed step."""
+        """Kernels and copies of a mixed step, which like one that is timed begins without gradients."""
         self.mixed(names)
+        self.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.mixed(names)
             torch.cuda.synchronize()

@@ -2,8 +2,8 @@
 
 torch orders what runs on one stream. A tensor that outlives the call that made it may be read on another stream, or be
 freed while another one still reads it, and no user can know of it. So what is made for a plan is made for one stream
-(``key``), and what all streams share, the tables and the plans at fixed places, is written between ``before_write``
-and ``after_write``, and read after ``before_read``. Nothing here waits on the host.
+(``key``), and what all streams share, the tables and the plans at fixed places, is written in a block of ``writing``,
+and read after ``before_read``. Nothing here waits on the host.
 
 On a CPU, where an operation has ended when it returns, none of this does anything.
 """
@@ -11,7 +11,8 @@ On a CPU, where an operation has ended when it returns, none of this does anythi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ class _Device:
 
 
 _devices: dict[torch.device, _Device] = {}
+
+
+class _Inside(threading.local):
+    """Where the thread is inside of a block that writes: devices and streams."""
+
+    def __init__(self) -> None:
+        self.places: set[tuple[torch.device, int]] = set()
+
+
+_inside = _Inside()
 
 
 def key(device: torch.device) -> int:
@@ -67,13 +78,24 @@ def before_read(device: torch.device) -> None:
         known.seen[number] = known.count
 
 
-def before_write(device: torch.device) -> None:
-    """Let the current stream wait for all that was launched on others, which may read what is written next."""
+@contextmanager
+def writing(device: torch.device) -> Iterator[None]:
+    """A block that writes what other streams read: before it, the current stream waits for all that was launched on
+    others, which may still read it; after it, they wait when they read next. Blocks inside of it wait for nobody.
+    """
     number = note(device)
-    if device.type == "cuda" and not _is_capturing(device):
-        stream = torch.cuda.current_stream(device)
-        for event in _record(device, number):
-            stream.wait_event(event)
+    if device.type != "cuda" or _is_capturing(device) or (device, number) in _inside.places:
+        yield
+        return
+    stream = torch.cuda.current_stream(device)
+    for event in _record(device, number):
+        stream.wait_event(event)
+    _inside.places.add((device, number))
+    try:
+        yield
+    finally:
+        _inside.places.discard((device, number))
+        after_write(device)
 
 
 def after_write(device: torch.device) -> None:

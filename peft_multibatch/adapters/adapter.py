@@ -27,6 +27,8 @@ class AnyAdapter(ABC):
         serial: tells this object from all others.
         apart: the layers, of those that run as products, in which only PEFT's own module can run it, and why.
         dropouts: its dropouts, by the layer.
+        is_plain: whether it runs as a product wherever layers do, without dropouts and variants, so that nobody has to
+            ask layer by layer.
 
     Args:
         name: the adapter's name.
@@ -35,6 +37,7 @@ class AnyAdapter(ABC):
 
     apart: Mapping[Any, str]
     dropouts: Mapping[Any, nn.Dropout]
+    is_plain: bool
 
     def __init__(self, name: str, slots: Slots) -> None:
         self.name = name

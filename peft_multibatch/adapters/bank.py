@@ -139,24 +139,20 @@ class Bank:
         last = self._last.get(place)
         if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
-        read = self._read(adapters)
-        for slot, parts in read.items():
-            for part in parts:
-                if part and not part.lora_a.device == part.lora_b.device == device:
-                    raise ModelStateError(
-                        f"the weights of adapter {adapters[slot].name!r} are on {part.lora_a.device} and "
-                        f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
-                        "Move the adapter there."
-                    )
-        dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
         with self._lock:  # or the table that is written here is not the one that another thread has just made
+            known = self._rows.get(device, {})
+            new = {slot: adapter for slot, adapter in adapters.items() if known.get(slot) != adapter.serial}
+            read = self._read_on(new, device)
+            dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
             # a graph that is captured next may meet all of them, and during a capture nothing can be made that stays
             likely = set() if device in self._tables else {*self._likely(device)}
             tables = self._make_tables(device, dtypes | likely, slots)
+            if device not in self._rows:  # some of them are new, and have nobody's rows
+                read = self._read_on(adapters, device)
             for table in tables.values():  # those of other dtypes as well: a graph may read them
                 for slot in table.update(read):
                     self._served.get(device, {}).pop(slot, None)
-            found = tuple(table.describe(read) for dtype, table in tables.items() if dtype in dtypes)
+            found = tuple(rows for table in tables.values() if (rows := table.describe(adapters)).rank)
             streams.before_read(device)
             self._last[place] = serials, slots, found
             self._rows.setdefault(device, {}).update(serials)
@@ -193,13 +189,12 @@ class Bank:
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         if self.graph_tables and serials.items() <= served.items():
             return False
-        read = self._read(adapters)
         before = {id(table.rows): table for table in self.graph_tables}
         likely = {} if is_captured else self._likely(device)
         made = {*likely} if not is_capturing else set()
         found = []
         for dtype, table in self._make_tables(device, made, self._slots).items():
-            now = table.describe(read)
+            now = table.describe(adapters)
             rank, is_aligned = likely.get(dtype, (0, True))
             was = before.get(id(now.rows), now)
             found.append(
@@ -271,6 +266,20 @@ class Bank:
 
     def _read(self, adapters: Mapping[int, AnyAdapter]) -> dict[int, list[LayerWeights | None]]:
         return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
+
+    def _read_on(
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device
+    ) -> dict[int, list[LayerWeights | None]]:
+        read = self._read(adapters)
+        for slot, parts in read.items():
+            for part in parts:
+                if part and not part.lora_a.device == part.lora_b.device == device:
+                    raise ModelStateError(
+                        f"the weights of adapter {adapters[slot].name!r} are on {part.lora_a.device} and "
+                        f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
+                        "Move the adapter there."
+                    )
+        return read
 
     def sync(self, adapters: Sequence[AnyAdapter | None], live: Collection[AnyAdapter]) -> None:
         """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,29 @@ class TableRows(NamedTuple):
     is_aligned: bool
 
 
+class Row(NamedTuple):
+    """One slice of a slot.
+
+    Attributes:
+        a: address of ``lora_A``.
+        b: address of ``lora_B``.
+        rank: its rank, 0 where the adapter has nothing there.
+        scaling: what the product is multiplied with.
+        is_aligned: whether both can be read 16 bytes at a time.
+    """
+
+    a: int
+    b: int
+    rank: int
+    scaling: float
+    is_aligned: bool
+
+
+NO_ROW = Row(0, 0, 0, 0.0, True)
+
+_FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
+
+
 class WeightTable:
     """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
 
@@ -73,7 +97,7 @@ class WeightTable:
             self.rows = self._mirror.to(device, copy=True)
         streams.after_write(self.rows.device)
         weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
-        self._written: dict[int, list[tuple[int, int, int, float] | None]] = {}
+        self._written: dict[int, list[Row | None]] = {}
         self._lock = threading.Lock()
 
     def update(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> Iterable[int]:
@@ -85,7 +109,7 @@ class WeightTable:
         Returns:
             The slots whose rows changed.
         """
-        described = {slot: [self._describe(part) for part in parts] for slot, parts in read.items()}
+        described = {slot: [self._row(part) for part in parts] for slot, parts in read.items()}
         with self._lock:
             changed = {slot: row for slot, row in described.items() if self._written.get(slot) != row}
             if changed:
@@ -93,33 +117,31 @@ class WeightTable:
                 self._written.update(changed)
         return changed
 
-    def describe(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> TableRows:
-        """The table as kernels that meet only these adapters need it."""
-        live = [row for parts in read.values() for part in parts if (row := self._describe(part))]
+    def describe(self, slots: Iterable[int]) -> TableRows:
+        """The table as kernels that meet only these slots, which were brought up to date, need it."""
+        live = [row for slot in slots for row in self._written.get(slot, ()) if row is not None]
         return TableRows(
-            self.rows,
-            self.dtype,
-            max((rank for _, _, rank, _ in live), default=0),
-            all(_aligned(a, b, rank) for a, b, rank, _ in live),
+            self.rows, self.dtype, max((row.rank for row in live), default=0), all(row.is_aligned for row in live)
         )
 
-    def _describe(self, part: LayerWeights | None) -> tuple[int, int, int, float] | None:
+    def _row(self, part: LayerWeights | None) -> Row | None:
         if part is None or dtype_of(part) != self.dtype:
             return None
-        return part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a), part.scaling
+        a, b, rank = part.lora_a.data_ptr(), part.lora_b.data_ptr(), part.lora_a.shape[0]
+        return Row(a, b, rank, part.scaling, _aligned(a, b, rank))
 
-    def _write(self, changed: Mapping[int, Sequence[tuple[int, int, int, float] | None]]) -> None:
-        parts = [part or (0, 0, 0, 0.0) for row in changed.values() for part in row]
-        bits = torch.tensor([part[3] for part in parts], dtype=torch.float32, device="cpu").view(torch.int32)
-        rows = torch.tensor([part[:3] for part in parts], dtype=torch.int64, device="cpu")
+    def _write(self, changed: Mapping[int, Sequence[Row | None]]) -> None:
+        rows = [row or NO_ROW for slices in changed.values() for row in slices]
+        numbers = [
+            number for row in rows for number in (row.a, row.b, row.rank, *_BITS.unpack(_FLOAT.pack(row.scaling)))
+        ]
         span = slice(min(changed), max(changed) + 1)
-        with torch.inference_mode(False):
-            self._mirror[list(changed)] = torch.cat([rows, bits[:, None]], dim=1).view(-1, *self._mirror.shape[1:])
-            streams.before_write(self.rows.device)
+        with torch.inference_mode(False), streams.writing(self.rows.device):
+            values = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(-1, *self._mirror.shape[1:])
+            self._mirror[list(changed) if len(changed) > 1 else span] = values
             # a copy from the host, and no kernel: what kernels read of a table they read before they wait for the
             # kernel that was launched right before them
             self.rows[span].copy_(self._mirror[span], non_blocking=True)
-            streams.after_write(self.rows.device)
 
 
 def dtype_of(part: LayerWeights) -> torch.dtype | None:

@@ -59,6 +59,7 @@ class Adapter(AnyAdapter):
         apart: the layers, of those that run as products, in which only PEFT's own module can run it, and why.
         reaches_any: whether any layer of the model has anything of it.
         dropouts: its dropouts, by the layer.
+        is_plain: whether it runs as a product wherever layers do, without dropouts and variants.
 
     Args:
         name: the adapter's name in PEFT.
@@ -92,12 +93,17 @@ class Adapter(AnyAdapter):
         self._sizes: list[int] = []  # with the address and the order in memory, they tell what may be read
         self._are_contiguous: list[bool] = []
         self._is_volatile = False
+        self._comes_later = False  # whether some of it is offloaded, and wasn't read yet
         self.reaches_any = False
         self._layers: list[Any] = []  # in which it has anything
         self._containers: list[dict] = []  # of these
         self._close_dicts: list[dict] = []  # looked at only where something was noticed
         self._close_entries: list[Any] = []
         self._close_attributes: list[dict] = []
+
+    @property
+    def is_plain(self) -> bool:  # type: ignore[override]
+        return not (self.apart or self.dropouts or self._magnitudes or self._comes_later)
 
     @property
     def num_layers(self) -> int:
@@ -153,7 +159,9 @@ class Adapter(AnyAdapter):
                 reason = why_apart(module, self.name)
                 if reason:
                     self._read_apart(layer, reason)
-                elif not comes_later(module, self.name):
+                elif comes_later(module, self.name):
+                    self._comes_later = True
+                else:
                     self._read(module)
             else:
                 self._read_apart(layer, "")

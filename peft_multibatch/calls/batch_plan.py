@@ -68,7 +68,8 @@ class BatchPlan:
         self.ids = ids
         self.ids_in_use = list(adapters)
         slot_of = {number: adapter.slot for number, adapter in adapters.items()}
-        self.entries = [_with_slots(entry, slot_of) for entry in ids]
+        entry_of = {entry: _with_slots(entry, slot_of) for entry in {*ids}}  # of which there are fewer
+        self.entries = [entry_of[entry] for entry in ids]
         self._fill({adapter.slot: adapter for adapter in adapters.values()}, slots)
 
     def _fill(self, adapters: dict[int, AnyAdapter], slots: int) -> None:
@@ -78,6 +79,7 @@ class BatchPlan:
             ]
         self.segments = self.components[0]
         self.adapters = adapters
+        self._special = {slot: adapter for slot, adapter in adapters.items() if not adapter.is_plain}
         self.serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         self.slots = slots
         self.products: dict[tuple[Bank, int], Any] = {}
@@ -98,13 +100,15 @@ class BatchPlan:
 
     def apart(self, bank: Bank) -> Apart | None:
         """Adapters that don't run as a product in a bank's layers, or might not; None where all do."""
+        if not self._special:
+            return None
         if bank not in self._apart:
             self._apart[bank] = self._find_apart(bank)
         return self._apart[bank]
 
     def _find_apart(self, bank: Bank) -> Apart | None:
         slots, dropouts, reasons = set(), [], []
-        for slot, adapter in self.adapters.items():
+        for slot, adapter in self._special.items():
             found = [adapter.apart[layer] for layer in bank.layers if layer in adapter.apart]
             if found:
                 slots.add(slot)
@@ -116,13 +120,13 @@ class BatchPlan:
         """Whether any adapter in use is a DoRA adapter in a bank's layers."""
         found = self._has_dora.get(bank)
         if found is None:
-            parts = [part for adapter in self.adapters.values() for part in adapter.parts(bank.layers) if part]
+            parts = [part for adapter in self._special.values() for part in adapter.parts(bank.layers) if part]
             found = self._has_dora[bank] = any(part.magnitude is not None for part in parts)
         return found
 
     def why_not_compiled(self, banks: Iterable[Bank]) -> str:
         """Why compiled code can't run the plan, or the empty string."""
-        for bank in banks:
+        for bank in banks if self._special else ():
             apart = self.apart(bank)
             if apart is not None and apart.reason:
                 return apart.reason

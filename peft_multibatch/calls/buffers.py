@@ -54,7 +54,6 @@ class PlanBuffers:
         for buffers in (*self.by_device.values(), *self._outgrown):
             if entries <= buffers[0].capacity:
                 device = buffers[0].packed.device
-                streams.before_write(device)
-                for index, buffer in enumerate(buffers):
-                    buffer.update(plan.component(index).cut(CUT))
-                streams.after_write(device)
+                with streams.writing(device):
+                    for index, buffer in enumerate(buffers):
+                        buffer.update(plan.component(index).cut(CUT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
+from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.buffers import PlanBuffers
 from peft_multibatch.calls.call import Call
@@ -318,19 +320,22 @@ class Graph:
                 "segmented, without variants and dropout. Call disable and enable to use it, without CUDA graphs."
             )
         slots, ready = self._ready
-        serials = plan.serials
-        if slots == plan.slots and serials.items() <= ready.items():
+        if slots != plan.slots:  # tables are made anew, and have nobody's rows
+            ready = {}
+        new = {slot: each for slot, each in plan.adapters.items() if ready.get(slot) != each.serial}
+        if not new:
             return
         self._ready = 0, {}  # until all of them are known to have these
-        is_same = slots == plan.slots
-        for bank, device in self._devices.items():
-            if not bank.has_rows(plan.adapters, device, plan.slots):
-                bank.tables(plan.adapters, device, plan.slots)
-                is_same = False
-            if bank.extend_for_graphs(plan.adapters, device, self.is_captured):
-                for table in bank.graph_tables:
-                    torch._dynamo.mark_static_address(table.rows)
-        self._ready = plan.slots, {**ready, **serials} if is_same else serials
+        with contextlib.ExitStack() as stack:
+            for device in {*self._devices.values()}:
+                stack.enter_context(streams.writing(device))
+            for bank, device in self._devices.items():
+                if not bank.has_rows(new, device, plan.slots):
+                    bank.tables(new, device, plan.slots)
+                if bank.extend_for_graphs(new, device, self.is_captured):
+                    for table in bank.graph_tables:
+                        torch._dynamo.mark_static_address(table.rows)
+        self._ready = plan.slots, {**ready, **{slot: each.serial for slot, each in new.items()}}
 
     def outgrown_by(self, plan: BatchPlan) -> bool:
         """Whether graphs were captured that can't run a plan: its adapters have larger ranks, or other dtypes."""

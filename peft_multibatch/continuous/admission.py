@@ -55,12 +55,14 @@ class Admission:
         self._then: tuple | None = None  # all that requests' errors depend on, when they were last looked for
         self._promised: dict[str, RequestState] = {}  # ids of children, and who will be forked into them
         self._new: set[str] = set()  # requests that came since then
+        self._looked_at: tuple | None = None  # layers and head, when they were last looked at
         self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
 
     def prepare(self, processor: Any) -> None:
         """Look at what will run the requests, before it does."""
         runner = processor.model_runner
         self.uses_graphs = runner.use_cuda_graph_varlen or runner.use_cuda_graph_decode
+        self._looked_at = None
         self._look_at_layers()
         infer = getattr(model_runner, "infer_max_single_request_tokens", None)  # not in older transformers
         self._longest = infer(processor.cache) if infer else processor.cache.num_pages
@@ -118,18 +120,22 @@ class Admission:
             self._problem = caught
         self._is_disabled = any(layer.module._disable_adapters for layer in list(self._handle._layers.values()))
         states = list(states)
-        used = {number for state in states for number in ids_of(entry_of(state))}
+        used = {number for entry in {entry_of(state) for state in states} for number in ids_of(entry)}
         now = self._problem, self._is_disabled, {number: self._registry.version(number) for number in sorted(used)}
         if now == self._then:  # what could run then can run now; not so those without an end
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
         else:
-            self._checked = {key for key in self._checked if key[1] == self._prefixes.version(key[0])}
+            self._checked = {key for key in list(self._checked) if key[1] == self._prefixes.version(key[0])}
         self._then = now
         self._new.clear()
         for state in states:
             error = self.why_not(state)
             if error is not None:
                 yield state, error
+
+    def may_begin(self, state: RequestState) -> bool:
+        """Whether a request that waits can run; all but those that came since ``hopeless`` looked can."""
+        return state.request_id not in self._new or self.why_not(state) is None
 
     def why_not(self, state: RequestState) -> Exception | None:
         """Why a request can't run, None where it can."""
@@ -148,20 +154,15 @@ class Admission:
                 "expected it to stay until then. Delete adapters inside manager.changing(...), and send the request "
                 "to another one."
             )
-        key = entry, self._prefixes.version(entry)
-        if key not in self._checked:  # what came into the adapter's place needn't be able to run here
-            try:
-                self.check_entry(entry)
-            except MultibatchError as caught:
-                return caught
-            except Exception as caught:  # adapters come and go on other threads
-                return ModelStateError(
-                    f"request {state.request_id!r} can't run, which raises {type(caught).__name__} ({caught}): "
-                    "expected an adapter that stays as it is. Change adapters inside manager.changing(...)."
-                )
-            if len(self._checked) >= KEPT:
-                self._checked.clear()
-            self._checked.add(key)
+        try:
+            self.check_entry(entry)
+        except MultibatchError as caught:
+            return caught
+        except Exception as caught:  # adapters come and go on other threads
+            return ModelStateError(
+                f"request {state.request_id!r} can't run, which raises {type(caught).__name__} ({caught}): "
+                "expected an adapter that stays as it is. Change adapters inside manager.changing(...)."
+            )
         tokens = len(state.initial_tokens) + (state.max_new_tokens or 0)
         if state.max_new_tokens is None:  # which ends when the cache is full
             tokens = max(tokens, state.position_offset + 1)
@@ -179,11 +180,20 @@ class Admission:
         return None
 
     def check_entry(self, entry: Entry) -> None:
-        """Raise where no request can run under an entry.
+        """Raise where no request can run under an entry; looks once at every version of its adapters.
 
         Raises:
             UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
         """
+        # what comes into an adapter's place needn't be able to run here
+        if (entry, self._prefixes.version(entry)) in self._checked:
+            return
+        self._look_at_entry(entry)
+        if len(self._checked) >= KEPT:
+            self._checked.clear()
+        self._checked.add((entry, self._prefixes.version(entry)))
+
+    def _look_at_entry(self, entry: Entry) -> None:
         store, whole = self._registry.store, entry
         stored = [each for each in ids_of(entry) if store is not None and store.has(each)]
         entry = without(entry, stored)  # plain LoRA, which may not be in memory yet
@@ -226,6 +236,9 @@ class Admission:
 
     def _look_at_layers(self) -> None:
         output = self._model.get_output_embeddings()
+        if self._looked_at == (self._handle._scan, output):
+            return
+        self._looked_at = self._handle._scan, output
         head = next((each for each in list(self._handle._layers.values()) if each.place is output), None)
         self.has_head = head is not None and not head.refusal
         if head is not None and not isinstance(head.router, HeadRouter):

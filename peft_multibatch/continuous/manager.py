@@ -118,7 +118,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         error: Exception | None = None
         tokens: list[int] = []
         try:
-            self._handle._refresh()
+            self._handle._refresh(is_looked_at=True)  # before the next step
             entry = self._resolve(adapter_id)
             self._admission.check_entry(entry)
             tokens = tokens_of(input_ids, vocabulary_of(self.model))
@@ -292,7 +292,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return []  # nobody's turn
             running = {entry_of(state) for state in scheduler.active_requests.values()}
-            there = [state for state in candidates() if self._admission.why_not(state) is None]
+            there = list(filter(self._admission.may_begin, candidates()))
             found = self._queue.order(there, running)
             free = [state for state in found if has_begun(state) or not self._held.keys() & ids_of(entry_of(state))]
             return self._stored.ready(free, scheduler)

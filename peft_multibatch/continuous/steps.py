@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +104,17 @@ class Steps:
     ) -> None:
         entries: list[Entry] = []
         begin: set[int] = set()
+        served: Counter[Entry] = Counter()
         for future in futures:
-            entry = entry_of(future.state)
-            entries += [entry] * future.query_length
-            if future.state.position_offset == future.query_length:
+            entry, tokens = entry_of(future.state), future.query_length
+            entries += [entry] * tokens
+            served[entry] += tokens
+            if future.state.position_offset == tokens:
                 begin.update(ids_of(entry))
-            if not is_warmup:  # transformers' own, to capture graphs
-                self._queue.charge(entry, future.query_length)
-                self.served[label_of(entry, self._registry.names)] += future.query_length
+        if not is_warmup:  # transformers' own, to capture graphs
+            for entry, tokens in served.items():
+                self._queue.charge(entry, tokens)
+                self.served[label_of(entry, self._registry.names)] += tokens
         entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
         self._registry.adapters(sorted(begin), len(begin))  # whoever's turn it is, because a prompt is read once
         plan = self._router.plan(entries, checks=0)

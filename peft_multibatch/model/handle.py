@@ -234,10 +234,14 @@ class Handle:
             group.check_weights()
         return frozenset(disabled)
 
-    def _refresh(self) -> None:
+    def _refresh(self, is_looked_at: bool = False) -> None:
         """Patch what was added since the last call, and let go of what is no longer part of the model.
 
         Layers that stay keep their patch. An exception at any point leaves a state from which the next call begins.
+
+        Args:
+            is_looked_at: whether somebody will look at all layers before any of them runs, so that adapters' names are
+                all that is needed now.
         """
         with self._lock:
             if not self._is_enabled:
@@ -249,7 +253,7 @@ class Handle:
             changes = names.changes
             is_gathered = router.is_gathered or any(isinstance(model, GATHERED) for model in self._attached)
             is_same = changes == self._changes and is_gathered == router.is_gathered
-            if is_same and self._scan is not None and self._scan.holds():
+            if is_same and self._scan is not None and (is_looked_at or self._scan.holds()):
                 return
             self._changes = -1  # until all is done
             if self._scan is not None and not self._scan.holds_dictionaries():

@@ -83,7 +83,7 @@ def components(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | 
 
     Without mixtures that is one component, whose weights are None.
     """
-    mixtures = [entry for entry in entries if isinstance(entry, tuple)]
+    mixtures = [entry for entry in {*entries} if isinstance(entry, tuple)]
     if not mixtures:
         return [(list(entries), None)]  # type: ignore[arg-type]
     parts = [entry if isinstance(entry, tuple) else ((entry, 1.0),) for entry in entries]

@@ -98,8 +98,7 @@ class StoredAdapters:
             found = tier.get_all(wanted) if there == len(wanted) else {}
         if is_new:
             self.count(there, len(wanted) - there)
-        for version in wanted:
-            self._check(version)
+        self._check(wanted)
         self._streams.note()
         if there < len(wanted):  # while it waits it holds no memory, for which another one may be waiting
             found = self._loader.fetch(wanted)
@@ -131,8 +130,7 @@ class StoredAdapters:
             found = tier.get_all(wanted) if all(version in tier for version in wanted) else None
         if found is None:
             return None
-        for version in wanted:
-            self._check(version)
+        self._check(wanted)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
 
     def count(self, hits: int, misses: int) -> None:
@@ -197,18 +195,20 @@ class StoredAdapters:
                 len(layout.layers), "ready",
             )  # fmt: skip
 
-    def _check(self, version: Version) -> None:
+    def _check(self, versions: Iterable[Version]) -> None:
         if self._model.device() != self._device:
             raise ModelStateError(
                 f"the model was moved to {self._model.device()}, and its adapter store keeps adapters for "
                 f"{self._device}: expected it to stay. Move the model first, and make its store afterwards."
             )
-        self._layouts.check(version.name, version.layout)
-        if version.layout.dropout and self._model.is_training():
-            raise UnsupportedError(
-                f"adapter {version.name!r} has a dropout of {version.layout.dropout:g}, the model is in train mode, "
-                "and stored adapters are for inference: expected eval mode. Call model.eval(), or use load_adapter."
-            )
+        for version in versions:
+            self._layouts.check(version.name, version.layout)
+            if version.layout.dropout and self._model.is_training():
+                raise UnsupportedError(
+                    f"adapter {version.name!r} has a dropout of {version.layout.dropout:g}, the model is in train "
+                    "mode, and stored adapters are for inference: expected eval mode. Call model.eval(), or use "
+                    "load_adapter."
+                )
 
     def _find(self, number: int) -> Version:
         version = self._versions.get(number)

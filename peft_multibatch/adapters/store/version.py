@@ -76,16 +76,19 @@ class StoredAdapter(AnyAdapter):
         memory: uint8 ``[size]``, all of its weights.
         apart: never any layer.
         dropouts: never any.
+        is_plain: always.
     """
 
     apart: Mapping[Any, str] = {}
     dropouts: Mapping[Any, Any] = {}
+    is_plain = True
 
     def __init__(self, version: Version, memory: Tensor, slots: Slots, names: Mapping[Any, str]) -> None:
         super().__init__(version.name, slots)
         self.version = version
         self.memory = memory
         self._names = names
+        self._memory: dict[torch.dtype, Tensor] = {}
         self._parts: dict[Any, LayerWeights | None] = {}
         self._views: dict[Any, Any] = {}
 
@@ -131,10 +134,14 @@ class StoredAdapter(AnyAdapter):
         part = None
         if stored is not None:
             with torch.inference_mode(False):  # kept for other calls, which may want gradients
-                a, b = (self._view(half, stored.dtype) for half in (stored.lora_a, stored.lora_b))
+                a, b = self._view(stored.lora_a, stored.dtype), self._view(stored.lora_b, stored.dtype)
             part = LayerWeights(a, b, stored.scaling, (a, b))
         return self._parts.setdefault(layer, part)  # the same tensors for all threads
 
     def _view(self, half: Half, dtype: torch.dtype) -> Tensor:
-        size = half.shape[0] * half.shape[1] * dtype.itemsize
-        return self.memory[half.start : half.start + size].view(dtype).view(half.shape)
+        memory = self._memory.get(dtype)
+        if memory is None:
+            whole = len(self.memory) // dtype.itemsize * dtype.itemsize
+            memory = self._memory[dtype] = self.memory[:whole].view(dtype)
+        offset = memory.storage_offset() + half.start // dtype.itemsize
+        return memory.as_strided(half.shape, (half.shape[1], 1), offset)

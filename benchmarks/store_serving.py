@@ -258,9 +258,9 @@ def make_resident(store: Any, numbers: list[int]) -> None:
         time.sleep(0.01)
 
 
-def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int) -> list[dict]:
+def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int, only: str) -> list[dict]:
     records = []
-    kinds = streams(sizes)
+    kinds = {name: draw for name, draw in streams(sizes).items() if name.startswith(only)}
     most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
     for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
         with serving(sizes, model, root, room) as (store, manager):
@@ -501,6 +501,7 @@ def main(
     rounds: int = 2,
     tiny: bool = typer.Option(False, "--tiny"),
     attention: str = "",
+    only: Annotated[str, typer.Option(help="how the names of the streams begin that are measured")] = "",
     folder: Annotated[Path | None, typer.Option(help="where adapters are written; temporary files by default")] = None,
     out: Path = RESULTS / "store_serving.csv",
     commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
@@ -519,7 +520,7 @@ def main(
         set_attention(model, attention)
         check(sizes, model, root)
         known = {"attention": attention or "sdpa"} | versions(commit)
-        records = throughput(sizes, model, root, counts, rounds)
+        records = throughput(sizes, model, root, counts, rounds, only)
         write([record | known for record in records], out)
         records += latency(sizes, model, root, 16 if tiny else 64)
         write([record | known for record in records], out, plot)

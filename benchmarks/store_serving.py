@@ -264,11 +264,13 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
     most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
     for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
         with serving(sizes, model, root, room) as (store, manager):
-            for number in range(8):  # until nothing is captured any more
+            quiet = 0
+            for number in range(10):  # until two rounds have captured nothing
                 before = len(captured)
                 draw = list(kinds.values())[number % len(kinds)]
                 play(sizes, manager, draw(1000 + number), 1000 + number)
-                if number >= len(kinds) - 1 and len(captured) == before:
+                quiet = quiet + 1 if len(captured) == before else 0
+                if number >= len(kinds) - 1 and quiet == 2:
                     break
             console.print(f"{way}: {len(captured)} graphs captured before anything is timed")
             for name, draw in kinds.items():
@@ -398,9 +400,11 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
             (root / str(each) / WEIGHTS).read_bytes()
         for each in places["file, dropped"]:
             drop_from_cache(root / str(each) / WEIGHTS)
-        warm_up = len(captured)
+        warm_up = 0
         with Running(sizes, store, manager) as running:
             for index in track(range(-2, sizes.probes), description="first token", console=console):
+                if index == 0:
+                    warm_up = len(captured)
                 for place, numbers in places.items():
                     number = numbers[index]  # the first two aren't counted, and are where they were put no more
                     if index < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
-from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.buffers import PlanBuffers
 from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.graph_tables import GraphTables
 from peft_multibatch.calls.positions import Positions
 from peft_multibatch.calls.take_plan import number
 from peft_multibatch.calls.threads import PerThread, ThreadState, current_task
@@ -81,8 +80,7 @@ class Graph:
         self._positions = Positions()  # which graphs of ops read
         self._written: BatchPlan | None = None
         self.is_traced = self._runs_ops = False
-        self._devices: dict[Bank, torch.device] = {}  # whose tables graphs of kernels read
-        self._ready: tuple[int, dict[int, int]] = 0, {}  # slots, and whom all of these tables have: serials, by slot
+        self._tables = GraphTables()
         self.is_captured = False
         self._lock = threading.RLock()
 
@@ -116,10 +114,11 @@ class Graph:
                 place = torch.device(device)
                 bank = next(bank for bank in self.banks if bank.key == key)
                 bank.tables(call.plan.adapters, place, call.plan.slots)
-                bank.extend_for_graphs(call.plan.adapters, place, self.is_captured and bank in self._devices)
+                bank.extend_for_graphs(call.plan.adapters, place, self.is_captured and bank in self._tables)
                 for table in bank.graph_tables:
                     torch._dynamo.mark_static_address(table.rows)
-                self._read_by_graphs(bank, place)
+                if self._tables.add(bank, place):
+                    self.forget()
                 self.prepare(call, place)
         return True
 
@@ -132,7 +131,7 @@ class Graph:
             if self._written is call.plan or call.for_graphs or not self.contended:
                 self._write(call.plan)
             if self.contended:  # the layer that asks will write rows by itself
-                self._ready = 0, {}
+                self._tables.forget()
 
     def fixed(
         self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
@@ -158,8 +157,9 @@ class Graph:
                 "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._devices, is_capturing)
-            self._read_by_graphs(bank, device)
+            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._tables, is_capturing)
+            if self._tables.add(bank, device):
+                self.forget()
             self.is_captured = True
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
 
@@ -217,7 +217,8 @@ class Graph:
     def forget(self) -> None:
         """Let go of what graphs are known to have, and of its memory; it is asked again before it is read."""
         with self._lock:
-            self._ready, self._synced = (0, {}), None
+            self._tables.forget()
+            self._synced = None
             self._positions.forget(self._in_use(), self.banks)
             if not self.active:
                 self._written = None
@@ -278,7 +279,7 @@ class Graph:
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
         thread.active = bool(samples)
         self.active = bool(calls)
-        if calls and not self.contended and self._devices:
+        if calls and not self.contended and self._tables:
             self._write(calls[0].plan)
 
     def _look_apart(self, calls: Iterable[Call]) -> None:
@@ -306,46 +307,12 @@ class Graph:
         with self._lock:
             if self._written is not plan:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._make_ready(plan)
+                    self._tables.bring_up_to_date(plan, self.is_captured)
                     self._buffers.write(plan, self.components, self.is_captured)
                 self._written = plan
             self._buffers.follow()
 
-    def _make_ready(self, plan: BatchPlan) -> None:
-        """Have the adapters of a plan in all tables that graphs read."""
-        reason = plan.why_not_compiled(self._devices) if self.is_captured else ""
-        if reason:
-            raise ModelStateError(
-                f"a CUDA graph was captured, and {reason}, which no graph can hold: expected adapters that run "
-                "segmented, without variants and dropout. Call disable and enable to use it, without CUDA graphs."
-            )
-        slots, ready = self._ready
-        if slots != plan.slots:  # tables are made anew, and have nobody's rows
-            ready = {}
-        new = {slot: each for slot, each in plan.adapters.items() if ready.get(slot) != each.serial}
-        if not new:
-            return
-        self._ready = 0, {}  # until all of them are known to have these
-        with contextlib.ExitStack() as stack:
-            for device in {*self._devices.values()}:
-                stack.enter_context(streams.writing(device))
-            for bank, device in self._devices.items():
-                if not bank.has_rows(new, device, plan.slots):
-                    bank.tables(new, device, plan.slots)
-                if bank.extend_for_graphs(new, device, self.is_captured):
-                    for table in bank.graph_tables:
-                        torch._dynamo.mark_static_address(table.rows)
-        self._ready = plan.slots, {**ready, **{slot: each.serial for slot, each in new.items()}}
-
     def outgrown_by(self, plan: BatchPlan) -> bool:
-        """Whether graphs were captured that can't run a plan: its adapters have larger ranks, or other dtypes."""
-        slots, ready = self._ready
-        if not self.is_captured or (slots == plan.slots and plan.serials.items() <= ready.items()):
-            return False
-        return not all(bank.serves(plan.adapters, device, plan.slots) for bank, device in self._devices.items())
-
-    def _read_by_graphs(self, bank: Bank, device: torch.device) -> None:
-        """Keep a bank's tables as graphs need them from now on."""
-        if self._devices.get(bank) != device:
-            self._devices[bank] = device
-            self.forget()
+        """Whether graphs were captured that can't run a plan."""
+        with self._lock:
+            return self.is_captured and self._tables.are_outgrown_by(plan)

@@ -1,0 +1,86 @@
+"""Which banks' tables graphs of kernels read, and whether the adapters of a plan are in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_multibatch import streams
+from peft_multibatch.errors import ModelStateError
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.adapters.adapter import AnyAdapter
+    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.batch_plan import BatchPlan
+
+
+class GraphTables:
+    """The banks that graphs of kernels read, and where; what a plan costs depends on who is new in it. Not safe for
+    threads: whoever calls holds a lock.
+    """
+
+    def __init__(self) -> None:
+        self._devices: dict[Bank, torch.device] = {}
+        self._slots, self._ready = 0, dict[int, int]()  # whom all tables have, of so many slots: serials, by slot
+
+    def __iter__(self) -> Iterator[Bank]:
+        return iter(self._devices)
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def add(self, bank: Bank, device: torch.device) -> bool:
+        """From now on graphs read a bank on this device.
+
+        Returns:
+            Whether that is new.
+        """
+        is_new = self._devices.get(bank) != device
+        if is_new:
+            self._devices[bank] = device
+        return is_new
+
+    def forget(self) -> None:
+        """Ask all tables whom they have, before they are read again."""
+        self._slots = 0
+
+    def bring_up_to_date(self, plan: BatchPlan, is_captured: bool) -> None:
+        """Have the adapters of a plan in all tables.
+
+        Raises:
+            ModelStateError: a graph was captured that can't run it.
+        """
+        reason = plan.why_not_compiled(self) if is_captured else ""
+        if reason:
+            raise ModelStateError(
+                f"a CUDA graph was captured, and {reason}, which no graph can hold: expected adapters that run "
+                "segmented, without variants and dropout. Call disable and enable to use it, without CUDA graphs."
+            )
+        new = self._new_in(plan)
+        if not new:
+            return
+        ready = self._ready if self._slots == plan.slots else {}
+        self._slots = 0  # until all of them are known to have these
+        with contextlib.ExitStack() as stack:
+            for device in {*self._devices.values()}:
+                stack.enter_context(streams.writing(device))
+            for bank, device in self._devices.items():
+                if not bank.has_rows(new, device, plan.slots):
+                    bank.tables(new, device, plan.slots)
+                if bank.extend_for_graphs(new, device, is_captured):
+                    for table in bank.graph_tables:
+                        torch._dynamo.mark_static_address(table.rows)
+        self._slots, self._ready = plan.slots, {**ready, **{slot: each.serial for slot, each in new.items()}}
+
+    def are_outgrown_by(self, plan: BatchPlan) -> bool:
+        """Whether graphs that were captured can't run a plan: its adapters have larger ranks, or other dtypes."""
+        new = self._new_in(plan)
+        return bool(new) and not all(bank.serves(new, device, plan.slots) for bank, device in self._devices.items())
+
+    def _new_in(self, plan: BatchPlan) -> dict[int, AnyAdapter]:
+        ready = self._ready if self._slots == plan.slots else {}  # of more slots, tables are made anew
+        return {slot: each for slot, each in plan.adapters.items() if ready.get(slot) != each.serial}

@@ -33,6 +33,7 @@ class Steps:
 
     Attributes:
         served: tokens that ran for each adapter, by name; for a mixture, the names and their weights.
+        holds: whether a request has to wait until its last token is known; none has to, where nobody says otherwise.
 
     Args:
         handle: of the enabled model.
@@ -42,6 +43,7 @@ class Steps:
 
     def __init__(self, handle: Handle, admission: Admission, queue: FairScheduler) -> None:
         self.served: defaultdict[str, int] = defaultdict(int)
+        self.holds: Callable[[RequestState], bool] = lambda _: False
         self._registry, self._router = handle._registry, handle._router
         self._admission, self._queue = admission, queue
         self._is_contended = False  # whether the step runs without graphs, as long as others read their place
@@ -53,25 +55,27 @@ class Steps:
         self._io, self._runner, self._scheduler = io, runner, processor.scheduler
         runner._get_forward_fn = self._eager_beside_others(runner._get_forward_fn)
         runner.compute_batch = self._with_ids(runner.compute_batch, quarantine)
-        self._scheduler._process_candidates = self._without_parents(self._scheduler._process_candidates)
+        self._scheduler._process_candidates = self._without_held(self._scheduler._process_candidates)
 
-    def _without_parents(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
-        """What puts a step together, without requests that are forked when the step under way was seen.
+    def _without_held(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
+        """What puts a step together, without requests that wait for the step under way to be seen: to be forked, or
+        to know which token they have.
 
         Until then they have no tokens to run, and need no blocks. Where nobody else can run, they are a step without
         tokens: the one before it is seen when the next one has begun.
         """
 
         def process_candidates(candidates: list[RequestState], *args: Any) -> tuple:
-            parents = list(self._scheduler._requests_to_fork)  # of asynchronous steps; others were seen
-            found = process([each for each in candidates if not any(each is state for state in parents)], *args)
-            if found[0] or not parents:
+            held = list(self._scheduler._requests_to_fork)  # of asynchronous steps; others were seen
+            held += [each for each in candidates if self.holds(each)]
+            found = process([each for each in candidates if not any(each is state for state in held)], *args)
+            if found[0] or not held:
                 return found
-            for state in parents:
+            for state in held:
                 state.tokens_to_process = []
             # blocks that become complete; older transformers have one number for all kinds of attention
             none: Any = {} if hasattr(self._scheduler.cache, "count_new_complete_blocks") else 0
-            return [FutureRequestState(state, False, none, 0) for state in parents], False, False, 0, 0
+            return [FutureRequestState(state, False, none, 0) for state in held], False, False, 0, 0
 
         return process_candidates
 

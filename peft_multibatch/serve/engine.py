@@ -21,6 +21,7 @@ from peft_multibatch.compat import check_serving
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.serve.catalog import Catalog
 from peft_multibatch.serve.errors import ApiError, busy, failed, from_adapter, unavailable, unknown_model
+from peft_multibatch.serve.grammars import Grammar, Grammars
 from peft_multibatch.serve.jobs import Delta, Job, Sequence
 from peft_multibatch.serve.manager import ServingManager
 from peft_multibatch.serve.settings import Settings
@@ -57,6 +58,7 @@ class Engine:
         self._ids = itertools.count()
         self._jobs: dict[int, asyncio.Queue] = {}
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # which isn't safe in several
+        self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
         self._mb = peft_multibatch.enable(model)
         roots = [each for each in (settings.adapters_dir, *settings.adapters.values()) if each is not None]
         self.store = self._mb.adapter_store(
@@ -77,6 +79,7 @@ class Engine:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=self.ends or -1),
             continuous_batching_config=_batching(settings, model.device),
         )
+        self.grammars = Grammars(tokenizer, self.ends, self.manager.logit_processor.vocabulary)
         self.max_model_len = settings.max_model_len or 0
         self._positions = getattr(config, "max_position_embeddings", None)
         self._progress = 0, time.monotonic()
@@ -110,7 +113,8 @@ class Engine:
             self.manager.stop(hard_stop=True)
         self.manager.destroy()
         self.catalog.close()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for each in (self._tokenizing, self._compiling):
+            each.shutdown(wait=False, cancel_futures=True)
         self._mb.disable()
 
     def problem(self) -> str | None:
@@ -139,6 +143,14 @@ class Engine:
     async def tokenize(self, function: Any, *args: Any) -> Any:
         """Call something that needs the tokenizer, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+
+    async def grammar(self, schema: dict[str, Any]) -> Grammar:
+        """Compile a JSON schema, beside the event loop.
+
+        Raises:
+            ApiError: 400.
+        """
+        return await self.grammars.compile(schema, self._compiling)
 
     def cancel_all(self) -> None:
         """End all jobs with an error that says that the server stops."""
@@ -237,6 +249,8 @@ class Engine:
         return found
 
     def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
+        if isinstance(cause, ApiError):
+            return cause
         logger.error(f"request {job.request_id} under {job.target.label!r} failed: {cause!r}")
         if self.manager.background_thread_status.fatal_error is not None:
             return unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")

@@ -45,9 +45,9 @@ class Logprobs:
         """The next step has requests with these options."""
         self._wanted = [each.get("logprobs") for each in options]
 
-    def look_at(self, logits: Tensor, is_static: bool) -> None:
-        """Keep a step's logits until its tokens are chosen, if somebody wants them."""
-        asked = is_static or any(each is not None for each in self._wanted)
+    def look_at(self, logits: Tensor, always: bool) -> None:
+        """Keep a step's logits until its tokens are chosen, if somebody wants them, or always."""
+        asked = always or any(each is not None for each in self._wanted)
         self._logits = logits if self.most and asked else None
 
     def wrap_sample(self, sample: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:

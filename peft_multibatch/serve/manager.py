@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ class SamplingManager(ContinuousBatchingManager):
             runner, io, sampling = processor.model_runner, processor.inputs_and_outputs, self.logit_processor
             sampling.is_static = runner.pad_inputs
             most = self.continuous_batching_config.max_requests_per_batch
-            sampling.penalties.allocate(most, self.model.device, io.compute_stream)
+            for each in (sampling.penalties, sampling.masks):
+                each.allocate(most, self.model.device, io.compute_stream)
             pairs = getattr(io, "io_pairs", ())
             for each in [part for pair in pairs for part in (pair.host_io, pair.device_io)] or [io]:
                 old = each.output_ids
                 shape = len(old) + sampling.logprobs.rows, old.shape[1]
                 each.output_ids = torch.zeros(shape, dtype=old.dtype, device=old.device, pin_memory=old.is_pinned())
+                each._get_graph_key = _with_level(each._get_graph_key, sampling)
             runner._sample = sampling.logprobs.wrap_sample(runner._sample)
             io.prepare_batch_update = sampling.logprobs.wrap_update(io, io.prepare_batch_update)
         return processor
@@ -65,14 +68,27 @@ class Causes(Outputs):
 class ServingManager(AdapterBatchingManager, SamplingManager):
     """An adapter and ways to sample of its own for every request.
 
-    ``add_request`` takes ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``, ``frequency_penalty``
-    and ``logprobs`` as well. Requests without a seed and a temperature are greedy.
+    ``add_request`` takes ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``, ``frequency_penalty``,
+    ``logprobs`` and ``grammar`` as well. Requests without a seed and a temperature are greedy.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.output_router = Causes()
         self.current_batch = 0  # steps so far; transformers counts them from when the loop begins
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        self._steps.holds = self.logit_processor.masks.holds
+        return processor
+
+    def _fail_hopeless(self) -> None:
+        masks = self.logit_processor.masks
+        failed, masks.failed = masks.failed, []
+        for state, error in failed:
+            if self._leaving.find(state.request_id) is state:
+                self._leaving.fail(state, error)
+        super()._fail_hopeless()
 
     @property
     def vocabulary(self) -> int:
@@ -83,6 +99,11 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
     def longest(self) -> int:
         """Tokens of the longest request that the cache has room for."""
         return self._admission._longest
+
+
+def _with_level(key: Callable[[], tuple], sampling: Sampling) -> Callable[[], tuple]:
+    """What tells captured graphs apart, and how much they do to choose tokens as well."""
+    return lambda: (*key(), sampling.level)
 
 
 def logits_of(model: Any) -> int:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestState
 
+from peft_multibatch.serve.masks import tokens_of
+
 
 class Penalties:
     """Counts of generated tokens, a row ("slot") for each request that runs with penalties.
@@ -65,8 +67,7 @@ class Penalties:
                 continue
             slot = next(free)
             self._held[name] = slot, state
-            before = state.initial_tokens[state._true_initial_tokens :] if state._true_initial_tokens else []
-            generated = [*before, *state.generated_tokens]
+            generated = tokens_of(state)
             self._write(slot, generated[:-1])  # the last one comes in with the step
             slots[name] = slot if generated else -slot
         return [slots.get(state.request_id, 0) for state in states], presence, frequency

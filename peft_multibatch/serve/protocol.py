@@ -68,6 +68,34 @@ class Generated(Sampled):
     ignore_eos: bool | None = Field(None, description="of vLLM: go on behind the model's own end")
 
 
+class TextFormat(Strict):
+    """An answer of any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """A schema, with a name that isn't used."""
+
+    name: Str
+    description: Str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="answers fit the schema in any case")
+
+
+class JsonSchemaFormat(Strict):
+    """An answer that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class TextPart(Strict):
     """A part of a message."""
 
@@ -90,6 +118,9 @@ class ChatRequest(Generated):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: (
+        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
+    ) = None
 
 
 class CompletionRequest(Generated):

@@ -11,8 +11,11 @@ from peft_multibatch.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     Generated,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     Message,
     ResponseRequest,
+    TextFormat,
     TextPart,
 )
 
@@ -35,7 +38,13 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     prompt = await engine.tokenize(chat_tokens, engine.tokenizer, body.messages)
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(engine, body, Job(request_id, target, [prompt], "messages", max_tokens=limit), logprobs)
+    job = _job(engine, body, Job(request_id, target, [prompt], "messages", max_tokens=limit), logprobs)
+    schema = _schema_of(body.response_format)
+    if schema is not None:
+        if body.ignore_eos:
+            raise unsupported("ignore_eos", "'response_format' as well, whose answers end by themselves")
+        job.options["grammar"] = await engine.grammar(schema)
+    return job
 
 
 async def completion_job(engine: Engine, body: CompletionRequest, request_id: str) -> Job:
@@ -89,6 +98,13 @@ def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     except Exception as error:  # a template may raise whatever it likes about what it gets
         raise invalid(f"The model's chat template doesn't take these messages: {error}", "messages") from error
+
+
+def _schema_of(given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
+    """The schema that an answer has to fit, None where it is any text."""
+    if isinstance(given, JsonSchemaFormat):
+        return given.json_schema.schema_
+    return {"type": "object"} if isinstance(given, JsonObjectFormat) else None
 
 
 def _plain(message: Message) -> dict[str, str]:

@@ -23,7 +23,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from peft_multibatch.serve.grammars import Grammar
 from peft_multibatch.serve.logprobs import Logprobs
+from peft_multibatch.serve.masks import Masks
 from peft_multibatch.serve.penalties import Penalties
 
 
@@ -35,19 +37,23 @@ OPTIONS = {
     "presence_penalty": float,
     "frequency_penalty": float,
     "logprobs": int,
+    "grammar": Grammar,
 }
 """What a request may say, and of which type. One without a temperature is greedy."""
 
 WARPERS = ("temperature", "top_k", "top_p")
-KEY, SLOT, PRESENCE, FREQUENCY = range(len(WARPERS), len(WARPERS) + 4)
+KEY, SLOT, PRESENCE, FREQUENCY, MASK = range(len(WARPERS), len(WARPERS) + 5)
 """Rows of the tensor in which arguments travel to the device, behind those of the warpers."""
+
+PLAIN, CHOSEN, SORTED = range(3)
+"""What captured steps do for all of their rows, because one wants it: an argmax; all but sorting; everything."""
 
 
 class Sampling(ContinuousBatchingLogitsProcessorList):
     """The processors of all requests, each with its own arguments.
 
     Rows that want nothing are left alone, so that a greedy request pays for nobody else's sampling; where steps are
-    captured in CUDA graphs, every row goes through everything, and neutral arguments change nothing.
+    captured in CUDA graphs, every row goes through what any row of the step wants, and neutral arguments change nothing.
 
     Args:
         vocabulary: how many logits there are.
@@ -55,7 +61,10 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
 
     Attributes:
         logprobs: of the model's own distribution.
-        is_static: whether steps are captured, in which nothing may depend on who is there.
+        masks: of requests with a grammar.
+        vocabulary: how many logits there are.
+        is_static: whether steps are captured, in which nothing but ``level`` may depend on who is there.
+        level: of the step, how much its rows want: one of ``PLAIN``, ``CHOSEN`` and ``SORTED``.
     """
 
     def __init__(self, vocabulary: int, max_logprobs: int) -> None:
@@ -65,12 +74,14 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
             ContinuousBatchingTopPLogitsWarper(TopPLogitsWarper(1.0)),
         ]
         super().__init__(LogitsProcessorList(neutral))
-        self.tensors_required = FREQUENCY + 1
+        self.tensors_required = MASK + 1
         self.supported_keys.update(OPTIONS)
         self.logprobs = Logprobs(max_logprobs)
         self.penalties = Penalties(vocabulary)
+        self.masks = Masks(vocabulary)
         self.is_static = False
-        self._vocabulary = vocabulary
+        self.level = PLAIN
+        self.vocabulary = vocabulary
         self._noise: Tensor | None = None
         self._rows: dict[str, list[int]] = {}  # of the step, those that want something, by what
 
@@ -89,8 +100,10 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         slots, presence, frequency = self.penalties.prepare(states)
         keys = [_key(each["seed"], state.position_offset) if "seed" in each else 0
                 for each, state in zip(options, states)]  # fmt: skip
+        sorts = self._rows["top_k"] or self._rows["top_p"]
+        self.level = SORTED if sorts else CHOSEN if any(OPTIONS.keys() & each.keys() for each in options) else PLAIN
         arg_storage[KEY:] = 0  # padding too, which must not count tokens in anybody's slot
-        written = [keys, slots, _bits(presence), _bits(frequency)]
+        written = [keys, slots, _bits(presence), _bits(frequency), self.masks.prepare(states)]
         arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32, device="cpu").to(
             arg_storage.device
         )
@@ -105,16 +118,23 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
             logits_processor_args: what ``prepare_tensor_args`` wrote, [rows, at least requests], int32.
         """
         args = logits_processor_args
-        self.logprobs.look_at(scores, self.is_static)
+        self.logprobs.look_at(scores, self.is_static and self.level != PLAIN)
+        if self.is_static and self.level == PLAIN:
+            return scores
         before = scores
         if self.is_static or self.penalties.are_wanted:
             scores = self.penalties.apply(scores, input_ids, args[SLOT], args[PRESENCE], args[FREQUENCY])
+        if self.is_static:
+            scores = self.masks.apply(scores, args[MASK])
+        elif self.masks.rows:
+            scores = scores.clone() if scores is before else scores
+            scores[self.masks.rows] = self.masks.apply(scores[self.masks.rows], args[MASK][self.masks.rows])
         for index, name in enumerate(WARPERS):
             warper: Any = self.logits_processor[index]
             rows = self._rows.get(name, [])
-            if self.is_static:
+            if self.is_static and (name == "temperature" or self.level == SORTED):
                 scores = warper(scores, args[index])
-            elif rows:
+            elif rows and not self.is_static:
                 scores = scores.clone() if scores is before else scores
                 scores[rows] = warper(scores[rows], args[index][rows])
         return self._with_noise(scores, args[KEY])
@@ -122,7 +142,7 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
     def _with_noise(self, scores: Tensor, keys: Tensor) -> Tensor:
         rows = self._rows.get("seed", [])
         if self._noise is None:
-            self._noise = _mixed(torch.arange(self._vocabulary, dtype=torch.int64, device=scores.device))
+            self._noise = _mixed(torch.arange(self.vocabulary, dtype=torch.int64, device=scores.device))
         if self.is_static:
             keys = keys[: len(scores)]
             return torch.where(keys[:, None] != 0, scores + _gumbel(keys, self._noise), scores)

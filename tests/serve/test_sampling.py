@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from batching import generation, prompts, results, settings
+from batching import DEVICE, generation, prompts, results, row_by_row, settings
 from models import base_model
 from stored import save_many
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mb(folder):
-    handle = peft_multibatch.enable(base_model())
+    handle = peft_multibatch.enable(base_model().to(DEVICE))
     handle.adapter_store(roots=[folder]).register_folder(folder)
     yield handle
     handle.disable()
@@ -32,6 +32,7 @@ def mb(folder):
 @contextlib.contextmanager
 def running(mb, **options):
     manager = ServingManager(mb, generation_config=generation(), continuous_batching_config=settings(**options))
+    manager.warmup()
     manager.start()
     try:
         yield manager
@@ -43,9 +44,13 @@ def running(mb, **options):
 def run(mb, requests, manager_options=None):
     """The last output of each request, in order: (prompt, adapter, options)."""
     with running(mb, **(manager_options or {})) as manager:
-        for number, (prompt, adapter, options) in enumerate(requests):
-            manager.add_request(prompt, f"r{number}", adapter_id=adapter, **options)
-        found = results(manager, len(requests))
+        return run_with(manager, requests)
+
+
+def run_with(manager, requests):
+    for number, (prompt, adapter, options) in enumerate(requests):
+        manager.add_request(prompt, f"r{number}", adapter_id=adapter, **options)
+    found = results(manager, len(requests))
     outputs = [found[f"r{number}"] for number in range(len(requests))]
     assert [output.error for output in outputs] == [None] * len(outputs)
     return outputs
@@ -54,7 +59,7 @@ def run(mb, requests, manager_options=None):
 def logits_after(mb, prompt, adapter):
     """The model's logits behind each token of a prompt."""
     with torch.no_grad():
-        return mb._inner(input_ids=torch.tensor([prompt]), adapter_ids=[adapter]).logits[0].float()
+        return mb._inner(input_ids=torch.tensor([prompt], device=DEVICE), adapter_ids=[adapter]).logits[0].float().cpu()
 
 
 def test_greedy_requests_are_those_of_generate_whoever_samples_beside_them(mb):
@@ -68,11 +73,33 @@ def test_greedy_requests_are_those_of_generate_whoever_samples_beside_them(mb):
     mixed = [each for pair in zip(requests, noisy) for each in pair]
     found = [output.generated_tokens for output in run(mb, mixed)[::2]]
     for prompt, entry, tokens in zip(inputs, entries, found):
-        expected = mb._inner.generate(
-            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), adapter_ids=[entry],
-            generation_config=generation(),
-        )  # fmt: skip
-        assert tokens == expected[0, len(prompt) :].tolist()
+        assert tokens == row_by_row(mb._inner, [prompt], [entry])[0]
+
+
+@pytest.mark.parametrize("how", ["static", pytest.param("graphs", marks=pytest.mark.gpu)])
+def test_captured_steps_choose_the_tokens_of_others(mb, how):
+    """What a step does depends on what its requests want, so one of each kind runs longer than all others."""
+    kinds = [
+        {},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.8, "seed": 2, "top_k": 7},
+        {"temperature": 1.2, "seed": 3, "top_p": 0.7, "presence_penalty": 0.5},
+        {"logprobs": 2, "frequency_penalty": 1.0},
+        {"logprobs": 0},
+    ]
+    requests = [
+        (prompt, f"a{number % 2}", {"max_new_tokens": 2 + 3 * (number % len(kinds))} | kinds[-number % len(kinds)])
+        for number, prompt in enumerate(prompts(12))
+    ]
+    expected = run(mb, requests)
+    with running(mb, **({"use_cuda_graph": True} if how == "graphs" else {})) as manager:
+        if how == "static":  # on a CPU nothing is captured
+            manager.logit_processor.is_static = True
+        assert manager.logit_processor.is_static
+        found = run_with(manager, requests)
+    for one, other in zip(expected, found):
+        assert one.generated_tokens == other.generated_tokens
+        assert [each.chosen for each in one.logprobs] == pytest.approx([each.chosen for each in other.logprobs], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""Structured output: a JSON schema → a grammar, which says after every token which ones may come next.
+
+llguidance does it, which the extra ``serve`` installs; without it requests that ask for structure are refused. What a
+schema costs is bounded: its size, the time and memory that compiling takes (in a process of its own, see
+``schema_check.py``), and the work for each token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections import OrderedDict
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from peft_multibatch.serve.errors import ApiError, invalid, unsupported
+
+
+PARAM = "response_format"
+
+MAX_BYTES = 64_000
+"""Largest schema, as JSON."""
+
+SECONDS = 10.0
+"""In which a schema has to be compiled, on a machine that does much else; see ``schema_check.py`` for its own."""
+
+KEPT = 256
+"""Schemas that aren't compiled again."""
+
+PER_TOKEN = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000}
+"""What one request may cost: some milliseconds for each token, and some tens of megabytes."""
+
+
+class Grammar:
+    """A compiled schema. Requests carry it as an option, and copies of a request share it.
+
+    Args:
+        matcher: llguidance's, at the beginning of the text.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def start(self) -> Any:
+        """A matcher for one answer."""
+        return self._matcher.deep_copy()
+
+    def __deepcopy__(self, memo: Any) -> Grammar:
+        return self
+
+
+class Grammars:
+    """Compiles schemas for one model.
+
+    Args:
+        tokenizer: of the model.
+        ends: tokens that end its text.
+        vocabulary: how many logits it gives.
+    """
+
+    def __init__(self, tokenizer: Any, ends: list[int], vocabulary: int) -> None:
+        self._tokenizer, self._ends, self._vocabulary = tokenizer, ends, vocabulary
+        self._lock = threading.Lock()
+        self._prepared: Any = None  # llguidance's own tokenizer, which takes up to a second to make
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._checks = asyncio.Semaphore(2)
+
+    async def compile(self, schema: dict[str, Any], threads: Executor) -> Grammar:
+        """The grammar of a JSON schema.
+
+        Args:
+            schema: as OpenAI's API takes it; keywords that llguidance doesn't know are errors.
+            threads: where to compile.
+
+        Raises:
+            ApiError: there is no llguidance, the model can't have a grammar, or the schema can't be compiled.
+        """
+        self._check_possible()
+        try:
+            text = json.dumps(schema, allow_nan=False)
+        except ValueError:
+            raise invalid(f"'{PARAM}' has a number that JSON doesn't have: expected finite ones.", PARAM) from None
+        if len(text) > MAX_BYTES:
+            raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected {MAX_BYTES} at most.", PARAM)
+        if text in self._kept:
+            self._kept.move_to_end(text)
+            return self._kept[text]
+        async with self._checks:
+            await self._check(text)
+        found = await asyncio.get_running_loop().run_in_executor(threads, self._compile, text)
+        self._kept[text] = found
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def _check_possible(self) -> None:
+        try:
+            import llguidance  # noqa: F401
+        except ImportError:
+            raise unsupported(PARAM, "the server runs without llguidance, which whoever runs it may install with pip "
+                              "install 'peft-multibatch[serve]'") from None  # fmt: skip
+        is_fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
+        if not (is_fast and self._ends and len(self._tokenizer) <= self._vocabulary):
+            raise unsupported(PARAM, "it needs a fast tokenizer whose tokens the model knows, one of which is the end")
+
+    async def _check(self, text: str) -> None:
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, str(Path(__file__).with_name("schema_check.py")), stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(SECONDS):
+                said, _ = await worker.communicate(text.encode())
+        except TimeoutError:
+            raise _unfit("it takes too long to compile") from None
+        finally:
+            if worker.returncode is None:
+                worker.kill()
+                await worker.wait()
+        if worker.returncode != 0:
+            raise _unfit("it takes too much time or memory to compile")
+        if said.strip():
+            raise _unfit(_first_line(said.decode(errors="replace")))
+
+    def _compile(self, text: str) -> Grammar:
+        import llguidance
+        import llguidance.hf
+
+        with self._lock:
+            if self._prepared is None:
+                self._prepared = llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, self._ends)
+        limits = llguidance.LLParserLimits(verbose_errors=False, **PER_TOKEN)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"lenient": False})
+        matcher = llguidance.LLMatcher(self._prepared, grammar, log_level=0, limits=limits)
+        matcher.compute_bitmask()  # a schema that nothing fits is found here
+        if matcher.is_error():
+            raise _unfit(_first_line(matcher.get_error()))
+        return Grammar(matcher)
+
+
+def too_complex() -> ApiError:
+    """A schema that was compiled, and is too much to follow."""
+    return _unfit("it takes too long to follow")
+
+
+def _unfit(why: str) -> ApiError:
+    return invalid(f"The schema of '{PARAM}' can't be used, because {why}: simplify it.", PARAM, "invalid_schema")
+
+
+def _first_line(error: str) -> str:
+    """What llguidance says, of which panics have nothing to tell a client."""
+    first = error.strip().splitlines()[0] if error.strip() else ""
+    if first.startswith("panic") or not first:
+        return "it is too complex"
+    return "nothing fits it" if first.startswith("NoExtension") else f"of this: {first:.200}"

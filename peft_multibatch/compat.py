@@ -6,8 +6,11 @@ them on a layer of the installed version. Of torch's own it takes what tells lay
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 from peft import PeftMixedModel, PeftModel
@@ -85,6 +88,28 @@ ATTRIBUTES = (
 )
 
 
+SERVING_TESTED = "5.24"
+"""The release of transformers that the server's tests ran with; older ones lack some of what follows."""
+
+SERVING: dict[str, tuple[str, ...]] = {
+    "model_runner.ModelRunner.__init__": ("pad_inputs",),
+    "model_runner.ModelRunner._forward_process_and_sample": ("logit_processor", "_sample"),
+    "model_runner.ModelRunner._sample": ("argmax",),
+    "input_outputs.ContinuousBatchingIOs.prepare_batch_update": ("output_ids", "requests_in_batch"),
+    "input_outputs.ContinuousBatchingIOs.get_graph": ("_get_graph_key",),
+    "input_outputs.ContinuousBatchingIOs.set_graph": ("_get_graph_key",),
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__": ("logits_processor", "tensors_required"),
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList._retrieve_processors_kwargs": ("supported_keys",),
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.prepare_tensor_args": (),
+    "cb_logits_processors.ContinuousBatchingLogitsProcessorList.fill_defaults": (),
+    "continuous_api.ContinuousBatchingManager._create_batch_processor": ("logit_processor",),
+    "continuous_api.ContinuousBatchingManager._run_generation_loop": ("current_batch",),
+    "continuous_api.BackgroundThreadStatus.record_fatal_error": ("fatal_error",),
+    "requests.RequestState.create_equivalent_initial_request": ("_true_initial_tokens",),
+}
+"""Methods inside of transformers' continuous batching, and what they have to read for the server to work."""
+
+
 @functools.cache
 def check() -> None:
     """Log one warning where versions are installed that weren't tested; the first model that is enabled asks for it.
@@ -122,32 +147,16 @@ def check_serving() -> None:
     Raises:
         ImportError: the installed version lacks some of it.
     """
-    from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
-    from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-    from transformers.generation.continuous_batching.model_runner import ModelRunner
-
-    processors = cb_logits_processors.ContinuousBatchingLogitsProcessorList
-    manager = continuous_api.ContinuousBatchingManager
-    needed: dict[tuple[type, str], tuple[str, ...]] = {
-        (ModelRunner, "__init__"): ("pad_inputs",),
-        (ModelRunner, "_forward_process_and_sample"): ("logit_processor", "_sample"),
-        (ModelRunner, "_sample"): ("argmax",),
-        (ContinuousBatchingIOs, "prepare_batch_update"): ("output_ids", "requests_in_batch"),
-        (processors, "__init__"): ("logits_processor", "tensors_required"),
-        (processors, "_retrieve_processors_kwargs"): ("supported_keys",),
-        (processors, "prepare_tensor_args"): (),
-        (processors, "fill_defaults"): (),
-        (manager, "_create_batch_processor"): ("logit_processor",),
-        (manager, "_run_generation_loop"): ("current_batch",),
-        (continuous_api.BackgroundThreadStatus, "record_fatal_error"): ("fatal_error",),
-        (requests.RequestState, "create_equivalent_initial_request"): ("_true_initial_tokens",),
-    }
-    for (owner, method), names in needed.items():
-        code = getattr(getattr(owner, method, None), "__code__", None)
+    for place, names in SERVING.items():
+        module, owner, method = place.split(".")
+        found: Any = None
+        with contextlib.suppress(ImportError):
+            found = import_module(f"transformers.generation.continuous_batching.{module}")
+        code = getattr(getattr(getattr(found, owner, None), method, None), "__code__", None)
         missing = [name for name in names if code is not None and name not in code.co_names]
         if code is None or missing:
             raise ImportError(
-                f"transformers {version('transformers')} is installed, whose {owner.__name__}.{method} "
-                f"{'has no ' + ', '.join(missing) if missing else 'is not there'}: expected transformers 5.24, which "
-                "the server was tested with. Install that."
+                f"transformers {version('transformers')} is installed, whose {owner}.{method} "
+                f"{'has no ' + ', '.join(missing) if missing else 'is not there'}: expected transformers "
+                f"{SERVING_TESTED}, which the server was tested with. Install that."
             )

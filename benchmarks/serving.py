@@ -1,153 +1,334 @@
-"""The server over HTTP on loopback, against the same requests given to its manager directly.
+"""The server over HTTP on loopback, against its manager without HTTP, and how it does over time.
 
-    python benchmarks/serving.py [--requests 64] [--clients 16] [--tokens 32] [--output serving.csv]
+    python benchmarks/serving.py                     # on a GPU; results/serving.csv and .png beside this script
+    python benchmarks/serving.py --tiny              # a tiny model on a CPU in a minute, to see it run
+    python benchmarks/serving.py --soak 10           # minutes; results/serving_soak.csv and .png
 
-The demo's model, with 1, 8 and 32 adapters. Every answer is first compared with the manager's.
+Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, 32 adapters of rank 16 on all seven projections;
+prompts of 16 to 256 tokens, 64 new ones each, 64 requests at a time, greedy, streamed, over 1, 8 and 32 adapters. In
+one process: plain continuous batching (`mb.continuous_batching`), the server's own manager, and the server, whose
+clients are in another process. Nothing is downloaded; the tokenizer is made up, with as many tokens as the model has.
 """
 
 from __future__ import annotations
 
-import asyncio
-import csv
-import os
-import platform
+import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib
 import torch
 import typer
 import uvicorn
-from openai import AsyncOpenAI
-from safetensors.torch import load_file, save_file
+from end_to_end import versions, write
+from store_serving import Sizes, write_adapters
+from store_serving import build as build_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from peft_multibatch.demo.model import ADAPTERS_DIR, load_model
+import peft_multibatch
+from peft_multibatch.serve import engine as engines
 from peft_multibatch.serve.app import build_app
-from peft_multibatch.serve.catalog import Target
-from peft_multibatch.serve.engine import Engine
-from peft_multibatch.serve.jobs import Job
 from peft_multibatch.serve.settings import Settings
 
 
-WEIGHTS = "adapter_model.safetensors"
-Run = tuple[str, float, float]  # text, seconds to the first token, seconds to the last
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
-def make_adapters(folder: Path, count: int) -> list[str]:
-    """Adapters `a0`, `a1`, ...: the demo's, each a little different."""
-    generator = torch.Generator().manual_seed(0)
-    sources = sorted(path for path in ADAPTERS_DIR.iterdir() if path.is_dir())
-    for number in range(count):
-        source, target = sources[number % len(sources)], folder / f"a{number}"
-        shutil.copytree(source, target)
-        tensors = load_file(source / WEIGHTS)
-        noise = {key: torch.randn(each.shape, generator=generator) for key, each in tensors.items()}
-        save_file({key: each + 0.001 * noise[key].to(each) for key, each in tensors.items()}, target / WEIGHTS)
-    return [f"a{number}" for number in range(count)]
+HERE = Path(__file__).parent
+PLAIN, MANAGER, SERVER = "continuous batching", "manager", "server"
 
 
-async def in_turns(ask: Callable[[int], Awaitable[Run]], requests: int, clients: int) -> tuple[list[Run], float]:
-    """So many requests, by so many clients, each of which sends its next one when it has its answer."""
-    numbers, found = iter(range(requests)), {}
+def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes, and words that stand for nothing."""
+    known = {each: number for number, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    known |= {f"Ġw{number}": number for number in range(len(known), vocabulary)}
+    tokenizer = Tokenizer(models.BPE(known, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
-    async def client() -> None:
-        for number in numbers:
-            found[number] = await ask(number)
+
+class Run:
+    """What is measured.
+
+    Args:
+        is_tiny: in a minute on a CPU instead.
+        clients: requests at a time.
+        requests: in all.
+        batching: for transformers' ``ContinuousBatchingConfig``, beside what the server gives it.
+    """
+
+    def __init__(self, is_tiny: bool, clients: int, requests: int, batching: dict[str, Any]) -> None:
+        self.sizes = sizes = Sizes(is_tiny)
+        self.clients, self.requests = clients or (8 if is_tiny else 64), requests or (48 if is_tiny else 256)
+        self.tokens, self.longest = (16, 40) if is_tiny else (64, 256)
+        sizes.different = sizes.registered = 32
+        self.tokenizer = tokenizer_of(sizes.model["vocab_size"])
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(16, self.longest + 1, (self.requests,), generator=generator).tolist()
+        most = sizes.model["vocab_size"]
+        self.prompts = [torch.randint(0, most, (length,), generator=generator).tolist() for length in lengths]
+        own = engines._batching
+
+        def with_more(*args: Any) -> Any:
+            config = own(*args)
+            for name, value in batching.items():
+                setattr(config, name, value)
+            return config
+
+        engines._batching = with_more
+
+    def settings(self, root: Path) -> Settings:
+        cache = self.clients * (self.longest + self.tokens + 256)
+        step = 64 if self.sizes.is_tiny else 1024
+        return Settings(adapters_dir=root, max_batch=self.clients, max_queue=self.requests, max_cache_tokens=cache,
+                        max_batch_tokens=step, adapter_memory="4GB")  # fmt: skip
+
+    def names(self, count: int) -> list[str]:
+        return [str(number % count) for number in range(self.requests)]
+
+    def body(self, number: int, name: str, **options: Any) -> dict[str, Any]:
+        plain = {"temperature": 0, "stream": True, "ignore_eos": True, "max_tokens": self.tokens}
+        return {"model": name, "prompt": self.prompts[number], **plain, **options}
+
+
+def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
+    """Tokens, seconds to the first of them, and seconds in all; a request is added when another one ended."""
+    left, added, found, firsts = iter(range(run.requests)), {}, {}, {}
+
+    def add() -> None:
+        for number in left:
+            added[number] = time.perf_counter()
+            manager.add_request(run.prompts[number], number, run.tokens, record_timestamps=True, eos_token_id=-1,
+                                adapter_id=names[number])  # fmt: skip
+            return
 
     begin = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return [found[number] for number in range(requests)], time.perf_counter() - begin
+    for _ in range(run.clients):
+        add()
+    while len(found) < run.requests:
+        output = manager.get_result(timeout=60)
+        if output is None or output.error:
+            raise SystemExit(f"the manager stopped: {output and output.error}")
+        found[output.request_id] = output.generated_tokens
+        firsts[output.request_id] = output.timestamps[0] - added[output.request_id]
+        add()
+    took = time.perf_counter() - begin
+    numbers = range(run.requests)
+    return [found[number] for number in numbers], [firsts[number] for number in numbers], took
 
 
-async def measure(engine: Engine, url: str, names: list[str], requests: int, clients: int, tokens: int) -> list[dict]:
-    """Rows of the table: the manager, and the server."""
-    prompts = [f"Item {number}: the night is long, and" for number in range(requests)]
+@contextmanager
+def served(engine: Any) -> Iterator[int]:
+    """A server's port."""
+    server = uvicorn.Server(uvicorn.Config(build_app(engine), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
 
-    async def by_manager(number: int) -> Run:
-        begin, ids, first = time.perf_counter(), engine.tokenizer(prompts[number]).input_ids, 0.0
-        name = names[number % len(names)]
-        job = Job(str(number), Target(name, name, (name,)), [ids], "prompt", max_tokens=tokens, is_streamed=True)
-        job.ignore_eos, text = True, ""
-        async for delta in engine.run(job):
-            first, text = first or time.perf_counter() - begin, text + delta.text
-        return text, first, time.perf_counter() - begin
 
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+def clients(port: int, requests: list[dict], count: int, seconds: float = 0) -> subprocess.Popen:
+    """Clients, in a process of their own."""
+    job = {"host": "127.0.0.1", "port": port, "requests": requests, "clients": count, "seconds": seconds}
+    process = subprocess.Popen([sys.executable, HERE / "serving_load.py"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(job))
+    process.stdin.close()
+    return process
 
-    async def by_server(number: int) -> Run:
-        begin, first, text = time.perf_counter(), 0.0, ""
-        async for chunk in await client.completions.create(
-            model=names[number % len(names)], prompt=prompts[number], max_tokens=tokens, temperature=0, stream=True,
-            extra_body={"ignore_eos": True},
-        ):  # fmt: skip
-            first, text = first or time.perf_counter() - begin, text + chunk.choices[0].text
-        return text, first, time.perf_counter() - begin
 
-    for name in names:
-        await engine.catalog.find(name)
-    expected, _ = await in_turns(by_manager, requests, clients)  # warms up as well
-    rows = []
-    for way, ask in (("manager", by_manager), ("server", by_server), ("manager", by_manager), ("server", by_server)):
-        found, seconds = await in_turns(ask, requests, clients)
-        assert [text for text, *_ in found] == [text for text, *_ in expected], f"{way} gave other texts"
-        firsts = statistics.quantiles([first for _, first, _ in found], n=100)
-        rows.append({
-            "way": way, "adapters": len(names), "requests": requests, "clients": clients, "tokens": tokens,
-            "requests_per_second": round(requests / seconds, 3),
-            "tokens_per_second": round(requests * tokens / seconds, 1),
-            "first_token_p50": round(firsts[49], 4), "first_token_p95": round(firsts[94], 4),
-            "first_token_p99": round(firsts[98], 4),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
-    await client.close()
-    return rows
+def by_server(run: Run, port: int, names: list[str]) -> tuple[list[str], list[float], float]:
+    """Texts, seconds to the first chunk, and seconds in all."""
+    requests = [{"body": run.body(number, name)} for number, name in enumerate(names)]
+    lines = [json.loads(line) for line in clients(port, requests, run.clients).stdout or ()]
+    found = {line["request"]: line for line in lines[:-1]}
+    bad = [line for line in found.values() if line["status"] != 200 or not line["whole"]]
+    if bad or len(found) != run.requests:
+        raise SystemExit(f"{len(found)} of {run.requests} answers, of which are no answers: {bad[:2]}")
+    ordered = [found[number] for number in range(run.requests)]
+    return [line["text"] for line in ordered], [line["first"] for line in ordered], lines[-1]["took"]
+
+
+def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, Any]]:
+    """A row for each way and number of adapters: the median of some rounds."""
+    counts, records = (1, 8, 32), []
+    expected: dict[tuple[int, str], list[str]] = {}
+
+    def note(way: str, count: int, results: list[tuple]) -> None:
+        results = results[1:]  # the first one warms up
+        tokens = [each if isinstance(each, str) else run.tokenizer.decode(each) for each in results[-1][0]]
+        expected[count, way] = tokens
+        first = sorted(each for _, firsts, _ in results for each in firsts)
+        seconds = statistics.median(each for *_, each in results)
+        same = sum(one == other for one, other in zip(tokens, expected[count, PLAIN])) / run.requests
+        record = {"way": way, "adapters": count, "requests": run.requests, "clients": run.clients,
+                  "new_tokens": run.tokens, "requests_per_s": run.requests / seconds,
+                  "tokens_per_s": run.requests * run.tokens / seconds, "texts_as_plain": same}  # fmt: skip
+        quantiles = statistics.quantiles(first, n=100)
+        records.append(record | {f"first_token_p{part}": quantiles[part - 1] for part in (50, 95, 99)})
+        print({name: round(each, 4) if isinstance(each, float) else each for name, each in records[-1].items()},
+              flush=True)  # fmt: skip
+        if not run.sizes.is_tiny and model.dtype != torch.float32:
+            return  # sums of other batches round otherwise, and random models have no clear favourites
+        if same < 1:
+            raise SystemExit(f"{way} gave other texts than continuous batching for {count} adapters")
+
+    settings = run.settings(root)
+    mb = peft_multibatch.enable(model)
+    mb.adapter_store(max_host_memory="4GB", max_device_memory="4GB", roots=[root]).register_folder(root)
+    options = {"generation_config": GenerationConfig(do_sample=False, eos_token_id=-1),
+               "continuous_batching_config": engines._batching(settings, model.device)}  # fmt: skip
+    with mb.continuous_batching(**options) as manager:
+        for count in counts:
+            note(PLAIN, count, [by_manager(run, manager, run.names(count)) for _ in range(rounds + 1)])
+    mb.disable()
+    engine = engines.Engine(model, run.tokenizer, settings)
+    engine.start()
+    with served(engine) as port:
+        for count in counts:
+            by_server(run, port, run.names(count))  # registers them
+            ways = {MANAGER: lambda names: by_manager(run, engine.manager, names),
+                    SERVER: lambda names: by_server(run, port, names)}  # fmt: skip
+            results = [{way: ask(run.names(count)) for way, ask in ways.items()} for _ in range(rounds + 1)]
+            for way in ways:
+                note(way, count, [each[way] for each in results])
+    return records
+
+
+def resident() -> float:
+    """MB of this process in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+
+
+def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any]]:
+    """Streams, plain calls and clients that leave, for so long; a row for every few seconds."""
+    engine = engines.Engine(model, run.tokenizer, run.settings(root))
+    engine.start()
+    requests = []
+    for number, name in enumerate(run.names(32)):
+        kind = ("stream", "plain", "leaves", "sampled")[number % 4]
+        options = {"temperature": 1, "seed": number, "top_p": 0.9} if kind == "sampled" else {}
+        body = run.body(number, name, stream=kind != "plain", **options)
+        requests.append({"body": body, "leave_after": 3 if kind == "leaves" else None, "kind": kind})
+    records: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    with served(engine) as port:
+        process, begin, due = clients(port, requests, run.clients, minutes * 60), time.monotonic(), 0.0
+        for line in process.stdout or ():
+            found = json.loads(line)
+            if "took" in found:
+                break
+            counts["sent"] += 1
+            is_right = found["status"] == 200 and (found["whole"] or found["left"])
+            counts[("left" if found["left"] else "answered") if is_right else "lost"] += 1
+            if not is_right:
+                print(found, flush=True)
+            seconds = time.monotonic() - begin
+            if seconds >= due:
+                due += max(minutes * 60 / 200, 1)
+                cuda = torch.cuda.memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
+                records.append({"seconds": seconds, "resident_mb": resident(), "cuda_allocated_mb": cuda,
+                                **{name: counts[name] for name in ("sent", "answered", "left", "lost")}})  # fmt: skip
+        end = time.monotonic() + 5
+        while engine.running and time.monotonic() < end:
+            time.sleep(0.05)
+        scheduler, router = engine.manager.batch_processor.scheduler, engine.manager.output_router
+        held = [engine.running, engine._jobs, scheduler.active_requests, scheduler.waiting_requests,
+                router.result_handlers, router.causes, list(router.output_queue.queue)]  # fmt: skip
+    half = records[len(records) // 2 :]  # the first half fills caches
+    growth = {name: half[-1][name] / half[0][name] - 1 for name in ("resident_mb", "cuda_allocated_mb") if half[0][name]}
+    print(dict(counts), {name: f"{each:+.2%}" for name, each in growth.items()}, "in the second half", flush=True)
+    if counts["lost"] or any(held):
+        raise SystemExit(f"something was lost, or is held on to: {counts}, {[len(each) for each in held]}")
+    if any(each > 0.05 for each in growth.values()):
+        raise SystemExit(f"memory grows: {growth}")
+    return records
+
+
+def plot(records: list[dict], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for way in (PLAIN, MANAGER, SERVER):
+        rows = [record for record in records if record["way"] == way]
+        left.plot([row["adapters"] for row in rows], [row["requests_per_s"] for row in rows], marker="o", label=way)
+        right.plot([row["adapters"] for row in rows], [row["first_token_p95"] for row in rows], marker="o", label=way)
+    left.set_ylabel("requests per second")
+    right.set_ylabel("seconds to the first token, 95th percentile")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("adapters among the requests")
+    left.legend()
+    figure.suptitle(f"{records[0]['clients']} requests at a time, {records[0]['gpu']}, commit {records[0]['commit']}",
+                    fontsize=9)  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def plot_soak(records: list[dict], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for name in ("resident_mb", "cuda_allocated_mb"):
+        if records[-1][name]:
+            axis.plot([row["seconds"] / 60 for row in records], [row[name] for row in records], label=name)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("minutes")
+    axis.set_ylabel("MB")
+    last = records[-1]
+    axis.set_title(f"{last['sent']} requests: {last['answered']} answered, {last['left']} left by their clients, "
+                   f"{last['lost']} lost; {last['gpu']}, commit {last['commit']}", fontsize=9)  # fmt: skip
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=8)] = 64,
-    clients: Annotated[int, typer.Option(min=1)] = 16,
-    tokens: Annotated[int, typer.Option(min=1)] = 32,
-    device: str = "cpu",
-    port: int = 8765,
-    output: Annotated[Path | None, typer.Option(help="A CSV to write.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny")] = False,
+    soak_minutes: Annotated[float, typer.Option("--soak", help="minutes of load instead")] = 0,
+    at_a_time: Annotated[int, typer.Option("--clients", help="requests at a time")] = 0,
+    requests: int = 0,
+    rounds: int = 3,
+    attention: Annotated[str, typer.Option(help="as in transformers, such as flash_attention_3")] = "",
+    batching: Annotated[str, typer.Option(help="JSON for transformers' ContinuousBatchingConfig")] = "{}",
+    out: Annotated[Path | None, typer.Option(help="the CSV; the plot lies beside it")] = None,
+    commit: str = "",
 ) -> None:
-    """Measure both, twice, in turns."""
-    model, tokenizer = load_model(device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        names = make_adapters(Path(folder), 32)
-        settings = Settings(adapters_dir=Path(folder), max_batch=clients, max_cache_tokens=128 * clients)
-        engine = Engine(model, tokenizer, settings)
-        engine.start()
-        server = uvicorn.Server(uvicorn.Config(build_app(engine), port=port, log_level="warning"))
-
-        async def run() -> list[dict]:
-            rows = []
-            for count in (1, 8, 32):
-                url = f"http://127.0.0.1:{port}"
-                rows += await measure(engine, url, names[:count], requests, clients, tokens)
-            return rows
-
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            rows = asyncio.run(run())
-        finally:
-            server.should_exit = True
-            thread.join()
-    if output is not None:
-        common: dict[str, Any] = {"device": device, "cores": os.cpu_count(), "machine": platform.machine()}
-        common |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*common, *rows[0]], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(common | row for row in rows)
+    """Measure requests per second and first tokens, or memory over time."""
+    run = Run(tiny, at_a_time, requests, json.loads(batching))
+    root = Path(tempfile.mkdtemp())
+    try:
+        write_adapters(run.sizes, root)
+        model = build_model(run.sizes)
+        if tiny:
+            model = model.float()
+        if attention:
+            model.set_attn_implementation(attention)
+        known = versions(commit) | {"tiny": tiny}
+        if soak_minutes:
+            records = soak(run, root, model, soak_minutes)
+            name, draw = "serving_soak.csv", plot_soak
+        else:
+            records, name, draw = throughput(run, root, model, rounds), "serving.csv", plot
+    finally:
+        shutil.rmtree(root)
+    write([record | known for record in records], out or HERE / "results" / name, draw)
 
 
 if __name__ == "__main__":

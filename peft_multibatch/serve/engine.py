@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections import Counter
@@ -20,9 +21,9 @@ import peft_multibatch
 from peft_multibatch.compat import check_serving
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.serve.catalog import Catalog
-from peft_multibatch.serve.errors import ApiError, busy, failed, from_adapter, unavailable, unknown_model
+from peft_multibatch.serve.errors import ApiError, busy, failed, from_adapter, took_too_long, unavailable, unknown_model
 from peft_multibatch.serve.grammars import Grammar, Grammars
-from peft_multibatch.serve.jobs import Delta, Job, Sequence
+from peft_multibatch.serve.jobs import Delta, Inbox, Job, Sequence
 from peft_multibatch.serve.manager import ServingManager
 from peft_multibatch.serve.settings import Settings
 
@@ -56,7 +57,7 @@ class Engine:
         self.is_stopping = False
         self.running: Counter[str] = Counter()
         self._ids = itertools.count()
-        self._jobs: dict[int, asyncio.Queue] = {}
+        self._jobs: dict[int, Inbox] = {}
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # which isn't safe in several
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
         self._mb = peft_multibatch.enable(model)
@@ -105,10 +106,13 @@ class Engine:
                 "expected no more. Raise --max-cache-tokens, or leave it out."
             )
         self.max_model_len = self.max_model_len or longest
+        gc.collect()
+        gc.freeze()  # a model and its libraries are a million objects: to look through them takes half a second
 
     def stop(self) -> None:
         """End what runs, and put the model back as it was."""
         self.is_stopping = True
+        gc.unfreeze()
         if self.manager.is_running():
             self.manager.stop(hard_stop=True)
         self.manager.destroy()
@@ -155,8 +159,8 @@ class Engine:
     def cancel_all(self) -> None:
         """End all jobs with an error that says that the server stops."""
         error = unavailable("The server stopped before this request had ended: send it again.", "stopping")
-        for queue in list(self._jobs.values()):
-            queue.put_nowait(error)
+        for inbox in list(self._jobs.values()):
+            inbox.fail(error)
 
     async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """What a job generates, as it comes. Closing the generator ends the job.
@@ -165,31 +169,34 @@ class Engine:
             ApiError: it can't be run, or couldn't be until its end.
         """
         self.check()
-        queue: asyncio.Queue = asyncio.Queue()
+        inbox = Inbox()
         under_way: dict[str, Sequence] = {}
         number = next(self._ids)
+        left = job.arrived + self.settings.request_timeout - time.perf_counter()
+        timer = asyncio.get_running_loop().call_later(left, inbox.fail, took_too_long(self.settings.request_timeout))
         with self._place(job.target.label, len(job.prompts) * job.n):
-            self._jobs[number] = queue
+            self._jobs[number] = inbox
             try:
                 for sequence in job.sequences(self.tokenizer):
                     name = f"{number}-{sequence.index}"
-                    self._add(name, job, sequence, queue)
+                    self._add(name, job, sequence, inbox)
                     under_way[name] = sequence
                 while under_way:
-                    output, cause = await self._next(queue, job)
-                    found = under_way.get(output.request_id)
-                    if found is None:
-                        continue  # it had a stop string already
-                    if output.error is not None:
-                        raise self._as_api_error(cause, job)
-                    delta = found.take(output, [] if job.ignore_eos else self.ends)
-                    if delta.reason is not None:
-                        del under_way[output.request_id]
-                        if not output.is_finished():
-                            self.manager.cancel_request(output.request_id)
-                    job.count(delta, output)
-                    yield delta
+                    for output, cause in await inbox.take():
+                        found = under_way.get(output.request_id)
+                        if found is None:
+                            continue  # it had a stop string already
+                        if output.error is not None:
+                            raise self._as_api_error(cause, job)
+                        delta = found.take(output, [] if job.ignore_eos else self.ends)
+                        if delta.reason is not None:
+                            del under_way[output.request_id]
+                            if not output.is_finished():
+                                self.manager.cancel_request(output.request_id)
+                        job.count(delta, output)
+                        yield delta
             finally:
+                timer.cancel()
                 del self._jobs[number]
                 for name in under_way:
                     self.manager.cancel_request(name)
@@ -209,11 +216,11 @@ class Engine:
             if not self.running[label]:
                 del self.running[label]
 
-    def _add(self, name: str, job: Job, sequence: Sequence, queue: asyncio.Queue) -> None:
+    def _add(self, name: str, job: Job, sequence: Sequence, inbox: Inbox) -> None:
         causes = self.manager.output_router.causes
 
         def hand_on(output: Any) -> None:
-            queue.put_nowait((output, causes.pop(output.request_id, None)))
+            inbox.put(output, causes.pop(output.request_id, None))
 
         added = self.manager.add_request(
             sequence.prompt,
@@ -228,25 +235,6 @@ class Engine:
         if added is None:
             raise unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
         self.manager.register_result_handler(name, hand_on)
-
-    async def _next(self, queue: asyncio.Queue, job: Job) -> tuple[Any, Exception | None]:
-        if not queue.empty():
-            found = queue.get_nowait()
-        else:
-            left = job.arrived + self.settings.request_timeout - time.perf_counter()
-            try:
-                async with asyncio.timeout(max(left, 0)):
-                    found = await queue.get()
-            except TimeoutError:
-                raise ApiError(
-                    504,
-                    f"The request took longer than {self.settings.request_timeout:g} s: ask for fewer tokens.",
-                    "timeout",
-                    headers={"x-should-retry": "false"},
-                ) from None
-        if isinstance(found, ApiError):
-            raise found
-        return found
 
     def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
         if isinstance(cause, ApiError):

@@ -77,6 +77,12 @@ def unavailable(message: str, code: str = "unavailable") -> ApiError:
     return ApiError(503, message, code, headers={"Retry-After": str(RETRY_AFTER)})
 
 
+def took_too_long(seconds: float) -> ApiError:
+    """A request that had as much time as it may have."""
+    message = f"The request took longer than {seconds:g} s: ask for fewer tokens."
+    return ApiError(504, message, "timeout", headers={"x-should-retry": "false"})
+
+
 def from_adapter(error: Exception, name: str) -> ApiError:
     """What a client is told when its adapter can't be registered or loaded; the log has the rest."""
     if isinstance(error, StoreFullError):

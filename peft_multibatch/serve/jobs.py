@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from peft_multibatch.serve.catalog import Target
-from peft_multibatch.serve.errors import too_long
+from peft_multibatch.serve.errors import ApiError, too_long
 from peft_multibatch.serve.logprobs import TokenLogprobs
 from peft_multibatch.serve.text import Text
 
@@ -54,16 +55,51 @@ class Sequence:
         ids, logprobs = output.generated_tokens[self._known :], output.logprobs[self._known :]
         tokens = list(zip(ids, logprobs or [None] * len(ids)))
         text = ""
-        for taken, token in enumerate(ids, start=1):
-            text += self._text.push([token])
-            if self._text.is_stopped:
-                return Delta(self.index, text, tokens[:taken], "stop")
+        if not self._text.has_stops:
+            text = self._text.push(ids)
+        else:
+            for taken, token in enumerate(ids, start=1):
+                text += self._text.push([token])
+                if self._text.is_stopped:
+                    return Delta(self.index, text, tokens[:taken], "stop")
         self._known += len(ids)
         if not output.is_finished():
             return Delta(self.index, text, tokens, None)
         text += self._text.finish()
         is_end = bool(ids) and ids[-1] in ends
         return Delta(self.index, text, tokens, "stop" if is_end or self._text.is_stopped else "length")
+
+
+class Inbox:
+    """What came for a job, of which only the newest output of each answer is kept: it has all that came before."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[Any, Exception | None]] = {}
+        self._error: ApiError | None = None
+        self._is_new = asyncio.Event()
+
+    def put(self, output: Any, cause: Exception | None) -> None:
+        """An output of the manager's, and the exception behind its error."""
+        self._found[output.request_id] = output, cause
+        self._is_new.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End the job, whatever else came."""
+        self._error = error
+        self._is_new.set()
+
+    async def take(self) -> list[tuple[Any, Exception | None]]:
+        """What is new, once there is something.
+
+        Raises:
+            ApiError: the job was ended.
+        """
+        await self._is_new.wait()
+        self._is_new.clear()
+        if self._error is not None:
+            raise self._error
+        found, self._found = self._found, {}
+        return list(found.values())
 
 
 @dataclass

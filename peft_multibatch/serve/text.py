@@ -16,11 +16,12 @@ class Text:
         stops: strings at which the text ends; none of them is part of it.
 
     Attributes:
+        has_stops: whether there are any.
         is_stopped: whether one of them came.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self.is_stopped = False
+        self.is_stopped, self.has_stops = False, bool(stops)
         self._tokenizer, self._stops = tokenizer, stops
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
@@ -29,10 +30,14 @@ class Text:
 
     def push(self, ids: Sequence[int]) -> str:
         """Add tokens, and return what may be shown that wasn't: nothing that a stop string may begin with."""
-        for token in ids:
-            self._ids.append(token)
-            self._decoded += self._stream.step(self._tokenizer._tokenizer, token) or ""
-        return self._show(held_back=True)
+        self._ids += ids
+        step, tokenizer = self._stream.step, self._tokenizer._tokenizer
+        new = "".join([step(tokenizer, token) or "" for token in ids])
+        self._decoded += new
+        if self._stops:
+            return self._show(held_back=True)
+        self._shown = len(self._decoded)
+        return new
 
     def finish(self) -> str:
         """The rest, when no token comes any more."""

@@ -31,8 +31,8 @@ def test_snippets_run(page, capsys, tmp_path, monkeypatch):
         exec(compile(snippet, str(page), "exec"), names)
 
 
-# train_adapters.py downloads texts and trains for minutes; test_ray.py runs ray_batch_inference.py with a small model
-ELSEWHERE = ("train_adapters", "ray_batch_inference")
+# train_adapters.py downloads texts and trains for minutes; tests of their own run both examples for Ray
+ELSEWHERE = ("train_adapters", "ray_batch_inference", "ray_serve")
 OPTIONS = {
     "accelerate_generate": ["--max-new-tokens", "4"],  # which test_accelerate.py runs with a small model
     "thousands_of_adapters": ["--adapters", "40", "--requests", "16", "--new-tokens", "3", "--room", "3MB"],

@@ -194,7 +194,7 @@ def test_several_prompts_as_text_and_tokens(client, alone, tokenizer):
 OPENAIS = {
     "audio": {}, "function_call": "none", "functions": [], "logit_bias": {"1": 1}, "metadata": {},
     "modalities": ["text"], "parallel_tool_calls": True, "prediction": {}, "reasoning_effort": "low",
-    "response_format": {"type": "json_object"}, "service_tier": "auto", "store": False, "tool_choice": "none",
+    "service_tier": "auto", "store": False, "tool_choice": "none",
     "tools": [], "web_search_options": {}, "min_p": 0.1, "best_of": 1, "echo": False, "suffix": "x",
     "generation_config": "{}", "chat_template": "x", "anything": 1,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,11 +31,14 @@ def real():
 def run_the_page(url):
     """The example of docs/serving.md, as it is written."""
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
-    (snippet,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    snippet = snippet.replace("http://127.0.0.1:8000", url).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base")
     names: dict = {}
-    exec(compile(snippet.replace("stream=True", "stream=True, max_tokens=4"), "docs/serving.md", "exec"), names)
+    for snippet in re.findall(r"```py\n(.*?)```", page, re.DOTALL):
+        snippet = snippet.replace("http://127.0.0.1:8000", url).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base")
+        exec(compile(snippet.replace("stream=True", "stream=True, max_tokens=4"), "docs/serving.md", "exec"), names)
     names["client"].close()
+    answer = names["answer"].choices[0]
+    assert answer.finish_reason == "stop"
+    assert json.loads(answer.message.content)["colour"] in ("red", "green")
 
 
 @pytest.mark.xdist_group("real model")

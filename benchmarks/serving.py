@@ -39,6 +39,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import peft_multibatch
 from peft_multibatch.serve import engine as engines
 from peft_multibatch.serve.app import build_app
+from peft_multibatch.serve.server import configuration
 from peft_multibatch.serve.settings import Settings
 
 
@@ -132,7 +133,7 @@ def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]
 @contextmanager
 def served(engine: Any) -> Iterator[int]:
     """A server's port."""
-    server = uvicorn.Server(uvicorn.Config(build_app(engine), port=0, log_level="warning"))
+    server = uvicorn.Server(configuration(build_app(engine), 0, "127.0.0.1", 0))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peft_multibatch.serve.app import build_app
 from peft_multibatch.serve.engine import Engine
+from peft_multibatch.serve.server import configuration
 from peft_multibatch.serve.settings import Settings
 
 
@@ -63,7 +64,7 @@ class Served:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         app = build_app(self.engine, [self.records.append])
-        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        self.server = uvicorn.Server(configuration(app, settings.grace, "127.0.0.1", port))
         self.loop: Any = None
         self._clients: list[OpenAI] = []
         self._thread = threading.Thread(target=self._run)

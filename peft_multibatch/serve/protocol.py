@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 
 MOST_PROMPTS = 128
@@ -33,8 +41,13 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        is_object = isinstance(values, dict)
-        return {name: value for name, value in values.items() if value is not None} if is_object else values
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name, value in values.items() if value is not None and name not in known), None)
+        # one of them is told: a body has room for half a million, and each would be an error of its own
+        kept = known if unknown is None else {*known, unknown}
+        return {name: values[name] for name in values if name in kept and values[name] is not None}
 
 
 class Sampled(Strict):
@@ -59,7 +72,7 @@ class Generated(Sampled):
 
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -107,14 +120,14 @@ class Message(Strict):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Str | list[TextPart]
+    content: Str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Str | None = None
 
 
 class ChatRequest(Generated):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -123,15 +136,28 @@ class ChatRequest(Generated):
     ) = None
 
 
+def _kind_of_prompt(given: Any) -> str:
+    """By its first element, so that a long list isn't tried as everything that it may be."""
+    if not isinstance(given, list):
+        return "text"
+    first = given[0] if given else ""
+    return "lists of tokens" if isinstance(first, list) else "tokens" if isinstance(first, int) else "texts"
+
+
 class CompletionRequest(Generated):
     """Body of ``/v1/completions``."""
 
-    prompt: (
-        Str
-        | Annotated[list[Str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[Str, Tag("text")]
+        | Annotated[list[Str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("texts")]
+        | Annotated[list[Token], Field(min_length=1, fail_fast=True), Tag("tokens")]
+        | Annotated[
+            list[Annotated[list[Token], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
+            Tag("lists of tokens"),
+        ],
+        Discriminator(_kind_of_prompt),
+    ]
     logprobs: int | None = Field(None, ge=0, le=20)
 
 
@@ -149,7 +175,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Str | list[InputPart]
+    content: Str | Annotated[list[InputPart], Field(fail_fast=True)]
     id: Str | None = None
     status: Literal["completed", "incomplete"] | None = None
 
@@ -157,7 +183,7 @@ class InputMessage(Strict):
 class ResponseRequest(Sampled):
     """Body of ``/v1/responses``: text in, text out. Nothing is stored."""
 
-    input: Str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: Str | Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
     instructions: Str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     store: Literal[False] | None = None

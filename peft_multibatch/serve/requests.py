@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_multibatch.serve.engine import Engine
-from peft_multibatch.serve.errors import ApiError, invalid, unsupported
+from peft_multibatch.serve.errors import ApiError, invalid, too_long, unsupported
 from peft_multibatch.serve.jobs import Job
 from peft_multibatch.serve.protocol import (
     ChatRequest,
@@ -24,6 +24,10 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, for completions; a chat's answer may be as long as there is room."""
 
 
+CHARACTERS = 8
+"""For each token that there is room for, that are read of a long text before it is known whether it is too long."""
+
+
 async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     """The job of a chat.
 
@@ -35,7 +39,7 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("'top_logprobs' was given without 'logprobs': expected 'logprobs' to be true.", "top_logprobs")
     target = await engine.catalog.find(body.model, body.adapter)
-    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, body.messages)
+    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, body.messages, engine.max_model_len)
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = _job(engine, body, Job(request_id, target, [prompt], "messages", max_tokens=limit), logprobs)
@@ -54,7 +58,7 @@ async def completion_job(engine: Engine, body: CompletionRequest, request_id: st
         ApiError: it can't be one.
     """
     target = await engine.catalog.find(body.model, body.adapter)
-    prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt)
+    prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt, engine.max_model_len)
     known = engine.manager.vocabulary
     if any(token >= known for prompt in prompts for token in prompt):
         raise invalid(f"'prompt' has tokens that the model doesn't know: expected 0 to {known - 1}.", "prompt")
@@ -77,7 +81,7 @@ async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -
             given = each.content
             parts = given if isinstance(given, str) else [TextPart(type="text", text=part.text) for part in given]
             messages.append(Message(role=each.role, content=parts))
-    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, messages)
+    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, messages, engine.max_model_len, "input")
     job = Job(request_id, target, [prompt], "input", max_tokens=body.max_output_tokens)
     job.is_streamed = bool(body.stream)
     job.options = sampling_options(1.0 if body.temperature is None else body.temperature, body.top_p)
@@ -85,7 +89,31 @@ async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -
     return job
 
 
-def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
+def tokens_of(tokenizer: Any, text: str, limit: int, param: str, **options: Any) -> list[int]:
+    """The tokens of a text, of which a part is enough where it is too long.
+
+    Four megabytes take seconds, in which everybody else waits for the tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        text: to be read.
+        limit: tokens that a prompt may have.
+        param: of the request, that has the text.
+        **options: for the tokenizer.
+
+    Raises:
+        ApiError: the text is too long.
+    """
+    length = CHARACTERS * limit
+    while length < len(text):
+        found = len(tokenizer(text[:length], **options).input_ids)
+        if found > limit + 64:  # at the cut there may be some that the text doesn't have
+            raise too_long(found, 1, limit, param)
+        length *= 2
+    return tokenizer(text, **options).input_ids
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message], limit: int, param: str = "messages") -> list[int]:
     """A chat as the model's template writes it.
 
     Raises:
@@ -95,9 +123,10 @@ def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
         raise invalid("The model has no chat template: use /v1/completions.", "messages", "no_chat_template")
     chat = [_plain(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template may raise whatever it likes about what it gets
         raise invalid(f"The model's chat template doesn't take these messages: {error}", "messages") from error
+    return tokens_of(tokenizer, text, limit, param, add_special_tokens=False)
 
 
 def _schema_of(given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
@@ -114,14 +143,14 @@ def _plain(message: Message) -> dict[str, str]:
     return {"role": role, "content": text} | ({"name": message.name} if message.name else {})
 
 
-def _completion_tokens(tokenizer: Any, prompt: Any) -> list[list[int]]:
+def _completion_tokens(tokenizer: Any, prompt: Any, limit: int) -> list[list[int]]:
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt[0], int):
         return [prompt]
     if isinstance(prompt[0], list):
         return prompt
-    found = [tokenizer(each).input_ids for each in prompt]
+    found = [tokens_of(tokenizer, each, limit, "prompt") for each in prompt]
     if all(found):
         return found
     start = tokenizer.bos_token_id

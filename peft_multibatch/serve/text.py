@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+
+class Stop:
+    """Looks for a stop string in a text that grows, at the same cost for each character whatever both are.
+
+    Args:
+        string: to look for.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string, self.matched = string, 0  # characters of it with which the text ends
+        self._shorter = [0]  # of each beginning of it, the longest one with which that ends, too
+        for character in string[1:]:
+            self._shorter.append(self._next(self._shorter[-1], character))
+
+    def push(self, text: str) -> int | None:
+        """Read on; where the string ends in this text, if it does."""
+        for end, character in enumerate(text, start=1):
+            self.matched = self._next(self.matched, character)
+            if self.matched == len(self.string):
+                return end
+        return None
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.string[matched] == character)
 
 
 class Text:
@@ -22,7 +50,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.is_stopped, self.has_stops = False, bool(stops)
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._stops = tokenizer, [Stop(each) for each in stops]
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._decoded = ""  # what the stream gave so far
@@ -34,40 +62,31 @@ class Text:
         step, tokenizer = self._stream.step, self._tokenizer._tokenizer
         new = "".join([step(tokenizer, token) or "" for token in ids])
         self._decoded += new
-        if self._stops:
-            return self._show(held_back=True)
-        self._shown = len(self._decoded)
-        return new
+        return self._show(new, held_back=True)
 
     def finish(self) -> str:
         """The rest, when no token comes any more."""
+        new = ""
         if not self.is_stopped:
             whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
             if whole.startswith(self._decoded):  # with a character that ends in the middle
-                self._decoded = whole
-        return self._show(held_back=False)
+                self._decoded, new = whole, whole[len(self._decoded) :]
+        return self._show(new, held_back=False)
 
-    def _show(self, held_back: bool) -> str:
+    def _show(self, new: str, held_back: bool) -> str:
         if self.is_stopped:
             return ""
-        found = [at for stop in self._stops if (at := self._decoded.find(stop, self._shown)) >= 0]
-        end = len(self._decoded)
+        end, before = len(self._decoded), len(self._decoded) - len(new)
+        found = [before + at - len(stop.string) for stop in self._stops if (at := stop.push(new)) is not None]
         if found:
             self.is_stopped, end = True, min(found)
         elif held_back:
-            end -= max((_overlap(self._decoded, stop) for stop in self._stops), default=0)
+            end -= max((stop.matched for stop in self._stops), default=0)
         shown, self._shown = self._decoded[self._shown : end], max(self._shown, end)
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text with which a stop string begins."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
+@functools.lru_cache(maxsize=1 << 18)  # twenty of them for each token that is generated with log-probabilities
 def token_text(tokenizer: Any, token: int) -> tuple[str, list[int]]:
     """A token by itself, as text and as the bytes that it stands for."""
     text = tokenizer.decode([token], skip_special_tokens=False)

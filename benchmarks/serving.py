@@ -256,7 +256,9 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
         held = [engine.running, engine._jobs, scheduler.active_requests, scheduler.waiting_requests,
                 router.result_handlers, router.causes, list(router.output_queue.queue)]  # fmt: skip
     half = records[len(records) // 2 :]  # the first half fills caches
-    growth = {name: half[-1][name] / half[0][name] - 1 for name in ("resident_mb", "cuda_allocated_mb") if half[0][name]}
+    growth = {
+        name: half[-1][name] / half[0][name] - 1 for name in ("resident_mb", "cuda_allocated_mb") if half[0][name]
+    }
     print(dict(counts), {name: f"{each:+.2%}" for name, each in growth.items()}, "in the second half", flush=True)
     if counts["lost"] or any(held):
         raise SystemExit(f"something was lost, or is held on to: {counts}, {[len(each) for each in held]}")

@@ -150,7 +150,13 @@ def _model_of(body: bytes | bytearray) -> str:
 
 
 def begin(
-    model: str, dtype: str, settings: Settings, replicas: int, gpus_per_replica: float, cpus_per_replica: float, port: int
+    model: str,
+    dtype: str,
+    settings: Settings,
+    replicas: int,
+    gpus_per_replica: float,
+    cpus_per_replica: float,
+    port: int,
 ) -> str:
     """Start the server on the cluster, and return its URL when all replicas are ready."""
     options = {"num_gpus": gpus_per_replica, "num_cpus": cpus_per_replica}

@@ -21,7 +21,15 @@ import peft_multibatch
 from peft_multibatch.compat import check_serving
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.serve.catalog import Catalog
-from peft_multibatch.serve.errors import ApiError, busy, failed, from_adapter, took_too_long, unavailable, unknown_model
+from peft_multibatch.serve.errors import (
+    ApiError,
+    busy,
+    failed,
+    from_adapter,
+    took_too_long,
+    unavailable,
+    unknown_model,
+)
 from peft_multibatch.serve.grammars import Grammar, Grammars
 from peft_multibatch.serve.jobs import Delta, Inbox, Job, Sequence
 from peft_multibatch.serve.manager import ServingManager

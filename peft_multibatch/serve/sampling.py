@@ -53,7 +53,8 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
     """The processors of all requests, each with its own arguments.
 
     Rows that want nothing are left alone, so that a greedy request pays for nobody else's sampling; where steps are
-    captured in CUDA graphs, every row goes through what any row of the step wants, and neutral arguments change nothing.
+    captured in CUDA graphs, every row goes through what any row of the step wants, and neutral arguments change
+    nothing.
 
     Args:
         vocabulary: how many logits there are.

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
-typer = pytest.importorskip("typer")
+for name in ("fastapi", "prometheus_client", "typer", "uvicorn"):
+    pytest.importorskip(name, reason="needs the extra 'serve'")
+
+import typer
 
 from peft_multibatch.serve.cli import serve
 from peft_multibatch.serve.gate import OPEN
@@ -76,7 +78,7 @@ def instructions():
 
 def test_the_image_has_what_it_runs(instructions, options, page):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    by_name = {name: rest for name, rest in instructions}
+    by_name = dict(instructions)
     ignored = (ROOT / ".dockerignore").read_text().split()
     for name, rest in instructions:
         for source in rest.split()[:-1] if name == "COPY" else ():
@@ -107,5 +109,7 @@ def test_the_entry_point_knows_the_server(options):
 
 def test_the_page_lists_every_option(options, page):
     table = page[page.index("## Options") : page.index("## Running it")]
-    listed = set(re.findall(r"`(--[\w-]+)", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+    listed = set(
+        re.findall(r"`(--[\w-]+)", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    )
     assert listed == {flag for flag in options if flag.startswith("--")}

@@ -59,7 +59,9 @@ def run_with(manager, requests):
 def logits_after(mb, prompt, adapter):
     """The model's logits behind each token of a prompt."""
     with torch.no_grad():
-        return mb._inner(input_ids=torch.tensor([prompt], device=DEVICE), adapter_ids=[adapter]).logits[0].float().cpu()
+        return (
+            mb._inner(input_ids=torch.tensor([prompt], device=DEVICE), adapter_ids=[adapter]).logits[0].float().cpu()
+        )
 
 
 def test_greedy_requests_are_those_of_generate_whoever_samples_beside_them(mb):
@@ -99,7 +101,9 @@ def test_captured_steps_choose_the_tokens_of_others(mb, how):
         found = run_with(manager, requests)
     for one, other in zip(expected, found):
         assert one.generated_tokens == other.generated_tokens
-        assert [each.chosen for each in one.logprobs] == pytest.approx([each.chosen for each in other.logprobs], abs=1e-4)
+        assert [each.chosen for each in one.logprobs] == pytest.approx(
+            [each.chosen for each in other.logprobs], abs=1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What one client learns of another: nothing, from errors, headers, metrics' labels, the log or the time that keys take."""
+"""What one client learns of another: nothing, from errors, headers, the log or the time that keys take."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_errors_tell_nothing_of_another_tenant(shared, caplog):
     found = [post(shared, "/v1/completions", body) for body in WRONG]
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model=NAME, prompt=PROMPT)  # its own limit
-    found.append(post(shared, "/v1/completions", {"model": "red", "prompt": "x", "n": 2}))  # more than there is room for
+    found.append(
+        post(shared, "/v1/completions", {"model": "red", "prompt": "x", "n": 2})
+    )  # more than there is room for
     found += [post(shared, path, {}) for path in ("/v1/chat/completions", "/v1/responses", "/v1/nothing", "/health")]
     for verb in ("load", "unload"):  # which take another key
         found.append(post(shared, f"/v1/{verb}_lora_adapter", {"lora_name": NAME, "lora_path": "red"}))
@@ -107,7 +109,9 @@ def test_keys_are_compared_in_constant_time_and_all_of_them(shared, monkeypatch,
     compared = []
     compare = gate.hmac.compare_digest
     monkeypatch.setattr(gate.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
-    status = httpx.get(f"{shared.url}/v1/models", headers={"authorization": f"Bearer {key}"} if key else {}).status_code
+    status = httpx.get(
+        f"{shared.url}/v1/models", headers={"authorization": f"Bearer {key}"} if key else {}
+    ).status_code
     assert status == (200 if key in ("acme", "other") else 401)
     assert compared == [(key.encode(), b"acme"), (key.encode(), b"other")]
 

@@ -38,7 +38,7 @@ def test_what_is_not_there_is_named(monkeypatch, place, what):
 
 def test_a_module_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(compat, "SERVING", {"nothing.Here.at_all": ()})
-    with pytest.raises(ImportError, match="Here.at_all is not there"):
+    with pytest.raises(ImportError, match=r"Here\.at_all is not there"):
         compat.check_serving()
 
 

@@ -30,6 +30,7 @@ import matplotlib
 import torch
 import typer
 import uvicorn
+from continuous import set_attention, without_block_table
 from end_to_end import versions, write
 from store_serving import Sizes, write_adapters
 from store_serving import build as build_model
@@ -67,11 +68,13 @@ class Run:
         is_tiny: in a minute on a CPU instead.
         clients: requests at a time.
         requests: in all.
+        attention: as in transformers.
         batching: for transformers' ``ContinuousBatchingConfig``, beside what the server gives it.
     """
 
-    def __init__(self, is_tiny: bool, clients: int, requests: int, batching: dict[str, Any]) -> None:
-        self.sizes = sizes = Sizes(is_tiny)
+    def __init__(self, is_tiny: bool, clients: int, requests: int, attention: str, batching: dict[str, Any]) -> None:
+        self.sizes = sizes = Sizes(is_tiny, attention)
+        batching = without_block_table(attention) | batching
         self.clients, self.requests = clients or (8 if is_tiny else 64), requests or (48 if is_tiny else 256)
         self.tokens, self.longest = (16, 40) if is_tiny else (64, 256)
         sizes.different = sizes.registered = 32
@@ -232,6 +235,13 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
         requests.append({"body": body, "leave_after": 3 if kind == "leaves" else None, "kind": kind})
     records: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
+
+    def note(seconds: float) -> None:
+        cuda = torch.cuda.memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
+        memory = {"resident_mb": resident(), "cuda_allocated_mb": cuda}
+        records.append({"seconds": seconds, **memory, **{name: counts[name] for name in names}})
+
+    names = ("sent", "answered", "left", "lost")
     with served(engine) as port:
         process, begin, due = clients(port, requests, run.clients, minutes * 60), time.monotonic(), 0.0
         for line in process.stdout or ():
@@ -246,9 +256,10 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
             seconds = time.monotonic() - begin
             if seconds >= due:
                 due += max(minutes * 60 / 200, 1)
-                cuda = torch.cuda.memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
-                records.append({"seconds": seconds, "resident_mb": resident(), "cuda_allocated_mb": cuda,
-                                **{name: counts[name] for name in ("sent", "answered", "left", "lost")}})  # fmt: skip
+                note(seconds)
+        note(time.monotonic() - begin)
+        if process.wait():
+            raise SystemExit("the clients ended before their time, see above")
         end = time.monotonic() + 5
         while engine.running and time.monotonic() < end:
             time.sleep(0.05)
@@ -291,12 +302,12 @@ def plot_soak(records: list[dict], path: Path) -> None:
     for name in ("resident_mb", "cuda_allocated_mb"):
         if records[-1][name]:
             axis.plot([row["seconds"] / 60 for row in records], [row[name] for row in records], label=name)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.2 * max(row[name] for row in records for name in ("resident_mb", "cuda_allocated_mb")))
     axis.set_xlabel("minutes")
     axis.set_ylabel("MB")
     last = records[-1]
     axis.set_title(f"{last['sent']} requests: {last['answered']} answered, {last['left']} left by their clients, "
-                   f"{last['lost']} lost; {last['gpu']}, commit {last['commit']}", fontsize=9)  # fmt: skip
+                   f"{last['lost']} lost; GPU: {last['gpu']}, commit {last['commit']}", fontsize=9)  # fmt: skip
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -314,16 +325,15 @@ def main(
     commit: str = "",
 ) -> None:
     """Measure requests per second and first tokens, or memory over time."""
-    run = Run(tiny, at_a_time, requests, json.loads(batching))
+    run = Run(tiny, at_a_time, requests, attention, json.loads(batching))
     root = Path(tempfile.mkdtemp())
     try:
         write_adapters(run.sizes, root)
         model = build_model(run.sizes)
         if tiny:
             model = model.float()
-        if attention:
-            model.set_attn_implementation(attention)
-        known = versions(commit) | {"tiny": tiny}
+        set_attention(model, attention)
+        known = {"attention": attention or "sdpa", "tiny": tiny} | versions(commit)
         if soak_minutes:
             records = soak(run, root, model, soak_minutes)
             name, draw = "serving_soak.csv", plot_soak

@@ -194,7 +194,11 @@ async def _begin(request: Request, preparing: Coroutine, body: Sampled) -> tuple
         record.prompt = body.model_dump(include={"messages", "prompt", "input", "instructions"})
 
     async def first() -> tuple[Job, AsyncGenerator[Delta, None]]:
-        record.job = job = await preparing
+        try:
+            with engine.preparing():
+                record.job = job = await preparing
+        finally:
+            preparing.close()  # which may not have begun
         return job, await begun(engine.run(job))
 
     return await unless_left(request, first())

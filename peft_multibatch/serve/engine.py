@@ -66,6 +66,7 @@ class Engine:
         self.running: Counter[str] = Counter()
         self._ids = itertools.count()
         self._jobs: dict[int, Inbox] = {}
+        self._prepared = 0  # requests that aren't jobs yet
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # which isn't safe in several
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
         self._mb = peft_multibatch.enable(model)
@@ -208,6 +209,21 @@ class Engine:
                 del self._jobs[number]
                 for name in under_way:
                     self.manager.cancel_request(name)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """For as long as a request is made into a job; as many may be as may run or wait.
+
+        Raises:
+            ApiError: 429.
+        """
+        if self._prepared >= self.settings.max_batch + self.settings.max_queue:
+            raise busy("The server has as many requests as it takes: try again later.", "queue_full")
+        self._prepared += 1
+        try:
+            yield
+        finally:
+            self._prepared -= 1
 
     @contextmanager
     def _place(self, label: str, count: int) -> Iterator[None]:

@@ -45,10 +45,14 @@ class Logprobs:
         """The next step has requests with these options."""
         self._wanted = [each.get("logprobs") for each in options]
 
-    def look_at(self, logits: Tensor, always: bool) -> None:
-        """Keep a step's logits until its tokens are chosen, if somebody wants them, or always."""
-        asked = always or any(each is not None for each in self._wanted)
-        self._logits = logits if self.most and asked else None
+    @property
+    def are_wanted(self) -> bool:
+        """Whether a request of the step wants them."""
+        return bool(self.most) and any(each is not None for each in self._wanted)
+
+    def look_at(self, logits: Tensor) -> None:
+        """Keep a step's logits until its tokens are chosen, if somebody wants them."""
+        self._logits = logits if self.are_wanted else None
 
     def wrap_sample(self, sample: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
         """What chooses tokens, and then writes their log-probabilities behind them."""

@@ -42,7 +42,7 @@ class SamplingManager(ContinuousBatchingManager):
                 old = each.output_ids
                 shape = len(old) + sampling.logprobs.rows, old.shape[1]
                 each.output_ids = torch.zeros(shape, dtype=old.dtype, device=old.device, pin_memory=old.is_pinned())
-                each._get_graph_key = _with_level(each._get_graph_key, sampling)
+                each._get_graph_key = _with_kind(each._get_graph_key, sampling)
             runner._sample = sampling.logprobs.wrap_sample(runner._sample)
             io.prepare_batch_update = sampling.logprobs.wrap_update(io, io.prepare_batch_update)
         return processor
@@ -101,9 +101,9 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
         return self._admission._longest
 
 
-def _with_level(key: Callable[[], tuple], sampling: Sampling) -> Callable[[], tuple]:
-    """What tells captured graphs apart, and how much they do to choose tokens as well."""
-    return lambda: (*key(), sampling.level)
+def _with_kind(key: Callable[[], tuple], sampling: Sampling) -> Callable[[], tuple]:
+    """What tells captured graphs apart, with what they do to choose tokens."""
+    return lambda: (*key(), *sampling.kind)
 
 
 def logits_of(model: Any) -> int:

@@ -46,7 +46,8 @@ KEY, SLOT, PRESENCE, FREQUENCY, MASK = range(len(WARPERS), len(WARPERS) + 5)
 """Rows of the tensor in which arguments travel to the device, behind those of the warpers."""
 
 PLAIN, CHOSEN, SORTED = range(3)
-"""What captured steps do for all of their rows, because one wants it: an argmax; all but sorting; everything."""
+"""What captured steps do for all of their rows, because one wants it: an argmax; all but sorting; everything. Whether
+they compute log-probabilities as well is apart from it."""
 
 
 class Sampling(ContinuousBatchingLogitsProcessorList):
@@ -64,7 +65,7 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         logprobs: of the model's own distribution.
         masks: of requests with a grammar.
         vocabulary: how many logits there are.
-        is_static: whether steps are captured, in which nothing but ``level`` may depend on who is there.
+        is_static: whether steps are captured, in which nothing but ``kind`` may depend on who is there.
         level: of the step, how much its rows want: one of ``PLAIN``, ``CHOSEN`` and ``SORTED``.
     """
 
@@ -86,6 +87,11 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         self._noise: Tensor | None = None
         self._rows: dict[str, list[int]] = {}  # of the step, those that want something, by what
 
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What steps have in common that one captured graph can run."""
+        return self.level, self.logprobs.are_wanted
+
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Write the arguments that change nothing."""
         super().fill_defaults(int32_tensor)
@@ -102,7 +108,8 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         keys = [_key(each["seed"], state.position_offset) if "seed" in each else 0
                 for each, state in zip(options, states)]  # fmt: skip
         sorts = self._rows["top_k"] or self._rows["top_p"]
-        self.level = SORTED if sorts else CHOSEN if any(OPTIONS.keys() & each.keys() for each in options) else PLAIN
+        chooses = any(OPTIONS.keys() & each.keys() - {"logprobs"} for each in options)
+        self.level = SORTED if sorts else CHOSEN if chooses else PLAIN
         arg_storage[KEY:] = 0  # padding too, which must not count tokens in anybody's slot
         written = [keys, slots, _bits(presence), _bits(frequency), self.masks.prepare(states)]
         arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32, device="cpu").to(
@@ -119,7 +126,7 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
             logits_processor_args: what ``prepare_tensor_args`` wrote, [rows, at least requests], int32.
         """
         args = logits_processor_args
-        self.logprobs.look_at(scores, self.is_static and self.level != PLAIN)
+        self.logprobs.look_at(scores)
         if self.is_static and self.level == PLAIN:
             return scores
         before = scores

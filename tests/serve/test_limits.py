@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -108,6 +109,29 @@ def test_more_than_fit_are_told_when_to_come_again(tokenizer, folder):
             stream.close()
         begin_waiting.join()
         assert served.client(max_retries=3).completions.create(model="red", prompt="x", max_tokens=1).choices
+
+
+def test_no_more_are_read_than_may_wait(tokenizer, folder, monkeypatch):
+    """Those whose prompts wait for the tokenizer, or schemas to be compiled, count as well."""
+    with serving(tiny_model(tokenizer), tokenizer, folder, max_batch=2, max_queue=1) as served:
+        held, tokenize = threading.Event(), served.engine.tokenize
+
+        async def slowly(*args):
+            await asyncio.to_thread(held.wait)
+            return await tokenize(*args)
+
+        monkeypatch.setattr(served.engine, "tokenize", slowly)
+        with ThreadPoolExecutor(3) as threads:
+            client = served.client()
+            ask = {"model": "red", "prompt": "x", "max_tokens": 1}
+            answers = [threads.submit(client.completions.create, **ask) for _ in range(3)]
+            wait_until(lambda: served.engine._prepared == 3)
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(**ask)
+            assert caught.value.body["code"] == "queue_full"
+            held.set()
+            assert all(answer.result().choices for answer in answers)
+        assert served.engine._prepared == 0
 
 
 def test_one_adapter_does_not_take_all_places(tokenizer, folder):

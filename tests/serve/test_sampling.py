@@ -12,6 +12,7 @@ from stored import save_many
 
 import peft_multibatch
 from peft_multibatch.serve.manager import ServingManager
+from peft_multibatch.serve.sampling import CHOSEN, PLAIN, SORTED, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +193,29 @@ def test_logprobs_are_of_the_models_own_distribution(mb):
     for prompt, (number, _), output in zip(inputs, cases, outputs):
         check_logprobs(mb, prompt, "a1", output, number)
     assert outputs[-1].logprobs == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ([{}], (PLAIN, False)),
+        ([{}, {"logprobs": 2}], (PLAIN, True)),
+        ([{"temperature": 1.0, "seed": 1}], (CHOSEN, False)),
+        ([{}, {"presence_penalty": 1.0}], (CHOSEN, False)),
+        ([{"temperature": 1.0, "seed": 1, "top_k": 3}, {"logprobs": 1}], (SORTED, True)),
+    ],
+)
+def test_a_captured_graph_is_of_the_kind_that_a_step_wants(mb, asynchronous, monkeypatch, options, kind):
+    seen = []
+    requests = [(prompt, "a0", {"max_new_tokens": 2, **each}) for prompt, each in zip(prompts(len(options)), options)]
+    with running(mb, **asynchronous) as manager:
+        io = manager.batch_processor.inputs_and_outputs
+        apply = Sampling.__call__
+
+        def look(self, *args):
+            seen.append(io.io_pairs[io.current_pair].device_io._get_graph_key()[-2:])
+            return apply(self, *args)
+
+        monkeypatch.setattr(Sampling, "__call__", look)
+        run_with(manager, requests)
+    assert seen and kind in seen and set(seen) <= {kind, (PLAIN, False), (PLAIN, kind[1]), (kind[0], False)}

@@ -14,6 +14,7 @@ model and the adapters; otherwise Ray begins one here. PEFT_MULTIBATCH_API_KEY i
 import asyncio
 import json
 import os
+import signal
 import time
 import urllib.request
 from collections.abc import AsyncGenerator
@@ -189,7 +190,7 @@ def main(
     port: int = 8000,
     trial: Annotated[bool, typer.Option("--trial", help="the demo's model, asked by this script")] = False,
 ) -> None:
-    """Serve MODEL and ADAPTERS on a Ray cluster until Ctrl-C."""
+    """Serve MODEL and ADAPTERS on a Ray cluster until Ctrl-C or SIGTERM."""
     if trial != (not model) or trial != (adapters is None):
         raise SystemExit("expected --model and --adapters, or --trial without them.")
     folder = (adapters or ADAPTERS_DIR).resolve()
@@ -197,6 +198,7 @@ def main(
     keys = tuple(filter(None, [os.environ.get("PEFT_MULTIBATCH_API_KEY")]))
     settings = Settings(adapters_dir=folder, model_names=names, api_keys=keys, max_cache_tokens=max_cache_tokens)
     path = os.path.abspath(model) if model and Path(model).exists() else model
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     ray.init()
     try:
         url = begin(path, dtype, settings, replicas, gpus_per_replica, cpus_per_replica, port)

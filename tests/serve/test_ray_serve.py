@@ -27,7 +27,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(tmp_path_factory, tokenizer, folder):
     """The URL of the example's server."""
     base = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -59,10 +59,11 @@ def cluster(tmp_path_factory, tokenizer, folder):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        running.send_signal(signal.SIGINT)
+        running.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(60)
         running.kill()
+        running.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -81,8 +82,7 @@ def replica_of(client, name):
     return answer.headers["x-replica"]
 
 
-@pytest.mark.xdist_group("ray")
-def test_requests_go_to_a_replica_that_has_their_adapter(client, cluster):
+def requests_go_to_a_replica_that_has_their_adapter(client):
     first = {name: replica_of(client, name) for name in ("red", "green", "blue")}
     time.sleep(2)  # until the router has heard of them
     for _ in range(4):
@@ -90,8 +90,7 @@ def test_requests_go_to_a_replica_that_has_their_adapter(client, cluster):
     assert len({replica_of(client, "tiny-llama") for _ in range(30)}) == 2  # of which both have the base
 
 
-@pytest.mark.xdist_group("ray")
-def test_answers_are_pefts(client, alone, tokenizer):
+def answers_are_pefts(client, alone, tokenizer):
     cases = [("tiny-llama" if name == "base" else name, model, is_streamed) for name, model in alone.items()
              for is_streamed in (False, True)]  # fmt: skip
 
@@ -107,8 +106,7 @@ def test_answers_are_pefts(client, alone, tokenizer):
     assert found == [text_alone(model, tokenizer, chat_ids(tokenizer, "hello"), 12) for _, model, _ in cases]
 
 
-@pytest.mark.xdist_group("ray")
-def test_errors_are_the_servers(client, cluster):
+def errors_are_the_servers(client, cluster):
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, "yellow")
     assert caught.value.body["code"] == "model_not_found"
@@ -120,8 +118,7 @@ def test_errors_are_the_servers(client, cluster):
     assert httpx.post(f"{cluster}/v1/completions", content=b"x" * 5_000_000).status_code == 413
 
 
-@pytest.mark.xdist_group("ray")
-def test_clients_that_leave_free_their_requests(client, cluster):
+def clients_that_leave_free_their_requests(client, cluster):
     def running():
         """Sequences of red's replica; every request for red goes there."""
         lines = httpx.get(f"{cluster}/metrics", headers={"authorization": "Bearer one"}).text.splitlines()
@@ -136,3 +133,12 @@ def test_clients_that_leave_free_their_requests(client, cluster):
     end = time.monotonic() + 4
     while any(running() for _ in range(8)):  # of either replica
         assert time.monotonic() < end
+
+
+@pytest.mark.xdist_group("ray")
+def test_two_replicas(client, cluster, alone, tokenizer):
+    """All on one cluster, which takes a minute to begin."""
+    requests_go_to_a_replica_that_has_their_adapter(client)
+    answers_are_pefts(client, alone, tokenizer)
+    errors_are_the_servers(client, cluster)
+    clients_that_leave_free_their_requests(client, cluster)

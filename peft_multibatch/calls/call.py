@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.origin import Origin
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.ops.torch_stacks import Stacks
 from peft_multibatch.plan.ids import Entry
 
 
@@ -76,6 +77,7 @@ class Call:
         sibling_outputs: for each fused group, what its first layer computed for the others.
         dora_scales: what DoRA multiplies outputs with, for each bank.
         workspaces: memory for intermediate results, for each device and stream.
+        stacks: copies of weights for the steps of ``generate`` on a CPU.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
         prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
@@ -104,6 +106,7 @@ class Call:
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.workspaces: dict[tuple, Tensor] = {}
+        self.stacks = Stacks() if expands else None
         self.rows: int | None = None
         self.invocations: Invocations | None = None
         self.prompts: Tensor | None = None

@@ -219,6 +219,11 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
+        stacks = call.stacks.take(bank, plan, len(rows)) if call.stacks is not None and x.is_cpu else None
+        if stacks is not None and all(each.dtype == x.dtype for each in (*ys, *stacks)):
+            for stack in stacks:
+                stack.add_(slices, rows)
+            return ys
         with _without_autocast(x.device.type):
             for segments in plan.components:
                 ops.torch_backend.apply_(slices, rows, segments, plan.weights(bank))

@@ -32,22 +32,36 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
         segments: the call's plan; ``T`` is a multiple of its entries.
         weights: for each slot of the plan its adapter's weights; a slot may be absent.
     """
-    for (slot, rows), weight in zip(segments.rows(len(x), x.device), segments.scales):
-        slices = weights.get(slot)
-        if slices is None:
+    blocks, order, inverse = segments.blocks(len(x), x.device)
+    used = [(rows, slices, scale) for slot, rows, scale in blocks if (slices := weights.get(slot)) is not None]
+    if order is not None:
+        x = x.index_select(0, order)
+    parts = [x[rows] for rows, _, _ in used]
+    for i, y in enumerate(ys):
+        own = [(rows, part, *slices[i], scale) for part, (rows, slices, scale) in zip(parts, used) if slices[i]]
+        if not own:
             continue
-        x_rows = x[rows]
-        for y, projection in zip(ys, slices):
-            if projection is None:
-                continue
-            a, b, scaling = projection[0], projection[1], projection[2] * weight
-            acc = accumulator(x, a)
-            if x_rows.dtype == a.dtype == y.dtype == acc and isinstance(rows, slice):
-                y[rows].addmm_(torch.mm(x_rows, a), b, alpha=scaling)
-            else:
-                # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
-                h = torch.mm(x_rows.to(a.dtype).to(acc), a.to(acc))
-                y[rows] = (y[rows] + torch.mm(h, b.to(acc)) * scaling).to(y.dtype)
+        acc = accumulator(x, *(a for _, _, a, *_ in own))
+        if order is None:
+            _add_products_(y, own, acc)
+        else:
+            delta = torch.zeros(y.shape, dtype=acc, device=y.device)
+            _add_products_(delta, own, acc)
+            delta = delta.index_select(0, inverse)
+            y.add_(delta) if y.dtype == acc else y.copy_(y + delta)
+
+
+def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Tensor, Tensor, float, float]], acc: torch.dtype) -> None:
+    """Add to some rows of one slice: rows, these of ``x``, ``lora_A`` and ``lora_B`` transposed, and two factors."""
+    is_plain = y.dtype == acc
+    for rows, x, a, b, scaling, scale in own:
+        y_rows = y[rows]
+        if is_plain and x.dtype == a.dtype == acc:
+            y_rows.addmm_(torch.mm(x, a), b, alpha=scaling * scale)
+        else:
+            # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
+            h = torch.mm(x.to(a.dtype).to(acc), a.to(acc))
+            y_rows.copy_(y_rows + torch.mm(h, b.to(acc)) * (scaling * scale))
 
 
 def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:

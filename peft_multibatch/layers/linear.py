@@ -23,6 +23,7 @@ from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
 from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
 from peft_multibatch.ops.gradients import Wanted, add_with_gradients
+from peft_multibatch.ops.torch_frozen import choose_product, linear_with_gradients
 from peft_multibatch.ops.torch_gradients import TorchProduct
 
 
@@ -129,6 +130,10 @@ def _run(
 ) -> list[Tensor]:
     """What each of a bank's layers gives."""
     if not bank.is_split:
+        if torch.is_grad_enabled() and not (args or kwargs) and isinstance(call, Call) and x.is_cpu:
+            ys = _run_frozen(call, plan, router, bank, x)
+            if ys is not None:
+                return ys
         return _add_deltas(
             call, plan, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
         )
@@ -151,6 +156,35 @@ def _run(
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
 
 
+def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
+    """The same on a CPU, as one node of autograd's graph, or None where base layers have to run by themselves."""
+    if router.is_gathered or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return None
+    trained, bases = plan.trained(bank), []
+    for layer in bank.layers:
+        base = layer.base_layer
+        if not _is_plain(base):
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        for each in (weight, bias):
+            if each is not None and (each.requires_grad or each.dtype != x.dtype or type(each) is not nn.Parameter):
+                return None
+        bases.append((weight, bias))
+    wanted = Wanted(x.requires_grad, tuple(parameter.requires_grad for parameter in trained.parameters))
+    if not trained.parameters or not (wanted.x or any(wanted.weights)):
+        return None
+    call.num_rows(x.shape)
+    ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x), trained, bases, x)
+    return _scale(call, plan, bank, ys) if plan.has_dora(bank) else ys
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether calling a base layer comes to ``F.linear`` and nothing else."""
+    attributes = base.__dict__
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return type(base) is nn.Linear and not hooked and "forward" not in attributes and not nn.modules.module._has_any_global_hook()
+
+
 def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer gives without adapters, in a tensor that nobody else holds."""
     base = layer.base_layer
@@ -159,8 +193,7 @@ def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     if "forward" in base.__dict__ or base._forward_hooks:
         # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
         return base(x, *args, **kwargs).clone()
-    hooked = base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    if type(base) is not nn.Linear or hooked or args or kwargs or nn.modules.module._has_any_global_hook():
+    if args or kwargs or not _is_plain(base):
         return base(x, *args, **kwargs)
     parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
     return F.linear(x, parameters["weight"], parameters["bias"])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.origin import Origin
+from peft_multibatch.calls.stacks import Stacks
 from peft_multibatch.errors import RowMappingError, UnsupportedError
-from peft_multibatch.ops.torch_stacks import Stacks
 from peft_multibatch.plan.ids import Entry
 
 

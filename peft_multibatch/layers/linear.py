@@ -8,18 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_multibatch import ops, streams
 from peft_multibatch.adapters import shards
-from peft_multibatch.adapters.views import unpatched
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.take_plan import take_plan
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.layers.base import base_output, frozen_bases
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
 from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
 from peft_multibatch.ops.gradients import Wanted, add_with_gradients
@@ -135,7 +134,7 @@ def _run(
             if ys is not None:
                 return ys
         return _add_deltas(
-            call, plan, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
+            call, plan, router, bank, [base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
         )
     if isinstance(call, Graph):
         raise UnsupportedError(
@@ -145,7 +144,7 @@ def _run(
     if torch.is_grad_enabled():
         shards.check_gradients(bank.layers, x)
     splits = list(zip(bank.layers, bank.splits))
-    bases = [shards.base_output(layer, split, x) if split else _base_output(layer, x) for layer, split in splits]
+    bases = [shards.base_output(layer, split, x) if split else base_output(layer, x) for layer, split in splits]
     # parts of sums stay in float32 until they are summed up, so that a delta is rounded once, as it is everywhere
     ys = [
         y.to(torch.promote_types(y.dtype, torch.float32)) if split and split.dim else y
@@ -158,45 +157,17 @@ def _run(
 
 def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
     """The same on a CPU, as one node of autograd's graph, or None where base layers have to run by themselves."""
-    if router.is_gathered or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+    if router.kernels is not None or router.is_gathered or torch.is_autocast_enabled("cpu"):
         return None
-    trained, bases = plan.trained(bank), []
-    for layer in bank.layers:
-        base = layer.base_layer
-        if not _is_plain(base):
-            return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        for each in (weight, bias):
-            if each is not None and (each.requires_grad or each.dtype != x.dtype or type(each) is not nn.Parameter):
-                return None
-        bases.append((weight, bias))
+    trained, bases = plan.trained(bank), frozen_bases(bank.layers, x.dtype)
+    if bases is None:
+        return None
     wanted = Wanted(x.requires_grad, tuple(parameter.requires_grad for parameter in trained.parameters))
     if not trained.parameters or not (wanted.x or any(wanted.weights)):
         return None
     call.num_rows(x.shape)
     ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x), trained, bases, x)
     return _scale(call, plan, bank, ys) if plan.has_dora(bank) else ys
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether calling a base layer comes to ``F.linear`` and nothing else."""
-    attributes = base.__dict__
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return type(base) is nn.Linear and not hooked and "forward" not in attributes and not nn.modules.module._has_any_global_hook()
-
-
-def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer gives without adapters, in a tensor that nobody else holds."""
-    base = layer.base_layer
-    if "forward" in base.__dict__:
-        base = unpatched(base)
-    if "forward" in base.__dict__ or base._forward_hooks:
-        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
-        return base(x, *args, **kwargs).clone()
-    if args or kwargs or not _is_plain(base):
-        return base(x, *args, **kwargs)
-    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
-    return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def _add_deltas(
@@ -252,8 +223,8 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
-        stacks = call.stacks.take(bank, plan, len(rows)) if call.stacks is not None and x.is_cpu else None
-        if stacks is not None and all(each.dtype == x.dtype for each in (*ys, *stacks)):
+        stacks = call.stacks.take(bank, plan, len(rows)) if call.stacks is not None and x.is_cpu else []
+        if stacks and all(each.dtype == x.dtype for each in (*ys, *stacks)):
             for stack in stacks:
                 stack.add_(slices, rows)
             return ys

@@ -72,8 +72,8 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:
-        weights, tensors = ctx.saved_tensors[: ctx.num_bases], list(ctx.saved_tensors[ctx.num_bases :])
-        product = ctx.product
+        saved, product = ctx.saved_tensors, ctx.product
+        weights, tensors = saved[: ctx.num_bases], [*saved[ctx.num_bases :]]
         x = tensors.pop(0) if product.wanted.any_a else None
 
         def run() -> tuple[Tensor | None, list[Tensor | None]]:

@@ -3,73 +3,26 @@
 A step has a row or a few for every sample. Its products are so small that calling them costs more than computing, and
 reading weights from as many places as there are adapters costs more again. All steps of a ``generate`` have one plan,
 so its weights are copied once, and two products for each slice take the place of two for each slice and adapter.
-
-The copies belong to the call and end with it: a call goes on with the weights that it has begun with, and the next one
-reads them anew.
+``calls/stacks.py`` knows when.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import Projection, SlotWeights
 from peft_multibatch.ops.torch_backend import accumulator
-from peft_multibatch.plan.segments import RUN, Segments
+from peft_multibatch.plan.segments import Segments
 
-
-if TYPE_CHECKING:
-    from peft_multibatch.calls.batch_plan import BatchPlan
-
-STEPS = 2
-"""Steps of a call from which on weights are copied. Copying costs about as much as three steps save."""
 
 LARGEST = 1 << 16
 """Elements of the largest weight that is copied: reading a larger one costs so much that calls don't count."""
 
-MEMORY = 1 << 28
-"""Bytes that the copies of one call have at most. Layers that come later do without."""
-
 WASTE = 2
 """How many times larger copies may be, and rows more, than without padding."""
-
-
-class Stacks:
-    """Those of one call. For inference."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, tuple[BatchPlan, int, list[Stack]] | None] = {}
-        self._steps: dict[Any, int] = {}
-        self._left = MEMORY
-
-    def take(self, bank: Any, plan: BatchPlan, num_rows: int) -> list[Stack] | None:
-        """The stacks of a plan's components in the layers of a bank; None where there are none, or not yet.
-
-        Args:
-            bank: whose weights.
-            plan: who serves which sample.
-            num_rows: rows of this step.
-        """
-        if bank in self._found:
-            found = self._found[bank]
-            return found[2] if found is not None and found[0] is plan and found[1] == num_rows else None
-        if plan.segments.rows_per_entry(num_rows) >= RUN:
-            return None
-        steps = self._steps[bank] = self._steps.get(bank, 0) + 1
-        if steps < STEPS:
-            return None
-        made = [make(segments, plan.weights(bank), num_rows, self._left) for segments in plan.components]
-        stacks = [each for each in made if each is not None]
-        if len(stacks) == len(made):
-            self._left -= sum(each.size for each in stacks)
-            self._found[bank] = plan, num_rows, stacks
-            return stacks
-        self._found[bank] = None
-        return None
 
 
 class Stack:
@@ -200,7 +153,8 @@ def make(segments: Segments, weights: dict[int, SlotWeights], num_rows: int, mem
         fill(len(live), rank, width, dtype=dtype, device="cpu") if rank else None for rank, width in zip(ranks, widths)
     ]
     for position, (index, slices) in enumerate(zip(live, found)):
-        _copy(slices, segments.scales[index], a[position].split(ranks, dim=1), [b if b is None else b[position] for b in bs])
+        own_bs = [b if b is None else b[position] for b in bs]
+        _copy(slices, segments.scales[index], a[position].split(ranks, dim=1), own_bs)
     return Stack(rows, a, bs)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from peft_multibatch.calls.batch_plan import BatchPlan
 
 STEPS = 2
-"""The step from which on weights are copied, which costs about what three steps save. A prompt is none."""
+"""The step from which on weights are copied, which costs about what three steps save: of those that have as many rows as
+the one before. A prompt is none."""
 
 MEMORY = 1 << 28
 """Bytes that the copies of one call take at most. Layers that come later do without."""
@@ -27,7 +28,7 @@ class Stacks:
     """Those of one call. For inference."""
 
     def __init__(self) -> None:
-        self._steps: dict[Bank, int] = {}
+        self._steps: dict[Bank, tuple[int, int]] = {}  # rows, and how many steps had as many
         self._found: dict[Bank, tuple[BatchPlan, int, list[Stack]]] = {}
         self._left = MEMORY
 
@@ -43,7 +44,9 @@ class Stacks:
         if found is None:
             if plan.segments.rows_per_entry(num_rows) >= RUN:
                 return []
-            steps = self._steps[bank] = self._steps.get(bank, 0) + 1
+            rows, steps = self._steps.get(bank, (num_rows, 0))
+            steps = steps + 1 if rows == num_rows else 1
+            self._steps[bank] = num_rows, steps
             if steps < STEPS:
                 return []
             found = self._found[bank] = plan, num_rows, self._make(bank, plan, num_rows)
@@ -51,7 +54,7 @@ class Stacks:
         return stacks if made_for is plan and rows == num_rows else []
 
     def _make(self, bank: Bank, plan: BatchPlan, num_rows: int) -> list[Stack]:
-        stacks = []
+        stacks: list[Stack] = []
         for segments in plan.components:
             stack = make(segments, plan.weights(bank), num_rows, self._left - sum(each.size for each in stacks))
             if stack is None:

@@ -1,4 +1,4 @@
-"""Base layers as products run them: without adapters, and without what calling a module costs where nothing needs it."""
+"""Base layers, without adapters, as products run them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,9 @@ if TYPE_CHECKING:
 
 def is_plain(base: nn.Module) -> bool:
     """Whether calling a base layer comes to ``F.linear`` and nothing else."""
-    attributes = base.__dict__
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return (
-        type(base) is nn.Linear
-        and not hooked
-        and "forward" not in attributes
-        and not nn.modules.module._has_any_global_hook()
-    )
+    is_own = type(base) is nn.Linear and "forward" not in base.__dict__
+    return is_own and not hooked and not nn.modules.module._has_any_global_hook()
 
 
 def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

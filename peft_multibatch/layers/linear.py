@@ -224,7 +224,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
         stacks = call.stacks.take(bank, plan, len(rows)) if call.stacks is not None and x.is_cpu else []
-        if stacks and all(each.dtype == x.dtype for each in (*ys, *stacks)):
+        if stacks and {x.dtype} == {*(y.dtype for y in ys), *(stack.dtype for stack in stacks)}:
             for stack in stacks:
                 stack.add_(slices, rows)
             return ys

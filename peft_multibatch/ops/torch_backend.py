@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from peft_multibatch.adapters.tables import SlotWeights
+from peft_multibatch.adapters.tables import Projection, SlotWeights
 from peft_multibatch.ops.reference import max_rank
 from peft_multibatch.plan.segments import BASE, Segments
 
@@ -33,16 +33,15 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
         weights: for each slot of the plan its adapter's weights; a slot may be absent.
     """
     blocks, order, inverse = segments.blocks(len(x), x.device)
-    used = [(rows, slices, scale) for slot, rows, scale in blocks if (slices := weights.get(slot)) is not None]
     if order is not None:
         x = x.index_select(0, order)
-    parts = [x[rows] for rows, _, _ in used]
+    used = [(rows, x[rows], slices, scale) for slot, rows, scale in blocks if (slices := weights.get(slot))]
     for i, y in enumerate(ys):
-        own = [(rows, part, *slices[i], scale) for part, (rows, slices, scale) in zip(parts, used) if slices[i]]
+        own = [(rows, part, found, scale) for rows, part, slices, scale in used if (found := slices[i]) is not None]
         if not own:
             continue
-        acc = accumulator(x, *(a for _, _, a, *_ in own))
-        if order is None:
+        acc = accumulator(x, *(a for _, _, (a, _, _), _ in own))
+        if order is None or inverse is None:
             _add_products_(y, own, acc)
         else:
             delta = torch.zeros(y.shape, dtype=acc, device=y.device)
@@ -51,10 +50,10 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
             y.add_(delta) if y.dtype == acc else y.copy_(y + delta)
 
 
-def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Tensor, Tensor, float, float]], acc: torch.dtype) -> None:
-    """Add to some rows of one slice: rows, these of ``x``, ``lora_A`` and ``lora_B`` transposed, and two factors."""
+def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Projection, float]], acc: torch.dtype) -> None:
+    """Add to rows of one slice what these of ``x`` give."""
     is_plain = y.dtype == acc
-    for rows, x, a, b, scaling, scale in own:
+    for rows, x, (a, b, scaling), scale in own:
         y_rows = y[rows]
         if is_plain and x.dtype == a.dtype == acc:
             y_rows.addmm_(torch.mm(x, a), b, alpha=scaling * scale)

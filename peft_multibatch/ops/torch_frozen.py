@@ -1,11 +1,11 @@
 """Training on a CPU: base layers that don't train, and the deltas of their rows, as one node of autograd's graph.
 
-Nobody else reads what the base layers give, so deltas are added where it is. In backward all gradients of the input are
-summed up in one tensor, that of the base layers first.
+Nobody else reads what the base layers give, so deltas are added to it in place. In backward all gradients of the input
+are summed up in one tensor, those of the base layers first.
 
-Where each adapter has equally many rows, side by side, one product for all adapters takes the place of one for each, and
-all slices read and write the input together. Weights are put side by side for it, forward and backward, because nothing
-shows that they are written in between.
+Where all adapters have equally many rows, and these stand side by side, one product for all adapters takes the place
+of one for each, and all slices read the input together. Weights are put side by side for it, in forward and again in
+backward: kept in between they would take as much memory as the adapters.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Linears(torch.autograd.Function):
     ) -> Any:
         weights, biases, parameters = tensors[:num_bases:2], tensors[1:num_bases:2], tensors[num_bases:]
         with without_autocast(x.device.type):
-            outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+            outputs = [F.linear(x, weight, bias).contiguous() for weight, bias in zip(weights, biases)]
             h = product.add_(outputs, x)
         ctx.save_for_backward(*weights, *([x] if product.wanted.any_a else []), *h, *parameters)
         ctx.product, ctx.slices, ctx.num_h, ctx.num_bases = product, slices, len(h), len(weights)

@@ -35,8 +35,8 @@ tokens of an adapter are one segment, and launches that read there can't know it
 
 
 RUN = 16
-"""Rows of an entry from which on a matrix product for each run of equal entries costs less than putting rows in adapter
-order. Measured on CPUs."""
+"""Rows of an entry from which on, on a CPU, a product for each run of equal entries costs less than putting rows in
+adapter order."""
 
 
 class Blocks(NamedTuple):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from peft_multibatch.calls.batch_plan import BatchPlan
 
 STEPS = 2
-"""The step from which on weights are copied, which costs about what three steps save: of those that have as many rows as
-the one before. A prompt is none."""
+"""The step from which on weights are copied, which costs about what three steps save. Counted are steps of one size: a
+prompt is none."""
 
 MEMORY = 1 << 28
 """Bytes that the copies of one call take at most. Layers that come later do without."""

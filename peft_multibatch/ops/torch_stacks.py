@@ -46,10 +46,17 @@ class Stack:
 
     def add_(self, ys: Sequence[Tensor], x: Tensor) -> None:
         """Add every row's delta to the outputs of the group, in place, as ``torch_backend.apply_`` does."""
-        h = torch.bmm(self._rows.take(x), self._a)
-        parts = [h] if len(self._bs) == 1 else h.split(self._ranks, dim=2)
+        if self._rows.is_whole:
+            h = torch.mm(x, self._a[0])
+        else:
+            h = torch.bmm(self._rows.take(x), self._a)
+        parts = [h] if len(self._bs) == 1 else h.split(self._ranks, dim=-1)
         for y, part, b in zip(ys, parts, self._bs):
-            if b is not None:
+            if b is None:
+                continue
+            if self._rows.is_whole:
+                y.addmm_(part, b[0])
+            else:
                 self._rows.add_product_(y, part, b)
 
 
@@ -58,6 +65,7 @@ class StackedRows:
 
     Attributes:
         fits: whether they can be had without too much padding.
+        is_whole: whether one segment has all of them.
 
     Args:
         segments: the plan.
@@ -70,6 +78,7 @@ class StackedRows:
         lens = [segments.spans[index][2] - segments.spans[index][1] for index in live]
         longest, count = max(lens), len(live)
         self.fits = count * longest <= WASTE * sum(lens)
+        self.is_whole = segments.num_segments == 1
         self._shape = count, longest * per_entry
         self._index: Tensor | None = None
         self._is_interleaved = False

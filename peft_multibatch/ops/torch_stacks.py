@@ -46,17 +46,10 @@ class Stack:
 
     def add_(self, ys: Sequence[Tensor], x: Tensor) -> None:
         """Add every row's delta to the outputs of the group, in place, as ``torch_backend.apply_`` does."""
-        if self._rows.is_whole:
-            h = torch.mm(x, self._a[0])
-        else:
-            h = torch.bmm(self._rows.take(x), self._a)
-        parts = [h] if len(self._bs) == 1 else h.split(self._ranks, dim=-1)
+        h = torch.bmm(self._rows.take(x), self._a)
+        parts = [h] if len(self._bs) == 1 else h.split(self._ranks, dim=2)
         for y, part, b in zip(ys, parts, self._bs):
-            if b is None:
-                continue
-            if self._rows.is_whole:
-                y.addmm_(part, b[0])
-            else:
+            if b is not None:
                 self._rows.add_product_(y, part, b)
 
 
@@ -65,7 +58,6 @@ class StackedRows:
 
     Attributes:
         fits: whether they can be had without too much padding.
-        is_whole: whether one segment has all of them.
 
     Args:
         segments: the plan.
@@ -78,7 +70,6 @@ class StackedRows:
         lens = [segments.spans[index][2] - segments.spans[index][1] for index in live]
         longest, count = max(lens), len(live)
         self.fits = count * longest <= WASTE * sum(lens)
-        self.is_whole = segments.num_segments == 1
         self._shape = count, longest * per_entry
         self._index: Tensor | None = None
         self._is_interleaved = False
@@ -137,7 +128,7 @@ def make(segments: Segments, weights: dict[int, SlotWeights], num_rows: int, mem
     live = [index for index, (slot, *_) in enumerate(segments.spans) if any(weights.get(slot, ()))]
     found = [weights[segments.spans[index][0]] for index in live]
     parts = [part for slices in found for part in slices if part]
-    if not parts:
+    if len(live) < 2:  # one adapter's products are as few as they can be
         return None
     dtype, tensors = parts[0][0].dtype, [each for a, b, _ in parts for each in (a, b)]
     ranks = [max(part[0].shape[1] if part else 0 for part in column) for column in zip(*found)]

@@ -14,7 +14,6 @@ from peft_multibatch.ops.torch_stacks import LARGEST, make
 K, WIDTHS = 40, [24, 33, 16]
 RANKS = [[4, 8, 2], [4, 8, 2], [3, 8, 2], [4, 0, 2]]  # the last lacks a slice
 PLANS = {
-    "one": [[0, 0, 0]],
     "a row each": [[1, 0, 2]],
     "as many rows each": [[0, 0, 2, 2, 1, 1]],
     "interleaved": [[0, 1, 2, 0, 1, 2]],
@@ -83,6 +82,7 @@ def test_where_reading_weights_one_by_one_is_better():
     assert make(even, weights_of(torch.bfloat16), 3, memory=1 << 20) is None  # sums are float32
     assert make(even, weights_of(ranks=[[1] * 3, [1] * 3, [32] * 3]), 3, memory=1 << 20) is None  # mostly padding
     assert make(Segments.from_ids([0] * 9 + [1, 2]), weights_of(), 11, memory=1 << 20) is None  # so are the rows
+    assert make(Segments.from_ids([0, 0, 0]), weights_of(), 3, memory=1 << 20) is None  # as few products as can be
     assert make(Segments.from_ids([-1, -1]), weights_of(), 2, memory=1 << 20) is None
     large = weights_of(ranks=[[8] * 3] * 3, inputs=LARGEST // 8 + 1)
     assert make(even, large, 3, memory=1 << 30) is None

@@ -17,16 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_multibatch.ops.gradients import Product, TrainedWeights, Wanted, gradients_of, without_autocast
+from peft_multibatch.ops.gradients import TrainedWeights, Wanted, gradients_of, without_autocast
 from peft_multibatch.ops.torch_gradients import TorchProduct
 from peft_multibatch.plan.segments import Segments
 
 
-class InPlaceProduct(Product, Protocol):
-    """A product that can write what others have made."""
+class InPlaceProduct(Protocol):
+    """As ``gradients.Product``, for outputs and gradients that it adds to.
+
+    Attributes:
+        wanted: the gradients that it makes.
+    """
+
+    wanted: Wanted
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        """Add the deltas to ``outputs``, and give what ``backward`` needs, as ``forward`` does."""
+        """Add the deltas to ``outputs``, and give what ``backward`` needs of them."""
 
     def backward(
         self,
@@ -35,7 +41,7 @@ class InPlaceProduct(Product, Protocol):
         h: Sequence[Tensor],
         grad_x: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """As in ``Product``. ``grad_x``: what the gradient of ``x`` is added to, in place."""
+        """As in ``gradients.Product``. ``grad_x``: what the gradient of ``x`` is added to, in place."""
 
 
 def linear_with_gradients(
@@ -138,11 +144,6 @@ class EvenProduct:
         first_one = scalings[0][0]
         is_same = all(each == first_one for row in scalings for each in row)
         self._scalings: float | list[list[float]] = first_one if is_same else scalings
-
-    def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """As in ``gradients.Product``."""
-        outputs = [y.clone(memory_format=torch.contiguous_format) for y in ys]
-        return outputs, self.add_(outputs, x)
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """As in ``InPlaceProduct``; ``s · h`` of all slices side by side."""

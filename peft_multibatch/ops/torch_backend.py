@@ -1,8 +1,8 @@
 """``shrink`` and ``expand`` with torch's own matrix products, a pair per segment and slice: every device, every dtype.
 
-On a CPU this is the fast path. Every product reads an adapter's weights where PEFT keeps them, and rows where they are;
-where ids are interleaved and samples have few rows, these are gathered once for all slices. See ``torch_stacks`` for the
-steps of ``generate``.
+On a CPU this is the fast path. Every product reads an adapter's weights where PEFT keeps them, and rows where they
+are; where ids are interleaved and samples have few rows, these are gathered once for all slices. The steps of
+``generate`` have a faster one, see ``torch_stacks``.
 
 Products accumulate in float32 (float64 for float64 weights) and a row's delta is rounded once, when it is added.
 """

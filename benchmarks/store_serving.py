@@ -258,17 +258,19 @@ def make_resident(store: Any, numbers: list[int]) -> None:
         time.sleep(0.01)
 
 
-def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int) -> list[dict]:
+def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int, only: str) -> list[dict]:
     records = []
-    kinds = streams(sizes)
+    kinds = {name: draw for name, draw in streams(sizes).items() if name.startswith(only)}
     most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
     for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
         with serving(sizes, model, root, room) as (store, manager):
-            for number in range(8):  # until nothing is captured any more
+            quiet = 0
+            for number in range(10):  # until two rounds have captured nothing
                 before = len(captured)
                 draw = list(kinds.values())[number % len(kinds)]
                 play(sizes, manager, draw(1000 + number), 1000 + number)
-                if number >= len(kinds) - 1 and len(captured) == before:
+                quiet = quiet + 1 if len(captured) == before else 0
+                if number >= len(kinds) - 1 and quiet == 2:
                     break
             console.print(f"{way}: {len(captured)} graphs captured before anything is timed")
             for name, draw in kinds.items():
@@ -398,9 +400,11 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
             (root / str(each) / WEIGHTS).read_bytes()
         for each in places["file, dropped"]:
             drop_from_cache(root / str(each) / WEIGHTS)
-        warm_up = len(captured)
+        warm_up = 0
         with Running(sizes, store, manager) as running:
             for index in track(range(-2, sizes.probes), description="first token", console=console):
+                if index == 0:
+                    warm_up = len(captured)
                 for place, numbers in places.items():
                     number = numbers[index]  # the first two aren't counted, and are where they were put no more
                     if index < 0:
@@ -501,6 +505,7 @@ def main(
     rounds: int = 2,
     tiny: bool = typer.Option(False, "--tiny"),
     attention: str = "",
+    only: Annotated[str, typer.Option(help="how the names of the streams begin that are measured")] = "",
     folder: Annotated[Path | None, typer.Option(help="where adapters are written; temporary files by default")] = None,
     out: Path = RESULTS / "store_serving.csv",
     commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
@@ -519,7 +524,7 @@ def main(
         set_attention(model, attention)
         check(sizes, model, root)
         known = {"attention": attention or "sdpa"} | versions(commit)
-        records = throughput(sizes, model, root, counts, rounds)
+        records = throughput(sizes, model, root, counts, rounds, only)
         write([record | known for record in records], out)
         records += latency(sizes, model, root, 16 if tiny else 64)
         write([record | known for record in records], out, plot)

@@ -2,11 +2,12 @@
 
     python benchmarks/training.py                      # on a GPU: results/training.csv and .png beside this script
     python benchmarks/training.py --device cpu         # results/training_cpu.csv; with OMP_NUM_THREADS=1 by CPU time
+    python benchmarks/training.py --dropout 0.1 --out benchmarks/results/training_dropout.csv
 
 Llama-8B-shaped with 8 of its 32 layers, random weights in bfloat16 (on a CPU: hidden size 512, float32), adapters of
 rank 16 on all seven projections, in float32, which is PEFT's default, or as the base model. A step is forward, loss
 and backward; what the optimizer does is the same work however gradients were made. Before anything is timed, the
-gradients of the mixed step must be those of PEFT, one adapter at a time.
+gradients of the mixed step must be those of PEFT, one adapter at a time; with dropout, in eval mode.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ class Steps:
             torch.cuda.synchronize()
 
 
-def build(num_adapters: int, rank: int, layers: int, device: str, dtype: torch.dtype, is_float32: bool) -> PeftModel:
+def build(
+    num_adapters: int, rank: int, layers: int, device: str, dtype: torch.dtype, is_float32: bool, dropout: float
+) -> PeftModel:
     """A model with adapters of the size that trained ones have, in float32 or in the dtype of the base model."""
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, eos_token_id=None, pad_token_id=0, **SIZES[device])
@@ -147,7 +150,9 @@ def build(num_adapters: int, rank: int, layers: int, device: str, dtype: torch.d
         torch.set_default_dtype(dtype)
         base = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
-        lora = LoraConfig(r=rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=rank, lora_dropout=dropout, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(base, lora, adapter_name="adapter0", autocast_adapter_dtype=is_float32)
         for index in track(range(1, num_adapters), description="adding adapters", console=console):
             model.add_adapter(f"adapter{index}", lora, autocast_adapter_dtype=is_float32)
@@ -205,6 +210,7 @@ def main(
     dtypes: str = "",
     rounds: int = 5,
     repeats: int = 3,
+    dropout: float = 0.0,
     out: Path = Path(),
     commit: str = "",
 ) -> None:
@@ -214,11 +220,13 @@ def main(
     base_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     known, records = versions(commit), []
     for dtype in (dtypes or ("float32,bfloat16" if device == "cuda" else "float32")).split(","):
-        model = build(max(size[0] for size in sizes), rank, layers, device, base_dtype, dtype == "float32")
+        model = build(max(size[0] for size in sizes), rank, layers, device, base_dtype, dtype == "float32", dropout)
         for adapters, rows, tokens in sizes:
             torch.manual_seed(1)
             steps = Steps(model, adapters, rows, tokens)
+            model.eval()
             theirs, ours = steps.gradients(ALONE), steps.gradients(OURS)
+            model.train()
             error = float((ours - theirs).norm() / theirs.norm())
             point = f"{adapters}:{rows}:{tokens}"
             console.print(f"{point}, adapters in {dtype}: error of the gradients against PEFT {error:.2e}")
@@ -232,7 +240,7 @@ def main(
                 record["launches × one adapter"] = round(record["launches"] / single, 3)
             records.append(record | {"error": f"{error:.1e}"})
             console.print(record)
-            write([each | {"layers": layers, "rank": rank} | known for each in records], out, plot)
+            write([each | {"layers": layers, "rank": rank, "dropout": dropout} | known for each in records], out, plot)
         del model, steps
         gc.collect()
     columns = list(dict.fromkeys(key for record in records for key in record))

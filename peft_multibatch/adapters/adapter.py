@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from peft_multibatch.adapters.dropout import DropoutState
 from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.tables import LayerWeights
 
@@ -29,6 +30,7 @@ class AnyAdapter(ABC):
         dropouts: its dropouts, by the layer.
         is_plain: whether it runs as a product wherever layers do, without dropouts and variants, so that nobody has to
             ask layer by layer.
+        dropout_state: what its masks follow from; None where it has no dropouts.
 
     Args:
         name: the adapter's name.
@@ -38,6 +40,7 @@ class AnyAdapter(ABC):
     apart: Mapping[Any, str]
     dropouts: Mapping[Any, nn.Dropout]
     is_plain: bool
+    dropout_state: DropoutState | None = None
 
     def __init__(self, name: str, slots: Slots) -> None:
         self.name = name

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peft_multibatch.adapters import notices
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.checks import check_kind
+from peft_multibatch.adapters.dropout import DropoutState
 from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.weights import Adapter, ReadLayer
 from peft_multibatch.errors import AdapterMismatchError, ModelStateError, MultibatchError, UnsupportedError
@@ -94,6 +95,7 @@ class Registry:
         self.store: AdapterStore | None = None
         self.guard: weakref.WeakMethod | None = None
         self._current: OrderedDict[int, Adapter] = OrderedDict()
+        self._dropout: dict[int, DropoutState] = {}
         self._turn = 0
         self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
 
@@ -202,6 +204,10 @@ class Registry:
             return self.store.current(number)
         return self._current.get(number)
 
+    def dropout_state(self, number: int) -> DropoutState:
+        """What an adapter's dropout masks follow from; the same for all of its versions."""
+        return self._dropout.setdefault(number, DropoutState(self.names.by_id[number]))
+
     def renew(self, ids: Iterable[int]) -> None:
         """These changed, and nobody can see it: their weights were written in place."""
         for each in ids:
@@ -214,7 +220,7 @@ class Registry:
     def forget_gone(self) -> None:
         """Let go of adapters that were deleted, and of their memory."""
         there = self.names.by_id
-        for known in (self._current, self._turns):
+        for known in (self._current, self._turns, self._dropout):
             for each in [each for each in list(known) if each not in there]:
                 known.pop(each, None)
 
@@ -235,7 +241,9 @@ class Registry:
                 "Delete adapters when no call needs them."
             )
         self._current.pop(number, None)
-        adapter = self._current[number] = self.source.read(name)
+        adapter = self.source.read(name)
+        adapter.dropout_state = self.dropout_state(number)
+        self._current[number] = adapter
         while len(self._current) > MOST_IDLE:
             self._current.popitem(last=False)
         return adapter

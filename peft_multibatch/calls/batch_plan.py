@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
+from peft_multibatch.calls.dropout import Dropouts, Place
 from peft_multibatch.ops.gradients import TrainedWeights
 from peft_multibatch.plan.ids import Entry, components, ids_of
 from peft_multibatch.plan.segments import BASE, Segments
@@ -18,7 +19,7 @@ from peft_multibatch.plan.segments import BASE, Segments
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.adapters.tables import SlotWeights, TableRows
+    from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows
 
 
 class Apart(NamedTuple):
@@ -27,7 +28,7 @@ class Apart(NamedTuple):
     Attributes:
         slots: theirs.
         reason: why, for messages.
-        dropouts: of the others, by slot; where one of them drops anything, its adapter runs apart as well.
+        dropouts: of the others, by slot, that no product applies: where one drops anything, its adapter is apart too.
     """
 
     slots: frozenset[int]
@@ -95,6 +96,7 @@ class BatchPlan:
         self.placed: tuple[Mapping[int, int], list[Tensor]] | None = None
         self._has_dora: dict[Bank, bool] = {}
         self._apart: dict[Bank, Apart | None] = {}
+        self._dropouts: dict[Bank, Dropouts | None] = {}
         self._without: dict[frozenset[int], BatchPlan] = {}
         self._alone: dict[Entry, BatchPlan] = {}
 
@@ -113,8 +115,35 @@ class BatchPlan:
             if found:
                 slots.add(slot)
                 reasons.append(f"adapter {adapter.name!r} runs per segment ({found[0]})")
-            dropouts += [(slot, adapter.dropouts[layer]) for layer in bank.layers if layer in adapter.dropouts]
+            parts = zip(bank.layers, adapter.parts(bank.layers))
+            dropouts += [
+                (slot, adapter.dropouts[layer])
+                for layer, part in parts
+                if layer in adapter.dropouts and not self._is_fused(slot, bank, part, adapter.dropouts[layer])
+            ]
         return Apart(frozenset(slots), ", ".join(reasons), tuple(dropouts)) if slots or dropouts else None
+
+    def dropouts(self, bank: Bank) -> Dropouts | None:
+        """Dropouts that a bank's product applies; None where there are none, in train mode or not."""
+        if not self._special:
+            return None
+        if bank not in self._dropouts:
+            self._dropouts[bank] = self._find_dropouts(bank)
+        return self._dropouts[bank]
+
+    def _find_dropouts(self, bank: Bank) -> Dropouts | None:
+        found = []
+        for slot, adapter in self._special.items():
+            for i, (layer, part) in enumerate(zip(bank.layers, adapter.parts(bank.layers))):
+                dropout, state = adapter.dropouts.get(layer), adapter.dropout_state
+                if dropout is not None and state is not None and self._is_fused(slot, bank, part, dropout):
+                    found.append(Place(slot, i, dropout, state))
+        return Dropouts(found, bank, self.slots) if found else None
+
+    def _is_fused(self, slot: int, bank: Bank, part: LayerWeights | None, dropout: nn.Dropout) -> bool:
+        """Whether a product applies an adapter's dropout: DoRA drops what the base layer reads as well."""
+        is_plain = part is not None and part.magnitude is None and not dropout.inplace
+        return is_plain and not bank.is_split and slot not in self.mixed
 
     def has_dora(self, bank: Bank) -> bool:
         """Whether any adapter in use is a DoRA adapter in a bank's layers."""
@@ -130,7 +159,8 @@ class BatchPlan:
             apart = self.apart(bank)
             if apart is not None and apart.reason:
                 return apart.reason
-            if apart is not None and apart.dropping():
+            dropouts = self.dropouts(bank)
+            if (apart is not None and apart.dropping()) or (dropouts is not None and dropouts.drop()):
                 return "an adapter trains with dropout"
             if self.has_dora(bank):
                 return "a DoRA adapter is used, whose norms are computed when a call begins"

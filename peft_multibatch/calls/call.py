@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.dropout import Draws
 from peft_multibatch.calls.origin import Origin
 from peft_multibatch.calls.stacks import Stacks
 from peft_multibatch.errors import RowMappingError, UnsupportedError
@@ -76,6 +77,7 @@ class Call:
         task: the asyncio task.
         sibling_outputs: for each fused group, what its first layer computed for the others.
         dora_scales: what DoRA multiplies outputs with, for each bank.
+        draws: which masks its adapters' dropouts have.
         workspaces: memory for intermediate results, for each device and stream.
         stacks: copies of weights for the steps of ``generate`` on a CPU.
         rows: rows of the model's last forward inside ``generate``.
@@ -105,6 +107,7 @@ class Call:
         self.task = 0
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
+        self.draws = Draws()
         self.workspaces: dict[tuple, Tensor] = {}
         self.stacks = Stacks() if expands else None
         self.rows: int | None = None
@@ -126,6 +129,7 @@ class Call:
         """The same ids for layers that ``backward`` runs once more after the call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
         again.is_tried = self.is_tried
+        again.draws = self.draws.again()
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
         return again
 

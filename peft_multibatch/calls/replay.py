@@ -42,6 +42,7 @@ class Replays:
     def __init__(self, routing: Callable[[Callable[[], Call]], ActiveCall]) -> None:
         self._routing = routing
         self._calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
+        self._running: weakref.WeakKeyDictionary[Any, tuple[int, Call]] = weakref.WeakKeyDictionary()
         self._have_trained = False
 
     def note(self, call: Call, origin: Origin) -> None:
@@ -98,7 +99,7 @@ class Replays:
             ModelStateError: nobody knows.
         """
         node = compat.current_node()
-        call = self._calls.get(node) if isinstance(node, compat.FunctionNode) else None
+        call = self._call_of(node) if isinstance(node, compat.FunctionNode) else None
         if call is not None or not self._have_trained or _is_known(node):
             return call
         name = "the model" if layer is None else layer.name
@@ -107,6 +108,18 @@ class Replays:
             "torch.utils.checkpoint, or an autograd.Function with forward(ctx, ...). Use one of these, or pass ids "
             "inside of the function that is run again, with mb.batch(...); -1 for the base model alone."
         )
+
+    def _call_of(self, node: Any) -> Call | None:
+        """The call of a function that is run again: one that is as it was the first time, for every backward pass."""
+        noted, backward = self._calls.get(node), compat.current_backward()
+        if noted is None:
+            return None
+        last, call = self._running.get(node, (None, noted))
+        if last != backward:
+            call = noted.again()
+            call.origin = Origin()
+            self._running[node] = backward, call
+        return call
 
     def end(self) -> None:
         """The model is no longer enabled: what was noted can't run again."""

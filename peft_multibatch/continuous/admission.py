@@ -185,13 +185,13 @@ class Admission:
         Raises:
             UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
         """
-        # what comes into an adapter's place needn't be able to run here
-        if (entry, self._prefixes.version(entry)) in self._checked:
+        # what comes into an adapter's place needn't be able to run here; requests may come before the loop begins
+        if (entry, self._prefixes.version(entry), self.uses_graphs) in self._checked:
             return
         self._look_at_entry(entry)
         if len(self._checked) >= KEPT:
             self._checked.clear()
-        self._checked.add((entry, self._prefixes.version(entry)))
+        self._checked.add((entry, self._prefixes.version(entry), self.uses_graphs))
 
     def _look_at_entry(self, entry: Entry) -> None:
         store, whole = self._registry.store, entry
@@ -239,6 +239,7 @@ class Admission:
         if self._looked_at == (self._handle._scan, output):
             return
         self._looked_at = self._handle._scan, output
+        self._checked.clear()
         head = next((each for each in list(self._handle._layers.values()) if each.place is output), None)
         self.has_head = head is not None and not head.refusal
         if head is not None and not isinstance(head.router, HeadRouter):

@@ -28,6 +28,7 @@ from peft_multibatch.ops.torch_gradients import TorchProduct
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.calls.dropout import Dropouts
     from peft_multibatch.calls.router import Router
     from peft_multibatch.layers.fusion import Group
 
@@ -56,13 +57,16 @@ def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     group, index = None, 0
     if patch.group is not None and not (args or kwargs):
         group, index = patch.group
-    plan, apart = _plan_for(call, patch.bank if group is None else group.bank)
+    bank = patch.bank if group is None else group.bank
+    plan, apart = _plan_for(call, bank)
     if plan is not None:
         try:
             if group is None:
-                y = _run(call, plan, router, patch.bank, x, *args, **kwargs)[0]
+                y = _run(call, plan, router, bank, x, *args, **kwargs)[0]
             else:
                 y = _run_sibling(call, plan, router, group, index, patch.bank, x)
+            if isinstance(plan, BatchPlan) and plan.dropouts(bank) is not None:
+                call.draws.count(self)
             return run_apart(self, call, patch, apart, x, y, *args, **kwargs) if apart else y
         except RowMappingError:  # below it is right if all samples have one adapter, and named if they haven't
             pass
@@ -166,7 +170,9 @@ def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tens
     if not trained.parameters or not (wanted.x or any(wanted.weights)):
         return None
     call.num_rows(x.shape)
-    ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x), trained, bases, x)
+    dropouts = plan.dropouts(bank)
+    masks = dropouts.masks(call.draws) if dropouts is not None and dropouts.drop() else {}
+    ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x, masks), trained, bases, x)
     return _scale(call, plan, bank, ys) if plan.has_dora(bank) else ys
 
 
@@ -187,12 +193,19 @@ def _add_deltas(
 
 def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
+    dropouts = plan.dropouts(bank)
+    if dropouts is not None and not dropouts.drop():
+        dropouts = None
     if torch.is_grad_enabled():
         trained = plan.trained(bank)
         wanted = tuple(parameter.requires_grad for parameter in trained.parameters)
         if any(wanted) or x.requires_grad or any(y.requires_grad for y in ys):
             call.num_rows(x.shape)
-            return _add_with_gradients(call, plan, router, bank, ys, x, Wanted(x.requires_grad, wanted))
+            return _add_as_node(call, plan, router, bank, ys, x, Wanted(x.requires_grad, wanted), dropouts)
+    if dropouts is not None:
+        call.num_rows(x.shape)
+        wanted = (False,) * len(plan.trained(bank).parameters)
+        return _add_as_node(call, plan, router, bank, ys, x, Wanted(False, wanted), dropouts)
     if kernels is not None and kernels.runs_on(x):
         is_capturing = kernels.is_capturing()
         if is_capturing or call.for_graphs:
@@ -234,9 +247,17 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
     return ys
 
 
-def _add_with_gradients(
-    call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor, wanted: Wanted
+def _add_as_node(
+    call: Call,
+    plan: BatchPlan,
+    router: Router,
+    bank: Bank,
+    ys: list[Tensor],
+    x: Tensor,
+    wanted: Wanted,
+    dropouts: Dropouts | None,
 ) -> list[Tensor]:
+    """As ``_add``, by products that can make gradients and drop."""
     trained, kernels = plan.trained(bank), router.kernels
     if not trained.parameters:
         return ys
@@ -246,9 +267,11 @@ def _add_with_gradients(
         if kernels.takes(ys, x, tables):
             from peft_multibatch.ops.triton_gradients import TritonProduct  # not before there is a GPU
 
-            product = TritonProduct(plan.components, plan.plans(x.device), tables, trained, wanted)
+            drops = None if dropouts is None else dropouts.table(call.draws, x.device)
+            product = TritonProduct(plan.components, plan.plans(x.device), tables, trained, wanted, drops)
             return add_with_gradients(product, trained, ys, x)
-    return add_with_gradients(TorchProduct(plan.components, trained, wanted), trained, ys, x)
+    masks = {} if dropouts is None else dropouts.masks(call.draws)
+    return add_with_gradients(TorchProduct(plan.components, trained, wanted, masks), trained, ys, x)
 
 
 def _scale(call: Call, plan: BatchPlan, bank: Bank, ys: list[Tensor]) -> list[Tensor]:

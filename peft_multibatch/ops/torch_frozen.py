@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_multibatch.ops.dropout import Masks
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted, gradients_of, without_autocast
 from peft_multibatch.ops.torch_gradients import TorchProduct
 from peft_multibatch.plan.segments import Segments
@@ -98,7 +99,7 @@ class _Linears(torch.autograd.Function):
 
 
 def choose_product(
-    components: Sequence[Segments], weights: TrainedWeights, wanted: Wanted, x: Tensor
+    components: Sequence[Segments], weights: TrainedWeights, wanted: Wanted, x: Tensor, masks: Masks | None = None
 ) -> InPlaceProduct:
     """The product that is fastest for these rows and weights.
 
@@ -107,8 +108,9 @@ def choose_product(
         weights: of the adapters in use.
         wanted: the gradients that ``backward`` makes.
         x: the input, ``[..., K]``.
+        masks: what is dropped.
     """
-    if len(components) == 1 and components[0].permutation is None and all(wanted.weights):
+    if not masks and len(components) == 1 and components[0].permutation is None and all(wanted.weights):
         spans, parts = components[0].spans, weights.parts
         rows = [parts.get(slot, ()) for slot, *_ in spans]
         lens = {stop - start for _, start, stop in spans}
@@ -116,7 +118,7 @@ def choose_product(
         is_even = len(lens) == len(ranks) == 1 and len(spans) > 1 and len({slot for slot, *_ in spans}) == len(spans)
         if is_even and all(ranks.pop()) and all(each.dtype == x.dtype for each in weights.parameters):
             return EvenProduct(components[0], weights, wanted)
-    return TorchProduct(components, weights, wanted)
+    return TorchProduct(components, weights, wanted, masks)
 
 
 class EvenProduct:

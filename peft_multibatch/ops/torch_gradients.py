@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import LayerWeights
+from peft_multibatch.ops.dropout import Mask, Masks, dropped
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
 from peft_multibatch.ops.torch_backend import accumulator
 from peft_multibatch.plan.segments import Segments
@@ -26,12 +27,14 @@ class Share(NamedTuple):
         part: the weights.
         scaling: the adapter's, times what it counts in a mixture.
         first: where its parameters stand among all.
+        mask: what it drops of the slice's input; None where it drops nothing.
     """
 
     i: int
     part: LayerWeights
     scaling: float
     first: int
+    mask: Mask | None
 
 
 class TorchProduct:
@@ -41,11 +44,14 @@ class TorchProduct:
         components: the plans.
         weights: of the adapters in use.
         wanted: the gradients that ``backward`` makes.
+        masks: what is dropped.
     """
 
-    def __init__(self, components: Sequence[Segments], weights: TrainedWeights, wanted: Wanted) -> None:
+    def __init__(
+        self, components: Sequence[Segments], weights: TrainedWeights, wanted: Wanted, masks: Masks | None = None
+    ) -> None:
         self.wanted = wanted
-        self._components, self._weights = components, weights
+        self._components, self._weights, self._masks = components, weights, masks or {}
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """As in ``gradients.Product``; an ``h`` for each segment and slice."""
@@ -56,12 +62,16 @@ class TorchProduct:
         """As in ``torch_frozen.InPlaceProduct``."""
         self._shape, self._dtype = x.shape, x.dtype
         flat, x_flat = [y.view(-1, y.shape[-1]) for y in outputs], x.reshape(-1, x.shape[-1])
-        kept = []
-        for rows, shares in self._segments(x.device):
+        kept, drops = [], self._dropped(x.device)
+        for slot, rows, shares in self._segments(x.device):
             x_rows = x_flat[rows]
-            for i, (a, b, *_), scaling, index in shares:
+            for i, (a, b, *_), scaling, index, mask in shares:
                 y, acc = flat[i], accumulator(x, a)
-                h = torch.mm(_cast(x_rows, a.dtype, acc), a.t().to(acc))
+                own_x = _cast(x_rows, a.dtype, acc)
+                if mask is None:
+                    h = torch.mm(own_x, a.t().to(acc))
+                else:
+                    h = torch.mm(own_x.masked_fill(drops[slot][:, i], 0), a.t().to(acc)).mul_(mask.scale)
                 if self.wanted.weights[index + 1]:
                     kept.append(h)
                 if isinstance(rows, slice) and y.dtype == acc:
@@ -86,10 +96,11 @@ class TorchProduct:
             acc = accumulator(torch.empty(0, dtype=self._dtype, device=device), *parameters)
             grad_x = torch.zeros(self._shape, dtype=acc, device=device)
         x_flat, grad_x_flat = (each if each is None else each.reshape(-1, self._shape[-1]) for each in (x, grad_x))
-        for rows, shares in self._segments(device):
+        drops = self._dropped(device)
+        for slot, rows, shares in self._segments(device):
             x_rows = x_flat[rows] if x_flat is not None else None
             total: Tensor | None = None if grad_x_flat is None else grad_x_flat[rows]
-            for i, (a, b, *_), scaling, index in shares:
+            for i, (a, b, *_), scaling, index, mask in shares:
                 wants_a, wants_b = self.wanted.weights[index : index + 2]
                 own_h = next(waiting) if wants_b else None
                 grad = given[i]
@@ -102,28 +113,51 @@ class TorchProduct:
                 if total is None and not wants_a:
                     continue
                 ds = torch.mm(grad_rows, b.to(acc)).mul_(scaling)
-                if total is not None:
+                own_drops = None
+                if mask is not None:
+                    ds, own_drops = ds.mul_(mask.scale), drops[slot][:, i]
+                if total is not None and own_drops is not None:
+                    total += torch.mm(ds.to(total.dtype), a.to(total.dtype)).masked_fill_(own_drops, 0)
+                elif total is not None:
                     total.addmm_(ds.to(total.dtype), a.to(total.dtype))
                 if x_rows is not None and wants_a:
-                    sums[index] = _add_product(sums[index], ds.t(), _cast(x_rows, a.dtype, acc))
+                    own_x = _cast(x_rows, a.dtype, acc)
+                    own_x = own_x if own_drops is None else own_x.masked_fill(own_drops, 0)
+                    sums[index] = _add_product(sums[index], ds.t(), own_x)
             if grad_x_flat is not None and isinstance(rows, Tensor):
                 assert total is not None
                 grad_x_flat[rows] = total
         grads = [each if each is None else each.to(parameter.dtype) for each, parameter in zip(sums, parameters)]
         return grad_x if grad_x is None else grad_x.to(self._dtype), grads
 
-    def _segments(self, device: torch.device) -> Iterator[tuple[slice | Tensor, list[Share]]]:
-        """The rows of every segment that has anything to do, and what is to do for them."""
+    def _dropped(self, device: torch.device) -> dict[int, Tensor]:
+        """For each slot that drops anything which elements of its rows, bool ``[T, I, K]``."""
+        if not self._masks:
+            return {}
+        plan, slices = self._components[0], range(self._weights.num_slices)  # what drops is in no mixture
+        per_entry = self._shape[:-1].numel() // plan.num_entries
+        parts = {
+            slot: ((stop - start) * per_entry, [self._masks.get((slot, i)) for i in slices])
+            for slot, start, stop in plan.spans
+            if any((slot, i) in self._masks for i in slices)
+        }
+        if not parts:
+            return {}
+        found = dropped([*parts.values()], per_entry, self._shape[-1], device)
+        return dict(zip(parts, found.split([number for number, _ in parts.values()])))
+
+    def _segments(self, device: torch.device) -> Iterator[tuple[int, slice | Tensor, list[Share]]]:
+        """The slot and rows of every segment that has anything to do, and what is to do for them."""
         num_rows, index = self._shape[:-1].numel(), self._weights.index
         for segments in self._components:
             for (slot, rows), weight in zip(segments.rows(num_rows, device), segments.scales):
                 shares = [
-                    Share(i, part, part.scaling * weight, index[slot, i])
+                    Share(i, part, part.scaling * weight, index[slot, i], self._masks.get((slot, i)))
                     for i, part in enumerate(self._weights.parts.get(slot, ()))
                     if part is not None
                 ]
                 if shares:
-                    yield rows, shares
+                    yield slot, rows, shares
 
 
 def _cast(rows: Tensor, dtype: torch.dtype, acc: torch.dtype) -> Tensor:

@@ -11,14 +11,11 @@ import triton
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
+from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
 from peft_multibatch.ops.triton_backend import DTYPES, padded, processors
-from peft_multibatch.ops.triton_gradient_kernels import (
-    expand_kernel,
-    grad_weight_kernel,
-    grad_x_kernel,
-    shrink_kernel,
-)
+from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
+from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import Segments
 
 
@@ -30,12 +27,14 @@ class Pass(NamedTuple):
         plan: the same, packed, on the device.
         table: where the weights are.
         is_mixed: whether an adapter may have several segments.
+        drops: what is dropped; None where nothing is. Adapters that drop have one segment.
     """
 
     segments: Segments
     plan: Tensor
     table: TableRows
     is_mixed: bool
+    drops: DropTable | None
 
     @property
     def num_segments(self) -> int:
@@ -45,6 +44,10 @@ class Pass(NamedTuple):
     def longest(self, num_rows: int) -> int:
         """Rows of the longest segment."""
         return self.segments.longest * (num_rows // self.segments.num_entries)
+
+    def dropout(self, of_input: bool = True) -> tuple[Tensor, Tensor, bool]:
+        """What kernels have to know of dropout: the tensors, and whether these are read, as with inputs alone."""
+        return (self.table.rows, self.plan, False) if self.drops is None or not of_input else (*self.drops, True)
 
     @property
     def weights(self) -> tuple[Any, bool, str]:
@@ -67,6 +70,7 @@ class TritonProduct:
         tables: where the weights are, a table for each dtype.
         weights: of the adapters in use.
         wanted: the gradients that ``backward`` makes.
+        drops: what is dropped; None where nothing is.
     """
 
     def __init__(
@@ -76,11 +80,12 @@ class TritonProduct:
         tables: Sequence[TableRows],
         weights: TrainedWeights,
         wanted: Wanted,
+        drops: DropTable | None = None,
     ) -> None:
         self.wanted = wanted
         self._weights = weights
         self._passes = [
-            Pass(component, plan, table, component.weights is not None)
+            Pass(component, plan, table, component.weights is not None, drops)
             for component, plan in zip(components, plans)
             for table in tables
             if table.rank
@@ -144,7 +149,7 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
     shrink_kernel[each.num_segments * tiles * slices,](
         out, *_three(inputs), each.plan, each.table.rows, num_rows,
         *_three([x.shape[1] for x in inputs]), *_three([x.stride(0) for x in inputs]),
-        tiles, slices, rank, block_t, block_c, is_backward, *each.weights, num_warps=4,
+        tiles, *each.dropout(), slices, rank, block_t, block_c, is_backward, *each.weights, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -171,7 +176,7 @@ def _grad_x(each: Pass, grad_x: Tensor, ds: Tensor, is_in_place: bool) -> None:
     tiles = triton.cdiv(each.longest(num_rows), block_t)
     grad_x_kernel[each.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
         grad_x, ds, each.plan, each.table.rows, num_rows, grad_x.shape[1], grad_x.stride(0),
-        tiles, slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
+        tiles, *each.dropout(), slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
 
 
@@ -199,7 +204,8 @@ def _grad_weight(
     grad_weight_kernel[blocks, each.num_segments, rank // block_r](
         buffers[each.table.dtype], offsets, left, *_three(inputs), each.plan, each.table.rows, num_rows,
         *_three(widths), *_three([x.stride(0) for x in inputs]),
-        slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place, *each.weights, num_warps=4,
+        *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place,
+        *each.weights, num_warps=4,
     )  # fmt: skip
 
 

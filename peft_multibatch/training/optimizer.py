@@ -75,7 +75,11 @@ class AdapterOptimizer:
         self._ranks.check_same(list(runs))
         found, self._restore = make_trainable(self._handle, list(runs))
         try:
-            self._runs = {name: Progress(run, found[name]) for name, run in runs.items()}
+            registry = self._handle._registry
+            self._runs = {
+                name: Progress(run, found[name], registry.dropout_state(registry.names.ids[name]))
+                for name, run in runs.items()
+            }
             self._ranks.broadcast([each for own in found.values() for each in own.values()])
         except BaseException:
             self._restore()

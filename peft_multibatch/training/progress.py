@@ -7,14 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_multibatch.adapters.dropout import DropoutState
 from peft_multibatch.training.runs import Run
 
 
 class Progress:
     """How far one adapter's run has come.
 
-    Attributes:
+    Args:
+        run: its settings.
         parameters: the adapter's, by their names in the model.
+        dropout: what its dropout masks follow from, which begins anew.
+
+    Attributes:
+        parameters: as above.
         steps: steps of its optimizer so far.
         stopped: why it doesn't go on, or the empty string.
         batches: accumulated for the step to come.
@@ -22,8 +28,9 @@ class Progress:
         items: what they are divided by.
     """
 
-    def __init__(self, run: Run, parameters: dict[str, nn.Parameter]) -> None:
-        self.run, self.parameters = run, parameters
+    def __init__(self, run: Run, parameters: dict[str, nn.Parameter], dropout: DropoutState) -> None:
+        self.run, self.parameters, self._dropout = run, parameters, dropout
+        dropout.reset()
         self.optimizer = run.build_optimizer(parameters.values())
         self.schedule = run.build_schedule(self.optimizer)
         self.steps, self.stopped = 0, ""
@@ -95,12 +102,14 @@ class Progress:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "kept": self._kept,
+            "dropout": self._dropout.state_dict(),
             **{name: getattr(self, name) for name in ("steps", "stopped", "batches", "loss", "items")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self._dropout.load_state_dict(state["dropout"])
         self._kept = {name: kept.clone().to(self.parameters[name].device) for name, kept in state["kept"].items()}
         for name in ("steps", "stopped", "batches", "loss", "items"):
             setattr(self, name, state[name])

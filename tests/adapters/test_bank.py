@@ -323,6 +323,34 @@ def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
     assert found == {0: [3], 2: [8]}
 
 
+def test_a_table_is_written_for_adapters_that_are_new_to_it(monkeypatch):
+    """What a step costs depends on who is new in it, not on all who are in use."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    bank = mb._router.graph.banks[0]
+    cpu = torch.device("cpu")
+    seen = []
+    update = WeightTable.update
+    monkeypatch.setattr(WeightTable, "update", lambda self, read: (seen.append(sorted(read)), update(self, read))[1])
+
+    def tables(names):
+        registry = mb._registry
+        adapters = registry.adapters([registry.names.ids[name] for name in names])
+        return bank.tables({adapter.slot: adapter for adapter in adapters.values()}, cpu, registry.slots.capacity)
+
+    (first,), (both,), (again,) = tables(["three"]), tables(["three", "eight"]), tables(["three"])
+    assert [len(each) for each in seen] == [1, 1, 0]
+    assert (first.rank, both.rank, again.rank) == (3, 8, 3) and first.rows is both.rows
+    layer_of(model).lora_A["three"].weight.data = torch.randn_like(layer_of(model).lora_A["three"].weight)
+    tables(["three", "eight"])
+    assert len(seen[-1]) == 1
+    fresh = WeightTable(torch.float32, len(both.rows), both.rows.shape[1], cpu)
+    registry = mb._registry
+    for adapter in registry.adapters([registry.names.ids[name] for name in ("three", "eight")]).values():
+        update(fresh, {adapter.slot: adapter.parts(bank.layers)})
+        assert both.rows[adapter.slot].equal(fresh.rows[adapter.slot])
+
+
 def test_slots_are_given_back_and_ids_are_not():
     model = peft_model()
     mb = peft_multibatch.enable(model)

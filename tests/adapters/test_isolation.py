@@ -132,7 +132,7 @@ def test_hooks_on_all_modules_see_every_half():
     assert_close(logits(model, adapter_ids=NAMES), expected(model, NAMES))
 
 
-def test_dropout_costs_the_rows_of_its_own_adapter_alone(monkeypatch):
+def test_dropout_is_part_of_the_product(monkeypatch):
     """Monte-Carlo dropout: the model in eval mode, and one adapter's dropouts in train mode."""
     shared = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     model = get_peft_model(base_model(), LoraConfig(r=4, **shared), "plain")
@@ -154,6 +154,10 @@ def test_dropout_costs_the_rows_of_its_own_adapter_alone(monkeypatch):
     monkeypatch.setattr(
         type(layer_of(model)), "forward", lambda self, x, **kwargs: ran.append(len(x)) or forward(self, x, **kwargs)
     )
+    logits(model, adapter_ids=names)
+    assert not ran
+    # of a hooked one PEFT's module has to run, for its rows
+    layer_of(model).lora_dropout["drops"].register_forward_hook(lambda *_: None)
     logits(model, adapter_ids=names)
     assert set(ran) == {2}
 

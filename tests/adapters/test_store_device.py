@@ -134,6 +134,36 @@ def test_a_block_that_comes_back_while_others_are_marked():
     assert arena.take(128)[1] == 2
 
 
+def test_host_memory_that_cannot_be_pinned_costs_no_room(make, rows, monkeypatch):
+    model, store, size = make(host=2, device=2)
+
+    def refuse(self, block):
+        raise RuntimeError("out of memory that can be pinned")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Device, "pin", refuse)
+        for _ in range(3):
+            with pytest.raises(
+                errors.AdapterFileError, match=r"'a0' can't be loaded .*out of memory that can be pinned"
+            ):
+                ask(model, ["a0"])
+    check(model, rows, ["a0", "a1"])
+    assert store.stats().host_bytes == 2 * size
+
+
+def test_adapters_that_nobody_uses_go_before_plans_that_are_kept(make, rows):
+    """A step whose plan was dropped for the sake of somebody else's adapter takes several times as long."""
+    model, store, _ = make(host=12, device=3)
+    dropped = []
+    let_go = store._loader.let_go
+    store._loader.let_go = lambda: (dropped.append(True), let_go())
+    for name in ("a0", "a1", "a2", "a3", "a4"):
+        check(model, rows, [name])
+    assert not dropped
+    check(model, rows, ["a5", "a6", "a7"])  # for which the plan of a4 has to go
+    assert dropped
+
+
 def test_swaps_and_pins(make, rows, folder):
     model, store, _ = make(host=2, device=2)
     store.pin("a0")

@@ -26,14 +26,19 @@ def enabled(dtype=torch.float32):
     return model, peft_multibatch.enable(model)
 
 
-def train(model, optimizer, steps=range(STEPS), names=ADAPTERS, scale=1.0):
-    """A loop as users write it; what `step` returned for each adapter."""
+def train(model, optimizer, steps=range(STEPS), names=ADAPTERS, scale=1.0, own=None):
+    """A loop as users write it; what `step` returned for each adapter. `own`: of the rows of one alone."""
     found = {name: [] for name in names}
     for step in steps:
         mixed = mixed_batch(step, names)
         if mixed is None:
             continue
         batch, ids = mixed
+        if own is not None:
+            rows = [row for row, name in enumerate(ids) if name == own]
+            batch, ids = {key: value[rows] for key, value in batch.items()}, [own] * len(rows)
+        if not ids:
+            continue
         labels = batch.pop("labels")
         losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
         (optimizer.loss(losses, items, ids) * scale).backward()
@@ -71,6 +76,49 @@ def test_equal_to_separate_runs(dtype, runs):
             moved += bool(changed.any())
     assert moved == sum(name.count(".lora_") for name in after)
     assert all(torch.equal(after[key], before[key]) for key in after if ".lora_" not in key)
+
+
+RATES = {"three": 0.5, "four": 0.1, "eight": 0.0}
+
+
+def with_dropout(dtype=torch.float32):
+    """As ``enabled``, with dropouts of the adapters in train mode, which are inside of the layers that PEFT has."""
+    configs = lora_configs("gpt2" if dtype == torch.float64 else "llama")
+    model, options = base_model("gpt2" if dtype == torch.float64 else "llama", dtype), {}
+    for name, config in configs.items():
+        config.lora_dropout = RATES[name]
+        model = model if options else get_peft_model(model, config, name)
+        if options:
+            model.add_adapter(name, config)
+        options = {"added": True}
+    for key, module in model.eval().named_modules():
+        module.train("lora_dropout" in key)
+    peft_multibatch.enable(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("runs", [adamw_runs, sgd_runs], ids=["adamw", "sgd"])
+def test_with_dropout_equal_to_separate_runs(dtype, runs):
+    """Over 20 steps: every adapter has the masks that it has when it is trained alone, under the same seed."""
+    model, before = with_dropout(dtype), weights(with_dropout(dtype))
+    optimizer = AdapterOptimizer(model, runs())
+    found = train(model, optimizer)
+    after, plain = weights(model), enabled(dtype)[0]
+    train(plain, AdapterOptimizer(plain, runs()))
+    for name, run in runs().items():
+        own = with_dropout(dtype)
+        losses = train(own, AdapterOptimizer(own, {name: run}), own=name)[name]
+        assert [each["loss"] for each in found[name]] == pytest.approx(
+            [each["loss"] for each in losses], rel=TOLERANCES[dtype]
+        )
+        keys = [key for key in after if f".{name}." in key]
+        for key in keys:
+            value = own.get_parameter(key)
+            assert relative_error(after[key], value) <= TOLERANCES[dtype], key
+            assert relative_error(after[key] - before[key], value - before[key]) <= 1e-2, key
+        # an adapter that drops nothing is trained as without dropout, and the others aren't
+        assert all(torch.equal(after[key], plain.get_parameter(key)) for key in keys) == (name == "eight")
 
 
 def test_a_wrong_normalization_is_seen():
@@ -114,23 +162,42 @@ def test_several_backwards_are_one_batch():
         assert relative_error(mine, theirs) <= 1e-12
 
 
+@pytest.mark.parametrize("build", [lambda: enabled()[0], with_dropout], ids=["", "with dropout"])
 @pytest.mark.parametrize("runs", [adamw_runs, sgd_runs], ids=["adamw", "sgd"])
 @pytest.mark.parametrize("middle", [7, 10])  # within an accumulation, and between two
-def test_resuming_changes_nothing(tmp_path, runs, middle):
-    whole, _ = enabled()
+def test_resuming_changes_nothing(tmp_path, runs, middle, build):
+    whole = build()
     train(whole, AdapterOptimizer(whole, runs()))
-    first, _ = enabled()
+    first = build()
     optimizer = AdapterOptimizer(first, runs())
     train(first, optimizer, range(middle))
     torch.save((optimizer.state_dict(), first.state_dict()), tmp_path / "state.pt")
     state, tensors = torch.load(tmp_path / "state.pt", weights_only=True)
-    second, _ = enabled()
+    second = build()
+    torch.manual_seed(5)  # another process
     second.load_state_dict(tensors)
     optimizer = AdapterOptimizer(second, runs())
     optimizer.load_state_dict(state)
     train(second, optimizer, range(middle, STEPS))
     for mine, theirs in zip(second.parameters(), whole.parameters()):
         assert torch.equal(mine, theirs)
+
+
+def test_a_new_optimizer_begins_anew():
+    """In the same process, under the same seed, a run drops what it dropped the first time."""
+    model = with_dropout()
+    before, found = copy.deepcopy(model.state_dict()), []
+    for _ in range(2):
+        model.load_state_dict(before)
+        with AdapterOptimizer(model, sgd_runs()) as optimizer:
+            train(model, optimizer, range(4))
+        found.append(weights(model))
+    assert all(torch.equal(each, found[1][key]) for key, each in found[0].items())
+    torch.manual_seed(1)
+    model.load_state_dict(before)
+    with AdapterOptimizer(model, sgd_runs()) as optimizer:
+        train(model, optimizer, range(4))
+    assert any(not torch.equal(each, found[1][key]) for key, each in weights(model).items())
 
 
 def test_state_of_other_adapters():

@@ -10,7 +10,7 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,20 @@ def size_class(size: int) -> int:
     """Bytes of the block that so many bytes get."""
     step = max(64, 1 << max(size.bit_length() - 1, 0)) // STEPS
     return -(-max(size, 1) // step) * step
+
+
+class Reserved(NamedTuple):
+    """Room for a block.
+
+    Attributes:
+        size: bytes that are wanted.
+        block: one that was used before, or None.
+        mark: what to wait for before that is written.
+    """
+
+    size: int
+    block: Any
+    mark: Any
 
 
 class Arena:
@@ -49,6 +63,7 @@ class Arena:
         self.kept = 0
         self._device, self._is_pinned, self._streams = device, is_pinned, streams
         self._free: dict[int, deque[tuple[Any, Any]]] = {}
+        self._unmade: deque[int] = deque()  # bytes that were reserved, for which there was no memory
         self._returned: deque[Any] = deque()  # by whatever thread let go of the last tensor, without any lock
 
     def fits(self, sizes: Iterable[int]) -> bool:
@@ -62,10 +77,15 @@ class Arena:
         Returns:
             uint8 ``[size]``, and what to wait for before it is written; see ``Streams.mark``.
         """
+        return self.make(self.reserve(size))
+
+    def reserve(self, size: int) -> Reserved:
+        """Room for a block, of which there has to be enough; ``make`` makes memory of it."""
         whole = size_class(size)
         self.collect()
         assert self.used + whole <= self.limit, (self.used, whole, self.limit)
         found = self._free.get(whole)
+        block = mark = None
         if found:
             block, mark = found.popleft()
             self.kept -= whole
@@ -75,12 +95,24 @@ class Arena:
                     other, _ = others.popleft()
                     self.kept -= len(other)
                     self._streams.let_go(other)
-            block, mark = self._make(whole), None
         self.used += whole
+        return Reserved(size, block, mark)
+
+    def make(self, reserved: Reserved) -> tuple[Tensor, Any]:
+        """The block that was reserved, as ``take`` gives it. Needs no lock: to pin fresh memory takes milliseconds."""
+        size, block, mark = reserved
+        if block is None:
+            try:
+                block = self._make(size_class(size))
+            except BaseException:
+                self._unmade.append(size_class(size))
+                raise
         return self._lend(block, size), mark
 
     def collect(self) -> None:
         """Take back the blocks that nobody holds any more."""
+        while self._unmade:
+            self.used -= self._unmade.popleft()
         count = len(self._returned)  # what comes back from here on was perhaps read after the mark
         mark = self._streams.mark() if count else None
         for _ in range(count):

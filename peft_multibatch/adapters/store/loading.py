@@ -268,11 +268,12 @@ class Loader:
                 if memory is not None:
                     return memory
                 if self.host.make_room([version.layout.size], (), self.let_go):
-                    memory, _ = self.host.take(version.layout.size)
+                    reserved = self.host.arena.reserve(version.layout.size)
                     break
                 if time.monotonic() > deadline:
                     raise self._late([version], False)
                 self.lock.wait(POLL)
+        memory, _ = self.host.arena.make(reserved)
         self._read(version, memory)
         with self.lock:
             if not version.is_gone:

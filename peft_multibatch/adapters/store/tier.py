@@ -70,14 +70,18 @@ class Tier:
         Args:
             sizes: bytes that are wanted.
             stay: adapters that don't go; nor do those that are pinned or in use.
-            let_go: drops what is kept of calls that have ended.
+            let_go: drops what is kept of calls that have ended, where they hold what has to go. The next call makes
+                it anew, which costs more than a decode step does.
 
         Returns:
             Whether there is room now.
         """
-        if self.arena.fits(sizes):
+        if self._drop_unused(sizes, stay):
             return True
         let_go()
+        return self._drop_unused(sizes, stay)
+
+    def _drop_unused(self, sizes: Collection[int], stay: Collection[Version]) -> bool:
         for version in list(self._kept):
             if self.arena.fits(sizes):
                 return True

@@ -1,6 +1,8 @@
 """Mixed ``generate`` on a CPU against the base model and PEFT's own mixed batch, in one run.
 
     python benchmarks/generate_cpu.py                      # results/generate_cpu.csv and .png beside this script
+    python benchmarks/generate_cpu.py --interleaved        # ids 0, 1, 2, 0, 1, 2 instead of 0, 0, 1, 1, 2, 2
+    OMP_NUM_THREADS=1 python benchmarks/generate_cpu.py    # on one thread, by the CPU time of the process
 
 Before anything is timed, every row's tokens must equal those of the same row under its adapter alone through PEFT.
 """
@@ -65,13 +67,15 @@ def main(
     rank: int = 8,
     repeats: int = 7,
     adapters: str = "1,2,4,8,16",
+    interleaved: bool = False,
     out: Path = RESULTS / "generate_cpu.csv",
 ) -> None:
     """Time base, ours and PEFT in turn, REPEATS times, and report medians and ratios."""
     rows = []
     for label, targets in TARGETS.items():
         for count in [int(value) for value in adapters.split(",")]:
-            rows.append(measure(label, targets, count, batch, prompt, new_tokens, rank, repeats))
+            names = [f"adapter{index % count if interleaved else index * count // batch}" for index in range(batch)]
+            rows.append(measure(label, targets, names, prompt, new_tokens, rank, repeats))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -88,13 +92,14 @@ def main(
 
 
 def measure(
-    label: str, targets: list[str], count: int, batch: int, prompt: int, new_tokens: int, rank: int, repeats: int
+    label: str, targets: list[str], names: list[str], prompt: int, new_tokens: int, rank: int, repeats: int
 ) -> dict[str, object]:
+    count, batch = len({*names}), len(names)
     base_model, model = build(count, rank, targets)
     torch.manual_seed(1)
     inputs = {"input_ids": torch.randint(1, 32000, (batch, prompt)), "attention_mask": torch.ones(batch, prompt)}
     options = {"max_new_tokens": new_tokens, "do_sample": False}
-    names = [f"adapter{index * count // batch}" for index in range(batch)]
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def peft_mixed() -> torch.Tensor:
         return model.generate(**inputs, **options, adapter_names=names)
@@ -106,12 +111,12 @@ def measure(
         return base_model.generate(**inputs, **options)
 
     def one_adapter_at_a_time() -> torch.Tensor:
-        parts = []
+        parts: dict[int, torch.Tensor] = {}
         for name in dict.fromkeys(names):
             mine = [row for row, own in enumerate(names) if own == name]
             model.set_adapter(name)
-            parts.append(model.generate(**{key: value[mine] for key, value in inputs.items()}, **options))
-        return torch.cat(parts)
+            parts |= zip(mine, model.generate(**{key: value[mine] for key, value in inputs.items()}, **options))
+        return torch.stack([parts[row] for row in range(batch)])
 
     def enabled(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
@@ -132,9 +137,9 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in track(range(repeats), description=f"{label}, {count} adapters", console=console):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     median = {name: statistics.median(values) for name, values in times.items()}
 
     def ratio(a: str, b: str) -> float:
@@ -147,6 +152,7 @@ def measure(
         "ours_per_base": round(ratio("ours", "base"), 3),
         "peft_per_base": round(ratio("peft", "base"), 3),
         "peft_per_ours": round(ratio("peft", "ours"), 3),
+        "interleaved": names != sorted(names, key=names.index),
         "repeats": repeats, "threads": torch.get_num_threads(), "machine": platform.machine(),
         "torch": torch.__version__, "peft": peft.__version__, "commit": commit,
         "transformers": transformers.__version__,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.dropout import Draws
 from peft_multibatch.calls.origin import Origin
+from peft_multibatch.calls.stacks import Stacks
 from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.plan.ids import Entry
 
@@ -78,6 +79,7 @@ class Call:
         dora_scales: what DoRA multiplies outputs with, for each bank.
         draws: which masks its adapters' dropouts have.
         workspaces: memory for intermediate results, for each device and stream.
+        stacks: copies of weights for the steps of ``generate`` on a CPU.
         rows: rows of the model's last forward inside ``generate``.
         invocations: where aLoRA adapters begin; None where no adapter in use is one.
         prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
@@ -107,6 +109,7 @@ class Call:
         self.dora_scales: dict[Bank, list[Tensor | None]] = {}
         self.draws = Draws()
         self.workspaces: dict[tuple, Tensor] = {}
+        self.stacks = Stacks() if expands else None
         self.rows: int | None = None
         self.invocations: Invocations | None = None
         self.prompts: Tensor | None = None

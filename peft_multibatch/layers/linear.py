@@ -8,21 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_multibatch import ops, streams
 from peft_multibatch.adapters import shards
-from peft_multibatch.adapters.views import unpatched
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.take_plan import take_plan
 from peft_multibatch.compat import ALORA_OFFSETS, LoraLayer
 from peft_multibatch.errors import RowMappingError, UnsupportedError
+from peft_multibatch.layers.base import base_output, frozen_bases
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
 from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
 from peft_multibatch.ops.gradients import Wanted, add_with_gradients
+from peft_multibatch.ops.torch_frozen import choose_product, linear_with_gradients
 from peft_multibatch.ops.torch_gradients import TorchProduct
 
 
@@ -133,8 +133,12 @@ def _run(
 ) -> list[Tensor]:
     """What each of a bank's layers gives."""
     if not bank.is_split:
+        if torch.is_grad_enabled() and not (args or kwargs) and isinstance(call, Call) and x.is_cpu:
+            ys = _run_frozen(call, plan, router, bank, x)
+            if ys is not None:
+                return ys
         return _add_deltas(
-            call, plan, router, bank, [_base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
+            call, plan, router, bank, [base_output(layer, x, *args, **kwargs) for layer in bank.layers], x
         )
     if isinstance(call, Graph):
         raise UnsupportedError(
@@ -144,7 +148,7 @@ def _run(
     if torch.is_grad_enabled():
         shards.check_gradients(bank.layers, x)
     splits = list(zip(bank.layers, bank.splits))
-    bases = [shards.base_output(layer, split, x) if split else _base_output(layer, x) for layer, split in splits]
+    bases = [shards.base_output(layer, split, x) if split else base_output(layer, x) for layer, split in splits]
     # parts of sums stay in float32 until they are summed up, so that a delta is rounded once, as it is everywhere
     ys = [
         y.to(torch.promote_types(y.dtype, torch.float32)) if split and split.dim else y
@@ -155,19 +159,21 @@ def _run(
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
 
 
-def _base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer gives without adapters, in a tensor that nobody else holds."""
-    base = layer.base_layer
-    if "forward" in base.__dict__:
-        base = unpatched(base)
-    if "forward" in base.__dict__ or base._forward_hooks:
-        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
-        return base(x, *args, **kwargs).clone()
-    hooked = base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    if type(base) is not nn.Linear or hooked or args or kwargs or nn.modules.module._has_any_global_hook():
-        return base(x, *args, **kwargs)
-    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
-    return F.linear(x, parameters["weight"], parameters["bias"])
+def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
+    """The same on a CPU, as one node of autograd's graph, or None where base layers have to run by themselves."""
+    if router.kernels is not None or router.is_gathered or torch.is_autocast_enabled("cpu"):
+        return None
+    trained, bases = plan.trained(bank), frozen_bases(bank.layers, x.dtype)
+    if bases is None:
+        return None
+    wanted = Wanted(x.requires_grad, tuple(parameter.requires_grad for parameter in trained.parameters))
+    if not trained.parameters or not (wanted.x or any(wanted.weights)):
+        return None
+    call.num_rows(x.shape)
+    dropouts = plan.dropouts(bank)
+    masks = dropouts.masks(call.draws) if dropouts is not None and dropouts.drop() else {}
+    ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x, masks), trained, bases, x)
+    return _scale(call, plan, bank, ys) if plan.has_dora(bank) else ys
 
 
 def _add_deltas(
@@ -230,6 +236,11 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         ys = [y.contiguous() for y in ys]
         outputs, rows = [y.view(-1, y.shape[-1]) for y in ys], x.reshape(-1, x.shape[-1])
         slices = outputs if len(outputs) == len(bank.widths) else outputs[0].split(bank.widths, dim=-1)
+        stacks = call.stacks.take(bank, plan, len(rows)) if call.stacks is not None and x.is_cpu else []
+        if stacks and {x.dtype} == {*(y.dtype for y in ys), *(stack.dtype for stack in stacks)}:
+            for stack in stacks:
+                stack.add_(slices, rows)
+            return ys
         with _without_autocast(x.device.type):
             for segments in plan.components:
                 ops.torch_backend.apply_(slices, rows, segments, plan.weights(bank))

@@ -7,7 +7,7 @@ Forward keeps ``x``, which the base layers keep as well, and ``h = x @ A.T``, a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -164,7 +164,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: Product, slices: list[int], num_ys: int, x: Tensor, *tensors: Tensor) -> Any:
         ys, parameters = tensors[:num_ys], tensors[num_ys:]
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             outputs, h = product.forward(ys, x)
         # parameters are read where they are: autograd has to notice where somebody writes them before backward
         ctx.save_for_backward(*([x] if product.wanted.any_a else []), *h, *parameters)
@@ -176,18 +176,32 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:
         tensors, product = list(ctx.saved_tensors), ctx.product
         x = tensors.pop(0) if product.wanted.any_a else None
-        given = [grad for grad in grad_ys if grad is not None]
-        grad_x: Tensor | None = None
-        grads: list[Tensor | None] = [None] * len(product.wanted.weights)
-        if given:
-            with torch.no_grad(), _without_autocast(given[0].device.type):
-                grad_x, grads = product.backward(grad_ys, x, tensors[: ctx.num_h])
-        if len(given) < len(grad_ys):
-            grads = [None if grad_ys[ctx.slices[index // 2]] is None else grad for index, grad in enumerate(grads)]
-        if torch.is_grad_enabled() and any(grad.requires_grad for grad in given):
-            source = next(grad for grad in given if grad.requires_grad)
-            grad_x, *grads = (each if each is None else _Last.apply(each, source) for each in (grad_x, *grads))
+        grad_x, grads = gradients_of(ctx, grad_ys, lambda: product.backward(grad_ys, x, tensors[: ctx.num_h]))
         return None, None, None, grad_x, *grad_ys, *grads
+
+
+def gradients_of(
+    ctx: Any, grad_ys: Sequence[Tensor | None], run: Callable[[], tuple[Tensor | None, list[Tensor | None]]]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """What a node's backward returns of its input and parameters.
+
+    Args:
+        ctx: the node, which knows its ``product`` and the slice of each pair of parameters, ``slices``.
+        grad_ys: of its outputs; None where nobody used one.
+        run: makes the gradients.
+    """
+    given = [grad for grad in grad_ys if grad is not None]
+    grad_x: Tensor | None = None
+    grads: list[Tensor | None] = [None] * len(ctx.product.wanted.weights)
+    if given:
+        with torch.no_grad(), without_autocast(given[0].device.type):
+            grad_x, grads = run()
+    if len(given) < len(grad_ys):
+        grads = [None if grad_ys[ctx.slices[index // 2]] is None else grad for index, grad in enumerate(grads)]
+    if torch.is_grad_enabled() and any(grad.requires_grad for grad in given):
+        source = next(grad for grad in given if grad.requires_grad)
+        grad_x, *grads = (each if each is None else _Last.apply(each, source) for each in (grad_x, *grads))
+    return grad_x, grads
 
 
 class _Last(torch.autograd.Function):
@@ -205,5 +219,6 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A block in which tensors keep their dtypes."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -1,7 +1,8 @@
 """``shrink`` and ``expand`` with torch's own matrix products, a pair per segment and slice: every device, every dtype.
 
-On a CPU this is the fast path. A decode step there is bound by reading weights and by the number of calls, so nothing
-is gathered, padded or copied: every product reads an adapter's weights where PEFT keeps them.
+On a CPU this is the fast path. Every product reads an adapter's weights where PEFT keeps them, and rows where they
+are; where ids are interleaved and samples have few rows, these are gathered once for all slices. The steps of
+``generate`` have a faster one, see ``torch_stacks``.
 
 Products accumulate in float32 (float64 for float64 weights) and a row's delta is rounded once, when it is added.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from peft_multibatch.adapters.tables import SlotWeights
+from peft_multibatch.adapters.tables import Projection, SlotWeights
 from peft_multibatch.ops.reference import max_rank
 from peft_multibatch.plan.segments import BASE, Segments
 
@@ -32,22 +33,35 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
         segments: the call's plan; ``T`` is a multiple of its entries.
         weights: for each slot of the plan its adapter's weights; a slot may be absent.
     """
-    for (slot, rows), weight in zip(segments.rows(len(x), x.device), segments.scales):
-        slices = weights.get(slot)
-        if slices is None:
+    blocks, order, inverse = segments.blocks(len(x), x.device)
+    if order is not None:
+        x = x.index_select(0, order)
+    used = [(rows, x[rows], slices, scale) for slot, rows, scale in blocks if (slices := weights.get(slot))]
+    for i, y in enumerate(ys):
+        own = [(rows, part, found, scale) for rows, part, slices, scale in used if (found := slices[i]) is not None]
+        if not own:
             continue
-        x_rows = x[rows]
-        for y, projection in zip(ys, slices):
-            if projection is None:
-                continue
-            a, b, scaling = projection[0], projection[1], projection[2] * weight
-            acc = accumulator(x, a)
-            if x_rows.dtype == a.dtype == y.dtype == acc and isinstance(rows, slice):
-                y[rows].addmm_(torch.mm(x_rows, a), b, alpha=scaling)
-            else:
-                # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
-                h = torch.mm(x_rows.to(a.dtype).to(acc), a.to(acc))
-                y[rows] = (y[rows] + torch.mm(h, b.to(acc)) * scaling).to(y.dtype)
+        acc = accumulator(x, *(a for _, _, (a, _, _), _ in own))
+        if order is None or inverse is None:
+            _add_products_(y, own, acc)
+        else:
+            delta = torch.zeros(y.shape, dtype=acc, device=y.device)
+            _add_products_(delta, own, acc)
+            delta = delta.index_select(0, inverse)
+            y.add_(delta) if y.dtype == acc else y.copy_(y + delta)
+
+
+def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Projection, float]], acc: torch.dtype) -> None:
+    """Add to rows of one slice what these of ``x`` give."""
+    is_plain = y.dtype == acc
+    for rows, x, (a, b, scaling), scale in own:
+        y_rows = y[rows]
+        if is_plain and x.dtype == a.dtype == acc:
+            y_rows.addmm_(torch.mm(x, a), b, alpha=scaling * scale)
+        else:
+            # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
+            h = torch.mm(x.to(a.dtype).to(acc), a.to(acc))
+            y_rows.copy_(y_rows + torch.mm(h, b.to(acc)) * (scaling * scale))
 
 
 def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:

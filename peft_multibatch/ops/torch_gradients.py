@@ -55,8 +55,12 @@ class TorchProduct:
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """As in ``gradients.Product``; an ``h`` for each segment and slice."""
-        self._shape, self._dtype = x.shape, x.dtype
         outputs = [y.clone(memory_format=torch.contiguous_format) for y in ys]
+        return outputs, self.add_(outputs, x)
+
+    def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """As in ``torch_frozen.InPlaceProduct``."""
+        self._shape, self._dtype = x.shape, x.dtype
         flat, x_flat = [y.view(-1, y.shape[-1]) for y in outputs], x.reshape(-1, x.shape[-1])
         kept, drops = [], self._dropped(x.device)
         for slot, rows, shares in self._segments(x.device):
@@ -74,18 +78,21 @@ class TorchProduct:
                     y[rows].addmm_(h, b.t().to(acc), alpha=scaling)
                 else:
                     y[rows] = (y[rows] + torch.mm(h, b.t().to(acc)) * scaling).to(y.dtype)
-        return outputs, kept
+        return kept
 
     def backward(
-        self, grad_ys: Sequence[Tensor | None], x: Tensor | None, h: Sequence[Tensor]
+        self,
+        grad_ys: Sequence[Tensor | None],
+        x: Tensor | None,
+        h: Sequence[Tensor],
+        grad_x: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """As in ``gradients.Product``."""
+        """As in ``torch_frozen.InPlaceProduct``."""
         given = [grad if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grad_ys]
         device = next(grad.device for grad in given if grad is not None)
         parameters, waiting = self._weights.parameters, iter(h)
         sums: list[Tensor | None] = [None] * len(parameters)
-        grad_x = None
-        if self.wanted.x:
+        if self.wanted.x and grad_x is None:
             acc = accumulator(torch.empty(0, dtype=self._dtype, device=device), *parameters)
             grad_x = torch.zeros(self._shape, dtype=acc, device=device)
         x_flat, grad_x_flat = (each if each is None else each.reshape(-1, self._shape[-1]) for each in (x, grad_x))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,25 @@ MOST_SHAPES = 16
 CUT = 16
 """Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. In a packed batch all
 tokens of an adapter are one segment, and launches that read there can't know it: every piece has a program."""
+
+
+RUN = 16
+"""Rows of an entry from which on, on a CPU, a product for each run of equal entries costs less than putting rows in
+adapter order."""
+
+
+class Blocks(NamedTuple):
+    """Rows as products take them that know of no permutation.
+
+    Attributes:
+        blocks: (slot, rows, weight) of rows side by side that have one adapter.
+        order: int64 ``[T]``. The row at each position of the blocks; None where they stand in the order of the rows.
+        inverse: int64 ``[T]``. The position of each row, likewise.
+    """
+
+    blocks: list[tuple[int, slice, float]]
+    order: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +202,53 @@ class Segments:
             self._rows[key] = found
         return found
 
+    def blocks(self, num_rows: int, device: torch.device) -> Blocks:
+        """The same for products that read rows side by side only. The result is kept as well.
+
+        Interleaved entries of many rows are not reordered: every run of equal ones is a block of its own, so that an
+        adapter has several.
+
+        Args:
+            num_rows: as in ``rows``.
+            device: as in ``rows``.
+
+        Raises:
+            RowMappingError: as in ``rows``.
+        """
+        key = num_rows, device, streams.note(device)
+        found = self._blocks.get(key)
+        if found is None:
+            if len(self._blocks) >= MOST_SHAPES:
+                self._blocks.clear()
+            found = self._blocks[key] = self._find_blocks(num_rows, device)
+        return found
+
+    def _find_blocks(self, num_rows: int, device: torch.device) -> Blocks:
+        if self.permutation is None:
+            found = zip(self.rows(num_rows, device), self.scales)
+            return Blocks([(slot, rows, scale) for (slot, rows), scale in found if isinstance(rows, slice)])
+        per_entry = self.rows_per_entry(num_rows)
+        if per_entry < RUN:
+            with torch.inference_mode(False):  # kept for other calls, which may want gradients
+                order = self._rows_at(0, self.num_entries, per_entry, device)
+                assert isinstance(order, Tensor)
+                blocks = [
+                    (slot, slice(start * per_entry, stop * per_entry), scale)
+                    for (slot, start, stop), scale in zip(self.spans, self.scales)
+                ]
+                return Blocks(blocks, order, order.argsort())
+        of_entry = torch.empty_like(self.permutation)
+        numbers = torch.arange(self.num_segments, dtype=torch.int32, device="cpu")
+        of_entry[self.permutation.long()] = numbers.repeat_interleave(self.seg_lens)
+        runs, lens = torch.unique_consecutive(of_entry, return_counts=True)
+        ends = (lens.cumsum(0) * per_entry).tolist()
+        return Blocks(
+            [
+                (self.spans[number][0], slice(start, stop), self.scales[number])
+                for number, start, stop in zip(runs.tolist(), [0, *ends], ends)
+            ]
+        )
+
     def rows_per_entry(self, num_rows: int, layer: object = "a layer") -> int:
         """Rows of every entry in a tensor of this many rows.
 
@@ -203,6 +270,10 @@ class Segments:
 
     @cached_property
     def _rows(self) -> dict[tuple[int, torch.device, int], list[tuple[int, slice | Tensor]]]:
+        return {}
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, torch.device, int], Blocks]:
         return {}
 
     def _rows_at(self, start: int, stop: int, per_entry: int, device: torch.device) -> slice | Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from plans import both_paths
 
 from peft_multibatch import RowMappingError, SegmentBuffer, Segments
+from peft_multibatch.plan.segments import RUN
 
 
 CPU = torch.device("cpu")
@@ -80,6 +81,23 @@ def test_rows_of_a_sample_stay_with_its_adapter(make, slots, per_entry):
         assert found[rows].eq(-9).all()  # no row twice
         found[rows] = slot
     assert found.tolist() == [slot for slot in slots for _ in range(per_entry)]
+
+
+@given(slots=IDS, per_entry=st.sampled_from([0, 1, RUN - 1, RUN, RUN + 1]))
+def test_blocks_are_the_rows_of_their_adapters(slots, per_entry):
+    plan = Segments.from_ids(slots, weights=[0.5 if slot % 2 else 1.0 for slot in slots])
+    found = torch.full((len(slots) * per_entry,), -9)
+    blocks, order, inverse = plan.blocks(len(found), CPU)
+    for slot, rows, weight in blocks:
+        assert weight == (0.5 if slot % 2 else 1.0)
+        assert found[rows].eq(-9).all()
+        found[rows] = slot
+    if order is not None:
+        assert per_entry < RUN and plan.permutation is not None
+        assert torch.equal(found[inverse][order], found)
+        found = found[inverse]
+    assert found.tolist() == [slot for slot in slots for _ in range(per_entry)]
+    assert plan.blocks(len(found), CPU) is plan.blocks(len(found), CPU)
 
 
 @given(slots=IDS, most=st.integers(1, 9))

@@ -1,0 +1,57 @@
+"""Base layers, without adapters, as products run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_multibatch.adapters.views import unpatched
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.compat import LoraLayer
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether calling a base layer comes to ``F.linear`` and nothing else."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    is_own = type(base) is nn.Linear and "forward" not in base.__dict__
+    return is_own and not hooked and not nn.modules.module._has_any_global_hook()
+
+
+def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What the layer gives without adapters, in a tensor that nobody else holds."""
+    base = layer.base_layer
+    if "forward" in base.__dict__:
+        base = unpatched(base)
+    if "forward" in base.__dict__ or base._forward_hooks:
+        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
+        return base(x, *args, **kwargs).clone()
+    if args or kwargs or not is_plain(base):
+        return base(x, *args, **kwargs)
+    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
+    return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def frozen_bases(layers: Iterable[LoraLayer], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Weight and bias of each layer's base layer, or None where one trains, or isn't plain.
+
+    Args:
+        layers: the layers.
+        dtype: of their input, which the weights have to have as well, and in which products are summed.
+    """
+    found = []
+    for layer in layers:
+        base = layer.base_layer
+        if dtype not in (torch.float32, torch.float64) or not is_plain(base):
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        for each in (weight, bias):
+            if each is not None and (each.requires_grad or each.dtype != dtype or type(each) is not nn.Parameter):
+                return None
+        found.append((weight, bias))
+    return found

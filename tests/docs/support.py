@@ -1,9 +1,9 @@
 """Runs every case of docs/support.md against PEFT, one adapter at a time, and writes what happened.
 
-    python docs/support.py            # docs/support.md
-    python docs/support.py --check    # fails where docs/support.md says something else
+    python tests/docs/support.py            # writes the page
+    python tests/docs/support.py --check    # fails where the page says something else
 
-tests/docs/test_support.py runs it with --check, so the page can't say what isn't so.
+test_support.py runs it with --check, so the page can't say what isn't so.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 
-HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent / "tests"
-sys.path[:0] = [str(path) for path in (HERE.parent, TESTS, TESTS / "adapters", TESTS / "layers")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS, TESTS / "adapters", TESTS / "layers")]
 
 import peft  # noqa: E402
 import test_quantized  # noqa: E402
@@ -36,7 +35,7 @@ from peft_multibatch.adapters.checks import TUNERS  # noqa: E402
 
 NAMES = ["one", "two", "__base__", "two", "one"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-PAGE = HERE / "support.md"
+PAGE = TESTS.parent / "docs" / "support.md"
 Case = tuple[Any, Callable[[Any, dict], torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -146,6 +145,13 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     },
 }  # fmt: skip
 
+COLUMN = {
+    "Layers": "Layer",
+    "Variants and options of LoRA": "Variant or option",
+    "Other tuners": "Tuner",
+    "Quantized base models": "Quantization",
+}
+
 PEFT_SUITES = """
 ## Versions
 
@@ -209,7 +215,7 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one adapter",
+        "Written by `tests/docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one adapter",
         f"at a time, in float32; here with peft {peft.__version__} and transformers {transformers.__version__}.",
         "*Fast* is one product for the whole batch; *per segment* is PEFT's own module, once for every adapter in",
         "the batch: right, and slower; *refused* raises an error that says why. `examples/` has scripts for",
@@ -218,7 +224,7 @@ def page() -> str:
     written = {line.split(" | ")[0]: line for line in PAGE.read_text().splitlines()}
     for section, cases in CASES.items():
         note = [NOTES[section], ""] if section in NOTES else []
-        lines += ["", f"## {section}", "", *note, "| | how it runs | |", "|---|---|---|"]
+        lines += ["", f"## {section}", "", *note, f"| {COLUMN[section]} | How it runs | Why |", "|---|---|---|"]
         for name, case in cases.items():
             try:
                 how, why = run(case)

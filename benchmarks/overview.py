@@ -60,7 +60,7 @@ def times() -> dict[str, float]:
 
 def draw(path: Path, is_narrow: bool = False) -> None:
     """Write the chart; a narrow one, for phones, has its halves one below the other."""
-    plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold"})
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 10 if is_narrow else 12, "axes.titleweight": "bold"})
     rows, columns, size = (2, 1, (5.6, 8.4)) if is_narrow else (1, 2, (12, 4.4))
     figure, (left, right) = plt.subplots(rows, columns, figsize=size, layout="constrained")
     for index, (way, points) in enumerate(throughput().items()):
@@ -69,7 +69,7 @@ def draw(path: Path, is_narrow: bool = False) -> None:
         bars = left.bar(places, list(points.values()), 0.38, color=colour, label=label)
         left.bar_label(bars, [f"{value:,.0f}" for value in points.values()], padding=2)
     left.set_xticks(range(len(points)), [f"{n} adapters" if n else "base model alone" for n in points])
-    left.set_title("Serving 256 requests: new tokens per second\n(more is better)")
+    left.set_title("Serving 256 requests:\nnew tokens per second (more is better)")
     left.set_ylim(0, 6800)
     left.legend(frameon=False, loc="upper right")
 
@@ -79,7 +79,7 @@ def draw(path: Path, is_narrow: bool = False) -> None:
         [WAYS[way][0] for way in names], [found[way] for way in names], color=[WAYS[way][1] for way in names]
     )
     right.bar_label(bars, [f"{found[way]:.1f} ×" for way in names], padding=4)
-    right.set_title("One batch of 32 prompts, each with its own adapter:\ntime of generate (less is better)")
+    right.set_title("32 prompts in one batch, each with its own adapter:\ntime of generate (less is better)")
     right.set_xlim(0, 1.18 * max(found.values()))
     right.set_xlabel("multiples of the base model's time")
     for axis in (left, right):

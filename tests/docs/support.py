@@ -215,8 +215,9 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `tests/docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one adapter",
-        f"at a time, in float32; here with peft {peft.__version__} and transformers {transformers.__version__}.",
+        "Written by `tests/docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one",
+        "adapter at a time, in float32; here with "
+        f"peft {peft.__version__} and transformers {transformers.__version__}.",
         "*Fast* is one product for the whole batch; *per segment* is PEFT's own module, once for every adapter in",
         "the batch: right, and slower; *refused* raises an error that says why. `examples/` has scripts for",
         "classifiers, images, encoder-decoders and experts.",

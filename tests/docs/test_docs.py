@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,11 +92,56 @@ def test_sizes_of_adapters(name):
     assert cells == [*(f"{size / 1e6:.1f} MB" for size in sizes), str(int(8e9 // sizes[-1]))]
 
 
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
+
+
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_readme_works_away_from_its_folder():
+    """PyPI shows it, where relative links lead nowhere; those to this repository name files that are here."""
+    markdown = pytest.importorskip("markdown", reason="needs mkdocs")
+    page = markdown.markdown((ROOT / "README.md").read_text(), extensions=["tables", "fenced_code"])
+    assert "][" not in page and "]:" not in page
+    targets = re.findall(r'(?:href|src)="(.*?)"', page)
+    assert all(target.startswith("https://") for target in targets)
+    raw = REPOSITORY.replace("https://github.com", "https://raw.githubusercontent.com")
+    own = [target for target in targets if target.startswith((REPOSITORY, raw))]
+    assert len(own) > 10
+    for target in own:
+        path = target.removeprefix(f"{REPOSITORY}/blob/main/").removeprefix(f"{raw}/main/")
+        assert (ROOT / path).is_file(), target
+
+
+def test_addresses_agree():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert f"repo_url: {REPOSITORY}\n" in settings and f"site_url: {urls['Documentation']}\n" in settings
+    assert urls["Documentation"] in (ROOT / "README.md").read_text()
+
+
+def test_figures_beside_vllm_are_those_of_the_csv():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import overview
+    finally:
+        sys.path.pop(0)
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for layers in (32, 8):
+        ours, theirs = overview.throughput(layers).values()
+        assert list(ours) == list(theirs) == [0, 8, 32]
+        for adapters, rate in ours.items():
+            other = theirs[adapters]
+            assert f"| {layers} | {adapters or 'none'} | {rate:.0f} | {other:.0f} | {rate / other:.2f} |" in page
+    times = overview.times()
+    assert set(times) == set(overview.WAYS)
+    ours, mixed, alone = (times[way] for way in ("peft_multibatch", "PEFT adapter_names", "PEFT, one at a time"))
+    said = f"{ours:.1f} times as long as the base model, and {mixed:.0f} to {alone:.0f} times with PEFT"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_pages_name_no_file_that_is_not_there():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert ":" in target or (page.parent / target).exists(), f"{page}: {target}"

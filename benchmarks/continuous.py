@@ -108,6 +108,7 @@ def plot(records: list[dict], path: Path) -> None:
         rows = [record for record in records if record["way"] == way]
         axis.plot([row["adapters"] for row in rows], [row["tokens_per_s"] for row in rows], marker="o", label=way)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("adapters among the requests")
     axis.set_ylabel("new tokens per second")

@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MEASURES = ("decode_ms", "generate32_s", "prefill512_ms")
+TITLES = dict(zip(MEASURES, ("a decode step", "generate, 32 tokens", "prefill, 512 tokens")))
 BASE, OURS, FUSED = "base", "peft_multibatch", "peft_multibatch fuse='weights'"
 ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a time"
 console = Console(width=150)
@@ -194,19 +195,26 @@ def memory(base, model, prompt: torch.Tensor, names: list[str]) -> dict[str, flo
 
 
 def plot(records: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 4))
+    """Multiples of the base model's time, of the compiled base's for compiled ways."""
+    shown = [record for record in records if not record["way"].startswith(BASE)]
+    labels = [f"{record['way']}; {record['batch']} prompts, adapters: {record['adapters']}" for record in shown]
+    size = (8.4, 0.24 * len(shown) + 1.2)
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, layout="constrained")
     for axis, measure in zip(axes, MEASURES):
-        shown = [record for record in records if record.get(measure) and record["way"] != BASE]
-        labels = [f"{record['batch']}:{record['adapters']} {record['way']}" for record in shown]
-        values = [record[f"{measure} × base"] for record in shown]
-        axis.barh(labels, values, color=["tab:orange" if OURS in label else "tab:gray" for label in labels])
+        values = [float(record.get(f"{measure} × base") or 0) for record in shown]
+        bars = axis.barh(
+            range(len(shown)), values, color=["tab:orange" if OURS in label else "tab:gray" for label in labels]
+        )
+        axis.bar_label(bars, [f"{value:.1f} ×" if value else "" for value in values], padding=2, fontsize=7)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_xlabel(f"{measure.rpartition('_')[0]}: multiples of the base model")
-        axis.invert_yaxis()
-        axis.tick_params(axis="y", labelsize=7)
-    figure.suptitle("batch:adapters, Llama-8B-shaped, 8 of 32 layers, one GPU; compiled against the compiled base")
-    figure.tight_layout()
+        axis.set_xlim(0.9, 9 * max(values))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_title(TITLES[measure], fontsize=9)
+    axes[0].set_yticks(range(len(shown)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.supxlabel("multiples of the base model's time", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

@@ -243,20 +243,32 @@ def best_of(
     return found[1]
 
 
+def words(point: str) -> str:
+    """``M32 L8 r16 4096→4096`` for those who don't know the letters."""
+    rows, adapters, rank, shape = point.split(" ")
+    plural = "" if adapters == "L1" else "s"
+    return f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]},\n{shape}"
+
+
 def plot(records: list[dict], path: Path) -> None:
     """Bars for the floor, this version and the aim of every point."""
-    figure, axis = plt.subplots(figsize=(9, 0.45 * len(records) + 1))
+    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(records) + 1))
     series = {"bytes floor": "floor_us", "peft_multibatch": "p50_us", "aim": "target_us"}
     for index, (label, key) in enumerate(series.items()):
+        if not any(float(record[key] or 0) for record in records):
+            continue
         places = [row + 0.27 * (index - 1) for row in range(len(records))]
         axis.barh(places, [float(record[key] or 0) for record in records], height=0.27, label=label)
-    axis.set_yticks(range(len(records)), [record["point"] for record in records], fontsize=7)
+    axis.set_yticks(range(len(records)), [words(record["point"]) for record in records], fontsize=8)
     axis.invert_yaxis()
+    axis.set_ylim(len(records) - 0.4, -0.6)
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel(
-        f"µs, shrink and expand, weights cold in cache; {records[0]['gpu']}, commit {records[0]['commit']}"
+        f"microseconds, shrink and expand, weights cold in cache\n{records[0]['gpu']}, commit {records[0]['commit']}"
     )
-    axis.legend()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -215,8 +215,9 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "`docs/support.py` generates this page: it runs every case in a mixed batch and compares it with PEFT, one adapter",
-        f"at a time, in float32, here with peft {peft.__version__} and transformers {transformers.__version__}.",
+        "`docs/support.py` generates this page: it runs every case in a mixed batch and compares it with PEFT, one",
+        "adapter at a time, in float32. The versions here are",
+        f"peft {peft.__version__} and transformers {transformers.__version__}.",
         "*Fast* means one product for the whole batch. *Per segment* means PEFT's own module, run once for each",
         "adapter in the batch: correct, but slower. *Refused* raises an error that says why. `examples/` has scripts",
         "for classifiers, images, encoder-decoders and experts.",

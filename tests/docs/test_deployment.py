@@ -51,7 +51,7 @@ def check_command(words, options):
 
 def test_the_unit_is_one_that_systemd_takes(page, options, tmp_path):
     (unit,) = re.findall(r"```ini\n(.*?)```", page, re.DOTALL)
-    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+    settings = dict(line.split("=", 1) for line in unit.replace("\\\n", "").splitlines() if "=" in line)
     program, *words = shlex.split(settings["ExecStart"])
     assert Path(program).name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     check_command(words, options)

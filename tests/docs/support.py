@@ -1,9 +1,9 @@
 """Runs every case in docs/support.md, compares it with PEFT one adapter at a time, and writes the page.
 
-    python docs/support.py            # writes docs/support.md
-    python docs/support.py --check    # fails if docs/support.md is out of date
+    python tests/docs/support.py            # writes the page
+    python tests/docs/support.py --check    # fails if the page is out of date
 
-tests/docs/test_support.py runs it with --check, which keeps the page true.
+test_support.py runs it with --check, which keeps the page true.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 
-HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent / "tests"
-sys.path[:0] = [str(path) for path in (HERE.parent, TESTS, TESTS / "adapters", TESTS / "layers")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS, TESTS / "adapters", TESTS / "layers")]
 
 import peft  # noqa: E402
 import test_quantized  # noqa: E402
@@ -36,7 +35,7 @@ from peft_multibatch.adapters.checks import TUNERS  # noqa: E402
 
 NAMES = ["one", "two", "__base__", "two", "one"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-PAGE = HERE / "support.md"
+PAGE = TESTS.parent / "docs" / "support.md"
 Case = tuple[Any, Callable[[Any, dict], torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -215,8 +214,8 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "`docs/support.py` generates this page: it runs every case in a mixed batch and compares it with PEFT, one",
-        "adapter at a time, in float32. The versions here are",
+        "`tests/docs/support.py` generates this page: it runs every case in a mixed batch and compares it with PEFT,",
+        "one adapter at a time, in float32. The versions here are",
         f"peft {peft.__version__} and transformers {transformers.__version__}.",
         "*Fast* means one product for the whole batch. *Per segment* means PEFT's own module, run once for each",
         "adapter in the batch: correct, but slower. *Refused* raises an error that says why. `examples/` has scripts",

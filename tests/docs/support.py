@@ -1,9 +1,9 @@
-"""Runs every case of docs/support.md against PEFT, one adapter at a time, and writes what happened.
+"""Runs every case in docs/support.md, compares it with PEFT one adapter at a time, and writes the page.
 
     python tests/docs/support.py            # writes the page
-    python tests/docs/support.py --check    # fails where the page says something else
+    python tests/docs/support.py --check    # fails if the page is out of date
 
-test_support.py runs it with --check, so the page can't say what isn't so.
+test_support.py runs it with --check, which keeps the page true.
 """
 
 from __future__ import annotations
@@ -155,41 +155,40 @@ COLUMN = {
 PEFT_SUITES = """
 ## Versions
 
-CI runs all tests with the newest releases of torch, transformers, PEFT and Triton that install together, and a part
-of them with the oldest that are admitted. One thing can't be used with the newest: from transformers 5.24 on,
-`add_adapter`, `set_adapter`, `enable_adapters`, `disable_adapters` and `delete_adapter` of a transformers model ask
-for PEFT 0.22, which isn't released yet. `load_adapter` works, and so does everything on a `PeftModel`; CI runs these
-methods with older versions.
+CI runs all tests with the newest releases of torch, transformers, PEFT and Triton that install together, and some of
+them with the oldest supported versions. There is one gap with the newest: since transformers 5.24, `add_adapter`,
+`set_adapter`, `enable_adapters`, `disable_adapters` and `delete_adapter` of a transformers model require PEFT 0.22,
+which isn't released yet. `load_adapter` works, and so does everything on a `PeftModel`; CI tests these methods with
+older versions.
 
 ## PEFT's own tests
 
-`make test-peft` runs the tests of mixed batches that come with PEFT 0.21.2 through this package: decoders,
-encoder-decoders, experts as parameters, trainable tokens and custom models; nearly all compare rows with PEFT, one
-adapter at a time. Of the 84 that PEFT itself passes, 53 pass unchanged. 20 ask for a refusal, and what they want
-refused runs: DoRA, training mode and experts as parameters, whose rows the tests compare before they complain. The
-remaining 11 find the refusal that they ask for in other words. Each deviation is listed with its reason in
-`tests/peft_suites/deviations.py`, and any other way to fail, or to pass without a batch through this package,
-fails the run.
+`make test-peft` runs PEFT 0.21.2's own mixed-batch tests through this package: decoders, encoder-decoders, experts
+as parameters, trainable tokens and custom models. Nearly all of them compare rows with PEFT, one adapter at a time.
+Of the 84 that PEFT itself passes, 53 pass unchanged. 20 expect an error for something that works here (DoRA, training
+mode and experts as parameters); the rows are compared before the missing error is reported. The remaining 11 get the
+expected error with different wording. `tests/peft_suites/deviations.py` lists each deviation with its reason. Any
+other failure fails the run, and so does a test that passes without running a batch through this package.
 """
 
 
 NOTES = {
     "Variants and options of LoRA": """\
-PiSSA, OLoRA, LoftQ and LoRA-GA change the base weights when they are initialised. All rows see the changed ones, those
-of the base model alone and of other adapters included, as they do in PEFT. Convert such adapters to plain LoRA
-(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to keep the base model as it was.
+PiSSA, OLoRA, LoftQ and LoRA-GA change the base weights when they are initialised. As in PEFT, this affects all rows,
+including those of other adapters and of the base model alone. Convert such adapters to plain LoRA
+(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to leave the base model unchanged.
 
-Where the reason is the adapter's ("it is of the variant", "its lora_B has a bias"), it alone runs per segment, and
-plain adapters in the same batch stay in the fused product.""",
+If the reason is a property of the adapter ("it is of the variant", "its lora_B has a bias"), only that adapter runs
+per segment; plain adapters in the same batch stay in the fused product.""",
     "Quantized base models": """\
-The base layer runs once for the whole batch, however it keeps its weights. LLM.int8() looks for outliers in all rows,
-as it does without adapters, so that a row may be rounded otherwise than in a batch of its own. Rows of the table whose
-package isn't installed where the script runs stay as they were.""",
+The base layer runs once for the whole batch, however its weights are stored. LLM.int8() looks for outliers in all
+rows, as it does without adapters, so a row may be rounded differently than in a batch of its own. If a package isn't
+installed when the script runs, its row in this table is kept from the previous run.""",
 }
 
 
 def run(case: Callable[[], Case]) -> tuple[str, str]:
-    """How a case runs, and why not faster where that is so."""
+    """How a case runs, and the reason if it isn't the fast way."""
     try:
         model, call, inputs = case()
     except NotImplementedError as error:
@@ -215,12 +214,12 @@ def page() -> str:
     lines = [
         "# What is supported",
         "",
-        "Written by `tests/docs/support.py`, which runs every case in a mixed batch and compares it with PEFT, one",
-        "adapter at a time, in float32; here with "
+        "`tests/docs/support.py` generates this page: it runs every case in a mixed batch and compares it with PEFT,",
+        "one adapter at a time, in float32. The versions here are",
         f"peft {peft.__version__} and transformers {transformers.__version__}.",
-        "*Fast* is one product for the whole batch; *per segment* is PEFT's own module, once for every adapter in",
-        "the batch: right, and slower; *refused* raises an error that says why. `examples/` has scripts for",
-        "classifiers, images, encoder-decoders and experts.",
+        "*Fast* means one product for the whole batch. *Per segment* means PEFT's own module, run once for each",
+        "adapter in the batch: correct, but slower. *Refused* raises an error that says why. `examples/` has scripts",
+        "for classifiers, images, encoder-decoders and experts.",
     ]
     written = {line.split(" | ")[0]: line for line in PAGE.read_text().splitlines()}
     for section, cases in CASES.items():
@@ -241,5 +240,5 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     found = page()
     if "--check" in sys.argv:
-        sys.exit(0 if found == PAGE.read_text() else f"{PAGE} says something else than:\n{found}")
+        sys.exit(0 if found == PAGE.read_text() else f"{PAGE} is out of date, expected:\n{found}")
     PAGE.write_text(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -93,6 +94,50 @@ def test_sizes_of_adapters(name):
 
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
+
+
+def measured(name: str, **wanted: str) -> dict[str, str]:
+    """The one row of a CSV under benchmarks/results that has these values."""
+    with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    return row
+
+
+def cell(time: str, ratio: str, digits: int = 2) -> str:
+    return f"{float(time):.{digits}f} ({float(ratio):.2f} ×)"
+
+
+def benchmark_rows() -> list[list[str]]:
+    """What the table of docs/benchmarks.md has to say, by the committed measurements."""
+    rows = []
+    for adapters in ("0", "8", "32"):
+        ways = ("peft_multibatch", "vLLM")
+        ours, theirs = (measured("continuous_vllm.csv", way=way, layers="32", adapters=adapters) for way in ways)
+        rows.append([adapters if adapters != "0" else "none", "", ours["tokens_per_s"], "", theirs["tokens_per_s"]])
+    for adapters in ("1", "8", "32"):
+        ways = ["peft_multibatch"] + ["one adapter at a time"] * (adapters != "1")
+        base = measured("continuous.csv", way="base", adapters=adapters)
+        found = [measured("continuous.csv", way=way, adapters=adapters) for way in ways]
+        cells = [cell(row["tokens_per_s"], row["× base"], 0) for row in found]
+        rows.append([adapters, base["tokens_per_s"], *cells, *[""] * (3 - len(cells))])
+    for suffix in ("", ", compiled"):
+        for size in ("32", "64"):
+            same = {"batch": size, "adapters": size, "commit": "7097db7"}
+            base, ours = (measured("end_to_end.csv", way=way + suffix, **same) for way in ("base", "peft_multibatch"))
+            theirs = None if suffix else measured("end_to_end.csv", way="PEFT adapter_names", **same)
+            times = [row and cell(row["generate32_s"], row["generate32_s × base"]) for row in (ours, theirs)]
+            rows.append([size, f"{float(base['generate32_s']):.2f}", times[0], times[1] or "", ""])
+    for adapters in ("1", "4", "16"):
+        row = measured("generate_cpu.csv", targets="all", adapters=adapters)
+        ours, theirs = cell(row["ours_s"], row["ours_per_base"]), cell(row["peft_s"], row["peft_per_base"])
+        rows.append([adapters, f"{float(row['base_s']):.2f}", ours, theirs, ""])
+    return rows
+
+
+def test_the_benchmarks_are_those_measured():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines] == benchmark_rows()
 
 
 def test_the_readme_is_short():

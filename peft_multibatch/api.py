@@ -125,8 +125,8 @@ class Multibatch(Handle):
 
         Args:
             mixtures: most adapters that a request's mixture may have; CUDA graphs are captured for that many.
-            **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup``, ``block``,
-                ``timeout`` and, in newer versions, ``workload_hints``.
+            **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup``,
+                ``block``, ``timeout`` and, in newer versions, ``workload_hints``.
 
         Returns:
             A context manager that gives an ``AdapterBatchingManager``, whose ``add_request`` takes ``adapter_id``.

@@ -32,21 +32,13 @@ from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, h
 from peft_multibatch.continuous.steps import Steps
 from peft_multibatch.continuous.stored import StoredRequests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
-from peft_multibatch.plan.ids import (
-    BASE_NAME,
-    AdapterId,
-    AdapterIds,
-    Entry,
-    check_keywords,
-    check_requests,
-    ids_of,
-    resolve,
-)
+from peft_multibatch.plan.ids import BASE_NAME, Entry, check_keywords, check_requests, ids_of, resolve
 from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
     from peft_multibatch.model.handle import Handle
+    from peft_multibatch.plan.ids import AdapterId, AdapterIds
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):

@@ -86,7 +86,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         inputs = [integers_of("a prompt", prompt) for prompt in inputs]
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
-    generate_batch.__doc__ = doc_with_ids(function.__doc__, "prompt")
+    generate_batch.__doc__ = doc_with_ids(function, "prompt")
     generate_batch.__signature__ = _signature(function)  # type: ignore[attr-defined]
     return Replacement(module, "generate_batch", types.MethodType(generate_batch, module)).undo
 

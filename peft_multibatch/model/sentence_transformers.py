@@ -111,7 +111,7 @@ def _replace(model: nn.Module, method: str, function: Callable[..., Any]) -> Cal
     known = getattr(type(model), method)
     doc, signature = known.__doc__, inspect.signature(known)
     if method != "preprocess":
-        doc, signature = doc_with_ids(doc, "input"), with_ids(signature)
+        doc, signature = doc_with_ids(known, "input"), with_ids(signature)
     wrapper.__name__, wrapper.__doc__, wrapper.__signature__ = method, doc, signature  # type: ignore[attr-defined]
     return Replacement(model, attribute, types.MethodType(wrapper, model)).undo
 

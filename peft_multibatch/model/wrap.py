@@ -121,7 +121,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
             return _run(handle, own_call, original, args, kwargs, call.origin)
 
-    wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function.__doc__)
+    wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function)
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
     wrapper.__signature__ = with_ids(inspect.signature(function))  # type: ignore[attr-defined]
     bound = types.MethodType(wrapper, module)
@@ -148,15 +148,15 @@ def with_ids(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=[*parameters[:last], named, *parameters[last:]])
 
 
-@functools.cache
-def doc_with_ids(doc: str | None, each: str = "sample") -> str:
+def doc_with_ids(function: Callable[..., Any], each: str = "sample") -> str:
     """A method's docstring with a paragraph on ``adapter_ids``, which ``help`` and editors show.
 
     Args:
-        doc: the method's own.
+        function: the method.
         each: what has an id.
     """
-    return "\n\n".join([*([inspect.cleandoc(doc)] if doc else []), DESCRIPTION.format(each=each)])
+    doc = inspect.getdoc(function)
+    return "\n\n".join([*([doc] if doc else []), DESCRIPTION.format(each=each)])
 
 
 def _run(

@@ -122,7 +122,7 @@ class Layout:
         self.size = 0
         places: dict[tuple[str, str], tuple[int, torch.dtype]] = {}
         for tensor in tensors:
-            module, half = _parse(name, tensor.key)
+            module, half = parse_key(name, tensor.key)
             wanted = _dtype_for(covered[module], tensor, dtype)
             places[module, half] = self._place(tensor, wanted), wanted
         self.file_size = sum(each.numbers * each.from_dtype.itemsize for each in self.copies)
@@ -185,7 +185,7 @@ class Layout:
     def _halves(self, name: str, tensors: Sequence[StoredTensor]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for tensor in tensors:
-            module, half = _parse(name, tensor.key)
+            module, half = parse_key(name, tensor.key)
             if half in found.setdefault(module, {}):
                 raise AdapterMismatchError(
                     f"adapter {name!r} has lora_{half} of {module} twice: expected it once. Save it again."
@@ -217,7 +217,12 @@ class Layout:
         return start
 
 
-def _parse(name: str, key: str) -> tuple[str, str]:
+def parse_key(name: str, key: str) -> tuple[str, str]:
+    """The module and the half, ``"A"`` or ``"B"``, to which a tensor of an adapter's file belongs.
+
+    Raises:
+        AdapterUnsupportedError: it is no matrix of a linear layer.
+    """
     found = KEY.fullmatch(key)
     if found is None:
         raise AdapterUnsupportedError(

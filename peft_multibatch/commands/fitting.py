@@ -61,8 +61,9 @@ class Fitting:
 
     def _store(self, task: str) -> Any:
         if task not in self._stores:
+            model = self._model(task).requires_grad_(False)
             with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where stores look for layers
-                model = self._model(task).requires_grad_(False).to_empty(device="cpu")
+                model = model.to_empty(device="cpu")
             self._stores[task] = enable(model).adapter_store(
                 max_host_memory=MEMORY, max_device_memory=MEMORY, max_rank=LARGEST_RANK
             )

@@ -33,7 +33,7 @@ def plain(folder, **options):
 
 
 def other_kind(folder, architecture="llama", targets=("k_proj",)):
-    config = IA3Config(target_modules=list(targets), feedforward_modules=[])
+    config = IA3Config(target_modules=list(targets), feedforward_modules=[], fan_in_fan_out=architecture == "gpt2")
     get_peft_model(base_model(architecture), config).save_pretrained(str(folder))
     return folder
 
@@ -99,7 +99,7 @@ def test_kinds_that_a_store_does_not_take_are_shown_and_say_why(tmp_path, base):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda path: save(path, LoraConfig(r=4, target_modules=["c_attn"]), "gpt2"), "c_attn"),
+        (lambda path: save(path, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), "gpt2"), "c_attn"),
         (lambda path: other_kind(path, "gpt2", ["c_attn"]), "Target modules {'c_attn'} not found"),
         (lambda path: edit_config(plain(path), r=8), "of rank 8 by its configuration: expected"),
         (lambda path: edit_config(plain(path, use_dora=True), r=8), "of shape [4, 48]: expected [8, 48]"),

@@ -13,7 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from peft_multibatch.adapters.store.contents import Contents
 from peft_multibatch.api import enable
+from peft_multibatch.demo.model import gguf_path
 from peft_multibatch.errors import AdapterUnsupportedError, MultibatchError
+from peft_multibatch.serve.cli import DEMO
 
 
 LARGEST_RANK = 1 << 20
@@ -34,12 +36,16 @@ class Fitting:
     """One model, without weights, and whether adapters fit it.
 
     Args:
-        model: a folder, or a name on the hub.
+        model: a folder, a name on the hub, or ``"demo"``.
         may_download: whether its configuration may be fetched from the hub.
     """
 
     def __init__(self, model: str, may_download: bool = False) -> None:
-        self._config = AutoConfig.from_pretrained(model, local_files_only=not may_download, trust_remote_code=False)
+        options: dict[str, Any] = {"local_files_only": not may_download, "trust_remote_code": False}
+        if model == DEMO:
+            path = gguf_path()
+            model, options["gguf_file"] = str(path.parent), path.name
+        self._config = AutoConfig.from_pretrained(model, **options)
         self._stores: dict[str, Any] = {}  # by task
 
     def check(self, contents: Contents) -> tuple[str, str]:
@@ -101,10 +107,9 @@ class Fitting:
 
     def _model(self, task: str) -> PreTrainedModel:
         """The model, with parameters that have shapes and dtypes but no memory."""
-        names = self._config.architectures or []
-        own = getattr(transformers, names[0], None) if names else None
-        by_task = getattr(transformers, CLASSES.get(task, "AutoModelForCausalLM"))
+        names = [] if task in CLASSES else self._config.architectures or []
+        own: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        by_task: Any = getattr(transformers, CLASSES.get(task, "AutoModelForCausalLM"))
         with torch.device("meta"):
-            is_own = own is not None and task not in CLASSES
-            model = own._from_config(self._config) if is_own else by_task.from_config(self._config)
+            model = by_task.from_config(self._config) if own is None else own._from_config(self._config)
         return model.eval()

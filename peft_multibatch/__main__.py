@@ -1,4 +1,4 @@
-"""``peft-multibatch demo`` and ``peft-multibatch serve``, also as ``python -m peft_multibatch``."""
+"""The command line: ``peft-multibatch``, also as ``python -m peft_multibatch``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ def main() -> None:
         sys.exit(
             f"the command line needs {' and '.join(missing)}: install them with pip install 'peft-multibatch[demo]'"
         )
-    from peft_multibatch.demo.cli import app
-    from peft_multibatch.serve.cli import serve
+    from peft_multibatch.commands.app import app
 
-    app.command()(serve)
     app()
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_multibatch.adapters.checks import check_any_kind
+from peft_multibatch.adapters.store.layout import StoreDtype
 from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.compat import PeftMixedModel, PeftModel, check
-from peft_multibatch.continuous.generate_batch import Batching, with_requests
+from peft_multibatch.continuous.generate_batch import Batching, BatchingOptions, with_requests
 from peft_multibatch.errors import ModelStateError, UnsupportedError
+from peft_multibatch.layers.fusion import Fuse
 from peft_multibatch.layers.linear import linear
 from peft_multibatch.layers.patch import STATE
 from peft_multibatch.layers.per_segment import per_segment
@@ -24,15 +27,23 @@ from peft_multibatch.model.scan import inner_model
 from peft_multibatch.model.sentence_transformers import is_sentence_model, model_inside, with_samples
 from peft_multibatch.model.stored import device_of
 from peft_multibatch.model.verify import Verifier
-from peft_multibatch.plan.ids import ids_of, resolve
-from peft_multibatch.report import Verification
+from peft_multibatch.ops.backends import Backend
+from peft_multibatch.plan.ids import AdapterIds, ids_of, resolve
+from peft_multibatch.report import Verification, html_table
 
 
 if TYPE_CHECKING:
     from peft_multibatch.continuous.manager import AdapterBatchingManager
 
 
-def enable(model: nn.Module, backend: str = "auto", fuse: bool | str = True) -> Multibatch:
+SHOWN = 5
+"""Adapters that the handle's ``repr`` names at most."""
+
+SHOWN_ROWS = 20
+"""Adapters in the table that notebooks show of it."""
+
+
+def enable(model: nn.Module, backend: Backend = "auto", fuse: Fuse = True) -> Multibatch:
     """Let a model's ``forward`` and ``generate`` take ``adapter_ids``, one for every sample.
 
     Parameters keep their names, their values and their places in memory; calls without ids run as PEFT runs them.
@@ -107,12 +118,15 @@ class Multibatch(Handle):
             An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
     """
 
-    def continuous_batching(self, mixtures: int = 1, **options: Any) -> AbstractContextManager[AdapterBatchingManager]:
+    def continuous_batching(
+        self, mixtures: int = 1, **options: Unpack[BatchingOptions]
+    ) -> AbstractContextManager[AdapterBatchingManager]:
         """transformers' ``continuous_batching_context_manager`` with an adapter per request.
 
         Args:
             mixtures: most adapters that a request's mixture may have; CUDA graphs are captured for that many.
-            **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup`` and more.
+            **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup``,
+                ``block``, ``timeout`` and, in newer versions, ``workload_hints``.
 
         Returns:
             A context manager that gives an ``AdapterBatchingManager``, whose ``add_request`` takes ``adapter_id``.
@@ -134,7 +148,7 @@ class Multibatch(Handle):
         max_rank: int = 64,
         slots: int = 64,
         roots: Sequence[str | os.PathLike] | None = None,
-        dtype: torch.dtype | str | None = None,
+        dtype: StoreDtype = None,
         timeout: float = 60.0,
     ) -> AdapterStore:
         """Keep thousands of adapters in files, and in memory those that are in use.
@@ -194,7 +208,7 @@ class Multibatch(Handle):
         self._look(is_changed=True)
         return registry.store
 
-    def verify(self, adapter_ids: Any, tolerance: float | None = None, **inputs: Any) -> Verification:
+    def verify(self, adapter_ids: AdapterIds, tolerance: float | None = None, **inputs: Any) -> Verification:
         """Compare a mixed batch with PEFT, one adapter at a time, and look for layers whose rows aren't the samples'.
 
         For a model that this package doesn't know, or an adapter on unusual layers. It calls the model about twice as
@@ -239,6 +253,29 @@ class Multibatch(Handle):
         finally:
             self._router.is_tried = is_tried
         return found
+
+    def __repr__(self) -> str:
+        """What is known without a look at the model, so that it costs nothing and can't fail."""
+        known = self.__dict__
+        if not known.get("_is_enabled") or "_stored" not in known:
+            return "Multibatch(disabled)"
+        names = [*self._registry.names.ids]
+        more = f", … {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        listed = ", ".join(map(repr, names[:SHOWN]))
+        counts = f"backend={self._backend!r}, layers={len(self._layers)}"
+        return f"Multibatch({type(self._inner).__name__}, {counts}, adapters=[{listed}{more}])"
+
+    def _repr_html_(self) -> str:
+        if not self.__dict__.get("_is_enabled"):
+            return f"<p>{html.escape(repr(self))}</p>"
+        known = sorted(self._registry.names.by_id.items())
+        stored = self._registry.names.stored
+        rows = [(str(number), name, "store" if name in stored else "PEFT") for number, name in known[:SHOWN_ROWS]]
+        more = f"<p>… {len(known) - SHOWN_ROWS} more</p>" if len(known) > SHOWN_ROWS else ""
+        return (
+            f"<p><b>Multibatch</b>: {html.escape(type(self._inner).__name__)}, backend {html.escape(self._backend)}, "
+            f"{len(self._layers)} layers, {len(known)} adapters</p>{html_table(('id', 'name', 'source'), rows)}{more}"
+        )
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
         is_new, has_loops = model not in self._attached, is_sentence_model(model)

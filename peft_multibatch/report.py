@@ -6,6 +6,14 @@ import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Literal, overload
+
+
+Source = Literal["PEFT", "store"]
+"""Where an adapter's weights are."""
+
+State = Literal["ready", "refused", "broken"]
+"""Whether an adapter can run; see ``AdapterReport``."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,13 @@ class AdapterReport:
 
     id: int
     name: str
-    source: str
+    source: Source
     version: int
     ranks: tuple[int, ...]
     dtype: str
     bytes: int
     layers: int
-    state: str
+    state: State
     reason: str = ""
 
 
@@ -103,7 +111,7 @@ class StoreStats:
         return f"{text}; {self.hits} hits, {self.misses} misses, {self.evictions} evictions"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Sequence[LayerReport]):
     """One entry per patched layer; printed, a summary of them and a line for every adapter.
 
@@ -124,8 +132,16 @@ class Report(Sequence[LayerReport]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> LayerReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerReport, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerReport | tuple[LayerReport, ...]:
         return self.layers[index]
+
+    def __repr__(self) -> str:
+        store = "" if self.store is None else f", store={self.store.registered} registered"
+        return f"Report(backend={self.backend!r}, layers={len(self.layers)}, adapters={len(self.adapters)}{store})"
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.backend_reason}"]
@@ -140,8 +156,8 @@ class Report(Sequence[LayerReport]):
         ways = [(str(count), how, example) for count, how, example in self._ways()]
         return (
             f"<p>backend <b>{html.escape(self.backend)}</b>: {html.escape(self.backend_reason)}</p>"
-            + _table(("layers", "how", "such as"), ways)
-            + _table([field.name for field in fields(AdapterReport)], map(_cells, self.adapters))
+            + html_table(("layers", "how", "such as"), ways)
+            + html_table([field.name for field in fields(AdapterReport)], map(_cells, self.adapters))
             + ("" if self.store is None else f"<p>{html.escape(str(self.store))}</p>")
         )
 
@@ -193,7 +209,7 @@ class LayerCheck:
     problem: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """How a mixed batch compares with PEFT, one adapter at a time. True where all that could be compared is right.
 
@@ -216,6 +232,10 @@ class Verification:
     def __bool__(self) -> bool:
         return self.ok
 
+    def __repr__(self) -> str:
+        counts = f"outputs={len(self.outputs)}, layers={len(self.layers)}"
+        return f"Verification(ok={self.ok}, {counts}, tolerance={self.tolerance:g})"
+
     def __str__(self) -> str:
         lines = [f"{'right' if self.ok else 'NOT VERIFIED'}, tolerance {self.tolerance:.0e}"]
         for each in self.outputs:
@@ -234,7 +254,9 @@ def _cells(adapter: AdapterReport) -> tuple[str, ...]:
     return tuple(", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in astuple(adapter))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for notebooks, with its texts escaped."""
+
     def line(cells: Iterable[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 

@@ -23,10 +23,11 @@ def run(code):
 
 def test_nothing_optional_is_loaded():
     dependencies = "import json, sys; import torch, transformers; from peft import PeftModel"
-    code = f"{dependencies}; before = set(sys.modules); import peft_multibatch"
+    code = f"{dependencies}; before = set(sys.modules); import peft_multibatch; peft_multibatch.enable"
     loaded = set(run(f"{code}; print(json.dumps(sorted(set(sys.modules) - before)))"))
     assert "peft_multibatch.api" in loaded
     optional = ("triton", "typer", "rich", "gguf", "matplotlib", "peft_multibatch.demo", "peft_multibatch.ops.triton")
+    optional += ("peft_multibatch.commands",)
     optional += ("fastapi", "uvicorn", "starlette", "prometheus_client", "openai", "peft_multibatch.serve")
     optional += ("peft_multibatch.training", "transformers.trainer")
     assert [name for name in loaded if name.startswith(optional)] == []
@@ -35,19 +36,53 @@ def test_nothing_optional_is_loaded():
 def test_import_time_beyond_the_dependencies():
     code = (
         "import json, time; import torch, transformers; from peft import PeftModel; from transformers import "
-        "PreTrainedModel; begin = time.perf_counter(); import peft_multibatch; "
+        "PreTrainedModel; begin = time.perf_counter(); import peft_multibatch; peft_multibatch.enable; "
         "print(json.dumps(time.perf_counter() - begin))"
     )
     assert min(run(code) for _ in range(3)) < 1.0
 
 
+@pytest.mark.parametrize("code", [
+    "import peft_multibatch; assert peft_multibatch.MultibatchError",
+    "import typer.main; from peft_multibatch.commands.app import app; typer.main.get_command(app)",
+    "from typer.testing import CliRunner; from peft_multibatch.commands.app import app; "
+    "assert 'serve' in CliRunner().invoke(app, ['--help']).output",
+    "from typer.testing import CliRunner; from peft_multibatch.commands.app import app; "
+    "outputs = [CliRunner().invoke(app, [each, '--help']).output for each in ('demo', 'verify', 'inspect', 'serve')]; "
+    "assert all('Usage' in each for each in outputs)",
+    "from typer.testing import CliRunner; from peft_multibatch.commands.app import app; "
+    "assert CliRunner().invoke(app, ['--version']).exit_code == 0",
+], ids=["import", "commands", "help", "help of commands", "version"])  # fmt: skip
+def test_what_needs_no_torch_imports_none(code):
+    loaded = set(run(f"import json, sys; {code}; print(json.dumps(sorted(sys.modules)))"))
+    assert "peft_multibatch.errors" in loaded
+    assert loaded & {"torch", "transformers", "peft", "numpy"} == set()
+
+
 def test_public_names():
     assert peft_multibatch.__all__ == sorted(peft_multibatch.__all__)
     assert {name for name in peft_multibatch.__all__ if not name.endswith("Error")} == {
-        "AdapterStore", "LayerReport", "Multibatch", "Report", "SegmentBuffer", "Segments", "disable", "enable",
+        "AdapterBatchingManager", "AdapterId", "AdapterIds", "AdapterReport", "AdapterStore", "LayerCheck",
+        "LayerReport", "Multibatch", "OutputCheck", "Registered", "Report", "SegmentBuffer", "Segments", "StoreStats",
+        "Verification", "disable", "enable",
     }  # fmt: skip
     for name in peft_multibatch.__all__:
         assert getattr(peft_multibatch, name).__doc__
+
+
+def test_dir_shows_the_public_names_alone():
+    code = "import json, peft_multibatch; peft_multibatch.enable; print(json.dumps(dir(peft_multibatch)))"
+    assert sorted(run(code)) == sorted([*peft_multibatch.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'peft_multibatch' has no attribute 'enabled'"):
+        peft_multibatch.enabled  # noqa: B018
+
+
+def test_names_are_imported_from_where_type_checkers_find_them():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    known = {alias.name: node.module for node in block.body for alias in node.names}
+    assert known == {name: f"peft_multibatch.{place}" for name, place in peft_multibatch._LAZY.items()}
+    assert known.keys() <= {*peft_multibatch.__all__}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +146,7 @@ WINGS = [
     "training",
     "api",
     "serve",
+    "commands",
 ]
 
 

@@ -20,13 +20,15 @@ from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.weights import Adapter, ReadLayer
 from peft_multibatch.errors import AdapterMismatchError, ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.plan.names import AdapterNames
-from peft_multibatch.report import AdapterReport
+from peft_multibatch.report import AdapterReport, Source, State
 
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.store.store import AdapterStore
 
-READY, REFUSED, BROKEN = "ready", "refused", "broken"
+READY: State = "ready"
+REFUSED: State = "refused"
+BROKEN: State = "broken"
 """States of an adapter: one that is refused can't be mixed, and one that is broken PEFT can't run either."""
 
 IDLE_LOOKS = 16
@@ -44,7 +46,7 @@ class PeftModules:
         configs: PEFT's configurations, by adapter name.
     """
 
-    kind = "PEFT"
+    kind: Source = "PEFT"
 
     def __init__(self, slots: Slots) -> None:
         self.layers: Sequence[ReadLayer] = ()

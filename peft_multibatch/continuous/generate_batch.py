@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -18,17 +18,42 @@ from transformers.generation.configuration_utils import GenerationMode
 from peft_multibatch.continuous.prompts import integers_of
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import STATE, Replacement
-from peft_multibatch.model.wrap import copy_error, pop_ids, with_ids
+from peft_multibatch.model.wrap import copy_error, doc_with_ids, pop_ids, with_ids
 from peft_multibatch.plan.ids import Entry, check_keywords, check_requests, resolve
 
 
 if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
     from peft_multibatch.continuous.manager import AdapterBatchingManager
     from peft_multibatch.model.handle import Handle
 
 
 UNREAD = ("stop_strings", "max_time")
 """Settings that end ``generate``, and that continuous batching doesn't look at."""
+
+LIMIT = "max_new_tokens"
+"""What ``generate_batch`` reads among its ``**kwargs``."""
+
+
+class BatchingOptions(TypedDict, total=False):
+    """Keyword arguments of transformers' ``continuous_batching_context_manager``.
+
+    Attributes:
+        generation_config: how tokens are chosen, and how many; by default the model's own.
+        continuous_batching_config: pages of the cache, tokens of a step and more.
+        warmup: whether CUDA graphs are captured before the first request.
+        block: whether leaving the block waits for the manager's thread to end.
+        timeout: seconds that it waits at most.
+        workload_hints: what transformers may assume about requests; not in its older versions.
+    """
+
+    generation_config: GenerationConfig | None
+    continuous_batching_config: ContinuousBatchingConfig | None
+    warmup: bool
+    block: bool
+    timeout: float | None
+    workload_hints: WorkloadHints | None
 
 
 def with_requests(module: nn.Module) -> Callable[[], None]:
@@ -61,9 +86,17 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         inputs = [integers_of("a prompt", prompt) for prompt in inputs]
         return Batching(handle, entries).generate_batch(inputs, *args, **kwargs)
 
-    generate_batch.__doc__ = function.__doc__
-    generate_batch.__signature__ = with_ids(inspect.signature(function))  # type: ignore[attr-defined]
+    generate_batch.__doc__ = doc_with_ids(function, "prompt")
+    generate_batch.__signature__ = _signature(function)  # type: ignore[attr-defined]
     return Replacement(module, "generate_batch", types.MethodType(generate_batch, module)).undo
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """All that ``generate_batch`` takes, with ``max_new_tokens`` in the place of transformers' ``**kwargs``."""
+    signature = inspect.signature(function)
+    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    limit = inspect.Parameter(LIMIT, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
+    return with_ids(signature.replace(parameters=[*named, limit]))
 
 
 def _check_read(function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
@@ -73,7 +106,7 @@ def _check_read(function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         UnsupportedError: it would.
     """
     names = {*inspect.signature(function).parameters}
-    swallowed = sorted(kwargs.keys() - names - {"max_new_tokens"})
+    swallowed = sorted(kwargs.keys() - names - {LIMIT})
     if swallowed:
         raise UnsupportedError(
             f"generate_batch got {', '.join(swallowed)}, which continuous batching doesn't read: expected "

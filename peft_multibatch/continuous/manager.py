@@ -38,6 +38,7 @@ from peft_multibatch.plan.segments import BASE
 
 if TYPE_CHECKING:
     from peft_multibatch.model.handle import Handle
+    from peft_multibatch.plan.ids import AdapterId, AdapterIds
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -89,7 +90,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         *,
-        adapter_id: Any = BASE,
+        adapter_id: AdapterId = BASE,
         **kwargs: Any,
     ) -> Any:
         """Add a request.
@@ -146,7 +147,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(RequestState(name, tokens), error)
         return request_id
 
-    def add_requests(self, inputs: list[list[int]], *args: Any, adapter_ids: Any = None, **kwargs: Any) -> list[str]:
+    def add_requests(
+        self, inputs: list[list[int]], *args: Any, adapter_ids: AdapterIds | None = None, **kwargs: Any
+    ) -> list[str]:
         """Add several requests.
 
         Args:
@@ -178,7 +181,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return names
 
     @contextmanager
-    def changing(self, *adapter_ids: Any) -> Iterator[None]:
+    def changing(self, *adapter_ids: int | str) -> Iterator[None]:
         """Change adapters while requests run: load, delete, hot-swap or write them inside the block.
 
         Requests that have begun under these adapters end first, with the weights they began with; later ones wait

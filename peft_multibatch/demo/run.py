@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,13 +48,17 @@ class Outcome:
 
     Attributes:
         rows: one per sample.
-        seconds: fastest run of each way to generate the batch, by its name.
+        seconds: of each way to generate the batch, by its name: the median over rounds.
+        ratios: of each way to the base model: the median of the ratios that single rounds have.
+        rounds: how many there were.
         num_tokens: new tokens per row.
         device: where it ran.
     """
 
     rows: Sequence[Row]
     seconds: dict[str, float]
+    ratios: dict[str, float]
+    rounds: int
     num_tokens: int
     device: str
 
@@ -79,7 +84,14 @@ class Demo:
         self.names = [name for name, _ in PROMPTS]
 
     def run(self, new_tokens: int, repeats: int) -> Outcome:
-        """Generate, compare with PEFT one adapter at a time, and time every way of doing it."""
+        """Generate, compare with PEFT one adapter at a time, and time every way of doing it.
+
+        Ways take turns, so that a machine that gets slower or faster meanwhile does so for all of them.
+
+        Args:
+            new_tokens: tokens to generate for every prompt.
+            repeats: rounds in which each way is timed once, after one that isn't timed.
+        """
         options = {"max_new_tokens": new_tokens, "do_sample": False}
 
         def base() -> Tensor:
@@ -103,14 +115,24 @@ class Demo:
             "PEFT, one adapter at a time": (one_at_a_time, False),
         }
         results: dict[str, Tensor] = {}
-        seconds: dict[str, float] = {}
-        for index, (name, (way, enabled)) in enumerate(ways.items()):
-            self.report(name, index, len(ways))
-            if enabled:
-                peft_multibatch.enable(self.model)
-            runs = [self._timed(way) for _ in range(repeats + 1)]
-            peft_multibatch.disable(self.model)
-            results[name], seconds[name] = runs[0][0], min(elapsed for _, elapsed in runs[1:])
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(repeats + 1):
+            for index, (name, (way, enabled)) in enumerate(ways.items()):
+                self.report(name, turn * len(ways) + index, (repeats + 1) * len(ways))
+                if enabled:
+                    peft_multibatch.enable(self.model)
+                    self.model.generate(**self.inputs, max_new_tokens=2, do_sample=False, adapter_ids=self.names)
+                result, elapsed = self._timed(way)
+                peft_multibatch.disable(self.model)
+                if turn == 0:
+                    results[name] = result
+                else:
+                    times[name].append(elapsed)
+        seconds = {name: statistics.median(each) for name, each in times.items()}
+        ratios = {
+            name: statistics.median(own / base for own, base in zip(each, times["base model, no adapters"]))
+            for name, each in times.items()
+        }
         ours, expected = results["peft_multibatch, mixed batch"], results["PEFT, one adapter at a time"]
         start = self.inputs["input_ids"].shape[1]
         rows = [
@@ -122,7 +144,7 @@ class Demo:
             )
             for i, (name, prompt) in enumerate(PROMPTS)
         ]
-        return Outcome(rows, seconds, new_tokens, self.device)
+        return Outcome(rows, seconds, ratios, repeats, new_tokens, self.device)
 
     def _one_at_a_time(self, options: dict) -> Tensor:
         parts, order = [], []

@@ -11,7 +11,7 @@ place of three. PEFT's and transformers' parameters become views of it: names, v
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from peft_multibatch.compat import LoraLayer
 
 logger = logging.get_logger(__name__)
+
+Fuse = bool | Literal["weights"]
+"""What may be asked for as ``fuse``."""
 
 # Names under one parent module, in the order in which models call them. Not every name has to be there: an adapter of
 # q_proj and v_proj alone makes a group of two slices.

@@ -23,14 +23,14 @@ from peft_multibatch.compat import AuxiliaryTrainingWrapper
 from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers import table as handlers
-from peft_multibatch.layers.fusion import Group, find_groups
+from peft_multibatch.layers.fusion import Fuse, Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
 from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.stored import StoredLayers
 from peft_multibatch.model.wrap import check_length, wrap
-from peft_multibatch.ops.backends import choose_backend
-from peft_multibatch.plan.ids import check_live, resolve
+from peft_multibatch.ops.backends import Backend, choose_backend
+from peft_multibatch.plan.ids import AdapterIds, check_live, resolve
 from peft_multibatch.plan.names import AdapterNames
 from peft_multibatch.report import LayerReport, Report
 
@@ -46,7 +46,7 @@ class Handle:
             An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
     """
 
-    def __init__(self, model: nn.Module, inner: nn.Module, backend: str, fuse: bool | str) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, backend: Backend, fuse: Fuse) -> None:
         self._asked_backend = backend
         self._backend, self._backend_reason, kernels = choose_backend(backend)
         logger.info(f"backend {self._backend}: {self._backend_reason}")
@@ -84,7 +84,7 @@ class Handle:
         self._refresh()
         return self._registry.names.listed()
 
-    def batch(self, adapter_ids: Any) -> AbstractContextManager[Any]:
+    def batch(self, adapter_ids: AdapterIds) -> AbstractContextManager[Any]:
         """Make ids active for every call of the model inside a block, on this thread.
 
         For pipelines, custom loops, encoders: whatever calls the model without passing ``adapter_ids`` on.

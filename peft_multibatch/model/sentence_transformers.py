@@ -28,7 +28,7 @@ from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.model.callers import LOOPS, SENTENCES, reads
 from peft_multibatch.model.handle import Handle
 from peft_multibatch.model.scan import inner_model
-from peft_multibatch.model.wrap import check_length, copy_error, pop_ids, with_ids
+from peft_multibatch.model.wrap import check_length, copy_error, doc_with_ids, pop_ids, with_ids
 from peft_multibatch.plan.ids import check_keywords, resolve
 
 
@@ -109,9 +109,10 @@ def _replace(model: nn.Module, method: str, function: Callable[..., Any]) -> Cal
         return function(self, getattr(self, STATE, None), original, *args, **kwargs)
 
     known = getattr(type(model), method)
-    wrapper.__name__, wrapper.__doc__ = method, known.__doc__
-    signature = inspect.signature(known)
-    wrapper.__signature__ = signature if method == "preprocess" else with_ids(signature)  # type: ignore[attr-defined]
+    doc, signature = known.__doc__, inspect.signature(known)
+    if method != "preprocess":
+        doc, signature = doc_with_ids(known, "input"), with_ids(signature)
+    wrapper.__name__, wrapper.__doc__, wrapper.__signature__ = method, doc, signature  # type: ignore[attr-defined]
     return Replacement(model, attribute, types.MethodType(wrapper, model)).undo
 
 

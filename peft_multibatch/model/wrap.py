@@ -25,7 +25,7 @@ from peft_multibatch.errors import (
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
 from peft_multibatch.layers.table import is_dual_encoder
 from peft_multibatch.model.callers import cache_of, check_order, check_prompts, check_trainer, reads
-from peft_multibatch.plan.ids import check_keywords, speaks_of_adapters
+from peft_multibatch.plan.ids import DESCRIPTION, check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
 
 
@@ -121,7 +121,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
             return _run(handle, own_call, original, args, kwargs, call.origin)
 
-    wrapper.__name__, wrapper.__doc__ = method, function.__doc__
+    wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function)
     # not `functools.wraps`: accelerate follows `__wrapped__` past the wrapper
     wrapper.__signature__ = with_ids(inspect.signature(function))  # type: ignore[attr-defined]
     bound = types.MethodType(wrapper, module)
@@ -140,10 +140,23 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
 
 def with_ids(signature: inspect.Signature) -> inspect.Signature:
     """A signature that names ``adapter_ids``, after which Trainer looks for the columns that a model reads."""
-    named = inspect.Parameter("adapter_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    named = inspect.Parameter(
+        "adapter_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="AdapterIds | None"
+    )
     parameters = [each for each in signature.parameters.values() if each.name != named.name]
     last = len(parameters) - bool(parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return signature.replace(parameters=[*parameters[:last], named, *parameters[last:]])
+
+
+def doc_with_ids(function: Callable[..., Any], each: str = "sample") -> str:
+    """A method's docstring with a paragraph on ``adapter_ids``, which ``help`` and editors show.
+
+    Args:
+        function: the method.
+        each: what has an id.
+    """
+    doc = inspect.getdoc(function)
+    return "\n\n".join([*([doc] if doc else []), DESCRIPTION.format(each=each)])
 
 
 def _run(

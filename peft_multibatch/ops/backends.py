@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import ModuleType
+from typing import Literal
 
 import torch
 
 from peft_multibatch.errors import BackendUnavailableError
 
 
-def choose_backend(backend: str) -> tuple[str, str, ModuleType | None]:
+Backend = Literal["auto", "triton", "torch"]
+"""What may be asked for as ``backend``."""
+
+
+def choose_backend(backend: Backend) -> tuple[str, str, ModuleType | None]:
     """The backend, why it is this one, and the module of the kernels where it has any."""
     if backend not in ("auto", "triton", "torch"):
         raise BackendUnavailableError(f"backend is {backend!r}: expected 'auto', 'triton' or 'torch'.")

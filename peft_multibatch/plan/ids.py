@@ -7,8 +7,8 @@ import functools
 import heapq
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, SupportsIndex, TypeVar
 
 import torch
 
@@ -31,6 +31,39 @@ SHOWN = 3
 
 COMPARED = 200
 """Names that are compared letter by letter with one that nobody has, which takes long."""
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class _ListOf(Protocol[T_co]):
+    """A list, tuple or other sequence, and not a string, whose ``in`` takes nothing but strings."""
+
+    def __contains__(self, value: object, /) -> bool: ...
+    def __getitem__(self, index: SupportsIndex, /) -> T_co: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+    def __len__(self) -> int: ...
+
+
+class _Array(Protocol):
+    """A 1-D tensor or array of integers."""
+
+    def tolist(self) -> Any: ...
+
+
+AdapterId = SupportsIndex | str | Mapping[str, float] | Mapping[int, float] | Mapping[int | str, float]
+"""What users pass for one sample: an id, a name, or a mixture such as ``{"sql": 0.7, "poet": 0.3}``."""
+
+AdapterIds = _ListOf[AdapterId] | _Array
+"""What users pass as ``adapter_ids``: a list or tuple with one entry for every sample, or a 1-D integer tensor."""
+
+DESCRIPTION = """\
+With peft_multibatch:
+    adapter_ids (`AdapterIds`, *optional*):
+        The adapter of every {each}: a list, tuple or 1-D integer tensor with one entry for each. An entry is an
+        adapter's integer id (its index in `mb.adapter_names`) or its name, `-1` or `"__base__"` for the base model
+        alone, or a mixture such as `{{"sql": 0.7, "poet": 0.3}}`. Without it the call runs as it does without
+        peft_multibatch."""
+"""What docstrings of methods that take ids say about them."""
 
 Entry = int | tuple[tuple[int, float], ...]
 """What one sample runs under: an id, or a mixture of several, each with its weight, in the order of the ids."""

@@ -103,7 +103,7 @@ def serve(
     except ValueError as error:
         sys.exit(str(error))
     set_up(log_format)
-    model, tokenizer = _load(base, device, dtype, attn_implementation, allow_download)
+    model, tokenizer = load_base(base, device, dtype, attn_implementation, allow_download)
     engine = Engine(model, tokenizer, settings)
     try:
         engine.start()
@@ -130,7 +130,16 @@ def _name_of(base: str) -> str:
     return Path(base).resolve().name if os.path.isdir(base) else base
 
 
-def _load(base: str, device: str, dtype: str, attention: str | None, may_download: bool) -> tuple[Any, Any]:
+def load_base(base: str, device: str, dtype: str, attention: str | None, may_download: bool) -> tuple[Any, Any]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    Args:
+        base: a folder, a name on the hub, or ``"demo"``.
+        device: where it runs.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the files' own.
+        attention: ``attn_implementation``, as in transformers.
+        may_download: whether it may be fetched from the hub.
+    """
     if base == DEMO:
         import torch
 

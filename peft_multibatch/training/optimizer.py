@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from peft_multibatch.errors import AdapterIdsLengthError, ModelStateError, UnknownAdapterError, UnsupportedError
-from peft_multibatch.plan.ids import ids_of, label_of, resolve
+from peft_multibatch.plan.ids import AdapterIds, ids_of, label_of, resolve
 from peft_multibatch.plan.segments import BASE
 from peft_multibatch.training.distributed import Ranks
 from peft_multibatch.training.parameters import handle_of, make_trainable
@@ -106,7 +106,7 @@ class AdapterOptimizer:
         """The learning rate of each adapter's next step."""
         return {name: each.lr for name, each in self._runs.items()}
 
-    def loss(self, losses: Tensor, items: Tensor, adapter_ids: Any) -> Tensor:
+    def loss(self, losses: Tensor, items: Tensor, adapter_ids: AdapterIds) -> Tensor:
         """Add up the losses of a batch, and note whose they are once backward runs.
 
         ``step`` divides each adapter's gradient by its items. A factor on the result, as gradient accumulation or a

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 import peft_multibatch
 from peft_multibatch.demo import model as demo_model
+from peft_multibatch.demo import run as demo_run
 from peft_multibatch.demo.run import ADAPTERS, PROMPTS, Demo, load_adapters
 
 
@@ -157,6 +160,35 @@ def test_bfloat16():
         actual = model(**inputs, adapter_ids=names).logits[:, -1]
     # thirty layers of bfloat16 differ by this much between two batch sizes of the base model alone
     assert (actual.float() - torch.stack(expected).float()).norm() / torch.stack(expected).float().norm() < 0.02
+
+
+def test_the_demo_takes_times_in_turns_and_reports_medians(monkeypatch):
+    """Of three rounds; the second is ten times as slow for all, which changes no ratio."""
+    demo, turns = Demo.__new__(Demo), []
+    monkeypatch.setattr(demo_run, "PROMPTS", [])
+    demo.names, demo.device, demo.report = [], "cpu", lambda *_: None
+    demo.model = SimpleNamespace(generate=lambda **_: None, disable_adapter=nullcontext)
+    demo.inputs = {"input_ids": torch.zeros(1, 1)}
+    monkeypatch.setattr(peft_multibatch, "enable", lambda model: turns.append("enable"))
+    monkeypatch.setattr(peft_multibatch, "disable", lambda model: turns.append("disable"))
+    seconds = {
+        "base": [9, 1, 10, 2],
+        "mixed": [9, 2, 30, 3],
+        "peft_mixed": [9, 4, 40, 4],
+        "one_at_a_time": [9, 3, 50, 8],
+    }
+
+    def timed(way):
+        turns.append(way.__name__)
+        return torch.zeros(0), seconds[way.__name__].pop(0)
+
+    demo._timed = timed
+    outcome = demo.run(new_tokens=1, repeats=3)
+    once = ["base", "disable", "enable", "mixed", "disable", "peft_mixed", "disable", "one_at_a_time", "disable"]
+    assert turns == once * 4  # the first isn't timed
+    assert [*outcome.seconds.values()] == [2, 3, 4, 8]
+    assert [*outcome.ratios.values()] == [1, 2, 4, 4]
+    assert outcome.rounds == 3
 
 
 def test_the_command_line():

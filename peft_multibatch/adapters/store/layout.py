@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from peft_multibatch.adapters.store.files import StoredTensor
 from peft_multibatch.adapters.store.settings import Settings
 from peft_multibatch.errors import AdapterMismatchError, AdapterUnsupportedError
 
+
+StoreDtype = torch.dtype | Literal["file"] | None
+"""What may be asked for as a store's ``dtype``."""
 
 ALIGNMENT = 16
 """Bytes at a multiple of which every matrix begins, so that kernels read 16 at a time."""
@@ -105,7 +108,7 @@ class Layout:
         settings: Settings,
         model: Layers,
         max_rank: int,
-        dtype: torch.dtype | str | None,
+        dtype: StoreDtype,
     ) -> None:
         halves = self._halves(name, tensors)
         _check_names(name, halves, settings.names(name, model.module_names()))
@@ -119,7 +122,7 @@ class Layout:
         self.size = 0
         places: dict[tuple[str, str], tuple[int, torch.dtype]] = {}
         for tensor in tensors:
-            module, half = _parse(name, tensor.key)
+            module, half = parse_key(name, tensor.key)
             wanted = _dtype_for(covered[module], tensor, dtype)
             places[module, half] = self._place(tensor, wanted), wanted
         self.file_size = sum(each.numbers * each.from_dtype.itemsize for each in self.copies)
@@ -182,7 +185,7 @@ class Layout:
     def _halves(self, name: str, tensors: Sequence[StoredTensor]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for tensor in tensors:
-            module, half = _parse(name, tensor.key)
+            module, half = parse_key(name, tensor.key)
             if half in found.setdefault(module, {}):
                 raise AdapterMismatchError(
                     f"adapter {name!r} has lora_{half} of {module} twice: expected it once. Save it again."
@@ -214,7 +217,12 @@ class Layout:
         return start
 
 
-def _parse(name: str, key: str) -> tuple[str, str]:
+def parse_key(name: str, key: str) -> tuple[str, str]:
+    """The module and the half, ``"A"`` or ``"B"``, to which a tensor of an adapter's file belongs.
+
+    Raises:
+        AdapterUnsupportedError: it is no matrix of a linear layer.
+    """
     found = KEY.fullmatch(key)
     if found is None:
         raise AdapterUnsupportedError(
@@ -244,7 +252,7 @@ def _check_names(name: str, found: Mapping[str, Any], wanted: set[str]) -> None:
             )
 
 
-def _dtype_for(layer: Any, tensor: StoredTensor, asked: torch.dtype | str | None) -> torch.dtype:
+def _dtype_for(layer: Any, tensor: StoredTensor, asked: StoreDtype) -> torch.dtype:
     """The dtype that a matrix gets: what was asked for, or what PEFT's ``load_adapter`` gives it in this layer."""
     if isinstance(asked, torch.dtype):
         return asked

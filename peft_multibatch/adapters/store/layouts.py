@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 
 from peft_multibatch.adapters.store.files import AdapterFiles, StoredTensor, parse_config, parse_header
-from peft_multibatch.adapters.store.layout import Layers, Layout
+from peft_multibatch.adapters.store.layout import Layers, Layout, StoreDtype
 from peft_multibatch.adapters.store.settings import Settings, read_settings
 
 
@@ -29,7 +29,7 @@ class Layouts:
         dtype: of weights in memory.
     """
 
-    def __init__(self, model: Layers, max_rank: int, dtype: torch.dtype | str | None) -> None:
+    def __init__(self, model: Layers, max_rank: int, dtype: StoreDtype) -> None:
         self._model, self._max_rank, self._dtype = model, max_rank, dtype
         self._by_content: MutableMapping[tuple[tuple[StoredTensor, ...], Settings], Layout] = WeakValueDictionary()
         self._by_bytes: OrderedDict[tuple[bytes, int, bytes], Layout] = OrderedDict()

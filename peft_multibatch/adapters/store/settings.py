@@ -118,7 +118,7 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
         AdapterUnsupportedError: it asks for anything beside plain LoRA.
         AdapterFileError: a value isn't what its key takes.
     """
-    for key, value in config.items():
+    for key, value in sorted(config.items(), key=lambda item: item[0] not in ONLY):  # the type before its options
         is_off = value is None or value is False or value in ("", [], {})
         if key in ONLY:
             if not any(type(value) is type(each) and value == each for each in ONLY[key]):

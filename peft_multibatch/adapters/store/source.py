@@ -12,14 +12,14 @@ import torch
 from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.arena import parse_size
-from peft_multibatch.adapters.store.layout import Layers
+from peft_multibatch.adapters.store.layout import Layers, StoreDtype
 from peft_multibatch.adapters.store.layouts import Layouts
 from peft_multibatch.adapters.store.loading import Loader
 from peft_multibatch.adapters.store.streams import streams_of
 from peft_multibatch.adapters.store.version import StoredAdapter, Version
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.plan.names import AdapterNames
-from peft_multibatch.report import AdapterReport
+from peft_multibatch.report import AdapterReport, Source
 
 
 class StoredAdapters:
@@ -40,7 +40,7 @@ class StoredAdapters:
         guard: makes a block in which an adapter may change.
     """
 
-    kind = "store"
+    kind: Source = "store"
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class StoredAdapters:
         max_device_memory: int | str,
         max_rank: int,
         roots: Sequence[str | os.PathLike] | None,
-        dtype: torch.dtype | str | None,
+        dtype: StoreDtype,
         timeout: float,
         let_go: Callable[[], None],
         guard: Callable[[int], AbstractContextManager[None]],

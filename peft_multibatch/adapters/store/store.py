@@ -163,6 +163,15 @@ class AdapterStore(StoredAdapters):
                 load_seconds=loader.seconds,
             )
 
+    def __repr__(self) -> str:
+        """What can be read without the lock, for which loading threads may make others wait."""
+        loader = self.__dict__.get("_loader")
+        if loader is None or self._is_closed:
+            return "AdapterStore(closed)"
+        tier = loader.final
+        memory = f"{tier.arena.used / 1e6:.1f} of {tier.arena.limit / 1e6:.1f} MB on {self._device}"
+        return f"AdapterStore(registered={len(self._versions)}, in_memory={len(tier)}, {memory})"
+
     def __len__(self) -> int:
         return len(self._versions)
 

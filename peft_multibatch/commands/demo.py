@@ -1,52 +1,32 @@
-"""The command line, and what the demo prints."""
+"""``peft-multibatch demo``: its options, and what it prints."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from peft_multibatch import __version__
-from peft_multibatch.demo.run import Demo, Outcome
 from peft_multibatch.errors import DemoModelMissing
 
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Many LoRA adapters in one batch."
-)
+if TYPE_CHECKING:
+    from peft_multibatch.demo.run import Outcome
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _app(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
-
-
-@app.command()
 def demo(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for every prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way; the fastest counts.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which each way is timed once.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
 ) -> None:
     """Generate one batch in which every sample uses another adapter, check every row against PEFT, time it."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from peft_multibatch.demo.run import Demo
+
     console = Console()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,8 +65,8 @@ def _rows(outcome: Outcome) -> Table:
 
 def _times(outcome: Outcome) -> Table:
     title = f"Time of the whole batch, {outcome.num_tokens} new tokens a row, {outcome.device}"
-    table = Table("", "seconds", "× base model", title=title, box=box.SIMPLE, title_justify="left")
-    base = outcome.seconds["base model, no adapters"]
+    rounds = "1 round" if outcome.rounds == 1 else f"medians of {outcome.rounds} rounds"
+    table = Table("", "seconds", "× base model", title=f"{title}, {rounds}", box=box.SIMPLE, title_justify="left")
     for name, seconds in outcome.seconds.items():
-        table.add_row(name, f"{seconds:.2f}", f"{seconds / base:.2f}")
+        table.add_row(name, f"{seconds:.2f}", f"{outcome.ratios[name]:.2f}")
     return table

@@ -66,7 +66,7 @@ def test_public_names():
         "LayerReport", "Multibatch", "OutputCheck", "Registered", "Report", "SegmentBuffer", "Segments", "StoreStats",
         "Verification", "disable", "enable",
     }  # fmt: skip
-    for name in peft_multibatch.__all__:
+    for name in {*peft_multibatch.__all__} - {"AdapterId", "AdapterIds"}:  # aliases can't have any
         assert getattr(peft_multibatch, name).__doc__
 
 

@@ -172,7 +172,7 @@ def test_figures_beside_vllm_are_those_of_the_csv():
         import overview
     finally:
         sys.path.pop(0)
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "benchmarks-log.md").read_text()
     for layers in (32, 8):
         ours, theirs = overview.throughput(layers).values()
         assert list(ours) == list(theirs) == [0, 8, 32]

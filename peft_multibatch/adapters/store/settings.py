@@ -202,6 +202,8 @@ def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
 
 def _check_pattern(name: str, key: str, pattern: Any) -> None:
     """Raise where a pattern is none, or where looking for it might take for ever: whoever wrote it isn't trusted."""
+    if not isinstance(pattern, str):  # which would be compiled as what it is called
+        raise _wrong(name, key, pattern)
     try:
         _compiled(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:

@@ -23,6 +23,9 @@ from peft_multibatch.ops.triton_gradients import TritonProduct  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 kernels = pytest.mark.skipif(not GPU and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+both_backends = pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), pytest.param("triton", torch.float32, marks=kernels)]
+)
 
 MIXES = {
     "[0, 0, 1]": [[0, 0, 1]],

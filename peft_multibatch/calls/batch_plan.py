@@ -131,6 +131,11 @@ class BatchPlan:
             self._dropouts[bank] = self._find_dropouts(bank)
         return self._dropouts[bank]
 
+    def dropping(self, bank: Bank) -> Dropouts | None:
+        """The same, but None where none of them drops anything now."""
+        found = self.dropouts(bank)
+        return found if found is not None and found.drop() else None
+
     def _find_dropouts(self, bank: Bank) -> Dropouts | None:
         found = []
         for slot, adapter in self._special.items():
@@ -159,8 +164,7 @@ class BatchPlan:
             apart = self.apart(bank)
             if apart is not None and apart.reason:
                 return apart.reason
-            dropouts = self.dropouts(bank)
-            if (apart is not None and apart.dropping()) or (dropouts is not None and dropouts.drop()):
+            if (apart is not None and apart.dropping()) or self.dropping(bank) is not None:
                 return "an adapter trains with dropout"
             if self.has_dora(bank):
                 return "a DoRA adapter is used, whose norms are computed when a call begins"

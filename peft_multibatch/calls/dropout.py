@@ -78,6 +78,11 @@ class Place(NamedTuple):
     module: nn.Dropout
     state: DropoutState
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops anything now."""
+        return bool(self.module.training and self.module.p)
+
 
 class Dropouts:
     """The dropouts of the adapters of a plan in the layers of a bank, which a product applies by itself.
@@ -96,22 +101,24 @@ class Dropouts:
 
     def drop(self) -> bool:
         """Whether any of them drops anything now."""
-        return any(place.module.training and place.module.p for place in self._places)
+        return any(place.drops for place in self._places)
+
+    def _live(self) -> list[Place]:
+        return [place for place in self._places if place.drops]
 
     def masks(self, draws: Draws) -> Masks:
         """The masks of a call, by slot and slice, of those that drop anything."""
         names = [layer.__dict__[STATE].name for layer in self._layers]
         uses = list(map(draws.uses, self._layers))
         found = {}
-        for slot, i, module, state in self._places:
-            if module.training and module.p:
-                seed, step = draws.of(state)
-                found[slot, i] = Mask(state.key(seed, names[i]) + uses[i] & LARGEST_KEY, step, module.p)
+        for slot, i, module, state in self._live():
+            seed, step = draws.of(state)
+            found[slot, i] = Mask(state.key(seed, names[i]) + uses[i] & LARGEST_KEY, step, module.p)
         return found
 
     def table(self, draws: Draws, device: torch.device) -> DropTable:
         """The same as kernels read it. All but the steps is made once, and again where a user changes dropouts."""
-        live = [place for place in self._places if place.module.training and place.module.p]
+        live = self._live()
         steps, seeds = {}, []
         for place in live:
             seed, steps[place.slot] = draws.of(place.state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.layers.base import base_output, frozen_bases
 from peft_multibatch.layers.patch import check_merged, check_not_capturing, handles
 from peft_multibatch.layers.per_segment import no_input, per_segment, run_apart, run_base
-from peft_multibatch.ops.gradients import Wanted, add_with_gradients
+from peft_multibatch.ops.gradients import Wanted, add_with_gradients, without_autocast
 from peft_multibatch.ops.torch_frozen import choose_product, linear_with_gradients
 from peft_multibatch.ops.torch_gradients import TorchProduct
 
@@ -170,8 +169,8 @@ def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tens
     if not trained.parameters or not (wanted.x or any(wanted.weights)):
         return None
     call.num_rows(x.shape)
-    dropouts = plan.dropouts(bank)
-    masks = dropouts.masks(call.draws) if dropouts is not None and dropouts.drop() else {}
+    dropouts = plan.dropping(bank)
+    masks = dropouts.masks(call.draws) if dropouts is not None else {}
     ys = linear_with_gradients(choose_product(plan.components, trained, wanted, x, masks), trained, bases, x)
     return _scale(call, plan, bank, ys) if plan.has_dora(bank) else ys
 
@@ -193,9 +192,7 @@ def _add_deltas(
 
 def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     kernels = router.kernels
-    dropouts = plan.dropouts(bank)
-    if dropouts is not None and not dropouts.drop():
-        dropouts = None
+    dropouts = plan.dropping(bank)
     if torch.is_grad_enabled():
         trained = plan.trained(bank)
         wanted = tuple(parameter.requires_grad for parameter in trained.parameters)
@@ -241,7 +238,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
             for stack in stacks:
                 stack.add_(slices, rows)
             return ys
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             for segments in plan.components:
                 ops.torch_backend.apply_(slices, rows, segments, plan.weights(bank))
     return ys
@@ -334,7 +331,7 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
 
 def _add_through_ops(inputs: tuple, bank: Bank, ys: list[Tensor], x: Tensor) -> list[Tensor]:
     plans, lora_a, lora_b, ranks, scalings = inputs
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         rows = x.reshape(-1, x.shape[-1])
         deltas = [
             ops.expand(ops.shrink(rows, lora_a, plan, ranks), lora_b, plan, ranks, scalings, bank.slice_offsets)
@@ -343,7 +340,3 @@ def _add_through_ops(inputs: tuple, bank: Bank, ys: list[Tensor], x: Tensor) -> 
         delta = functools.reduce(operator.add, deltas)
     parts = delta.split([y.shape[-1] for y in ys], dim=-1)
     return [(y + part.view(y.shape)).to(y.dtype) for y, part in zip(ys, parts)]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

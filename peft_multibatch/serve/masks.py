@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestState
 
+from peft_multibatch.continuous.leaving import on_stream
 from peft_multibatch.serve.grammars import too_complex
 
 
@@ -80,7 +80,7 @@ class Masks:
             if matcher.is_error():
                 host[place] = -1  # what comes of this step is thrown away
                 self.failed.append((states[row], too_complex()))
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with on_stream(self._stream):
             self._masks[1 : len(chosen) + 1].copy_(host[: len(chosen)], non_blocking=True)
         return slots
 

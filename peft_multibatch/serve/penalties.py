@@ -7,13 +7,13 @@ token of the one before (asynchronous batching), and graphs may be captured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestState
 
+from peft_multibatch.continuous.leaving import on_stream
 from peft_multibatch.serve.masks import tokens_of
 
 
@@ -91,6 +91,6 @@ class Penalties:
         return scores - counts * per_token - (counts > 0) * once
 
     def _write(self, slot: int, tokens: list[int]) -> None:
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with on_stream(self._stream):
             counted = torch.bincount(torch.tensor(tokens, dtype=torch.int64, device="cpu"), minlength=self._vocabulary)
             self._counts[slot] = counted.to(self._counts)

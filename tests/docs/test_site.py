@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import browsers
 import pytest
 import yaml
 
@@ -21,7 +21,6 @@ import yaml
 pytest.importorskip("mkdocs", reason="needs mkdocs")
 
 ROOT = Path(__file__).parents[2]
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = {"desk": 1280, "phone": 390}
 WIDE_TABLES = {"architectures"}  # which name layers by the dozen, and may be scrolled on a desk as well
 
@@ -144,23 +143,15 @@ def address(site) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield started
-        started.close()
+    with browsers.started() as found:
+        yield found
 
 
 def opened(browser, width: int, address: str):
     """A window, and what went wrong in it. It asks nobody but the site: GitHub would be asked for its stars."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.route(lambda url: not url.startswith(address), lambda route: route.fulfill(json={}))
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    return page, problems
+    return page, browsers.listen(page)
 
 
 @pytest.mark.parametrize("screen", WIDTHS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import LLAMA_LIKE, alone, base_model
 from peft import LoraConfig, get_peft_model
+from products import DEVICE, both_backends
 from tolerances import assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,15 +21,6 @@ from peft_multibatch.ops import torch_gradients
 from peft_multibatch.ops.dropout import Mask, dropped
 
 
-triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
-)
-both_backends = pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.float64), pytest.param("triton", torch.float32, marks=kernels)]
-)
 RATES = {"fifty": 0.5, "ten": 0.1, "zero": 0.0}
 NAMES = ["ten", "fifty", "__base__", "fifty", "zero", "ten", "fifty"]
 

@@ -8,21 +8,13 @@ import pytest
 import torch
 from models import alone, left_padded, peft_model
 from peft import LoraConfig, get_peft_model
+from products import DEVICE, both_backends, kernels
 from tolerances import RELATIVE_ERROR, assert_close, relative_error
 from torch import nn
 
 import peft_multibatch
 
 
-triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
-)
-both_backends = pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.float64), pytest.param("triton", torch.float32, marks=kernels)]
-)
 ADAPTERS = ["three", "four", "eight"]
 MIXES = {
     "ordered": ["three", "three", "four", "eight"],

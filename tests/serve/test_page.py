@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
+import browsers
 import httpx
 import pytest
 from serving import chat_ids, serving, text_alone, tiny_model
-
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_it_loads_nothing_from_elsewhere(served):
@@ -24,17 +20,9 @@ def test_it_loads_nothing_from_elsewhere(served):
 
 @pytest.fixture
 def opened():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with browsers.started() as browser:
         page = browser.new_page()
-        problems: list = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        yield page, problems
-        browser.close()
+        yield page, browsers.listen(page)
 
 
 def test_adapters_side_by_side(opened, served, alone, tokenizer):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -265,8 +265,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     # What runs in the loop's thread.
 
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._run_generation_loop(*args, **kwargs)
+        finally:
+            self._stored.keep(())
+
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        scheduler = batch_processor.scheduler
         with self._gate:
+            self._stored.keep(ChainMap(scheduler.active_requests, scheduler.waiting_requests))
             if self._changes:
                 self._gate.notify_all()
                 self._gate.wait(0.001)  # a lock that is let go of and taken again at once is nobody else's

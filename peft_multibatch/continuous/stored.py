@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState
 
+from peft_multibatch.continuous.leaving import children_of
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.plan.ids import Entry, ids_of
@@ -38,6 +39,18 @@ class Waiting(NamedTuple):
     is_late: bool
 
 
+class Lease(NamedTuple):
+    """What keeps a request's adapters in memory.
+
+    Attributes:
+        adapters: these.
+        names: of the request and of those into which it is forked: it is theirs as well.
+    """
+
+    adapters: list[StoredAdapter]
+    names: list[Any]
+
+
 class StoredRequests:
     """Holds back the requests whose adapters have yet to be loaded, and no others.
 
@@ -55,7 +68,7 @@ class StoredRequests:
     def __init__(self, registry: Registry, wake_up: threading.Event | None) -> None:
         self.failed: list[tuple[RequestState, MultibatchError]] = []
         self._registry, self._wake_up = registry, wake_up
-        self._leases: dict[Any, list[StoredAdapter]] = {}  # of requests that run, or are about to
+        self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to
         self._loaded: set[Any] = set()  # requests whose adapters had to be loaded
         self._early: set[Entry] = set()  # of requests that weren't seen yet, and whose adapters are loading
         self._short: tuple[Any, float] = None, 0.0  # the first request that finds no room, and since when
@@ -81,6 +94,11 @@ class StoredRequests:
             with suppress(MultibatchError):  # which the loop finds as well
                 store.load(ids)
 
+    def keep(self, there: Container[Any]) -> None:
+        """Let go of the adapters of all requests but these: those that ended, or may not begin any more."""
+        self._leases = {name: lease for name, lease in self._leases.items() if any(map(there.__contains__, lease.names))}
+        self._loaded = {name for name in self._loaded if name in there}
+
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
         """Of requests in their order, those that may run now; adapters of the others begin to load.
 
@@ -94,9 +112,7 @@ class StoredRequests:
         store, active = self._registry.store, scheduler.active_requests
         if store is None:
             return list(states)
-        there = active.keys() | {state.request_id for state in states}
-        self._leases = {name: adapters for name, adapters in self._leases.items() if name in there}
-        self._loaded &= there
+        self.keep(active.keys() | {state.request_id for state in states})
         places = max(scheduler.max_requests_per_batch - len(active), 0)
         waiting: list[Waiting] = []
         for state in states:
@@ -140,9 +156,11 @@ class StoredRequests:
             self.failed.append((waiting.state, error))
             return False
         if adapters is not None:
-            if waiting.state.request_id not in self._leases:
+            name, known = waiting.state.request_id, self._leases.get(waiting.state.request_id)
+            if known is None:
                 store.count(*((0, len(adapters)) if waiting.is_late else (len(adapters), 0)))
-            self._leases[waiting.state.request_id] = adapters
+            names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
+            self._leases[name] = Lease(adapters, names)
         elif self._wake_up is not None:
             store.on_loaded(self._wake_up.set)
         return adapters is not None

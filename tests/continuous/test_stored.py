@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from batching import DEVICE, generation, prompts, results, settings
 from models import base_model, lora_configs
 from peft import LoraConfig, get_peft_model
 from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
+from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
 from peft_multibatch.adapters.store.arena import size_class
 from peft_multibatch.continuous import stored
-from peft_multibatch.continuous.scheduler import FairScheduler
+from peft_multibatch.continuous.scheduler import KEY, FairScheduler
 
 
 COUNT = 12
@@ -252,6 +254,44 @@ def test_batches_on_other_threads_that_want_more_than_half_of_the_room(make, inp
     assert not any(thread.is_alive() for thread in threads) and failures == []
     for request, (row, name) in zip(requests, wanted):
         assert found[request].error is None and found[request].generated_tokens == texts[name][row]
+
+
+def whole_room(mb, inputs, names):
+    row = torch.tensor([inputs[0]] * len(names), device=DEVICE)
+    found = mb._inner.generate(
+        input_ids=row, attention_mask=torch.ones_like(row), generation_config=generation(), adapter_ids=names
+    )
+    return found[:, len(inputs[0]) :].tolist()
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["idle", "stopped"])
+def test_requests_that_ended_hold_no_memory(make, inputs, texts, is_stopped):
+    """Not even while nobody comes after them: a batch that needs all of the room has it."""
+    mb, _ = make(room=2)
+    with serve(mb) as manager:
+        requests = [manager.add_request(inputs[row], adapter_id=f"a{row}") for row in range(2)]
+        found = results(manager, 2)
+        assert [found[request].generated_tokens for request in requests] == [texts["a0"][0], texts["a1"][1]]
+        if is_stopped:
+            manager.stop(block=True)
+        assert whole_room(mb, inputs, ["a2", "a3"]) == [texts["a2"][0], texts["a3"][0]]
+
+
+def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
+    """Also when the request from which they were forked has ended."""
+    mb, store = make(room=1)
+    requests = stored.StoredRequests(mb._registry, None)
+    scheduler = SimpleNamespace(active_requests={}, max_requests_per_batch=4)
+    number = mb._registry.names.ids["a0"]
+    state = RequestState("r", inputs[0], num_children=1, logit_processor_kwargs={KEY: number})
+    begin = time.monotonic()
+    while requests.ready([state], scheduler) != [state]:
+        assert time.monotonic() - begin < 20
+    requests.keep({"r__child#0"})
+    store.prefetch("a1")
+    assert store.stats().loads == 1 and store.stats().evictions == 0
+    requests.keep({"another"})
+    assert whole_room(mb, inputs, ["a1"]) == [texts["a1"][0]]
 
 
 def test_a_mixture_that_never_has_room(make, inputs, texts):

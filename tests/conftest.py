@@ -6,6 +6,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # xdist runs as many workers as there are cores, and tests start other processes
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # xdist runs as many workers as there are cores
+torch.set_num_threads(1)  # where torch was imported before
 
 
 @pytest.fixture(autouse=True)

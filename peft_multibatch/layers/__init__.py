@@ -1,1 +1,1 @@
-"""How each PEFT layer class runs a mixed batch."""
+"""Handlers that run PEFT's layers on mixed batches."""

@@ -1,6 +1,7 @@
-"""Which model types were tried beside PEFT, one adapter at a time, and which of their layers can't take part.
+"""The model types that were compared with PEFT, and those of their layers that need special treatment.
 
-`make sweep` tries every model type of transformers and writes `architectures.json`; tests/sweep/sweep.py says how.
+`make sweep` compares every model type of transformers with PEFT, one adapter at a time, and writes
+`architectures.json`; see tests/sweep/sweep.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-POSITIONS_FIRST = "its rows are positions first and samples second"
-TILED_ROWS = "its rows are tiled, so that a sample's don't stand side by side"
+POSITIONS_FIRST = "its rows are ordered by position before sample"
+TILED_ROWS = "its rows are tiled, so the rows of a sample aren't contiguous"
 
-# By model type, layers whose names (with # for numbers) match, and why adapters in them can't take part.
+# For each model type: a pattern for layer names (with # for numbers) -> why these layers can't run mixed batches.
 REFUSED: dict[str, dict[str, str]] = {
     "dia": {"": TILED_ROWS},
     "mask2former": {"": POSITIONS_FIRST},
@@ -35,7 +36,7 @@ REFUSED: dict[str, dict[str, str]] = {
 
 LONGFORMER = ("query", "key", "value", "query_global", "key_global", "value_global")
 
-# By model type, layers that have the samples in a later dimension, and in which.
+# For each model type: part of a layer's name -> the dimension of its samples, where that isn't 0.
 SAMPLES_BEHIND: dict[str, dict[str, int]] = {
     "bros": {
         "bbox_projection": 2,
@@ -49,7 +50,7 @@ SAMPLES_BEHIND: dict[str, dict[str, int]] = {
     "xlnet": dict.fromkeys(("layer_1", "layer_2"), 1),
 }
 
-# By model type, layers that are given all samples, and then all of them again: as prompts, patches, groups of queries.
+# For each model type: a pattern for layers whose input repeats all samples, once per prompt, patch or query group.
 TILED: dict[str, str] = {
     "depth_pro": "",
     "lw_detr": r"decoder\..*self_attn",
@@ -60,28 +61,28 @@ TILED: dict[str, str] = {
 
 @functools.cache
 def tried() -> frozenset[str]:
-    """The model types that were tried."""
+    """The model types that the sweep compared with PEFT."""
     found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
     return frozenset(found["tried"])
 
 
 def look_up(model: nn.Module) -> bool:
-    """Whether models of this type were tried, so that what isn't refused is known to be right; once, a word if not."""
+    """Whether this model type was compared with PEFT. If not, warns once."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     is_tried = any(model_type in known for known in (tried(), REFUSED, SAMPLES_BEHIND, TILED))
     if not is_tried:
         logger.warning_once(
-            f"{type(model).__name__} is of a type that peft_multibatch wasn't tried with: call mb.verify(...) with a "
-            "small batch to compare it with PEFT."
+            f"peft_multibatch hasn't been tested with the model type of {type(model).__name__}: call mb.verify(...) "
+            "with a small batch to compare it with PEFT."
         )
     return is_tried
 
 
 def types_around(model: Any, name: str) -> dict[str, None]:
-    """The model types that a layer belongs to, from that of the model to that of the innermost one that holds it.
+    """The types of all models that contain a layer, from the outermost to the innermost.
 
     Args:
-        model: it may be made of others, as an ``EncoderDecoderModel`` is.
+        model: the model, which may contain other models, as an ``EncoderDecoderModel`` does.
         name: the layer's name in it.
     """
     found: dict[str, None] = {}
@@ -94,10 +95,10 @@ def types_around(model: Any, name: str) -> dict[str, None]:
 
 
 def why_refused(types: Iterable[str], name: str) -> tuple[str, str]:
-    """Why adapters in a layer can't take part, and the model type of which that is known; empty strings if nothing is.
+    """Why a layer can't run mixed batches, and the model type this applies to; two empty strings if it can.
 
     Args:
-        types: those around it.
+        types: the model types that contain the layer.
         name: the layer's name in the model.
     """
     numbered = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
@@ -108,11 +109,11 @@ def why_refused(types: Iterable[str], name: str) -> tuple[str, str]:
 
 
 def dim_of_samples(types: Iterable[str], name: str) -> int:
-    """The dimension in which a layer has the samples, 0 where nothing else is known."""
+    """The dimension of the samples in a layer's input; 0 unless listed above."""
     parts = name.split(".")
     return next((dim for each in types for part, dim in SAMPLES_BEHIND.get(each, {}).items() if part in parts), 0)
 
 
 def is_tiled(types: Iterable[str], name: str) -> bool:
-    """Whether a layer is given all samples again and again, one after the other each time."""
+    """Whether a layer's input repeats the whole batch several times."""
     return any(re.search(TILED[each], name) for each in types if each in TILED)

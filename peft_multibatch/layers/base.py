@@ -1,4 +1,4 @@
-"""Base layers, without adapters, as products run them."""
+"""Running base layers without their adapters."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether calling a base layer comes to ``F.linear`` and nothing else."""
+    """Whether calling a base layer is equivalent to ``F.linear``."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     is_own = type(base) is nn.Linear and "forward" not in base.__dict__
     return is_own and not hooked and not nn.modules.module._has_any_global_hook()
 
 
 def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer gives without adapters, in a tensor that nobody else holds."""
+    """The layer's output without adapters, in a tensor that may be written in place."""
     base = layer.base_layer
     if "forward" in base.__dict__:
         base = unpatched(base)
     if "forward" in base.__dict__ or base._forward_hooks:
-        # deltas are added in place, which must not reach what a hook kept, or returned from somewhere else
+        # deltas are added in place, and a hook may have kept the output or returned a tensor it still uses
         return base(x, *args, **kwargs).clone()
     if args or kwargs or not is_plain(base):
         return base(x, *args, **kwargs)
-    parameters: dict[str, Any] = base._parameters  # what calling the module comes to, without its cost
+    parameters: dict[str, Any] = base._parameters  # avoids the overhead of calling the module
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def frozen_bases(layers: Iterable[LoraLayer], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of each layer's base layer, or None where one trains, or isn't plain.
+    """Weight and bias of each layer's base layer; None if any of them is trained or isn't a plain linear layer.
 
     Args:
         layers: the layers.
-        dtype: of their input, which the weights have to have as well, and in which products are summed.
+        dtype: dtype of their input, which the weights must share: float32 or float64.
     """
     found = []
     for layer in layers:

@@ -1,11 +1,10 @@
-"""Sibling projections that read the same tensor become one group: q/k/v as three slices, gate/up as two.
+"""Groups of sibling projections that read the same tensor: q/k/v as three slices, gate/up as two.
 
-The first layer of a group computes all of them, and the others hand out what it computed. They check that they were
-given the very tensor that the first one saw, so that a model in which they aren't siblings after all is slower, not
-wrong.
+The first layer of a group computes the outputs of all, and the others return theirs. Each checks that it received the
+same tensor as the first, so a model whose projections turn out not to be siblings is slower, but still correct.
 
-On request the base weights of a group stand side by side in one tensor as well, so that one matrix product takes the
-place of three. PEFT's and transformers' parameters become views of it: names, values and saved files stay the same.
+With ``fuse="weights"``, the base weights of a group are also concatenated, so one matrix product replaces three.
+PEFT's and transformers' parameters become views of the result; names, values and saved files stay the same.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 Fuse = bool | Literal["weights"]
-"""What may be asked for as ``fuse``."""
+"""Values of ``fuse``."""
 
-# Names under one parent module, in the order in which models call them. Not every name has to be there: an adapter of
-# q_proj and v_proj alone makes a group of two slices.
+# Names under one parent module, in the order in which models call them. Names may be missing: an adapter on q_proj and
+# v_proj alone gives a group of two slices.
 SIBLINGS = [
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, Bart and most others
     ("query", "key", "value"),  # BERT, ViT
@@ -44,18 +43,18 @@ SIBLINGS = [
     ("w1", "w3"),  # Mixtral-like MLPs
 ]
 
-# Attention over another sequence: k and v read the encoder's output, and only once.
+# Cross-attention: k and v read the encoder's output instead, and only once.
 CROSS = ("cross", "encoder_attn", "encdec")
 
 
 class Group:
-    """Layers that run as one.
+    """Layers that run as one product.
 
     Attributes:
-        layers: in the order of their slices.
-        bank: their weights, one slice a layer.
-        label: how ``report()`` names it, such as "fused qkv".
-        reason: why the layers, or their base weights, don't run as one although they were meant to.
+        layers: the layers, in the order of their slices.
+        bank: their weights, one slice per layer.
+        label: the group's label in ``report()``, such as "fused q_proj/v_proj".
+        reason: why the layers, or their base weights, couldn't be fused; empty if they were.
     """
 
     def __init__(self, name: str, layers: dict[str, LoraLayer]) -> None:
@@ -65,18 +64,18 @@ class Group:
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
         self.is_split = False
-        self._is_known = False  # how its input is treated in inference mode
-        self._weight: Tensor | None = None  # of all base layers, side by side
+        self._is_known = False  # whether the model was seen not to write the input in place in inference mode
+        self._weight: Tensor | None = None  # the base weights, concatenated
         self._bias: Tensor | None = None
         self._addresses: list[int] = []
 
     def join(self) -> None:
-        """Let the layers run as one."""
+        """Start running the layers as one product."""
         for index, layer in enumerate(self.layers):
             layer._multibatch.group = self, index
 
     def split(self, reason: str) -> None:
-        """Let every layer run by itself from now on."""
+        """Run every layer by itself from now on."""
         if not self.is_split:
             logger.warning_once(f"{self.name}: not fused, because {reason}.")
         self.is_split, self.reason = True, f"not fused, because {reason}"
@@ -85,19 +84,19 @@ class Group:
             layer._multibatch.group = None
 
     def join_weights(self) -> None:
-        """Put the base weights side by side in one tensor, of which the parameters become views."""
+        """Concatenate the base weights, and turn the parameters into views of the result."""
         bases = [layer.base_layer for layer in self.layers]
         biases = [base._parameters.get("bias") for base in bases]
         if any(type(base) is not nn.Linear or _is_hooked(base) or _is_quantized(base) for base in bases):
-            self.reason = "base weights apart: not all are plain linear layers without hooks"
+            self.reason = "base weights not fused: some base layers have hooks or aren't plain linear layers"
         elif len({_kind(base.weight, bias) for base, bias in zip(bases, biases)}) > 1:
-            self.reason = "base weights apart: their dtypes differ, or some have a bias and others none"
+            self.reason = "base weights not fused: their dtypes or devices differ, or only some have a bias"
         elif len({parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)}) < len(
             self._find()
         ):
-            self.reason = "base weights apart: layers share a parameter"
+            self.reason = "base weights not fused: layers share a parameter"
         elif any(base.weight.is_meta for base in bases):
-            self.reason = "base weights apart: they are offloaded"
+            self.reason = "base weights not fused: they are offloaded"
         else:
             self._weight = _side_by_side([base.weight for base in bases])
             self._bias = None if biases[0] is None else _side_by_side(biases)
@@ -105,7 +104,7 @@ class Group:
             self.label = self.label.replace("fused", "fused with base weights", 1)
 
     def part_weights(self, reason: str = "") -> None:
-        """Give every base layer memory of its own again."""
+        """Give every base layer its own memory again."""
         if self._weight is None:
             return
         shared = {each.untyped_storage().data_ptr() for each in (self._weight, self._bias) if each is not None}
@@ -119,10 +118,10 @@ class Group:
         self.reason = self.reason or reason
 
     def version(self, call: Call | Graph, x: Tensor) -> Any:
-        """What tells whether a group's input is written in place before the last of its layers has read it.
+        """State that ``is_unchanged`` compares, to detect in-place writes to the input between the group's layers.
 
-        Graphs don't let that happen. Tensors of inference mode count nothing; what a model does there is looked at
-        once, when its group runs for the first time, unless a CUDA graph is being captured.
+        Not needed in graphs. Inference tensors have no version counter, so the first run of a group in inference mode
+        compares a copy of the input instead, unless a CUDA graph is being captured.
         """
         if isinstance(call, Graph):
             return 0
@@ -132,7 +131,7 @@ class Group:
         return 0 if self._is_known or is_capturing else x.clone()
 
     def is_unchanged(self, call: Call | Graph, x: Tensor, version: Any, index: int) -> bool:
-        """Whether the layer with this index gets the input of which ``version`` was told."""
+        """Whether the input is still the one from which ``version`` was made, when the layer ``index`` reads it."""
         if isinstance(call, Graph):
             return True
         if not isinstance(version, Tensor):
@@ -144,23 +143,23 @@ class Group:
         return is_same
 
     def check_weights(self) -> None:
-        """Part base weights that aren't what was put side by side any more, or that somebody wants to hook.
+        """Stop fusing base weights that were replaced or hooked, and layers with hooks of their own.
 
-        And let layers run by themselves that accelerate hooked: their weights may not be there before their turn.
+        accelerate's hooks may load a layer's weights only when that layer is called.
         """
         if not self.is_split and any("_hf_hook" in layer.__dict__ for layer in self.layers):
             self.split("accelerate's hooks have to run before each projection")
         if not self.is_split and any(layer._forward_pre_hooks for layer in self.layers):
-            self.split("somebody's hooks have to run before each projection")
+            self.split("forward pre-hooks have to run before each projection")
         if self._weight is not None and (
             self._find() != self._addresses or any(_is_hooked(layer.base_layer) for layer in self.layers)
         ):
-            self.part_weights("base weights apart: something moved, replaced or hooked them")
+            self.part_weights("base weights not fused: they were moved, replaced or hooked")
 
     def base_output(self, x: Tensor) -> Tensor | None:
-        """The base layers' outputs side by side, ``[..., ΣN]``, or None where they have to run apart."""
+        """The base layers' outputs, concatenated, ``[..., ΣN]``; None if they have to run one by one."""
         weight, bias = self._weight, self._bias
-        if weight is None or torch.is_grad_enabled():  # a part of it can't be written in place where gradients flow
+        if weight is None or torch.is_grad_enabled():  # autograd doesn't allow in-place writes to slices of the output
             return None
         return F.linear(x, weight, bias)
 
@@ -189,7 +188,7 @@ def _is_hooked(base: nn.Module) -> bool:
 
 
 def _side_by_side(parameters: list[Tensor]) -> Tensor:
-    # what was made in inference mode must stay a tensor of that kind
+    # parameters made in inference mode must stay inference tensors
     with torch.inference_mode(parameters[0].is_inference()):
         whole = torch.cat([parameter.data for parameter in parameters])
         for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
@@ -198,10 +197,10 @@ def _side_by_side(parameters: list[Tensor]) -> Tensor:
 
 
 def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
-    """Group the layers that may run as one.
+    """Group the layers that can run as one product.
 
     Args:
-        layers: the segmented layers by their names in the model.
+        layers: the segmented layers, by name in the model.
     """
     groups: list[Group] = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
@@ -215,7 +214,7 @@ def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
 
 
 def _alike(layers: Iterable[LoraLayer]) -> bool:
-    """Whether layers take the same input, on one device and without hooks that have to run at the layer's own turn."""
+    """Whether layers take inputs of the same size on one device, without hooks that must run before each of them."""
     described = {
         (layer.in_features, base_device(layer), hasattr(layer, "_hf_hook"), bool(layer._forward_pre_hooks))
         for layer in layers

@@ -1,4 +1,4 @@
-"""The fast handler: the base layer's output plus every row's own delta, with siblings as one product."""
+"""The fast handler: the base layer's output plus each row's delta, with sibling projections as one product."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 @handles(is_fast=True)
 def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """``lora.Linear`` and its like: the base layer's output plus every row's own delta; siblings run as one."""
-    patch = self._multibatch  # not by the name in STATE: every projection of every token comes through here
+    """``lora.Linear`` and similar layers: the base output plus each row's delta, with siblings as one product."""
+    patch = self._multibatch  # faster than getattr with STATE, and this runs for every projection of every token
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
     router = patch.router
@@ -45,7 +45,7 @@ def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     if self._disable_adapters and isinstance(call, Graph):
         return patch.original(x, *args, **kwargs)
     if kwargs:
-        kwargs.pop(ALORA_OFFSETS, None)  # PEFT's, of the adapter that is active outside of the batch
+        kwargs.pop(ALORA_OFFSETS, None)  # PEFT computes them for the active adapter, not for the batch's
         if x is None:
             raise UnsupportedError(no_input(patch.name, kwargs))
     if call.base_layers and self in call.base_layers:
@@ -67,15 +67,15 @@ def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
             if isinstance(plan, BatchPlan) and plan.dropouts(bank) is not None:
                 call.draws.count(self)
             return run_apart(self, call, patch, apart, x, y, *args, **kwargs) if apart else y
-        except RowMappingError:  # below it is right if all samples have one adapter, and named if they haven't
+        except RowMappingError:  # per_segment can run this if all samples have one adapter, and raises otherwise
             pass
     return per_segment(self, x, *args, **kwargs)
 
 
 def _plan_for(call: Call | Graph, bank: Bank) -> tuple[Any, frozenset[int]]:
-    """The plan that a bank's product runs, and the slots of the adapters that PEFT's own module has to run beside it.
+    """The plan for a bank's product, and the slots of adapters whose rows PEFT's own module has to run.
 
-    The plan is None where they are all that there is, and always the same for a graph, which knows no plans.
+    The plan is None if PEFT's module runs all adapters of the batch. For a graph, it is the graph.
 
     Raises:
         UnsupportedError: compiled code can't run the adapters in use.
@@ -83,8 +83,8 @@ def _plan_for(call: Call | Graph, bank: Bank) -> tuple[Any, frozenset[int]]:
     if isinstance(call, Graph):
         if call.apart:
             raise UnsupportedError(
-                f"a model was compiled, and {call.apart}, which a graph can't hold: expected adapters that run "
-                "segmented, see mb.report(), without variants and dropout. Run it without torch.compile, or pass "
+                f"a model was compiled, and {call.apart}, which compiled code can't run: expected adapters that run "
+                "segmented (see mb.report()), without variants or dropout. Run it without torch.compile, or pass "
                 "disable_compile=True to generate."
             )
         return call, NONE
@@ -106,7 +106,7 @@ NONE: frozenset[int] = frozenset()
 def _run_sibling(
     call: Call | Graph, plan: Any, router: Router, group: Group, index: int, bank: Bank, x: Tensor
 ) -> Tensor:
-    """What one layer of a group gives; the first one computes it for all of them."""
+    """The output of one layer of a group; the first layer computes the outputs of all."""
     if index == 0:
         whole = group.base_output(x)
         if whole is None or (isinstance(plan, BatchPlan) and plan.has_dora(group.bank)):
@@ -130,7 +130,7 @@ def _run_sibling(
 def _run(
     call: Call | Graph, plan: Any, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any
 ) -> list[Tensor]:
-    """What each of a bank's layers gives."""
+    """The outputs of a bank's layers."""
     if not bank.is_split:
         if torch.is_grad_enabled() and not (args or kwargs) and isinstance(call, Call) and x.is_cpu:
             ys = _run_frozen(call, plan, router, bank, x)
@@ -141,14 +141,14 @@ def _run(
         )
     if isinstance(call, Graph):
         raise UnsupportedError(
-            "a model split by tensor parallelism was compiled, which wasn't tested with ids: expected eager code. Run "
-            "it without torch.compile, or pass disable_compile=True to generate."
+            "a model split by tensor parallelism was compiled and called with adapter_ids: expected eager execution. "
+            "Run it without torch.compile, or pass disable_compile=True to generate."
         )
     if torch.is_grad_enabled():
         shards.check_gradients(bank.layers, x)
     splits = list(zip(bank.layers, bank.splits))
     bases = [shards.base_output(layer, split, x) if split else base_output(layer, x) for layer, split in splits]
-    # parts of sums stay in float32 until they are summed up, so that a delta is rounded once, as it is everywhere
+    # partial sums stay in float32 until they are added up, so that each delta is rounded only once
     ys = [
         y.to(torch.promote_types(y.dtype, torch.float32)) if split and split.dim else y
         for split, y in zip(bank.splits, bases)
@@ -159,7 +159,7 @@ def _run(
 
 
 def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
-    """The same on a CPU, as one node of autograd's graph, or None where base layers have to run by themselves."""
+    """As ``_run``, on a CPU, base layers included in one autograd node; None if they have to run separately."""
     if router.kernels is not None or router.is_gathered or torch.is_autocast_enabled("cpu"):
         return None
     trained, bases = plan.trained(bank), frozen_bases(bank.layers, x.dtype)
@@ -178,9 +178,9 @@ def _run_frozen(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tens
 def _add_deltas(
     call: Call | Graph, plan: Any, router: Router, bank: Bank, ys: list[Tensor], x: Tensor
 ) -> list[Tensor]:
-    """Add to every slice's output the deltas of ``x`` ``[..., K]``, row by row; in place for inference.
+    """Add each row's delta for ``x``, ``[..., K]``, to the outputs of all slices; in place for inference.
 
-    ``ys`` is one tensor ``[..., N]`` for each slice, or one with all slices side by side; so is the result.
+    ``ys`` has one tensor ``[..., N]`` per slice, or a single one with all slices concatenated; so does the result.
     """
     if isinstance(call, Graph):
         return _add_in_graph(call, router, bank, ys, x)
@@ -215,7 +215,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
                 for each in packed:
                     kernels.add_(ys, x, bank.widths, each, tables)
                 return ys
-            check_not_capturing(x.device)  # before anything is made and kept that only a replay would fill
+            check_not_capturing(x.device)  # before tensors are kept that only a replay of the graph would fill
         place = bank, streams.key(x.device)
         products = plan.products.get(place)
         if products is None or not products.fit(ys, x):
@@ -227,7 +227,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         if products.can_run:
             products(ys, x, call.workspaces)
             return ys
-    call.num_rows(x.shape)  # dimension 0 has to map to samples, not just all rows together
+    call.num_rows(x.shape)  # dimension 0 has to map to samples, not just the flattened rows
     check_not_capturing(x.device)
     if plan.adapters:
         ys = [y.contiguous() for y in ys]
@@ -254,7 +254,7 @@ def _add_as_node(
     wanted: Wanted,
     dropouts: Dropouts | None,
 ) -> list[Tensor]:
-    """As ``_add``, by products that can make gradients and drop."""
+    """As ``_add``, with gradients and dropout."""
     trained, kernels = plan.trained(bank), router.kernels
     if not trained.parameters:
         return ys
@@ -262,7 +262,7 @@ def _add_as_node(
     if kernels is not None and kernels.runs_on(x):
         tables = plan.tables(bank, x.device)
         if kernels.takes(ys, x, tables):
-            from peft_multibatch.ops.triton_gradients import TritonProduct  # not before there is a GPU
+            from peft_multibatch.ops.triton_gradients import TritonProduct  # imports triton
 
             drops = None if dropouts is None else dropouts.table(call.draws, x.device)
             product = TritonProduct(plan.components, plan.plans(x.device), tables, trained, wanted, drops)
@@ -272,28 +272,28 @@ def _add_as_node(
 
 
 def _scale(call: Call, plan: BatchPlan, bank: Bank, ys: list[Tensor]) -> list[Tensor]:
-    """DoRA: every row's output without bias times the magnitudes of its own adapter over the norms of its weights.
+    """DoRA: scale each row's output, except for the bias, by its adapter's magnitudes divided by the weight norms.
 
     Raises:
-        UnsupportedError: a mixture of DoRA adapters.
+        UnsupportedError: a mixture names a DoRA adapter.
     """
     check_not_capturing(ys[0].device)
     for adapter in [plan.adapters[slot] for slot in plan.mixed]:
         if any(part and part.magnitude is not None for part in adapter.parts(bank.layers)):
             name = adapter.name
             raise UnsupportedError(
-                f"a mixture names {name!r}, a DoRA adapter, whose output isn't a delta that can be weighted: expected "
-                "plain LoRA. Give the row that adapter alone, or leave it out of mixtures."
+                f"a mixture names {name!r}, a DoRA adapter, which can't be weighted because it scales the whole "
+                "output: expected plain LoRA. Give the row that adapter alone, or leave it out of mixtures."
             )
     scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
     if scales is None:
         scales = bank.dora_scales(plan.adapters)
-        if call.inside and not torch.is_grad_enabled():  # for as long as one call of the model, so for all its tokens
+        if call.inside and not torch.is_grad_enabled():  # kept for all tokens of one call of the model
             call.dora_scales[bank] = scales
     found = []
     for layer, y, scale in zip(bank.layers, ys, scales):
         if scale is not None:
-            rows = plan.positions(y.device)  # the base model's -1 is the last row of the scales
+            rows = plan.positions(y.device)  # -1, the base model, selects the last row of the scales
             bias = layer.base_layer.bias
             start = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else bias.to(y.dtype)
             grouped = y.reshape(len(rows), -1, y.shape[-1])
@@ -312,17 +312,17 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
         return _add_through_ops((plans, lora_a, lora_b, bank.ranks, bank.scalings), bank, ys, x)
     if graph.contended or not graph.here.thread.active:
         raise UnsupportedError(
-            "a compiled model was called on a GPU while other ids, or ids at all, are in force on another thread or "
-            "task: expected one at a time, because a graph reads its plan at one place. Run the calls after each "
-            "other, put ids in force on the thread that calls, or pass disable_compile=True to generate."
+            "a compiled model was called on a GPU while adapter_ids are active on another thread or task: expected "
+            "one batch at a time, because the graph reads its plan from a fixed address. Make the calls one after "
+            "the other, open mb.batch on the thread that calls, or pass disable_compile=True to generate."
         )
     graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]
     for table in bank.graph_tables:
         if table.dtype not in kernels.DTYPES:
             raise UnsupportedError(
-                f"a model was compiled whose adapters have weights of the dtype {table.dtype}: expected float16, "
-                "bfloat16 or float32, and contiguous weights. Convert the adapters, or run without torch.compile."
+                f"a model was compiled whose adapters have weights of dtype {table.dtype}: expected contiguous "
+                "float16, bfloat16 or float32. Convert the adapters, or run without torch.compile."
             )
         for buffer in graph.buffers[str(x.device)]:
             ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)

@@ -1,4 +1,4 @@
-"""Handlers for layers whose rows stand in another order than the samples: all samples again and again."""
+"""Handlers for layers whose rows aren't in the order of the samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_multibatch.layers.per_segment import current_call, for_each_segment, p
 
 @handles()
 def tiled(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A layer that is given all samples, and then all of them again: as ``per_segment``, sample by sample."""
+    """``per_segment`` for a layer whose input repeats all samples; its rows are first brought into sample order."""
     patch = getattr(self, STATE)
     call = None if patch is None else patch.router.current(patch)
     entries = call.plan.segments.num_entries if isinstance(call, Call) else 0
@@ -26,7 +26,7 @@ def tiled(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @handles()
 def tiled_experts(self: Any, x: Tensor) -> Tensor:
-    """``lora.ParamWrapper`` where every expert gets the rows of all samples: as ``per_segment``, expert by expert."""
+    """``per_segment`` for a ``lora.ParamWrapper`` whose input repeats all samples once per expert."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, x)
@@ -51,7 +51,7 @@ def tiled_experts(self: Any, x: Tensor) -> Tensor:
 
 @handles()
 def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``lora.MultiheadAttention``: as ``per_segment``; samples are in dimension 1 where ``batch_first`` isn't set."""
+    """``per_segment`` for ``lora.MultiheadAttention``; samples are in dimension 1 unless ``batch_first`` is set."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, query, key, value, *args, **kwargs)
@@ -63,8 +63,8 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
     if query.dim() != 3 or args:
         raise UnsupportedError(
             f"{patch.name} was called with a query of {query.dim()} dimensions and {len(args)} positional arguments "
-            "behind the value: expected a batch, and masks by their names. Call it so, or run the adapters one at a "
-            "time."
+            "after value: expected a batched query of 3 dimensions, and masks as keyword arguments. Change the call, "
+            "or run the adapters one at a time."
         )
     base: Any = self.base_layer
     batch = 0 if base.batch_first else 1
@@ -79,6 +79,6 @@ def attention(self: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
             own["attn_mask"] = mask.unflatten(0, (-1, base.num_heads))[rows].flatten(0, 1)
         return type(self).forward(view, query[index], key[index], value[index], **own)
 
-    # the output has samples where the query has them, the attention weights in dimension 0
+    # samples are in the query's dimension in the output, and in dimension 0 in the attention weights
     dims = batch, 0
     return for_each_segment(call, patch, self, query.shape[batch], query.device, run, lambda n, _: dims[n])

@@ -1,4 +1,4 @@
-"""A layer of the model in whose place a handler runs, and what the handler needs to know."""
+"""Replacing a layer's ``forward`` with a handler, and the state that the handler needs."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ if TYPE_CHECKING:
 
 
 class PatchedLayer:
-    """A PEFT layer whose forward is a handler. A copy or a pickle of the layer has None here, and is plain PEFT.
+    """A PEFT layer whose forward is a handler. Copies and pickles of the layer have None instead, and are plain PEFT.
 
-    What its handler is depends on the layer's class alone, so that adapters come and go without a layer being patched
-    anew, which calls under way would notice.
+    The handler doesn't depend on the adapters, so adding or deleting them doesn't replace it while calls are running.
 
     Attributes:
         module: the layer.
-        place: the module in whose place the handler runs: the layer, or the one that it stands for.
-        inner: that module as it runs by itself, with all hooks; see ``plain.py``.
+        place: the module whose forward is replaced: the layer, or the base module that it represents.
+        inner: that module without the handler, with all hooks; see ``plain.py``.
         name: its name in the model.
-        handler: what runs in the place of its forward.
-        reason: why that isn't the fast one, or the empty string.
-        is_fast: whether it is.
-        refusal: why adapters that have anything in the layer can't take part, or the empty string.
-        router: tells which call is active.
+        handler: the function that replaces its forward.
+        reason: why this isn't the fast handler, or the empty string.
+        is_fast: whether it is the fast handler.
+        refusal: why adapters on this layer can't run in mixed batches, or the empty string.
+        router: finds the active call.
         original: the layer's own ``forward``, bound.
-        bank: the layer's bank, alone; None where it runs per segment.
-        group: the projection group it belongs to and its slice in it; None where it runs by itself.
-        outputs: the structure of what it returns, where that was seen to have rows of samples throughout.
+        bank: the layer's own bank; None if it runs per segment.
+        group: its projection group and its slice in it; None if it runs by itself.
+        outputs: the structure of its outputs, once all of them were seen to have rows of samples.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class PatchedLayer:
         attributes = self.place.__dict__
         for method in ("forward", "enable_adapters"):
             if is_handler(attributes.get(method)) and attributes.get(STATE) is None:
-                del attributes[method]  # of a copy: what was put there belongs to the original
+                del attributes[method]  # this is a copy, and the method is bound to the original
         attribute = own_attribute(self.place, "forward")
         self.original: Callable[..., Any] = getattr(self.place, attribute)
         attributes[STATE] = module.__dict__[STATE] = self
@@ -70,26 +69,26 @@ class PatchedLayer:
 
     @property
     def is_disabled(self) -> bool:
-        """Whether somebody disabled the layer's adapters on this thread or task, or on all of them."""
+        """Whether the layer's adapters are disabled on this thread or task, or on all of them."""
         return self.module._disable_adapters and (
             not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
 
     def is_shared(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the model's own, and so the same for all samples."""
+        """Whether a tensor is a parameter or buffer of the model, and so the same for all samples."""
         if isinstance(tensor, nn.Parameter):
             return True
         return any(tensor is each for buffers in self.router.buffers for each in buffers.values())
 
     def note(self, is_enabled: bool) -> None:
-        """PEFT was asked to enable or disable the layer's adapters on this thread or task."""
+        """Record that PEFT enabled or disabled the layer's adapters on this thread or task."""
         disabled = self.router.disabled.get()
         self._is_disabled_somewhere = not is_enabled
         if is_enabled != (self.module not in disabled):
             self.router.disabled.set(disabled - {self.module} if is_enabled else disabled | {self.module})
 
     def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
-        """Let another handler run."""
+        """Switch to another handler."""
         self._choose(handler, reason, refusal)
         self._forward.change(self._bound(handler))
 
@@ -103,7 +102,7 @@ class PatchedLayer:
         self.group: tuple[Group, int] | None = None
 
     def remove(self) -> None:
-        """Put the layer's own forward back."""
+        """Restore the layer's own forward."""
         self._forward.undo()
         self._enable.undo()
         self.place.__dict__.pop(STATE, None)
@@ -116,11 +115,11 @@ class PatchedLayer:
 
 
 def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
-    """Marks a function as a handler."""
+    """Mark a function as a handler."""
 
     def mark(function: Any) -> Any:
         function.is_handler, function.is_fast = True, is_fast
-        function.__name__ = "forward"  # bound methods are pickled by this name: unpickled, a layer has its class's
+        function.__name__ = "forward"  # bound methods are pickled by name, so an unpickled layer gets its class's
         return function
 
     return mark
@@ -128,7 +127,7 @@ def handles(is_fast: bool = False) -> Callable[[Callable], Callable]:
 
 @handles(is_fast=True)
 def plain(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A module of the base model: what the handler of the layer that stands for it gives."""
+    """Handler for a module of the base model: calls the handler of the layer that represents it."""
     patch = self._multibatch
     if patch is None:
         return type(self).forward(self, x, *args, **kwargs)
@@ -136,12 +135,12 @@ def plain(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_handler(method: Any) -> bool:
-    """Whether a bound method is a handler's."""
+    """Whether a bound method is a handler."""
     return getattr(getattr(method, "__func__", None), "is_handler", False)
 
 
 def is_replaced(layer: Any) -> bool:
-    """Whether a module's forward is anything but its class's, a handler's, or that of a library which is known."""
+    """Whether a module's forward was replaced, other than by a handler or a library that is supported."""
     forward = layer.__dict__.get("forward")
     is_own = getattr(forward, "__func__", None) is type(layer).forward or is_handler(forward)
     is_known = shards.is_split_forward(forward) or "_hf_hook" in layer.__dict__
@@ -149,25 +148,25 @@ def is_replaced(layer: Any) -> bool:
 
 
 def _enable_adapters(self: Any, enabled: bool) -> None:
-    """What ``disable_adapter()`` of PEFT calls: notes on which thread or task it does, because ids hold on others."""
+    """Called by ``disable_adapter()``: records on which thread or task, because batches on others aren't affected."""
     patch = self.__dict__.get(STATE)
     if patch is not None:
         patch.note(enabled)
     type(self).enable_adapters(self, enabled)
 
 
-_enable_adapters.__name__ = "enable_adapters"  # by which bound methods are pickled
+_enable_adapters.__name__ = "enable_adapters"  # bound methods are pickled by name
 _enable_adapters.is_handler = True  # type: ignore[attr-defined]
 
 
 def own_attribute(module: nn.Module, method: str) -> str:
-    """Where the method is that calls arrive at behind accelerate's hooks, which move inputs and weights before."""
-    # put in front of the hooks, ours would go with them when somebody removes them or adds others
+    """The attribute with the method that accelerate's hooks call, after moving inputs and weights."""
+    # replacing the hooked method instead would lose the replacement when hooks are added or removed
     return "_old_forward" if method == "forward" and {"_hf_hook", "_old_forward"} <= module.__dict__.keys() else method
 
 
 class Replacement:
-    """A method in the place of another one, as an attribute of a module."""
+    """A method of a module replaced by another one."""
 
     def __init__(self, module: nn.Module, attribute: str, method: Callable) -> None:
         self._module, self._attribute, self._method = module, attribute, method
@@ -175,14 +174,14 @@ class Replacement:
         module.__dict__[attribute] = method
 
     def change(self, method: Callable) -> None:
-        """Put another method in its place; in between there is no moment without one."""
+        """Replace the method again, without restoring the original in between."""
         for name in self._names():
             if self._module.__dict__.get(name) is self._method:
                 self._module.__dict__[name] = method
         self._method = method
 
     def undo(self) -> None:
-        """Put back what was there before, also where somebody else moved the method in the meantime."""
+        """Restore the original, even if the replacement was moved to another attribute in the meantime."""
         attributes = self._module.__dict__
         for name in self._names():
             if attributes.get(name) is not self._method:
@@ -195,7 +194,7 @@ class Replacement:
                 attributes[name] = types.MethodType(getattr(type(self._module), self._attribute), self._module)
 
     def _names(self) -> tuple[str, ...]:
-        # accelerate moves a forward to another name when it adds a hook, and back when it removes one
+        # accelerate renames forward when it adds a hook, and back when it removes one
         moved = ("forward", "_old_forward")
         return moved if self._attribute in moved else (self._attribute,)
 
@@ -204,10 +203,10 @@ _MISSING: Any = object()
 
 
 def check_merged(name: str, layer: Any) -> None:
-    """Raise where a layer's adapters can't be told apart by rows.
+    """Check that no adapter is merged into a layer's base weights.
 
     Raises:
-        MergedAdaptersError: an adapter is merged into the base weights.
+        MergedAdaptersError: one is.
     """
     if layer.merged_adapters:
         raise MergedAdaptersError(
@@ -217,14 +216,14 @@ def check_merged(name: str, layer: Any) -> None:
 
 
 def check_not_capturing(device: torch.device) -> None:
-    """Raise where code of ours that a replay wouldn't run is being captured.
+    """Check that no CUDA graph is being captured, where replaying it would repeat this batch's routing.
 
     Raises:
-        UnsupportedError: it is.
+        UnsupportedError: one is being captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
-            "a CUDA graph is being captured of a layer that doesn't run on kernels alone, and which rows belong to "
-            "which adapter would be part of it for good: expected float16, bfloat16 or float32, the backend triton, "
-            "and no DoRA or layers that run per segment, see mb.report(). Run it without CUDA graphs."
+            "a CUDA graph is being captured of a layer that needs more than the Triton kernels, and its replays would "
+            "use the adapters of this batch: expected float16, bfloat16 or float32, the triton backend, and no DoRA "
+            "or layers that run per segment (see mb.report()). Run it without CUDA graphs."
         )

@@ -1,4 +1,4 @@
-"""Handlers for all other layers: PEFT's own module, once per segment on its rows, with its adapter active."""
+"""Handlers that run PEFT's own module once per segment, on the segment's rows and with its adapter active."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_multibatch.plan.segments import BASE
 
 
 def _along(dim: int) -> Callable[..., Any]:
-    """The handler for layers whose tensors have the rows of samples in this dimension."""
+    """The handler for layers whose tensors have the samples in this dimension."""
 
     @handles()
     def per_segment(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -44,30 +44,30 @@ def _along(dim: int) -> Callable[..., Any]:
         def dim_of(number: int, part: Tensor) -> int:
             return inputs.dim if part.dim() >= first.dim() else 0
 
-        is_known = not isinstance(self, ModulesToSaveWrapper)  # which may hold anything
+        is_known = not isinstance(self, ModulesToSaveWrapper)  # these can wrap any module
         return for_each_segment(call, patch, self, inputs.num_rows, first.device, run, dim_of, is_known)
 
     return per_segment
 
 
 per_segment = _along(0)
-"""Any other layer: PEFT's own module, once per segment on its rows, with its adapter as the active one."""
+"""Handler for any other layer: runs PEFT's own module once per segment, with the segment's adapter active."""
 
 PER_SEGMENT_ALONG = {1: _along(1), 2: _along(2)}
-"""The same for layers that have the rows of samples behind something else, by the dimension in which they are."""
+"""The same for layers whose samples are in a later dimension, by dimension."""
 
 
 def no_input(name: str, kwargs: dict[str, Any]) -> str:
-    """What is wrong where a layer was called with its input under another name than PEFT's."""
+    """The error message for a layer whose input was passed under another name than PEFT's."""
     return (
         f"{name} was called with {', '.join(kwargs) or 'nothing'} by name: expected its input as the first argument, "
-        "as PEFT's layers take it. Call it so, or remove the adapters from this layer."
+        "as PEFT's layers take it. Change the call, or remove the adapters from this layer."
     )
 
 
 @handles()
 def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A layer in which no adapter can take part in a mixed batch: all rows get what the base layer gives."""
+    """Handler for a layer whose adapters are refused: all rows get the base layer's output."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
@@ -80,7 +80,7 @@ def base_only(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @handles()
 def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A layer whose forward somebody replaced, of which nobody knows what it does with rows."""
+    """Handler for a layer whose forward was replaced: refuses mixed batches, since its rows can't be mapped."""
     patch = getattr(self, STATE)
     if patch is None:
         return type(self).forward(self, *args, **kwargs)
@@ -90,8 +90,8 @@ def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def run_base(layer: Any, patch: PatchedLayer, *args: Any, **kwargs: Any) -> Any:
-    """What a layer gives without adapters, whatever is active outside of the batch."""
-    if getattr(layer, "merged_adapters", None):  # PEFT takes them out first
+    """The output of a layer without adapters, whichever are active outside of the batch."""
+    if getattr(layer, "merged_adapters", None):  # PEFT unmerges them first
         return patch.original(*args, **kwargs)
     return type(layer).forward(views.check_loaded(views.view_of(layer, {})), *args, **kwargs)
 
@@ -99,12 +99,12 @@ def run_base(layer: Any, patch: PatchedLayer, *args: Any, **kwargs: Any) -> Any:
 def run_apart(
     self: Any, call: Call, patch: PatchedLayer, slots: frozenset[int], x: Tensor, y: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Let PEFT's own module run the rows of some adapters, in the place of what a product gave for them.
+    """Replace the rows of some adapters in a product's output with the outputs of PEFT's own module.
 
     Args:
-        slots: the adapters'.
+        slots: the slots of these adapters.
         x: the layer's input, ``[..., K]``.
-        y: the product's output, ``[..., N]``, in which these rows are the base model's; may be written in place.
+        y: the product's output, ``[..., N]``, with the base model's output in these rows; may be written in place.
     """
     check_not_capturing(x.device)
     run, inputs = _runner(self, call, patch, (x, *args), kwargs)
@@ -127,21 +127,21 @@ def run_apart(
 def _runner(
     self: Any, call: Call, patch: PatchedLayer, args: tuple, kwargs: dict[str, Any], dim: int = 0
 ) -> tuple[Callable[[Any, slice | Tensor], Any], Inputs]:
-    """What runs a view of a layer on some rows of its input, and of all that comes beside it."""
+    """A function that runs a view of a layer on some rows of all its arguments, and these arguments."""
     entries = call.plan.segments.num_entries
     x = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
-    if call.packed and x is not None:  # the tokens of all requests, in one row or in none
+    if call.packed and x is not None:  # the tokens of all requests, in a single row or without a batch dimension
         dim = max(x.dim() - (1 if isinstance(get_base(self), nn.Embedding) else 2), 0)
     elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
-        args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, the same for all samples
+        args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, shared by all samples
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
     if not call.packed and dim == 0:
         call.check_order(inputs.first.shape, patch.name)
     if isinstance(self, lora.ParamWrapper) and self.num_experts > 1 and inputs.num_tensors == 1:
         raise UnsupportedError(
-            f"{patch.name} has experts that were called without routing, on rows that needn't be in the order of the "
-            "samples: expected hidden states and routing with the same rows. Remove the adapters from these "
-            "parameters, or run them one at a time."
+            f"{patch.name} has experts that were called without routing, on rows that may not be in sample order: "
+            "expected hidden states and routing with the same rows. Remove the adapters from these parameters, or "
+            "run them one at a time."
         )
     offsets = _offsets(self, call, patch, inputs.first, entries) if isinstance(self, lora.Linear) else None
 
@@ -156,15 +156,15 @@ def _runner(
 
 
 def loaded_view_for(layer: Any, entry: Entry, plan: BatchPlan, patch: PatchedLayer) -> Any:
-    """As ``view_for``, and its parameters are there to be read."""
+    """As ``view_for``, after checking that its parameters are in memory."""
     return views.check_loaded(view_for(layer, entry, plan, patch))
 
 
 def view_for(layer: Any, entry: Entry, plan: BatchPlan, patch: PatchedLayer) -> Any:
-    """The same layer with what one entry names active: an adapter, several with their weights, or none.
+    """A view of the layer in which an entry's adapters are active: one, several with weights, or none.
 
     Raises:
-        UnsupportedError: a mixture of adapters whose outputs here aren't sums of deltas.
+        UnsupportedError: the entry is a mixture, and an adapter's output in this layer isn't a delta.
     """
     adapters = plan.adapters
     if not isinstance(entry, tuple):
@@ -175,9 +175,9 @@ def view_for(layer: Any, entry: Entry, plan: BatchPlan, patch: PatchedLayer) -> 
         return views.view_of(layer, {adapter.name: adapter.view(layer) for adapter in present}, weights)
     if present:
         raise UnsupportedError(
-            f"a mixture names adapter {min(weights)!r}, and in {patch.name} what it gives isn't a delta that can be "
-            f"weighted ({type(layer).__name__}): expected plain LoRA, without variants, copies of modules and trained "
-            "tokens. Give the row one adapter alone, or leave that adapter out of mixtures."
+            f"a mixture names adapter {min(weights)!r}, whose output in {patch.name} isn't a delta that can be "
+            f"weighted ({type(layer).__name__}): expected plain LoRA, without variants, copies of modules or trained "
+            "tokens. Give the row that adapter alone, or leave it out of mixtures."
         )
     return views.view_of(layer, {})
 
@@ -185,27 +185,27 @@ def view_for(layer: Any, entry: Entry, plan: BatchPlan, patch: PatchedLayer) -> 
 def _offsets(
     layer: lora.Linear, call: Call, patch: PatchedLayer, x: Tensor, entries: int
 ) -> Sequence[int | None] | None:
-    """For each row where an aLoRA adapter begins in it; None where no adapter of the batch is one."""
+    """The offset at which an aLoRA adapter starts in each row; None if the batch has no aLoRA adapter."""
     used = [adapter.name for adapter in call.plan.adapters.values() if adapter.variant(layer).startswith("ALora")]
     if not used:
         return None
     if call.invocations is None:
         raise UnsupportedError(
-            f"{patch.name} ran under the aLoRA adapter {used[0]!r} without a call of the model, which looks for "
-            "the invocation tokens: expected model(input_ids, ...) or generate. Layers by themselves, and "
-            "continuous batching, can't run aLoRA."
+            f"{patch.name} was called with the aLoRA adapter {used[0]!r} outside of a call of the model, which finds "
+            "the invocation tokens: expected model(input_ids, ...) or generate. Layers called by themselves, and "
+            "continuous batching, can't run aLoRA: remove the adapter from the batch."
         )
     if len(x) != entries or x.dim() != 3 or x.shape[1] != call.invocations.tokens:
         raise UnsupportedError(
-            f"{patch.name} has an aLoRA adapter and received rows of the shape {list(x.shape)} for {entries} samples "
+            f"{patch.name} has an aLoRA adapter and received an input of shape {list(x.shape)} for {entries} samples "
             f"of {call.invocations.tokens} tokens: expected [samples, tokens, features]. Generate without beams and "
-            "with one sequence for every prompt, or remove the adapter from this layer."
+            "with one sequence per prompt, or remove the adapter from this layer."
         )
     return call.invocations.offsets
 
 
 def current_call(patch: PatchedLayer, layer: Any) -> Call | None:
-    """The active call, of which it is certain that the layer can run it."""
+    """The active call, after checking that the layer can run it."""
     call = patch.router.current(patch)
     if call is None:
         return None
@@ -213,17 +213,17 @@ def current_call(patch: PatchedLayer, layer: Any) -> Call | None:
         if layer._disable_adapters:
             return None
         raise UnsupportedError(
-            f"{patch.name} runs PEFT's own code per segment, because of its class, and the segments of a batch aren't "
-            "known while a graph is compiled: expected a model all of whose adapters run segmented, see mb.report(). "
-            "Run it without torch.compile."
+            f"{patch.name} runs PEFT's own code once per segment, and segments aren't known when the model is "
+            "compiled: expected a model whose adapters all run segmented (see mb.report()). Run it without "
+            "torch.compile."
         )
     if layer not in call.base_layers:
         check_merged(patch.name, layer)
     if patch.router.is_gathered and torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
         raise UnsupportedError(
-            f"{patch.name} was sharded by FSDP and called with ids and with gradients, which ranks whose batches "
-            "have different adapters can't reduce together: expected inference. Call the model under "
-            "torch.no_grad(), train with DistributedDataParallel, or one adapter at a time without ids."
+            f"{patch.name} is sharded by FSDP and was called with adapter_ids and with gradients, which can't be "
+            "reduced across ranks whose batches have different adapters: expected inference. Call the model under "
+            "torch.no_grad(), train with DistributedDataParallel, or train one adapter at a time without ids."
         )
     return call
 
@@ -238,12 +238,12 @@ def for_each_segment(
     dim_of: Callable[[int, Tensor], int],
     is_known: bool = True,
 ) -> Any:
-    """Run a layer once per segment and put its outputs together.
+    """Run a layer once per segment and join its outputs.
 
     Args:
         run: called with a view of the layer and the rows of a segment.
         dim_of: as for ``Outputs``.
-        is_known: whether it is certain that the outputs have rows of samples there.
+        is_known: whether the outputs are known to have the samples in that dimension; if not, it is checked.
     """
     check_not_capturing(device)
     segments, entries = call.plan.runs
@@ -266,16 +266,16 @@ def for_each_segment(
 
 @contextmanager
 def _without_traces(view: nn.Module) -> Iterator[Any]:
-    """Let a module run once more as if it hadn't."""
+    """Run a module once more without side effects on its buffers and torch's random generators."""
     before = [(buffer, buffer.clone()) for buffer in view.buffers()]
     devices = {parameter.device for parameter in view.parameters() if parameter.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         yield view
     for buffer, value in before:
-        buffer.data.copy_(value)  # which autograd isn't told
+        buffer.data.copy_(value)  # through .data, so that autograd doesn't count it as a change
 
 
 def label(entry: Entry, plan: BatchPlan) -> str:
-    """How messages name what a segment runs under."""
+    """A segment's adapter or mixture, for messages."""
     names = [repr(plan.adapters[slot].name) for slot in ids_of(entry)]
     return f"the mixture of {' and '.join(names)}" if isinstance(entry, tuple) else "".join(names) or "no adapter"

@@ -1,8 +1,8 @@
-"""Modules of the base model in which no PEFT adapter is, for the sake of stored ones.
+"""LoRA layers for modules of the base model that only stored adapters use.
 
-PEFT would put a LoRA layer in the module's place, and rename its parameters by that. Here such a layer stands beside
-the model: it has the module's weights, no adapters of its own, and is what banks, groups and views know. The module
-itself stays where it is, with a handler in the place of its forward.
+PEFT would replace the module with a LoRA layer, which renames its parameters. Here the LoRA layer stays outside of the
+model: it shares the module's weights, has no adapters, and is used by banks, groups and views. The module stays where
+it is, and only its forward is replaced by a handler.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from peft_multibatch.layers.patch import is_replaced
 
 
 def check_plain(name: str, module: nn.Module, parent: nn.Module) -> None:
-    """Raise where a module's rows can't have stored adapters.
+    """Check that stored adapters can be applied to a module.
 
     Raises:
         AdapterUnsupportedError: they can't.
     """
     why = ""
     if not isinstance(module, (nn.Linear, Conv1D)):
-        why = "no linear layer"
+        why = "not a linear layer"
     elif isinstance(parent, nn.MultiheadAttention):
         why = "part of a MultiheadAttention, which reads its weights without calling it"
     elif "_hf_hook" in module.__dict__ or loader(module) is not None:
@@ -40,28 +40,28 @@ def check_plain(name: str, module: nn.Module, parent: nn.Module) -> None:
         why = "on the meta device"
     if why:
         raise AdapterUnsupportedError(
-            f"{name} is a {type(module).__name__}, {why}, and an adapter was registered that has weights there: "
+            f"{name} is a {type(module).__name__}, {why}, and an adapter with weights for it was registered: "
             "expected linear layers of a model on one device. Use load_adapter."
         )
 
 
 def layer_for(module: Any) -> Any:
-    """A LoRA layer without adapters that stands for a module, and isn't part of any model."""
+    """A LoRA layer without adapters that represents a module, and isn't part of any model."""
     layer: Any = lora.Linear.__new__(lora.Linear)
     nn.Module.__init__(layer)
     LoraLayer.__init__(layer, without_patch(module, is_hooked=False))
     layer.fan_in_fan_out = isinstance(module, Conv1D)
     layer._active_adapter = []
-    layer.__dict__["_forward_pre_hooks"] = module._forward_pre_hooks  # groups ask for these
+    layer.__dict__["_forward_pre_hooks"] = module._forward_pre_hooks  # which groups check
     return layer
 
 
 def without_patch(module: Any, is_hooked: bool) -> Any:
-    """The same module, its parameters shared, with the forward of its class.
+    """A copy of a module that shares its parameters and has the forward of its class.
 
     Args:
         module: the module.
-        is_hooked: whether its hooks run; those that are added later as well.
+        is_hooked: whether its hooks run, including those added later.
     """
     copied = copy.copy(module)
     for key in ("forward", STATE):

@@ -1,4 +1,4 @@
-"""Whose rows are whose in all that a layer takes and gives: tensors with the samples in front, and lists of them."""
+"""Splitting a layer's inputs by segment, and joining its outputs in the order of the samples."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from peft_multibatch.plan.segments import Segments
 ADVICE = "Remove the adapters from this layer, or run them one at a time."
 
 SETTINGS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, enum.Enum)
-"""Types of arguments that are no rows."""
+"""Types of arguments that are the same for all samples."""
 
 
 class Inputs:
-    """The arguments of a layer's call, of which every segment gets its own rows.
+    """The arguments of a layer's call, to be split by segment.
 
     Args:
         name: the layer's name, for messages.
-        segments: whose rows they are.
-        args: positional arguments; tensors in lists, tuples and dictionaries count as well.
-        kwargs: arguments by name.
-        dim: the dimension in which tensors have their rows.
-        is_shared: tells of a tensor whether it is the model's own, and so the same for all samples.
+        segments: the segments of the batch.
+        args: positional arguments; tensors may be nested in lists, tuples and dictionaries.
+        kwargs: keyword arguments.
+        dim: the dimension of the rows in all tensors.
+        is_shared: whether a tensor belongs to the model, and so is the same for all samples.
 
     Attributes:
-        first: the tensor whose rows tell how many there are.
-        dim: the dimension in which they are in all tensors.
-        num_tensors: how many tensors there are, but for the model's own.
+        first: the tensor that defines the number of rows.
+        dim: the dimension of the rows in all tensors.
+        num_tensors: the number of tensors that don't belong to the model.
 
     Raises:
-        UnsupportedError: it can't be told which rows of an argument belong to which sample.
+        RowMappingError: with several segments, all tensors belong to the model.
+        UnsupportedError: the rows of an argument can't be mapped to samples.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class Inputs:
         if not own and segments.num_segments > 1:
             shapes = [list(each.shape) for each in tensors.values()]
             raise RowMappingError(
-                f"{name} was called without tensors but the model's own ({shapes}): expected some with rows of "
-                "samples. Leave this layer out of target_modules, or give all samples of a batch the same adapter."
+                f"{name} was called only with the model's own parameters and buffers ({shapes}): expected tensors "
+                "with rows of samples. Leave this layer out of target_modules, or give all samples of a batch the "
+                "same adapter."
             )
         nothing = {0: torch.zeros(1, dtype=torch.float32, device="cpu")}
-        own = own or tensors or nothing  # of one adapter, whose rows nobody has to tell apart
+        own = own or tensors or nothing  # with one adapter, rows don't have to be mapped
         self.num_tensors = len(own)
         self.dim = dim
         rows = {index: value.shape[self.dim] for index, value in own.items() if value.dim() > self.dim}
@@ -73,11 +75,11 @@ class Inputs:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self.first.shape[self.dim]
 
     def of(self, rows: slice | Tensor) -> tuple[tuple, dict[str, Any]]:
-        """The arguments with these rows of ``first`` alone, and the same samples' of all others."""
+        """The arguments, with only these rows of ``first`` and of all other tensors that are split."""
         index: Any = (*[slice(None)] * self.dim, rows)
         values = [value[index] if number in self._split else value for number, value in enumerate(self._values)]
         return pytree.tree_unflatten(values, self._spec)
@@ -87,18 +89,18 @@ class Inputs:
         if value is first:
             return True
         if value.dim() <= self.dim or (value.shape[self.dim] == 1 and size > 1):
-            return False  # made for all samples
+            return False  # shared by all samples
         if value.shape[self.dim] != size or value.shape[: self.dim] != first.shape[: self.dim]:
             raise UnsupportedError(
-                f"{self._name} was called with tensors of the shapes {list(first.shape)} and {list(value.shape)}, and "
-                f"only what has the samples in dimension {self.dim} can be split: expected {size} there in both, or "
-                f"1. {ADVICE}"
+                f"{self._name} was called with tensors of shapes {list(first.shape)} and {list(value.shape)}, and "
+                f"only tensors with the samples in dimension {self.dim} can be split: expected size {size} there in "
+                f"both, or 1. {ADVICE}"
             )
         if first.dim() > 2 and value.dim() <= 2 and {*value.shape} == {*first.shape[:2]} == {size}:
             raise UnsupportedError(
-                f"{self._name} was called with tensors of the shapes {list(first.shape)} and {list(value.shape)}, and "
-                "can't tell whether the second one has samples or positions in dimension 0, which are as many: "
-                "expected different numbers. Pad the samples to another length, or run the adapters one at a time."
+                f"{self._name} was called with tensors of shapes {list(first.shape)} and {list(value.shape)}, and "
+                "dimension 0 of the second could be samples or positions, because their numbers are equal: expected "
+                "different numbers. Pad the samples to another length, or run the adapters one at a time."
             )
         return True
 
@@ -112,22 +114,25 @@ class Inputs:
         for value in (*args, *kwargs.values()):
             if isinstance(value, list) and len(value) in (self._entries, self.num_rows) and not _has_tensor(value):
                 raise UnsupportedError(
-                    f"{self._name} was called with a list of {len(value)} values, which may be one for every "
-                    f"sample: expected a tensor with the samples in dimension {self.dim}. {ADVICE}"
+                    f"{self._name} was called with a list of {len(value)} values, possibly one per sample: "
+                    f"expected a tensor with the samples in dimension {self.dim}. {ADVICE}"
                 )
 
 
 class Outputs:
-    """What a layer gave for every segment: tensors with the samples in front, and tuples, lists, dictionaries of them.
+    """The outputs of a layer for all segments: tensors, possibly nested in tuples, lists and dictionaries.
 
-    A sample may have more rows than went in, as where a head flattens tokens, or fewer, as where it pools them.
+    A sample may have more rows than in the input, if the layer flattens tokens, or fewer, if it pools them.
 
     Args:
         name: the layer's name, for messages.
-        segments: whose rows they are, of several adapters.
+        segments: the segments of the batch; at least two.
         parts: the outputs, in the order of the segments.
-        labels: what each segment ran under, for messages.
-        dim_of: gives the dimension of the rows in an output, by its position and one of its parts.
+        labels: the adapter or mixture of each segment, for messages.
+        dim_of: returns the dimension of the rows in an output, given its position and one of its parts.
+
+    Raises:
+        UnsupportedError: the outputs of the segments have different structures.
     """
 
     def __init__(
@@ -152,30 +157,33 @@ class Outputs:
 
     @property
     def is_certain(self) -> bool:
-        """Whether shapes tell that all outputs have rows of samples: only these grow as segments do, if they do."""
+        """Whether segments differ in length, so that ``joined`` can tell outputs with rows of samples from others."""
         return len({*self._lens}) > 1
 
     def check_grows(self, twice: Any) -> None:
-        """Raise where an output isn't twice as large for the samples of two segments as for those of the first.
+        """Check that every output is twice as long for the samples of two segments as for those of the first.
 
         Args:
-            twice: the output for them, under what the first segment ran under.
+            twice: the outputs for these samples, with the adapter of the first segment.
+
+        Raises:
+            UnsupportedError: one isn't.
         """
         for column, dim, whole in zip(self._columns, self._dims, pytree.tree_leaves(twice)):
             part = column[0]
             if isinstance(part, Tensor) and (part.dim() <= dim or whole.shape[dim] != 2 * part.shape[dim]):
                 raise UnsupportedError(
-                    f"{self._name} returned a tensor of the shape {list(part.shape)} for {self._segments.longest} "
-                    f"samples and of the shape {list(whole.shape)} for twice as many: expected the samples in "
-                    f"dimension {dim} of all that it returns. {ADVICE}"
+                    f"{self._name} returned a tensor of shape {list(part.shape)} for {self._segments.longest} "
+                    f"samples and of shape {list(whole.shape)} for twice as many: expected the samples in "
+                    f"dimension {dim} of all outputs. {ADVICE}"
                 )
 
     def joined(self) -> Any:
         """The rows of all segments, in the order of the samples.
 
         Raises:
-            RowMappingError: an output doesn't have as many rows for every sample.
-            UnsupportedError: outputs can't be put together.
+            RowMappingError: the samples have different numbers of rows in an output.
+            UnsupportedError: the outputs of the segments can't be concatenated.
         """
         return pytree.tree_unflatten(list(map(self._join, self._columns, self._dims)), self.spec)
 
@@ -197,9 +205,9 @@ class Outputs:
         if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
             given = ["×".join(map(str, shape[:dim] + shape[dim + 1 :])) for shape in shapes]
             raise UnsupportedError(
-                f"{self._name} gives every row a size of its own: {self._listed(given)}, which don't fit into one "
-                "tensor: expected adapters with the same sizes, such as heads with as many labels. Put samples whose "
-                "adapters have the same size into one batch, or give all heads the size of the largest one."
+                f"{self._name} returned rows of different sizes, {self._listed(given)}, which don't fit into one "
+                "tensor: expected adapters of equal output sizes, such as heads with the same number of labels. Batch "
+                "only adapters of one size together, or give all heads the size of the largest one."
             )
         result = torch.cat(list(parts), dim)
         if self._segments.permutation is None:
@@ -212,7 +220,7 @@ class Outputs:
         return kind(f"{self._name} returned {self._listed(given)}: expected {expected}. {ADVICE}")
 
     def _listed(self, given: Sequence[str]) -> str:
-        """What was given, and under which adapters."""
+        """The values that were returned, and the adapters for which they were."""
         under: dict[str, list[str]] = {}
         for each, label in zip(given, self._labels):
             under.setdefault(each, []).append(label)

@@ -1,7 +1,7 @@
-"""Attention whose layers see one row of positions for all samples: a part of it runs as a whole, once per segment.
+"""Attention in which adapted layers compute one table of positions for all samples.
 
-What such a layer gives under several adapters has no place in the model, which makes one table of it for all samples.
-So what reads the table runs for the samples of one adapter at a time, under a call of theirs alone.
+If the batch has several adapters, every adapter has a different table, and the model has room for only one. So the
+method that reads the table runs once per segment, for the samples of one adapter at a time.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ READS_TABLE = {
     "Wav2Vec2BertSelfAttention": ("forward",),
     "Wav2Vec2ConformerSelfAttention": ("forward",),
 }
-"""Classes of attention, and what their method may be called in which positions meet the rows of all samples."""
+"""Attention class -> possible names of its method that combines positions with the rows of samples."""
 
 HAVE_ROWS = ("hidden_states", "query_layer", "key_layer", "attention_mask")
-"""Arguments of these that have the rows of samples, if they have as many as the first."""
+"""Arguments of these methods that have rows of samples, if they have as many rows as the first one."""
 
 
 class SharedPositions:
-    """A method of a model's attention in whose place it runs once per segment, if it has to.
+    """Replaces a method of an attention module, and runs it once per segment if needed.
 
     Args:
-        module: the attention.
+        module: the attention module.
         name: its name in the model.
-        router: tells which call is active.
+        router: finds the active call.
     """
 
     def __init__(self, module: nn.Module, name: str, router: Router) -> None:
@@ -58,19 +58,19 @@ class SharedPositions:
         self._method = Replacement(module, attribute, types.MethodType(METHODS[method], module))
 
     def remove(self) -> None:
-        """Put the module's own method back."""
+        """Restore the module's own method."""
         self._method.undo()
         self._module.__dict__.pop(STATE, None)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method gives."""
+        """Run the method, once per segment if adapted layers in it see positions."""
         call = self.router.current(self)
         if not isinstance(call, Call) or call.plan.runs[0].num_segments < 2:
             return self.original(*args, **kwargs)
         if not self.is_needed:
             try:
                 return self.original(*args, **kwargs)
-            except RowMappingError:  # adapters have something in layers that see positions
+            except RowMappingError:  # layers that see positions have adapters
                 self.is_needed = True
         return self._run_by_segment(call, {**dict(zip(self.parameters, args)), **kwargs})
 
@@ -99,7 +99,7 @@ def _method(name: str) -> Callable[..., Any]:
         return getattr(type(self), name)(self, *args, **kwargs) if state is None else state.run(*args, **kwargs)
 
     handles()(method)
-    method.__name__ = name  # by which bound methods are pickled
+    method.__name__ = name  # bound methods are pickled by name
     return method
 
 
@@ -112,12 +112,12 @@ def _find(module: nn.Module) -> str:
 
 
 def attach(known: dict[nn.Module, SharedPositions], names: dict[nn.Module, str], router: Router) -> None:
-    """Have these methods run so in all modules that have them, and in no others any more.
+    """Replace these methods in all modules of the model that have them, and restore those of removed modules.
 
     Args:
-        known: those that run so; changed.
-        names: the model's modules, and how the names of their children begin.
-        router: tells which call is active.
+        known: the modules whose methods are replaced; updated.
+        names: the model's modules -> the prefix of their children's names.
+        router: finds the active call.
     """
     for module in [module for module in known if module not in names]:
         known.pop(module).remove()

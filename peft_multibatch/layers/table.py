@@ -1,6 +1,6 @@
-"""How each PEFT layer class runs a mixed batch: one handler per class, found through a table, or refused by name.
+"""The handler for each PEFT layer class, and the layers that are refused.
 
-A handler is a function in the place of the layer's ``forward``. Without an active call it does what PEFT does.
+A handler is a function that replaces the layer's ``forward``. Without an active call it runs PEFT's own code.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from peft_multibatch.layers.per_segment import PER_SEGMENT_ALONG, base_only, per
 PER_SEGMENT = "per segment"
 SEGMENTED = "segmented"
 
-# The first match in a layer class's method resolution order counts. None: rows routed through it would not be right.
+# The first match in a layer class's method resolution order counts. None: its rows can't be routed correctly.
 HANDLERS: dict[type, Callable[..., Tensor] | None] = {
     lora.Linear: linear,
     lora.MultiheadAttention: attention,
-    LoraParallelLinear: None,  # Megatron's rows are positions first
+    LoraParallelLinear: None,  # Megatron orders rows by position before sample
     LoraLayer: per_segment,
     ModulesToSaveWrapper: per_segment,
     TrainableTokensWrapper: per_segment,
     AuxiliaryTrainingWrapper: None,
-    BaseTunerLayer: per_segment,  # another tuner than LoRA: see TUNERS
+    BaseTunerLayer: per_segment,  # tuners other than LoRA, if they are in TUNERS
 }
 
-# Classes whose forward is nothing but the base layer's output plus the delta; what a subclass does nobody knows. By
-# name, because importing them imports the packages that they are for.
+# Classes whose forward only adds the delta to the base layer's output, which subclasses may not do. Listed by name,
+# because importing them imports the quantization packages.
 BASE_PLUS_DELTA = {
     f"peft.tuners.lora.{name}"
     for name in (
@@ -57,12 +57,12 @@ BASE_PLUS_DELTA = {
     )
 }  # fmt: skip
 
-# Parts of a layer's name whose rows aren't those of the samples, and what they are.
+# Part of a layer's name -> why its rows aren't those of the samples.
 OTHER_ROWS = {
     "experts": "is inside a mixture of experts and sees rows gathered from all samples",
     "relative_attention_bias": "sees positions, not samples",
 }
-# Classes of experts to which the rows of all samples are given, first for one expert, then for the next.
+# Classes of experts whose input repeats the rows of all samples, once per expert.
 TILED_EXPERTS = ("Llama4TextExperts",)
 
 MEDIA_PARTS = (
@@ -75,22 +75,22 @@ MEDIA_CONFIGS = (
 
 
 def _has_media(config: Any) -> bool:
-    """Whether a configuration, or one inside it, is of a model that reads pictures or sound beside its text."""
+    """Whether a configuration, or one nested in it, belongs to a model that reads images or audio besides text."""
     inner = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
     return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
 
 
 def _is_spliced(model: Any) -> bool:
-    """Whether what a model reads of pictures or sound goes in between its text, in any number for a sample.
+    """Whether a model inserts images or audio into its text, any number of them per sample.
 
-    The configuration alone doesn't tell: image classifiers have that of the dual encoder which their tower is from.
+    The configuration alone isn't enough: image classifiers share that of the dual encoder that their tower comes from.
     """
     reads_text = "input_ids" in inspect.signature(type(model).forward).parameters
     return reads_text and _has_media(model.config) and not is_dual_encoder(model)
 
 
 def is_dual_encoder(model: Any) -> bool:
-    """Whether a model reads text and pictures or sound apart, to compare them, as CLIP: one of each for a sample."""
+    """Whether a model encodes text and images or audio separately, one of each per sample, as CLIP does."""
     own = getattr(model, "_parameters", ())
     is_scaled = any(name.startswith(("logit_scale", "temperature")) for name in own)
     return is_scaled and _has_media(getattr(model, "config", None))
@@ -100,10 +100,10 @@ class Choice(NamedTuple):
     """How a layer runs.
 
     Attributes:
-        handler: what runs in the place of its forward.
-        reason: why that isn't the fast one, or the empty string.
-        refusal: why adapters that have anything in the layer can't take part, or the empty string. Rows of all others
-            get what the base layer gives.
+        handler: the function that replaces its forward.
+        reason: why this isn't the fast handler, or the empty string.
+        refusal: why adapters on this layer can't run in mixed batches, or the empty string. Rows of all other adapters
+            get the base layer's output.
     """
 
     handler: Callable[..., Tensor]
@@ -112,25 +112,25 @@ class Choice(NamedTuple):
 
 
 def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choice:
-    """How a layer runs, which depends on what it is and where, and not on the adapters that it has.
+    """Choose how a layer runs. This depends on its class and its place in the model, not on its adapters.
 
     Args:
-        name: the layer's name in the model, for messages.
+        name: the layer's name in the model.
         layer: a PEFT layer.
-        model: the model that holds it, for what is known of its type.
+        model: the model that contains it.
         is_gathered: whether FSDP gathers the layer's weights when it runs.
     """
     if is_replaced(layer):
         return Choice(
             replaced,
             "its forward was replaced",
-            f"{name} has a forward of its own, and what it does with rows nobody knows: expected PEFT's. Remove it, "
-            "or run the adapters one at a time without adapter_ids.",
+            f"the forward of {name} was replaced, so its rows can't be mapped to samples: expected PEFT's forward. "
+            "Restore it, or run the adapters one at a time without adapter_ids.",
         )
     try:
         return Choice(*_find_handler(name, layer, model, is_gathered))
     except UnsupportedError as error:
-        return Choice(base_only, "adapters that have anything in it are refused", str(error))
+        return Choice(base_only, "adapters on this layer are refused", str(error))
 
 
 def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple[Callable[..., Tensor], str]:
@@ -145,11 +145,11 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     known, model_type = architectures.why_refused(types, name)
     if known:
         raise UnsupportedError(
-            f"{name} belongs to a model of the type {model_type!r}, and {known}: {expected}. {advice}"
+            f"{name} belongs to a model of type {model_type!r}, and {known}: {expected}. {advice}"
         )
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():
-        if part in parts and not isinstance(layer, lora.ParamWrapper):  # whose experts get all samples in order
+        if part in parts and not isinstance(layer, lora.ParamWrapper):  # its experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
     words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
     if any(word in part for part in parts for word in words) and config is not None and _is_spliced(model):
@@ -159,9 +159,9 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
         )
     if getattr(config, "sparse_prediction", False) and parts[0] in ("head", "decoder"):
         raise UnsupportedError(
-            f"{name} sees the tokens that labels select out of all samples, because the model's configuration has "
-            f"sparse_prediction=True: {expected}. Set it to False, or leave the layer out of target_modules and "
-            "modules_to_save."
+            f"{name} sees only the tokens that have labels, gathered from all samples, because the model's "
+            f"configuration has sparse_prediction=True: {expected}. Set it to False, or leave the layer out of "
+            "target_modules and modules_to_save."
         )
     base = getattr(layer, "base_layer", None)
     if isinstance(base, BaseTunerLayer) and not (isinstance(layer, lora.ParamWrapper) and type(base) is type(layer)):
@@ -184,7 +184,7 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     if behind:
         return PER_SEGMENT_ALONG[behind], f"its samples are in dimension {behind}"
     if architectures.is_tiled(types, name):
-        return tiled, "the model gives it all samples more than once"
+        return tiled, "its input repeats all samples"
     if not isinstance(layer, LoraLayer):
         what = kind if tuner not in TUNERS else f"{kind} of the tuner {tuner}"
         return handler, f"{what} runs PEFT's own code"
@@ -194,6 +194,6 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
         return per_segment, "FSDP gathers its weights when it runs"
     if f"{type(layer).__module__}.{kind}" not in BASE_PLUS_DELTA:
         if handler is linear:
-            return per_segment, f"{kind} is a subclass of lora.Linear with code of its own"
+            return per_segment, f"{kind} is a subclass of lora.Linear with its own code"
         return handler, f"{kind} runs PEFT's own code"
     return linear, ""

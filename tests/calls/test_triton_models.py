@@ -423,7 +423,7 @@ def test_a_thread_without_ids_never_runs_under_those_of_another(compiled):
     want = logits(model, MIXES[0], use_cache=False)
 
     def work():
-        with pytest.raises(Exception, match="ids at all, are in force on another thread"):
+        with pytest.raises(Exception, match="adapter_ids are active on another thread"):
             logits(fast, None, use_cache=False)
         return True
 

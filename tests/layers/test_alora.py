@@ -58,7 +58,7 @@ def test_what_offsets_from_the_end_do_not_fit_is_refused(model, options):
 def test_layers_by_themselves_and_requests_are_refused(model):
     mb = peft_multibatch.enable(model)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    with mb.batch(NAMES), pytest.raises(peft_multibatch.UnsupportedError, match="Layers by themselves"):
+    with mb.batch(NAMES), pytest.raises(peft_multibatch.UnsupportedError, match="Layers called by themselves"):
         layer(torch.randn(5, 3, 48))
     settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, use_cuda_graph=False)
     config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -196,7 +196,7 @@ def test_base_weights_that_change_places_run_apart(change):
     expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: logits_of(model, row)))
     assert_close(logits(model, adapter_ids=NAMES), expected, torch.float32)
     apart = {entry.reason for entry in mb.report() if entry.name.endswith("0.self_attn.k_proj")}
-    assert apart == {"base weights apart: something moved, replaced or hooked them"}
+    assert apart == {"base weights not fused: they were moved, replaced or hooked"}
 
 
 def attention(model):

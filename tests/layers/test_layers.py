@@ -359,7 +359,7 @@ def test_layers_that_return_more_than_one_tensor_are_refused():
     model = get_peft_model(Recurrent(), LoraConfig(target_modules=["linear"], modules_to_save=["recurrent"]), "one")
     peft_multibatch.enable(model)
     with pytest.raises(
-        peft_multibatch.UnsupportedError, match=r"recurrent returned a tensor of the shape \[1, 1, 4\] for 1 samples"
+        peft_multibatch.UnsupportedError, match=r"recurrent returned a tensor of shape \[1, 1, 4\] for 1 samples"
     ):
         model(torch.randn(2, 3, 4), adapter_ids=["one", "__base__"])
 

@@ -153,9 +153,9 @@ def test_heads_with_different_numbers_of_labels():
     with pytest.raises(errors.UnsupportedError) as caught:
         model(x, adapter_ids=["one", "two", "__base__", "two"])
     assert str(caught.value) == (
-        "head gives every row a size of its own: 5 under 'one', no adapter, 3 under 'two', which don't fit into one "
-        "tensor: expected adapters with the same sizes, such as heads with as many labels. Put samples whose adapters "
-        "have the same size into one batch, or give all heads the size of the largest one."
+        "head returned rows of different sizes, 5 under 'one', no adapter, 3 under 'two', which don't fit into one "
+        "tensor: expected adapters of equal output sizes, such as heads with the same number of labels. Batch only "
+        "adapters of one size together, or give all heads the size of the largest one."
     )
     mb.disable()
     check(model, ["two"] * 4)
@@ -189,7 +189,7 @@ OTHER_CALLS = {
     "positions": (lambda head, x: head(x, torch.ones(3, 3)), r"shapes \[4, 3, 6\] and \[3, 3\]"),
     "an object": (lambda head, x: head(x, object()), "called with a object, which can't be split"),
     "one value for every sample": (lambda head, x: head(x, [1, 2, 3, 4]), "called with a list of 4 values"),
-    "no tensor": (lambda head, x: head(5), "called without tensors"),
+    "no tensor": (lambda head, x: head(5), "called only with the model's own parameters"),
 }
 
 
@@ -205,7 +205,7 @@ def test_inputs_that_can_not_be_split_are_refused(call, message):
 def test_as_many_samples_as_positions():
     model = build(Head(before=lambda x, mask: x * mask[..., None]), lambda head, x: head(x, x[..., 0]))
     peft_multibatch.enable(model)
-    with pytest.raises(errors.UnsupportedError, match="samples or positions in dimension 0, which are as many"):
+    with pytest.raises(errors.UnsupportedError, match="dimension 0 of the second could be samples or positions"):
         model(torch.randn(4, 4, 6), adapter_ids=MIXES[1])
 
 
@@ -379,7 +379,7 @@ def modern_bert(target):
 
 @pytest.mark.parametrize("target", ["dense", "decoder"])
 def test_layers_that_see_what_labels_select_are_refused(target):
-    with pytest.raises(errors.UnsupportedError, match=rf"{target} sees the tokens that labels select .* Set it to"):
+    with pytest.raises(errors.UnsupportedError, match=rf"{target} sees only the tokens that have labels.* Set it to"):
         peft_multibatch.enable(modern_bert([target]))
 
 

@@ -474,7 +474,7 @@ def musicgen() -> Any:
 )
 def test_musicgen_is_refused(build):
     model = two_adapters(build(), ["q_proj"])
-    with pytest.raises(errors.UnsupportedError, match=r"of the type 'musicgen.*', and its rows are tiled"):
+    with pytest.raises(errors.UnsupportedError, match=r"of type 'musicgen.*', and its rows are tiled"):
         peft_multibatch.enable(model)
 
 

@@ -171,7 +171,7 @@ def test_base_weights_that_siblings_share_stay_apart():
     for each in attention:
         each.k_proj.base_layer.weight.data.mul_(2)
     assert_close(logits(model, adapter_ids=names), expected(model, names))
-    assert "base weights apart: layers share a parameter" in {entry.reason for entry in mb.report()}
+    assert "base weights not fused: layers share a parameter" in {entry.reason for entry in mb.report()}
 
 
 def test_siblings_whose_input_is_written_in_place_between_them():

@@ -63,10 +63,10 @@ PAGE_HEAD = """# Architectures
 {types} model types of transformers {version}, each as a tiny random model with three adapters on all of its linear
 layers: the base model, and one class with a head. Batches of three and four different samples, of equal and of
 unequal length, in eval and in train mode, are compared with PEFT, one adapter at a time, over everything that the
-model returns; `generate` token for token. *Right* means that every row equals PEFT's. Adapters that have anything in
-a refused layer can't be named in a mixed batch; leave these layers out of their targets, or run such adapters one at
-a time. For a model that isn't here, ask `mb.verify(...)`. `benchmarks/results/architectures.csv` has the same with
-errors, and on which device each ran.
+model returns; `generate` token for token. *Right* means that every row equals PEFT's. Adapters on a
+refused layer can't be named in a mixed batch; leave these layers out of their targets, or run such adapters one at
+a time. For a model that isn't listed, call `mb.verify(...)`. `benchmarks/results/architectures.csv` also has the
+errors, and the device that each model ran on.
 """
 
 

@@ -1,1 +1,1 @@
-"""What is in effect for one call: its plan, its adapters, and what compiled code sees of them."""
+"""A call with ids: its plan and adapters, how long it is active, and the state that compiled code reads."""

@@ -1,10 +1,10 @@
-"""A ``with`` block in which the ids of a call are active, and the promise that they never outlive it.
+"""The ``with`` block in which a call is active, which ends reliably even if ``__exit__`` never runs.
 
 A signal handler such as Ctrl-C's may raise nearly anywhere: before the first instruction of an ``__exit__``, or in a
-generator that nobody will ever resume. So ids aren't active until somebody says otherwise; they are active while a
-certain object lives, which nothing holds but the ``with`` statement itself. Python fetches ``__exit__`` before it
-enters a block, keeps it on the stack of the frame, and drops it when the block is left, however that happens. What it
-fetches here is made for this one block, and its end is the end of the ids. No frame that a traceback keeps holds it.
+generator that is never resumed. So a call isn't active until it is told to end, but as long as an object lives that
+only the ``with`` statement references. Python fetches ``__exit__`` before it enters a block, keeps it on the stack of
+the frame, and drops it when the block is left, however that happens. Here, ``__exit__`` is an object made for one
+block, and the call ends when that object is freed. Frames that a traceback keeps don't reference it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from peft_multibatch.errors import ModelStateError
 
 
 class _Exit:
-    """``__exit__`` as a ``with`` statement fetches it: an object for this block alone, whose life is the block's."""
+    """``__exit__`` as a ``with`` statement fetches it: an object that lives exactly as long as the block."""
 
     def __get__(self, block: ActiveCall | None, owner: type) -> Callable[..., None]:
-        if block is None:  # what contextlib.ExitStack asks for
+        if block is None:  # contextlib.ExitStack reads it from the class
             return _leave_by_hand
         if block._by_hand is not None:
             return functools.partial(_leave_by_hand, block)
@@ -35,13 +35,13 @@ class _Exit:
 
 
 class ActiveCall(ContextDecorator):
-    """Makes ids active for this thread or task; what was active before is so again afterwards.
+    """Makes a call active on this thread or task, and restores the previous one afterwards.
 
     Args:
-        begin: makes the call, or raises where it can't run. Called when the block is entered.
-        call: the call that began last, on each thread and task.
-        live: gives the one that is active.
-        graph: what compiled code sees.
+        begin: makes the call, or raises if it can't run. Called when the block is entered.
+        call: the call that began last on each thread and task.
+        live: returns the active one.
+        graph: the state that compiled code reads.
 
     Raises:
         ModelStateError: the block is left on another thread or task than it was entered on, or before a block that was
@@ -59,9 +59,9 @@ class ActiveCall(ContextDecorator):
         self._call: Call | None = None
         self._token: Token | None = None
         self._end: Callable[[], Any] | None = None
-        self._by_hand: Any = None  # the end, where no ``with`` statement holds it
+        self._by_hand: Any = None  # the exit object, if __enter__ was called without a ``with`` statement
 
-    def _recreate_cm(self) -> ActiveCall:  # for every call of a function that it decorates
+    def _recreate_cm(self) -> ActiveCall:  # called by ContextDecorator for every call of the function
         return ActiveCall(self._begin, self._calls, self._live, self._graph)
 
     def __enter__(self) -> Call:
@@ -70,7 +70,7 @@ class ActiveCall(ContextDecorator):
         if end is None:
             end = self._by_hand = functools.partial(_leave, self)
         call.end = weakref.ref(end, self._graph.drop_ended)
-        end = None  # a frame that a traceback keeps must not keep the ids
+        end = None  # a traceback that keeps this frame must not keep the call active
         call.outer = self._live()
         self._call = call
         self._token = self._calls.set(call)
@@ -86,25 +86,25 @@ def _leave(block: ActiveCall, *error: Any) -> None:
         return
     try:
         if block._live() is not call:
-            raise ValueError  # ids that became active later still are, and stay so
+            raise ValueError  # a block that was entered later is still open, and stays so
         block._calls.reset(block._token)
     except ValueError:
         call.ended = True
         block._graph.leave(call)
         raise ModelStateError(
-            "ids were put in force on one thread or task and taken back on another, so that calls in between may have "
-            "run without them, or taken back before ids that came later: expected both on the same one, the last ids "
-            "first. A generator that holds mb.batch() open must not be passed between threads, nor end inside a block "
-            "that began after it; pass adapter_ids to each call instead."
+            "an mb.batch block was left on another thread or task than it was entered on, so calls in between may "
+            "have run without its ids, or was left before a block that was entered later: expected nested blocks on "
+            "one thread or task. Don't pass a generator that holds mb.batch open between threads, or end it inside a "
+            "block that began after it; pass adapter_ids to each call instead."
         ) from None
     outer = block._calls.get()
     if outer is not None and outer.ended and (outer.thread, outer.task) == (call.thread, call.task):
-        while outer is not None and outer.ended:  # it was left before this one, and told so
+        while outer is not None and outer.ended:  # it was left before this one, which raised the error above
             outer = outer.outer
         block._calls.set(outer)
-    call.ended = True  # and where an exception comes before this, the call is over because its end is gone
+    call.ended = True  # if an exception prevents this, the call ends when its exit object is freed
     block._graph.leave(call)
-    call.end = over  # and nobody needs to hear of the end any more
+    call.end = over  # the graph doesn't have to be notified any more
 
 
 def _leave_by_hand(block: ActiveCall, *error: Any) -> None:

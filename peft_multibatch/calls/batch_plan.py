@@ -1,4 +1,4 @@
-"""Who serves which sample: the segments of a call, its adapters, and what was made from both."""
+"""The plan of a call: its segments, the adapters in use, and everything derived from them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 class Apart(NamedTuple):
-    """Adapters that PEFT's own modules run, in the layers of a bank where all others run as one product.
+    """Adapters that PEFT's own modules run in the layers of a bank, while all others run as one product.
 
     Attributes:
-        slots: theirs.
+        slots: the slots of these adapters.
         reason: why, for messages.
-        dropouts: of the others, by slot, that no product applies: where one drops anything, its adapter is apart too.
+        dropouts: (slot, module) of other adapters' dropouts that no product applies. An adapter is apart as well while
+            its dropout is in train mode.
     """
 
     slots: frozenset[int]
@@ -36,45 +37,44 @@ class Apart(NamedTuple):
     dropouts: tuple[tuple[int, nn.Dropout], ...]
 
     def dropping(self) -> frozenset[int]:
-        """The slots whose dropouts drop anything now."""
+        """The slots whose dropouts are in train mode, with a probability above 0."""
         return frozenset(slot for slot, dropout in self.dropouts if dropout.training and dropout.p)
 
 
 class BatchPlan:
-    """Who serves which sample, the adapters in use, and what was made from both.
+    """Which adapter serves each sample, and everything derived from that.
 
-    Calls with the same ids share one for as long as PEFT has the same weights, so that a decode step makes nothing
-    anew.
+    Calls with the same ids share a plan as long as PEFT's weights stay the same, so decode steps rebuild nothing.
 
     Attributes:
-        ids: what every sample runs under, as it was asked for.
+        ids: one entry per sample, as the user passed it.
         ids_in_use: the adapters' ids, in the order of ``adapters``.
-        entries: the same with slots in the place of ids.
-        components: segments for every adapter that a sample may have: one plan, and more where samples have mixtures.
-        segments: the first of them.
-        adapters: those in use, by slot.
-        serials: their serials, by slot.
-        slots: how many slots there are, in use or not.
-        mixed: those that are part of a mixture.
-        placed: positions at which graphs of ops last took the adapters, and the packed plans with these.
-        products: for each bank and stream what the backend for kernels prepared.
+        entries: ``ids`` with slots instead of ids.
+        components: the segments of each component: a single one without mixtures.
+        segments: the segments of the first component.
+        adapters: the adapters in use, by slot.
+        serials: their serial numbers, by slot.
+        slots: the number of slots, in use or not.
+        mixed: the slots of adapters that are part of a mixture.
+        placed: the positions at which graphs of ops last took the adapters, and the plans packed with them.
+        products: what the Triton backend prepared for each bank and stream.
 
     Args:
-        ids: an entry for every sample.
-        adapters: those in use, by id.
-        slots: how many slots there are.
+        ids: one entry per sample.
+        adapters: the adapters in use, by id.
+        slots: the number of slots.
     """
 
     def __init__(self, ids: Sequence[Entry], adapters: Mapping[int, AnyAdapter], slots: int) -> None:
         self.ids = ids
         self.ids_in_use = list(adapters)
         slot_of = {number: adapter.slot for number, adapter in adapters.items()}
-        entry_of = {entry: _with_slots(entry, slot_of) for entry in {*ids}}  # of which there are fewer
+        entry_of = {entry: _with_slots(entry, slot_of) for entry in {*ids}}  # once per distinct entry
         self.entries = [entry_of[entry] for entry in ids]
         self._fill({adapter.slot: adapter for adapter in adapters.values()}, slots)
 
     def _fill(self, adapters: dict[int, AnyAdapter], slots: int) -> None:
-        with torch.inference_mode(False):  # kept for other calls, which may want gradients
+        with torch.inference_mode(False):  # other calls reuse these, possibly with gradients
             self.components = [
                 Segments.from_ids(slots, weights=weights) for slots, weights in components(self.entries)
             ]
@@ -85,7 +85,7 @@ class BatchPlan:
         self.slots = slots
         self.products: dict[tuple[Bank, int], Any] = {}
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
-        # on devices, for each stream: see `streams`
+        # by device and stream: see streams.py
         self._tables: dict[tuple[Bank, torch.device, int], tuple[TableRows, ...]] = {}
         self._plans: dict[tuple[torch.device, int], list[Tensor]] = {}
         self._trained: dict[Bank, TrainedWeights] = {}
@@ -101,7 +101,7 @@ class BatchPlan:
         self._alone: dict[Entry, BatchPlan] = {}
 
     def apart(self, bank: Bank) -> Apart | None:
-        """Adapters that don't run as a product in a bank's layers, or might not; None where all do."""
+        """Adapters that PEFT's modules run in a bank's layers, always or in train mode; None if there are none."""
         if not self._special:
             return None
         if bank not in self._apart:
@@ -124,7 +124,7 @@ class BatchPlan:
         return Apart(frozenset(slots), ", ".join(reasons), tuple(dropouts)) if slots or dropouts else None
 
     def dropouts(self, bank: Bank) -> Dropouts | None:
-        """Dropouts that a bank's product applies; None where there are none, in train mode or not."""
+        """The dropouts that a bank's product applies in train mode; None if there are none."""
         if not self._special:
             return None
         if bank not in self._dropouts:
@@ -132,7 +132,7 @@ class BatchPlan:
         return self._dropouts[bank]
 
     def dropping(self, bank: Bank) -> Dropouts | None:
-        """The same, but None where none of them drops anything now."""
+        """The same, but None if none of them is in train mode."""
         found = self.dropouts(bank)
         return found if found is not None and found.drop() else None
 
@@ -146,7 +146,7 @@ class BatchPlan:
         return Dropouts(found, bank, self.slots) if found else None
 
     def _is_fused(self, slot: int, bank: Bank, part: LayerWeights | None, dropout: nn.Dropout) -> bool:
-        """Whether a product applies an adapter's dropout: DoRA drops what the base layer reads as well."""
+        """Whether a product applies an adapter's dropout. Not for DoRA, which also drops inputs of the base layer."""
         is_plain = part is not None and part.magnitude is None and not dropout.inplace
         return is_plain and not bank.is_split and slot not in self.mixed
 
@@ -175,7 +175,7 @@ class BatchPlan:
         return all(slots.intersection(ids_of(entry)) for entry in self._kinds)
 
     def without(self, slots: frozenset[int]) -> BatchPlan:
-        """The same with the base model alone in the place of every entry that names one of these slots."""
+        """The same plan with the base model instead of every entry that names one of these slots."""
         found = self._without.get(slots)
         if found is None:
             found = self._without[slots] = BatchPlan.__new__(BatchPlan)
@@ -185,7 +185,7 @@ class BatchPlan:
         return found
 
     def alone(self, entry: Entry) -> BatchPlan:
-        """A plan of one sample, with what one of the entries names."""
+        """A plan with a single sample, which has one of this plan's entries."""
         found = self._alone.get(entry)
         if found is None:
             ids = self.ids[self.entries.index(entry)]
@@ -195,19 +195,19 @@ class BatchPlan:
         return found
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
-        """Weights for torch's products."""
+        """The weights in use, by slot, for the torch backend."""
         found = self._weights.get(bank)
         if found is None:
             found = self._weights[bank] = {slot: bank.weights(adapter) for slot, adapter in self.adapters.items()}
         return found
 
     def component(self, index: int) -> Segments:
-        """The segments of one component, for which no sample need have an adapter."""
+        """The segments of a component; of the base model alone if no mixture has that many adapters."""
         none = [BASE] * len(self.entries)
         return self.components[index] if index < len(self.components) else Segments.from_ids(none)
 
     def packed_at(self, positions: Mapping[int, int]) -> list[Tensor]:
-        """The packed plans with positions in the place of slots."""
+        """The packed plans, with positions instead of slots."""
         positions = {**positions, BASE: BASE}
         with torch.inference_mode(False):
             return [
@@ -225,10 +225,7 @@ class BatchPlan:
         return found
 
     def positions(self, device: torch.device) -> Tensor:
-        """int64 ``[E]``: where each entry's adapter stands among those in use, ``-1`` for the base model alone.
-
-        Mixtures have ``-1`` as well.
-        """
+        """int64 ``[E]``: index of each entry's adapter among those in use; ``-1`` for the base model and mixtures."""
         place = device, streams.key(device)
         found = self._positions.get(place)
         if found is None:
@@ -239,13 +236,16 @@ class BatchPlan:
 
     @cached_property
     def runs(self) -> tuple[Segments, list[Entry]]:
-        """A plan that keeps mixtures whole, for layers that run them whole, and what its slots stand for."""
+        """Segments with one number per distinct entry, mixtures included, and the entries by that number.
+
+        For layers that run per segment, with all adapters of a mixture active at once.
+        """
         slots = {entry: slot for slot, entry in enumerate(self._kinds)}
         with torch.inference_mode(False):
             return Segments.from_ids([slots[entry] for entry in self.entries]), self._kinds
 
     def tables(self, bank: Bank, device: torch.device) -> tuple[TableRows, ...]:
-        """Tables for kernels, one for each dtype."""
+        """The tables that kernels read, one per dtype."""
         place = bank, device, streams.key(device)
         found = self._tables.get(place)
         if found is None:
@@ -253,7 +253,7 @@ class BatchPlan:
         return found
 
     def trained(self, bank: Bank) -> TrainedWeights:
-        """The weights in use, as products that make gradients take them."""
+        """The weights in use, for products that compute gradients."""
         found = self._trained.get(bank)
         if found is None:
             found = self._trained[bank] = TrainedWeights(self.adapters, bank.layers, self.slots)

@@ -1,4 +1,4 @@
-"""Plans at fixed places on devices, which compiled and captured graphs of kernels read."""
+"""Plans at fixed addresses on devices, which compiled and captured graphs of kernels read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from peft_multibatch.plan.segments import CUT, SegmentBuffer, capacity_for
 
 
 class PlanBuffers:
-    """For each device a buffer for every component that a plan may have.
+    """One buffer per device and component of a plan.
 
     Attributes:
-        by_device: the buffers, by the name of their device.
+        by_device: the buffers of all components, by device name.
     """
 
     def __init__(self) -> None:
         self.by_device: dict[str, list[SegmentBuffer]] = {}
-        self._outgrown: list[list[SegmentBuffer]] = []  # which captured graphs may still read
+        self._outgrown: list[list[SegmentBuffer]] = []  # too small now, but captured graphs may still read them
 
     def grow(self, device: torch.device, entries: int, components: int) -> None:
-        """Make buffers for plans of this many entries and components."""
+        """Allocate buffers for plans of this many entries and components."""
         with torch.inference_mode(False):
             buffers = [SegmentBuffer(capacity_for(entries), device) for _ in range(components)]
         self.by_device[str(device)] = buffers
@@ -30,12 +30,12 @@ class PlanBuffers:
             torch._dynamo.mark_static_address(buffer.packed)
 
     def follow(self) -> None:
-        """The current streams read what stands here, which may have been written on others."""
+        """Make the current streams wait for writes to the buffers on other streams."""
         for device in map(torch.device, self.by_device):
             streams.before_read(device)
 
     def write(self, plan: BatchPlan, components: int, is_captured: bool) -> None:
-        """Put a plan into all buffers that are large enough, and make larger ones where there are none.
+        """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none.
 
         Raises:
             ModelStateError: graphs were captured that read fewer components.
@@ -44,9 +44,9 @@ class PlanBuffers:
         for buffers in list(self.by_device.values()):
             if is_captured and len(plan.components) > len(buffers):
                 raise ModelStateError(
-                    f"a CUDA graph was captured under ids that gave a sample {len(buffers)} adapters at most, and "
-                    f"now a mixture has {len(plan.components)}: expected mixtures as long as those that were in "
-                    "force when it was captured. Call disable and enable, and capture it again."
+                    f"a CUDA graph was captured with at most {len(buffers)} adapters per sample, and now a mixture "
+                    f"has {len(plan.components)}: expected no more adapters in a mixture than at the capture. Call "
+                    "disable and enable, and capture the graph again."
                 )
             if entries > buffers[0].capacity or len(plan.components) > len(buffers):
                 self._outgrown.append(buffers)

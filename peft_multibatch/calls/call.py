@@ -1,4 +1,4 @@
-"""One call with ids: its plan, and what was made for it alone."""
+"""The state of one call with ids: its plan, and what is computed once per call."""
 
 from __future__ import annotations
 
@@ -23,67 +23,67 @@ if TYPE_CHECKING:
 
 
 class Invocations:
-    """Where aLoRA adapters begin in each sample, counted from its end, as PEFT counts when a call begins.
+    """Where aLoRA adapters start in each sample, counted from its end, as PEFT does when a call begins.
 
     Args:
-        offsets: for each sample the number of tokens from its invocation on; None where there is none.
-        tokens: length of the samples.
-        expands: True for ``generate``, whose steps are checked against what the offsets mean.
+        offsets: for each sample, the number of tokens from the invocation to the end; None without an invocation.
+        tokens: the length of the samples.
+        expands: True for ``generate``, whose steps are checked because offsets are counted from the prompt's end.
     """
 
     def __init__(self, offsets: Sequence[int | None], tokens: int, expands: bool) -> None:
         self.offsets = offsets
-        self.tokens = tokens  # of the forward under way
-        self._total = 0 if expands else None  # tokens that the model has seen; None outside of generate
+        self.tokens = tokens  # of the current forward
+        self._total = 0 if expands else None  # tokens that the model has processed; None outside of generate
         self._prompt = tokens
 
     def step(self, tokens: int, before: int) -> None:
-        """A forward inside ``generate`` begins: the whole prompt first, then one token after the other.
+        """Check a forward inside ``generate``: the whole prompt first, then one token at a time.
 
         Raises:
-            UnsupportedError: it isn't, and offsets from the end would point elsewhere.
+            UnsupportedError: it has other tokens, so offsets from the prompt's end would be wrong.
         """
         if self._total is None:
             return
         first = self._total == 0
         if before + tokens != (self._prompt if first else self._total + 1) or not (first or tokens == 1):
             raise UnsupportedError(
-                "generate with an aLoRA adapter ran the model on other tokens than the prompt and then one at a time, "
-                "and aLoRA counts tokens from the prompt's end: expected a cache, and no chunked prefill, guidance or "
-                "assisted decoding. Leave these options out."
+                "generate with an aLoRA adapter didn't run the model on the whole prompt and then on one token at a "
+                "time, and aLoRA counts tokens from the prompt's end: expected a cache, and no chunked prefill, "
+                "guidance or assisted decoding. Leave these options out."
             )
         self._total, self.tokens = before + tokens, tokens
 
 
 class Call:
-    """A mixed batch that is active on one thread or task, for as long as its block isn't left.
+    """A mixed batch, active on one thread or task until its block is left.
 
     Attributes:
-        plan: who serves which sample.
-        expands: True inside ``generate``, where beams and returned sequences make a sample several rows.
-        packed: True where entries are tokens, all in one row, as in continuous batching.
+        plan: which adapter serves each sample.
+        expands: True inside ``generate``, where beams and returned sequences turn a sample into several rows.
+        packed: True if entries are tokens, all in one row, as in continuous batching.
         base_layers: layers whose adapters were disabled when the call began, so that all rows get the base model.
-        is_hooked: whether somebody hooked all modules, for which PEFT's own have to run.
-        is_tried: whether the order of rows in models of this type is known, so that it needn't be looked at.
-        for_graphs: True where CUDA graphs are captured of the call, which runs as they will from the beginning.
+        is_hooked: whether global module hooks are registered, so that PEFT's own modules have to run.
+        is_tried: whether the model type was tested, so that the order of rows needn't be checked.
+        for_graphs: True if CUDA graphs are captured during the call; it runs as they will from the start.
         origin: where it began.
         is_used: whether the model ran with these ids.
         inside: True while a model's forward runs that has checked this call.
-        is_watched: whether layers have to look before they run under it; see ``Router.current``.
-        end: gives None once the block was left, by whatever way; see ``ActiveCall``.
-        ended: True once it was left as it should be.
-        outer: the call that was active before, and will be again.
+        is_watched: whether layers have to look up the call before they run; see ``Router.current``.
+        end: returns None once the block was left, in whatever way; see ``ActiveCall``.
+        ended: True once the block was left normally.
+        outer: the call that was active before, and is again afterwards.
         thread: the thread on which it began.
-        task: the asyncio task.
-        sibling_outputs: for each fused group, what its first layer computed for the others.
-        dora_scales: what DoRA multiplies outputs with, for each bank.
-        draws: which masks its adapters' dropouts have.
-        workspaces: memory for intermediate results, for each device and stream.
+        task: the asyncio task in which it began.
+        sibling_outputs: for each fused group, the outputs that its first layer computed for the others.
+        dora_scales: the factors of DoRA outputs, by bank.
+        draws: the seeds and steps of its adapters' dropout masks.
+        workspaces: memory for intermediate results, by device and stream.
         stacks: copies of weights for the steps of ``generate`` on a CPU.
-        rows: rows of the model's last forward inside ``generate``.
-        invocations: where aLoRA adapters begin; None where no adapter in use is one.
-        prompts: the tokens of ``generate``, where code of the user's own makes rows of them.
-        head: the call that the layer sees which gives logits, where it gets other rows than all others.
+        rows: the number of rows in the model's last forward inside ``generate``.
+        invocations: where aLoRA adapters start; None if no adapter in use is one.
+        prompts: the input tokens of ``generate``, if the user's own code builds the rows.
+        head: the call for the layer that computes logits, if it gets other rows than the rest of the model.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class Call:
         return not self.ended and self.end() is not None
 
     def begin_model(self, invocations: Invocations | None = None) -> None:
-        """A model's forward begins that has checked the call. Without gradients nothing will run its layers again."""
+        """Enter a model's forward, which has checked the call; without gradients, ``backward`` won't rerun layers."""
         self.inside, self.is_watched = True, torch.is_grad_enabled()
         self.invocations = invocations
 
     def again(self) -> Call:
-        """The same ids for layers that ``backward`` runs once more after the call has ended."""
+        """A call with the same ids, for layers that ``backward`` runs again after this call has ended."""
         again = Call(self.plan, self.expands, self.packed, self.base_layers)
         again.is_tried = self.is_tried
         again.draws = self.draws.again()
@@ -134,16 +134,16 @@ class Call:
         return again
 
     def alone(self, entry: Entry) -> Call:
-        """The same for the samples of one entry alone, of a part of the model that runs inside of this one."""
+        """A call for the samples of one entry, for a module that runs once per segment."""
         alone = self.again()
         alone.plan = self.plan.alone(entry)
         return alone
 
     def num_rows(self, shape: Sequence[int]) -> int:
-        """Rows that belong to entries in a layer's input of the shape ``[..., K]``.
+        """The number of rows in a layer's input of shape ``[..., K]``.
 
         Raises:
-            RowMappingError: they are no multiple of the entries, or look like another dimension.
+            RowMappingError: it isn't a multiple of the entries, or the samples seem to be in another dimension.
         """
         rows = math.prod(shape[:-1]) if self.packed else shape[0]
         self.plan.segments.rows_per_entry(rows)
@@ -152,37 +152,37 @@ class Call:
         return rows
 
     def check_order(self, shape: Sequence[int], layer: str = "a layer") -> None:
-        """Raise where rows look like another dimension than the samples', in a model that nobody tried.
+        """Check that dimension 0 seems to have the samples, for model types that weren't tested.
 
         Raises:
-            RowMappingError: they do.
+            RowMappingError: another dimension seems to have them.
         """
         if self.is_tried or self.plan.segments.num_segments == 1:
             return
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):
             raise RowMappingError(
-                f"{layer} received an input of the shape {[*shape]} for {self.plan.segments.num_entries} samples, "
-                "which may have the samples in a later dimension, in a model of a type that wasn't tried: expected "
-                "them first. Ask mb.verify(...): where it finds all rows right, the model counts as tried."
+                f"{layer} received an input of shape {[*shape]} for {self.plan.segments.num_entries} samples, which "
+                "may be in a later dimension, and this model type hasn't been tested: expected the samples in "
+                "dimension 0. Call mb.verify(...): if it finds all rows right, this check is turned off."
             )
 
     def check_rows(self, rows: int | None) -> None:
-        """Raise where ``generate`` goes on with fewer rows than before: it dropped samples, and nobody knows which.
+        """Check that ``generate`` doesn't drop samples between steps, because it doesn't tell which.
 
         Raises:
-            RowMappingError: it did.
+            RowMappingError: there are fewer rows than in the step before.
         """
         if not self.expands or rows is None:
             return
         if self.rows is not None and rows < self.rows:
             raise RowMappingError(
-                f"generate went on with {rows} rows after {self.rows}, and can't tell which rows belong to which "
-                "sample: expected the same rows at every step. Whisper does so with long audio; generate for one "
+                f"generate continued with {rows} rows after {self.rows}, and doesn't tell which samples they belong "
+                "to: expected the same rows at every step. Whisper does this with long audio; generate for one "
                 "adapter at a time there."
             )
         self.rows = rows
 
 
 def over() -> None:
-    """The end of a call that isn't active, or not any more."""
+    """The ``end`` of a call that isn't active."""

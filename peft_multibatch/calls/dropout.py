@@ -1,4 +1,4 @@
-"""Dropout in a call: at which step each adapter drops, and what that means for the layers of a bank."""
+"""Dropout in a call: the seed and step of each adapter, and the masks for the layers of a bank."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Draws:
-    """What the adapters of one call draw, once each, when they first drop anything.
+    """The seed and step of each adapter in one call, drawn when the adapter first applies dropout.
 
-    What ``backward`` runs again shares it, and counts the uses of its layers from where they were the first time, so
-    that it drops the same.
+    Layers that ``backward`` runs again share the draws and continue counting their uses from the same number as the
+    first time, so they get the same masks.
     """
 
     def __init__(self) -> None:
@@ -31,28 +31,28 @@ class Draws:
         self._steps: dict[tuple[torch.device, int], tuple[dict[int, int], Tensor]] = {}
 
     def again(self) -> Draws:
-        """The same for what is run again from here on."""
+        """The same draws, for layers that ``backward`` runs again from here."""
         again = Draws()
         again._drawn, again._steps, again._uses = self._drawn, self._steps, {**self._uses}
         return again
 
     def of(self, state: DropoutState) -> Draw:
-        """What an adapter drew."""
+        """The draw of an adapter."""
         found = self._drawn.get(state)
         if found is None:
             found = self._drawn[state] = state.draw()
         return found
 
     def uses(self, layer: nn.Module) -> int:
-        """How often a layer has run in the call, as a layer that a model calls several times drops anew each time."""
+        """How often a layer has run in the call. A layer that runs several times gets a new mask each time."""
         return self._uses.get(layer, 0)
 
     def count(self, layer: nn.Module) -> None:
-        """A layer has run."""
+        """Count a run of a layer."""
         self._uses[layer] = self.uses(layer) + 1
 
     def steps(self, steps: Mapping[int, int], slots: int, device: torch.device) -> Tensor:
-        """The steps of some slots as kernels read them, ``DropTable.steps``; copied once for all layers."""
+        """The steps of some slots as kernels read them, ``DropTable.steps``; copied only once for all layers."""
         place = device, streams.key(device)
         known, tensor = self._steps.get(place, ({}, None))
         if tensor is None or len(tensor) != slots or not steps.items() <= known.items():
@@ -64,13 +64,13 @@ class Draws:
 
 
 class Place(NamedTuple):
-    """A dropout of an adapter in use.
+    """A dropout module of an adapter in use.
 
     Attributes:
-        slot: the adapter's.
+        slot: the adapter's slot.
         i: the slice.
-        module: PEFT's.
-        state: the adapter's.
+        module: PEFT's dropout module.
+        state: the adapter's dropout state.
     """
 
     slot: int
@@ -80,34 +80,34 @@ class Place(NamedTuple):
 
     @property
     def drops(self) -> bool:
-        """Whether it drops anything now."""
+        """Whether it is in train mode, with a probability above 0."""
         return bool(self.module.training and self.module.p)
 
 
 class Dropouts:
-    """The dropouts of the adapters of a plan in the layers of a bank, which a product applies by itself.
+    """The dropouts that a bank's product applies for the adapters of a plan.
 
     Args:
-        places: which they are.
-        bank: the layers.
-        slots: how many slots there are.
+        places: the dropouts.
+        bank: the bank.
+        slots: the number of slots.
     """
 
     def __init__(self, places: Sequence[Place], bank: Bank, slots: int) -> None:
         self._places, self._slots = places, slots
         self._layers: Sequence[Any] = bank.layers
-        # for each device and stream, the table and what it was made from
+        # by device and stream: the values from which a table was made, and the table
         self._tables: dict[tuple[torch.device, int], tuple[Any, Tensor]] = {}
 
     def drop(self) -> bool:
-        """Whether any of them drops anything now."""
+        """Whether any of them is in train mode."""
         return any(place.drops for place in self._places)
 
     def _live(self) -> list[Place]:
         return [place for place in self._places if place.drops]
 
     def masks(self, draws: Draws) -> Masks:
-        """The masks of a call, by slot and slice, of those that drop anything."""
+        """The masks of a call, by slot and slice, of the dropouts in train mode."""
         names = [layer.__dict__[STATE].name for layer in self._layers]
         uses = list(map(draws.uses, self._layers))
         found = {}
@@ -117,7 +117,7 @@ class Dropouts:
         return found
 
     def table(self, draws: Draws, device: torch.device) -> DropTable:
-        """The same as kernels read it. All but the steps is made once, and again where a user changes dropouts."""
+        """The masks as kernels read them. Only the steps change between calls, unless the user changes dropouts."""
         live = self._live()
         steps, seeds = {}, []
         for place in live:

@@ -1,4 +1,4 @@
-"""Which banks' tables graphs of kernels read, and whether the adapters of a plan are in all of them."""
+"""The banks whose tables are read by graphs of kernels, kept up to date with the adapters of a plan."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class GraphTables:
-    """The banks that graphs of kernels read, and where; what a plan costs depends on who is new in it. Not safe for
-    threads: whoever calls holds a lock.
+    """The banks that graphs of kernels read, and their devices. An update costs time only for new adapters.
+
+    Not thread-safe: callers hold a lock.
     """
 
     def __init__(self) -> None:
         self._devices: dict[Bank, torch.device] = {}
-        self._slots, self._ready = 0, dict[int, int]()  # whom all tables have, of so many slots: serials, by slot
+        # the number of slots in all tables, and the adapters in all of them: serials, by slot
+        self._slots, self._ready = 0, dict[int, int]()
 
     def __iter__(self) -> Iterator[Bank]:
         return iter(self._devices)
@@ -34,10 +36,10 @@ class GraphTables:
         return len(self._devices)
 
     def add(self, bank: Bank, device: torch.device) -> bool:
-        """From now on graphs read a bank on this device.
+        """Record that graphs read a bank on this device.
 
         Returns:
-            Whether that is new.
+            Whether this is new.
         """
         is_new = self._devices.get(bank) != device
         if is_new:
@@ -45,26 +47,26 @@ class GraphTables:
         return is_new
 
     def forget(self) -> None:
-        """Ask all tables whom they have, before they are read again."""
+        """Check all tables again before they are read next."""
         self._slots = 0
 
     def bring_up_to_date(self, plan: BatchPlan, is_captured: bool) -> None:
-        """Have the adapters of a plan in all tables.
+        """Enter the adapters of a plan in all tables.
 
         Raises:
-            ModelStateError: a graph was captured that can't run it.
+            ModelStateError: a captured graph can't run the plan.
         """
         reason = plan.why_not_compiled(self) if is_captured else ""
         if reason:
             raise ModelStateError(
-                f"a CUDA graph was captured, and {reason}, which no graph can hold: expected adapters that run "
-                "segmented, without variants and dropout. Call disable and enable to use it, without CUDA graphs."
+                f"a CUDA graph was captured, and {reason}, which graphs can't run: expected adapters that run "
+                "segmented, without variants or dropout. Call disable and enable, and run it without CUDA graphs."
             )
         new = self._new_in(plan)
         if not new:
             return
         ready = self._ready if self._slots == plan.slots else {}
-        self._slots = 0  # until all of them are known to have these
+        self._slots = 0  # in case an exception leaves some tables without them
         with contextlib.ExitStack() as stack:
             for device in {*self._devices.values()}:
                 stack.enter_context(streams.writing(device))
@@ -77,10 +79,10 @@ class GraphTables:
         self._slots, self._ready = plan.slots, {**ready, **{slot: each.serial for slot, each in new.items()}}
 
     def are_outgrown_by(self, plan: BatchPlan) -> bool:
-        """Whether graphs that were captured can't run a plan: its adapters have larger ranks, or other dtypes."""
+        """Whether captured graphs can't run a plan, because its adapters have larger ranks or other dtypes."""
         new = self._new_in(plan)
         return bool(new) and not all(bank.serves(new, device, plan.slots) for bank, device in self._devices.items())
 
     def _new_in(self, plan: BatchPlan) -> dict[int, AnyAdapter]:
-        ready = self._ready if self._slots == plan.slots else {}  # of more slots, tables are made anew
+        ready = self._ready if self._slots == plan.slots else {}  # tables are rebuilt when the number of slots changes
         return {slot: each for slot, each in plan.adapters.items() if ready.get(slot) != each.serial}

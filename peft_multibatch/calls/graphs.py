@@ -1,4 +1,4 @@
-"""What compiled and captured code sees of the active call: plans at fixed places, and whether there is one."""
+"""The state of the active calls that compiled and captured code reads: whether there is one, and its plan."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 
 
 class Graph:
-    """What compiled and captured code sees instead of a ``Call``.
+    """Replaces a ``Call`` in compiled and captured code.
 
     Attributes:
-        key: tells ``take_plan`` which graph asks.
-        active: whether a call is active on any thread; compiled code has one version for each value.
-        here: whether one is on the thread that asks.
+        key: the number by which ``take_plan`` finds this object.
+        active: whether a call is active on any thread; code is compiled once for each value.
+        here: whether a call is active on the current thread.
         contended: whether calls with different plans are active at the same time, on several threads or tasks, so that
-            no single plan can stand at the fixed place.
-        apart: why compiled code can't run the active calls: some adapter runs PEFT's own modules. Or the empty string.
-        components: plans that graphs read one after the other, as many as a sample of any call had adapters.
-        plans: how many were active so far, a tensor on the CPU. Graphs of ops that compute anew in ``backward`` keep
-            it, and autograd raises where that would be under another plan.
-        buffers: plans at fixed places for kernels, by their device, one for each component.
+            the fixed address can't have the plan of all.
+        apart: why compiled code can't run the active calls (an adapter runs PEFT's own modules), or the empty string.
+        components: the number of plans that graphs read, the most adapters that a sample has had in any call.
+        plans: the number of plans so far, a tensor on the CPU. Graphs of ops that recompute in ``backward`` save it,
+            so autograd raises an error if the plan has changed since.
+        buffers: plans at fixed addresses for kernels, by device, one per component.
         sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         is_captured: whether a CUDA graph was captured that reads them.
-        is_traced: whether code was compiled that reads attributes from here.
-        packed: as in ``Call``; never so.
-        base_layers: as in ``Call``; never any.
+        is_traced: whether code was compiled that reads attributes of this object.
+        packed: as in ``Call``; always False.
+        base_layers: as in ``Call``; always empty.
 
     Args:
-        active_call: gives the active call for the thread or task that asks, and raises where it has ended.
-        note: told of a call under which compiled code runs, and whether it was compiled with gradients.
+        active_call: returns the active call of the current thread or task, and raises if it has ended.
+        note: called with the call that compiled code runs under, and whether the code was compiled with gradients.
     """
 
     packed = False
@@ -73,20 +73,21 @@ class Graph:
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._active_call, self._note = active_call, note
-        self._calls: dict[Call, None] = {}  # that are active
+        self._calls: dict[Call, None] = {}  # the active calls
         self._is_closed = False
-        self._innermost: list[Call] = []  # of those that are nested
-        self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None  # for whom, and what of it trains
-        self._positions = Positions()  # which graphs of ops read
+        self._innermost: list[Call] = []  # the innermost active call of each task
+        # the plan and adapters that graphs of ops are ready for, and which of their parameters are trained
+        self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None
+        self._positions = Positions()  # of adapters among the inputs of graphs of ops
         self._written: BatchPlan | None = None
         self.is_traced = self._runs_ops = False
         self._tables = GraphTables()
         self.is_captured = False
         self._lock = threading.RLock()
 
-    @torch._dynamo.assume_constant_result  # runs while the graph is traced, and is no part of it
+    @torch._dynamo.assume_constant_result  # runs while the graph is traced, and isn't part of it
     def trace(self) -> bool:
-        """Code is being compiled that reads attributes from here."""
+        """Record that code is being compiled that reads attributes of this object."""
         with self._lock:
             if not self.is_traced:
                 self.is_traced = True
@@ -95,9 +96,9 @@ class Graph:
 
     @torch._dynamo.assume_constant_result
     def arm(self) -> bool:
-        """From now on there is a graph of ops: keep the banks up to date for it at every call."""
+        """Record that there is a graph of ops, so that every call brings the banks up to date for it."""
         call = self._active_call()
-        # dynamo looks at .grad of every input, and hides the warning about it, but not where warnings are errors
+        # dynamo reads .grad of every input, and hides the warning unless warnings are errors
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", module=r"torch\.")
         with self._lock:
             if not self._runs_ops and call is not None:
@@ -107,7 +108,7 @@ class Graph:
 
     @torch._dynamo.assume_constant_result
     def arm_kernels(self, key: str, device: str) -> bool:
-        """From now on there is a graph of kernels that reads this bank on this device."""
+        """Record that a graph of kernels reads this bank on this device."""
         call = self._active_call()
         with self._lock:
             if call is not None:
@@ -123,38 +124,39 @@ class Graph:
         return True
 
     def prepare(self, call: Call, device: torch.device) -> None:
-        """Have the plan of a call at the fixed place, on a device on which kernels run, for what its stream does."""
+        """Write the plan of a call to the fixed address on a device, for the current stream."""
         with self._lock:
             if str(device) not in self.buffers:
                 self._buffers.grow(device, call.plan.segments.num_entries, self.components)
                 self._written = None
             if self._written is call.plan or call.for_graphs or not self.contended:
                 self._write(call.plan)
-            if self.contended:  # the layer that asks will write rows by itself
+            if self.contended:  # the calling layer writes rows to the tables itself
                 self._tables.forget()
 
     def fixed(
         self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
     ) -> tuple[list[Tensor], tuple[TableRows, ...]]:
-        """Plans and tables that stay, for kernels that are being captured in a CUDA graph or will be right after.
+        """Plans and tables at fixed addresses, for kernels that are being captured in a CUDA graph or will be next.
 
         Raises:
-            ModelStateError: they would have to be made first, and during a capture nothing can be.
+            ModelStateError: they don't exist yet, and can't be made during a capture.
         """
         plan = call.plan
         if not is_capturing:
             self.prepare(call, device)
             if not bank.has_rows(plan.adapters, device, plan.slots):
                 bank.tables(plan.adapters, device, plan.slots)
-        # the plan of a step of continuous batching stays until it ends, whoever comes in between
+        # the plan of a continuous batching step stays until the step ends, whichever calls begin in between
         elif (
             self._written is not plan
             or (self.contended and not call.for_graphs)
             or not bank.has_rows(plan.adapters, device, plan.slots)
         ):
             raise ModelStateError(
-                "a CUDA graph is being captured under ids that no call ran with before, or while another thread has "
-                "ids in force: expected a call of the model on the same inputs first, inside the same mb.batch(...)."
+                "a CUDA graph is being captured with adapter_ids that no call has run with, or while ids are active "
+                "on another thread: expected a call of the model before the capture. Run it once on the same inputs, "
+                "inside the same mb.batch(...)."
             )
         with self._lock:
             bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._tables, is_capturing)
@@ -164,7 +166,7 @@ class Graph:
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
 
     def enter(self, call: Call) -> None:
-        """A call begins.
+        """Begin a call.
 
         Raises:
             NotEnabledError: the model was disabled in the meantime.
@@ -183,7 +185,7 @@ class Graph:
         self._sync(call.plan)
 
     def leave(self, call: Call) -> None:
-        """A call ended, and the one around it is active again. Does nothing the second time."""
+        """End a call, and make the one around it active again. Does nothing if the call has ended already."""
         if call in self._calls:
             self._exclusively(functools.partial(self._leave, call))
             self.sibling_outputs.clear()
@@ -198,24 +200,24 @@ class Graph:
             self._sync(call.outer.plan)
 
     def drop_ended(self, _: object = None) -> None:
-        """An exception, such as Ctrl-C's, may have kept a call from being left."""
+        """End calls whose blocks were left without ``__exit__``, as after Ctrl-C."""
         for call in [call for call in list(self._calls) if not call.is_active]:
             self.leave(call)
 
     def close(self) -> list[Call]:
-        """Let no more calls begin, unless some are active, which are returned."""
+        """Refuse new calls from now on, unless calls are active; returns these."""
         with self._lock:
             calls = [call for call in self._calls if call.is_active]
             self._is_closed = not calls
         return calls
 
     def expect(self, components: int) -> None:
-        """Have room for mixtures of this many adapters."""
+        """Make room for mixtures of this many adapters."""
         with self._lock:
             self.components = max(self.components, components)
 
     def forget(self) -> None:
-        """Let go of what graphs are known to have, and of its memory; it is asked again before it is read."""
+        """Drop what was prepared for graphs, and free its memory; the next call prepares it again."""
         with self._lock:
             self._tables.forget()
             self._synced = None
@@ -224,25 +226,26 @@ class Graph:
                 self._written = None
 
     def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
-        """A plan of the thread that asks, of one component, for rows of the shape ``[..., K]``, with zeros behind it.
+        """The packed plan of a component on the current thread, for an input of shape ``[..., K]``, padded with zeros.
 
         Raises:
-            ModelStateError: the thread has no ids.
-            RowMappingError: the rows are no multiple of the entries.
+            ModelStateError: no call is active on the thread.
+            RowMappingError: the number of rows isn't a multiple of the entries.
+            UnsupportedError: a CUDA graph is being captured.
         """
         call = self._active_call()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
-                "a CUDA graph is being captured of a compiled model that runs on torch's products, which ask for "
-                "their plan on the host: expected the kernels, without gradients. Pass backend='auto' to enable, and "
-                "capture under torch.no_grad()."
+                "a CUDA graph is being captured of a compiled model on the torch backend, which reads its plan on the "
+                "host: expected the triton backend, without gradients. Pass backend='auto' to enable, and capture "
+                "under torch.no_grad()."
             )
         if call is None:
             raise ModelStateError(
-                "a compiled model was called without ids on one thread while ids are in force on another, or backward "
-                "computes again what ran under ids that have ended: expected that calls with and without ids of one "
-                "compiled model don't overlap. Pass ids of -1 instead of none, run the calls after each other, and "
-                "backward inside mb.batch(...)."
+                "a compiled model was called without ids on one thread while ids are active on another, or backward "
+                "recomputes layers after their mb.batch block has ended: expected no overlap of calls with and "
+                "without ids of one compiled model. Pass ids of -1 instead of none, make the calls one after the "
+                "other, and run backward inside mb.batch(...)."
             )
         self._note(call, trains)
         call.num_rows(shape)
@@ -254,10 +257,10 @@ class Graph:
         return torch.nn.functional.pad(packed, (0, packed_size(rows) - packed.numel()))
 
     def _exclusively(self, change: Callable[[], None]) -> None:
-        """Change what code is compiled for, and wait for what is being compiled on another thread.
+        """Change attributes that compiled code depends on, once no other thread is compiling.
 
-        Dynamo reads a value once when it traces, and again when it writes the guard that decides who runs the graph.
-        No context manager written in Python holds the locks, which an exception might keep from letting go of them.
+        Dynamo reads a value when it traces, and again when it writes the guard for the graph. The locks aren't held
+        by a context manager written in Python, because an exception could keep it from releasing them.
         """
         while True:
             is_traced = self.is_traced
@@ -266,10 +269,10 @@ class Graph:
                     return change()
 
     def _change(self, thread: ThreadState) -> None:
-        """Calls of a thread began or ended."""
+        """Update attributes after a call of a thread began or ended."""
         active = [call for call in self._calls if call.is_active]
         around = {(call.outer, call.thread, call.task) for call in active}
-        # of those that are nested on one task the innermost
+        # the innermost call of each task
         calls = [call for call in active if (call, call.thread, call.task) not in around]
         samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
         self._innermost = calls
@@ -291,7 +294,7 @@ class Graph:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))
 
     def _sync(self, plan: BatchPlan) -> None:
-        """Have what graphs of ops read as a plan needs it; gradients go to the adapters that code may run under."""
+        """Bring what graphs of ops read up to date for a plan; gradients go to the adapters of the active calls."""
         if not self._runs_ops:
             return
         live = {*plan.adapters.values(), *(each for call in self._innermost for each in call.plan.adapters.values())}
@@ -303,7 +306,7 @@ class Graph:
             self._synced = plan, live, is_trained
 
     def _write(self, plan: BatchPlan) -> None:
-        """Have a plan at the fixed place, for what runs next on the current streams."""
+        """Write a plan to the fixed address, for the current streams."""
         with self._lock:
             if self._written is not plan:
                 with torch.inference_mode(False), torch.no_grad():
@@ -313,6 +316,6 @@ class Graph:
             self._buffers.follow()
 
     def outgrown_by(self, plan: BatchPlan) -> bool:
-        """Whether graphs were captured that can't run a plan."""
+        """Whether captured graphs can't run a plan."""
         with self._lock:
             return self.is_captured and self._tables.are_outgrown_by(plan)

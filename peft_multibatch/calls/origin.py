@@ -1,4 +1,4 @@
-"""What is around a call where it begins: the backward pass, functions and checkpoints that may run it again."""
+"""What surrounds a call when it begins: a backward pass, autograd functions and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from peft_multibatch.ops.again import functions, in_function
 
 
 NO_BACKWARD = -1
-"""Number of the backward pass where none is under way."""
+"""The number that stands for no backward pass."""
 
 
 class Origin(NamedTuple):
-    """Where a call began. What is around it there runs the call again, and isn't run again under its ids.
+    """Where a call began. A function or checkpoint around it reruns the whole call, not layers under its ids.
 
     Attributes:
-        backward: number of the backward pass in which it began.
+        backward: the number of the backward pass in which it began.
         trains: whether gradients were enabled.
-        hooks: the innermost hook for tensors that autograd saves.
-        function: gives the innermost ``autograd.Function`` whose ``forward`` was under way.
+        hooks: the innermost saved-tensors hook.
+        function: returns the innermost ``autograd.Function`` whose ``forward`` was running.
     """
 
     backward: int = NO_BACKWARD
@@ -33,7 +33,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def here(cls) -> Origin:
-        """That of a call that begins now."""
+        """The origin of a call that begins now."""
         hooks = compat.saved_tensors_hooks(True)
         origin = cls(compat.current_backward(), torch.is_grad_enabled(), hooks and hooks[0])
         function = next(functions(), None) if in_function() else None
@@ -41,13 +41,13 @@ class Origin(NamedTuple):
 
 
 def checkpoint_frame() -> Any:
-    """The frame of the innermost of torch's checkpoints that aren't reentrant, or None where it is something else."""
+    """The frame of torch's non-reentrant checkpoint, if the innermost saved-tensors hook is its own; else None."""
     hooks = compat.saved_tensors_hooks(True)
     return hooks and _frame_of(hooks[0])
 
 
 def checkpoint_frames(first: Any) -> list[Any]:
-    """All such frames, the innermost first, as far as a hook that was there before."""
+    """The frames of all non-reentrant checkpoints inside the hook ``first``, the innermost first."""
     return [frame for frame in map(_frame_of, _hooks_since(first)) if frame is not None]
 
 
@@ -57,7 +57,7 @@ def _frame_of(pack: Any) -> Any:
 
 
 def _hooks_since(first: Any) -> list[Any]:
-    """Hooks that pack what autograd saves. Only the innermost can be seen, so they are taken off and put back."""
+    """The saved-tensors hooks inside ``first``. Only the innermost is accessible, so they are popped and pushed."""
     found: list[tuple[Any, Any]] = []
     try:
         while (hooks := compat.saved_tensors_hooks(True)) is not None and hooks[0] is not first:
@@ -65,7 +65,7 @@ def _hooks_since(first: Any) -> list[Any]:
             compat.pop_saved_tensors_hooks()
     finally:
         hooks = compat.saved_tensors_hooks(True)
-        if found and hooks is not None and hooks[0] is found[-1][0]:  # an exception came before it was taken off
+        if found and hooks is not None and hooks[0] is found[-1][0]:  # an exception came before it was popped
             found.pop()
         for pack, unpack in reversed(found):
             compat.push_saved_tensors_hooks(pack, unpack)

@@ -1,4 +1,4 @@
-"""Which adapters compiled graphs of ops take as inputs, however many there are."""
+"""The positions of adapters among the inputs of compiled graphs of ops."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 
 FEWEST = 8
-"""Adapters that graphs take at least; a power of two that is as many as batches have, when they have more."""
+"""The smallest number of adapters that graphs take. It grows in powers of two."""
 
 
 class Positions:
-    """Where the adapters of the active calls are among the inputs of graphs.
+    """The positions of the active calls' adapters among the inputs of graphs.
 
-    An adapter that isn't in use any more stays until its position is needed, so that the same adapters, coming again,
-    are at the same positions.
+    An adapter keeps its position after use until another one needs it, so recurring adapters keep their positions.
     """
 
     def __init__(self) -> None:
@@ -31,12 +30,12 @@ class Positions:
         self._of_slots: dict[int, int] = {}
 
     def fill(self, wanted: Iterable[AnyAdapter], live: Collection[AnyAdapter], banks: Iterable[Bank]) -> None:
-        """Give every wanted adapter a position, and bring what graphs read of the banks up to date.
+        """Give every wanted adapter a position, and bring the banks up to date for graphs.
 
         Args:
-            wanted: of all calls that are active.
-            live: those of them to which gradients go.
-            banks: all that graphs read.
+            wanted: the adapters of all active calls.
+            live: those of them that get gradients.
+            banks: all banks that graphs read.
         """
         wanted = list(dict.fromkeys(wanted))
         adapters = list(self._adapters)
@@ -46,7 +45,7 @@ class Positions:
         for adapter in wanted:
             if adapter not in adapters:
                 adapters[free.pop(0)] = adapter
-        # normal tensors even if the first call happens to run in inference mode
+        # no inference tensors, even if the first call runs in inference mode
         with torch.inference_mode(False), torch.no_grad():
             for bank in banks:
                 bank.sync(adapters, live)
@@ -54,14 +53,14 @@ class Positions:
         self._of_slots = {each.slot: position for position, each in enumerate(adapters) if each is not None}
 
     def forget(self, in_use: Iterable[AnyAdapter], banks: Iterable[Bank]) -> None:
-        """Let go of all others, and of their memory as soon as none is in use."""
+        """Drop all other adapters, and free the memory once none is in use."""
         kept, before = {*in_use}, self._adapters
         self._adapters = [each if each in kept else None for each in before]
         if not kept and any(before):
             self.fill((), (), banks)
 
     def packed(self, plan: BatchPlan) -> list[Tensor]:
-        """The packed plans, with positions in the place of slots."""
+        """The packed plans, with positions instead of slots."""
         of_slots, known = self._of_slots, plan.placed
         if known is None or known[0] is not of_slots:
             known = plan.placed = of_slots, plan.packed_at(of_slots)

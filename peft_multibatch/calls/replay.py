@@ -1,15 +1,15 @@
-"""Layers that ``backward`` runs once more, under the ids under which they ran first, whoever checkpointed them.
+"""The ids of layers that ``backward`` runs again, as gradient checkpointing does.
 
-``backward`` comes after the call, when its ids aren't active any more, on a GPU in a thread of its own, and it may
-come while other ids are. So what runs again is recognized by an object that the first run and the second one share.
-There are two kinds, and nested ones are noted as well:
+``backward`` runs after the call, when its ids aren't active any more, on a GPU in a separate thread, and possibly
+while other ids are active. The second run is recognized by an object that it shares with the first one. There are two
+kinds, which may be nested:
 
-- An ``autograd.Function`` that runs layers in its ``forward``, as reentrant checkpoints do and reversible layers: its
+- An ``autograd.Function`` that runs layers in its ``forward``, as reentrant checkpoints and reversible layers do. Its
   ``ctx`` is an argument on the stack in the first run, and the node that autograd runs in the second.
-- A checkpoint of torch that isn't reentrant: its frame is part of the hooks for saved tensors in the first run, and
-  holds the function that is the second one.
+- A non-reentrant checkpoint of torch. Its frame is part of the saved-tensors hooks in the first run, and has the
+  function for the second run as an attribute.
 
-Whatever else runs layers in ``backward`` is an error, unless no call with ids ever trained.
+Anything else that runs layers in ``backward`` is an error, unless no call with ids has ever trained.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 class Replays:
-    """Knows the ids of all that ``backward`` may run again, for one enabled model.
+    """The ids for everything that ``backward`` may run again, for one enabled model.
 
     Args:
-        routing: gives a block in which a call is active.
+        routing: returns a block in which a call is active.
     """
 
     def __init__(self, routing: Callable[[Callable[[], Call]], ActiveCall]) -> None:
@@ -46,11 +46,11 @@ class Replays:
         self._have_trained = False
 
     def note(self, call: Call, origin: Origin) -> None:
-        """A layer or a model is about to run under a call; remember it where ``backward`` may run it again.
+        """Record the call of a layer or a model that is about to run, in case ``backward`` runs it again.
 
         Args:
-            call: its ids.
-            origin: where the ids became active.
+            call: the call.
+            origin: where the call began.
         """
         is_function = in_function()
         self._have_trained = self._have_trained or is_function or origin.trains or torch.is_grad_enabled()
@@ -66,11 +66,11 @@ class Replays:
         """The same in compiled code.
 
         Args:
-            call: as above.
+            call: the call.
             trains: whether the code was compiled with gradients.
 
         Raises:
-            UnsupportedError: a reentrant checkpoint runs it. Nothing would ask for ids the second time.
+            UnsupportedError: a reentrant checkpoint runs it, and the second run wouldn't look up its ids.
         """
         if trains:
             self._note_frames(call, call.origin)
@@ -85,18 +85,18 @@ class Replays:
                     frame.recompute_fn = _WithIds(self._routing, self._keep(frame, call), frame.recompute_fn)
 
     def _keep(self, key: Any, call: Call) -> Call:
-        again = self._calls[key] = call.again()  # one for each key, of which it must not hold anything
+        again = self._calls[key] = call.again()  # a separate copy, which must not reference the key
         again.origin = Origin()
         return again
 
     def call(self, layer: Any) -> Call | None:
-        """The call under which ``backward`` runs a layer, or a model, again; None where it first ran without ids.
+        """The call for a layer or model that ``backward`` runs again; None if it ran without ids the first time.
 
         Args:
             layer: the ``PatchedLayer``; None for a model.
 
         Raises:
-            ModelStateError: nobody knows.
+            ModelStateError: the ids of the first run are unknown.
         """
         node = compat.current_node()
         call = self._call_of(node) if isinstance(node, compat.FunctionNode) else None
@@ -104,13 +104,13 @@ class Replays:
             return call
         name = "the model" if layer is None else layer.name
         raise ModelStateError(
-            f"backward ran {name}, and can't tell under which ids it ran first: expected a checkpoint of "
-            "torch.utils.checkpoint, or an autograd.Function with forward(ctx, ...). Use one of these, or pass ids "
-            "inside of the function that is run again, with mb.batch(...); -1 for the base model alone."
+            f"backward ran {name} again, and the adapter_ids of its first run are unknown: expected a checkpoint of "
+            "torch.utils.checkpoint, or an autograd.Function with forward(ctx, ...). Use one of these, or open "
+            "mb.batch(...) inside the function that is run again, with ids of -1 for the base model."
         )
 
     def _call_of(self, node: Any) -> Call | None:
-        """The call of a function that is run again: one that is as it was the first time, for every backward pass."""
+        """The call of a function that is run again, restored to its first state in every backward pass."""
         noted, backward = self._calls.get(node), compat.current_backward()
         if noted is None:
             return None
@@ -122,7 +122,7 @@ class Replays:
         return call
 
     def end(self) -> None:
-        """The model is no longer enabled: what was noted can't run again."""
+        """Refuse to run recorded functions again, because the model is being disabled."""
         for each in list(self._calls):
             if isinstance(each, compat.FunctionNode):
                 each.register_prehook(_refuse)
@@ -131,7 +131,7 @@ class Replays:
 
 
 class _WithIds:
-    """A function that runs under the ids of a call."""
+    """A function that runs inside a call."""
 
     def __init__(self, routing: Callable[[Callable[[], Call]], ActiveCall], call: Call, function: Callable) -> None:
         self.routing, self.call, self.function = routing, call, function
@@ -143,14 +143,14 @@ class _WithIds:
 
 def _refuse(*args: Any) -> None:
     raise NotEnabledError(
-        "backward runs layers again under ids, and disable was called in the meantime: expected the model to stay "
-        "enabled until then. Call backward first."
+        "backward runs layers with adapter_ids again, and disable was called in the meantime: expected the model to "
+        "stay enabled. Call backward first."
     )
 
 
 def _is_known(node: Any) -> bool:
-    """Whether what runs layers in ``backward`` would have been noted in a call with ids."""
+    """Whether the function or checkpoint that runs layers in ``backward`` is of a kind that ``note`` records."""
     hooks = compat.saved_tensors_hooks(True)
-    if hooks is not None:  # what isn't reentrant takes the tensors that are saved again
+    if hooks is not None:  # non-reentrant checkpoints collect the tensors that are saved again
         return getattr(hooks[0], "__module__", "") == compat.CheckpointFrame.__module__
     return isinstance(node, compat.FunctionNode) and type(node)._forward_cls.setup_context is Function.setup_context

@@ -1,8 +1,8 @@
-"""Which call is active: ids travel beside a call of the model, never through its arguments.
+"""Finds the active call. Ids reach layers through context variables, never through the model's arguments.
 
-Every thread and every asyncio task has its own call, so that two with different ids don't meet. What a compiled graph
-fixes is only that ids are active at all. Graphs of ops ask for the plan when they run; graphs of kernels, which may
-be captured and then run no host code, read it at a fixed place that is written when a call begins.
+Every thread and every asyncio task has its own call, so different ids don't interfere. A compiled graph depends only
+on whether ids are active. Graphs of ops look up the plan when they run; graphs of kernels, which may be captured and
+then run no host code, read it from a fixed address that is written when a call begins.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from peft_multibatch.plan.ids import Entry, ids_of
 
 
 class Router:
-    """Knows which call is active, for one enabled model, and the backend that layers use.
+    """Finds the active call of one enabled model, and has the backend that layers use.
 
     Attributes:
         kernels: the module ``ops.triton_backend``, for tensors on a GPU, or None.
         registry: the model's adapters.
         split: how tensor parallelism splits layers of the model, or None.
-        is_gathered: whether FSDP shards the model, and gathers weights when its parts run.
-        is_tried: whether the model is of a type whose rows are known to be in the order of the samples.
-        buffers: where the model's modules keep theirs.
-        call: the call that began last on the thread or task that asks, of which it isn't certain that it is active.
-        disabled: layers whose adapters were disabled on the thread or task that asks.
-        graph: what compiled code sees instead.
-        replays: whose ids hold for what ``backward`` runs again.
+        is_gathered: whether FSDP shards the model and gathers weights when its modules run.
+        is_tried: whether the model type was tested, so that its rows are known to be in the order of the samples.
+        buffers: the buffer dictionaries of the model's modules.
+        call: the call that began last on the current thread or task, which may have ended.
+        disabled: layers whose adapters are disabled on the current thread or task.
+        graph: the state that compiled code reads.
+        replays: the ids of layers that ``backward`` runs again.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Router:
         self._last: BatchPlan | None = None
 
     def current(self, layer: Any) -> Call | Graph | None:
-        """The call under which a layer runs, or None where it runs as PEFT alone would run it.
+        """The call of a layer that is about to run; None if it runs as in plain PEFT.
 
         Args:
-            layer: the ``PatchedLayer`` that asks.
+            layer: the ``PatchedLayer``.
         """
         if torch.compiler.is_compiling():
             return self.graph if self.graph.trace() and self.graph.active else None
@@ -80,20 +80,20 @@ class Router:
         return call
 
     def look(self, layer: Any = None) -> Call | None:
-        """The call under which a layer, or a model, runs: the active one, unless ``backward`` runs them again.
+        """The call of a layer or a model: the active one, or that of the first run if ``backward`` runs it again.
 
         Args:
             layer: as in ``current``; None for a model.
         """
         backward, call = current_backward(), self.live()
         if backward != NO_BACKWARD and (call is None or call.ended or call.origin.backward != backward):
-            return self.replays.call(layer)  # whatever is active began before backward, and has no part in it
+            return self.replays.call(layer)  # the active call, if any, began before backward and doesn't apply
         return self.active()
 
     def live(self) -> Call | None:
-        """The call that is active, or that ended and was inherited by the task that asks."""
+        """The active call, or one that has ended but was inherited by the current task."""
         call = self.call.get()
-        while call is not None and not call.ended and call.end() is None:  # an exception kept it from ending properly
+        while call is not None and not call.ended and call.end() is None:  # an exception skipped its __exit__
             call = call.outer
         return call
 
@@ -101,28 +101,28 @@ class Router:
         """The active call.
 
         Raises:
-            ModelStateError: it ended, and was inherited by a task that goes on.
+            ModelStateError: it has ended, and was inherited by a task that is still running.
         """
         call = self.live()
         if call is not None and call.ended:
             raise ModelStateError(
                 "a model was called in a task that was started inside mb.batch(...), after that block had ended: "
-                "expected the task to end first. Wait for it inside the block, or pass adapter_ids to the call."
+                "expected the task to end first. Await it inside the block, or pass adapter_ids to the call."
             )
         return call
 
     def _check_outside(self, call: Call) -> None:
-        """A layer is called by itself inside a block, with no model around it that checked the call."""
+        """Check the call for a layer that is called by itself, without a model around it that has done so."""
         call.is_used = True
         call.base_layers = self._check(call.plan.ids_in_use)
         call.plan = self.plan(call.plan.ids)
 
     def plan(self, ids: Sequence[Entry], checks: int | None = None) -> BatchPlan:
-        """The plan for these ids, an entry for every sample, with adapters as ``Registry.adapters`` gives them."""
+        """The plan for these ids, one entry per sample, with the adapters that ``Registry.adapters`` returns."""
         last = self._last
         if last is not None and last.ids == ids:
             used: Sequence[int] = last.ids_in_use
-            known = weakref.ref(last)  # whoever waits for room must not keep what may have to go
+            known = weakref.ref(last)  # waiting for memory must not keep the adapters of an old plan alive
         else:
             used, known = sorted({number for entry in {*ids} for number in ids_of(entry)}), None
         last = None
@@ -131,7 +131,7 @@ class Router:
         slots = self.registry.slots
         if last is None or last.slots != slots.capacity or [*last.adapters.values()] != [*adapters.values()]:
             for adapter in adapters.values():
-                adapter.slot  # noqa: B018 - taken before it is known how many there are
+                adapter.slot  # noqa: B018 - assigns a slot, which may increase the number of slots
             last = self._last = BatchPlan(ids, adapters, slots.capacity)
         return last
 
@@ -146,7 +146,7 @@ class Router:
         """A call that isn't active yet.
 
         Args:
-            ids: an entry for every sample.
+            ids: one entry per sample.
             expands: as in ``Call``.
             packed: as in ``Call``.
             checks: as in ``Registry.adapters``.
@@ -159,22 +159,22 @@ class Router:
         return call
 
     def routing(self, ids: Sequence[Entry] | Callable[[], Call], **options: Any) -> ActiveCall:
-        """A block in which ids are active for this thread or task.
+        """A block in which ids are active on this thread or task.
 
         Args:
-            ids: an entry for every sample, or what begins a call when the block is entered.
+            ids: one entry per sample, or a function that makes the call when the block is entered.
             **options: as in ``begin``.
         """
         begin = ids if callable(ids) else lambda: self.begin(ids, **options)
         return ActiveCall(begin, self.call, self.live, self.graph)
 
     def let_go(self) -> None:
-        """Drop plans of calls that have ended, and with them the memory of their adapters."""
+        """Drop plans of calls that have ended, which may keep stored adapters in memory."""
         self._last = None
         self.graph.forget()
 
     def forget(self) -> None:
-        """Let go of everything that was made for adapters: some of them came or went."""
+        """Drop everything that was prepared for adapters, because some were added or deleted."""
         self._last = None
         self.registry.forget_gone()
         self.graph.forget()

@@ -1,7 +1,6 @@
-"""Copies of weights, side by side, for the steps of one ``generate`` on a CPU: see ``ops/torch_stacks.py``.
+"""Stacked copies of weights for the steps of one ``generate`` on a CPU; see ``ops/torch_stacks.py``.
 
-They belong to the call and end with it: a call goes on with the weights that it has begun with, and the next one reads
-them anew.
+They belong to one call: a call finishes with the weights that it began with, and the next one copies them again.
 """
 
 from __future__ import annotations
@@ -17,28 +16,28 @@ if TYPE_CHECKING:
     from peft_multibatch.calls.batch_plan import BatchPlan
 
 STEPS = 2
-"""The step from which on weights are copied, which costs about what three steps save. Counted are steps of one size: a
-prompt is none."""
+"""The step at which weights are copied, which costs about what three steps save. Only steps with the same number of
+rows are counted, so a prompt isn't one of them."""
 
 MEMORY = 1 << 28
-"""Bytes that the copies of one call take at most. Layers that come later do without."""
+"""The most bytes that the copies of one call may take. Layers beyond this limit don't use copies."""
 
 
 class Stacks:
-    """Those of one call. For inference."""
+    """The copies of one call, for inference."""
 
     def __init__(self) -> None:
-        self._steps: dict[Bank, tuple[int, int]] = {}  # rows, and how many steps had as many
+        self._steps: dict[Bank, tuple[int, int]] = {}  # rows of the last step, and how many steps in a row had as many
         self._found: dict[Bank, tuple[BatchPlan, int, list[Stack]]] = {}
         self._left = MEMORY
 
     def take(self, bank: Bank, plan: BatchPlan, num_rows: int) -> list[Stack]:
-        """The stacks of a plan's components in the layers of a bank; empty where there are none, or not yet.
+        """The stacks of a plan's components for a bank; empty if they don't exist, or not yet.
 
         Args:
-            bank: whose weights.
-            plan: who serves which sample.
-            num_rows: rows of this step.
+            bank: the bank whose weights are copied.
+            plan: the plan of the call.
+            num_rows: the number of rows in this step.
         """
         found = self._found.get(bank)
         if found is None:

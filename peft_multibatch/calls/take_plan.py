@@ -1,4 +1,4 @@
-"""The op with which compiled graphs ask for the plan of the call that runs them."""
+"""The op through which compiled graphs read the plan of the active call."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _graphs: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def number(graph: Any) -> int:
-    """A number by which the op finds a ``Graph``."""
+    """Register a ``Graph``, and return the number by which the op finds it."""
     key = next(_keys)
     _graphs[key] = graph
     return key
 
 
-# like a random number, and unlike what follows from its arguments, a plan is no constant
+# tagged like a random number, so that the compiler doesn't treat the plan as a function of the arguments
 @torch.library.custom_op("peft_multibatch::take_plan", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def take_plan(plans: Tensor, shape: Sequence[int], key: int, index: int, trains: bool) -> Tensor:
-    """The packed plan of the call that runs the graph, that of one term: int32, long enough for any plan.
+    """The packed plan of one component of the active call: int32, padded to the longest possible plan.
 
     Args:
-        plans: of the graph.
-        shape: of a layer's input ``[..., K]``, which has at least a row for each entry of a plan, or none at all.
-        key: of the graph.
-        index: of the component.
-        trains: whether the graph was made with gradients.
+        plans: ``Graph.plans``.
+        shape: the shape of a layer's input ``[..., K]``, with at least one row per entry of the plan, or no rows.
+        key: ``Graph.key``.
+        index: the component.
+        trains: whether the graph was compiled with gradients.
     """
     return _graphs[key].plan(shape, index, trains)
 

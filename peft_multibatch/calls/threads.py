@@ -1,4 +1,4 @@
-"""What compiled code asks about the calls that are active on its own thread."""
+"""What compiled code reads about the active calls of its own thread."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 
 
 class ThreadState:
-    """What compiled code asks about the active calls of its thread, on all tasks of it.
+    """The active calls of a thread, in all of its tasks.
 
     Attributes:
         active: whether there are any.
-        samples: entries of their plans; 0 where these differ, and inside ``generate``, which multiplies rows.
+        samples: the number of entries of their plans; 0 if they differ, and inside ``generate``, which expands rows.
         name: the thread's name, for messages.
     """
 
@@ -22,14 +22,14 @@ class ThreadState:
 
 
 class PerThread(threading.local):
-    """Gives every thread, compiled code included, the state of that thread."""
+    """The state of the current thread, also in compiled code."""
 
     def __init__(self) -> None:
         self.thread = ThreadState()
 
 
 def current_task() -> int:
-    """Which asyncio task runs; 0 where none does."""
+    """The id of the running asyncio task; 0 if there is none."""
     try:
         return id(asyncio.current_task())
     except RuntimeError:

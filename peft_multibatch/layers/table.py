@@ -144,9 +144,7 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     types = architectures.types_around(model, name)
     known, model_type = architectures.why_refused(types, name)
     if known:
-        raise UnsupportedError(
-            f"{name} belongs to a model of type {model_type!r}, and {known}: {expected}. {advice}"
-        )
+        raise UnsupportedError(f"{name} belongs to a model of type {model_type!r}, and {known}: {expected}. {advice}")
     parts = name.split(".")
     for part, what in OTHER_ROWS.items():
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # its experts get all samples in order

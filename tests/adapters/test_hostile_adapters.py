@@ -260,7 +260,7 @@ def test_a_forward_that_was_replaced_before_is_refused():
     mb = peft_multibatch.enable(model)
     assert torch.equal(logits(model), plain)
     for names in (NAMES, ["b", "__base__", "b"]):
-        with pytest.raises(errors.UnsupportedError, match="the forward of .*q_proj was replaced"):
+        with pytest.raises(errors.UnsupportedError, match=r"the forward of .*q_proj was replaced"):
             logits(model, adapter_ids=names)
     mb.disable()
     assert torch.equal(logits(model), plain)
@@ -318,7 +318,7 @@ def test_blocks_that_end_in_the_order_in_which_they_began():
 
     first, second = block(), block()
     next(first), next(second)
-    with pytest.raises(errors.ModelStateError, match="taken back before ids that came later"):
+    with pytest.raises(errors.ModelStateError, match="left before a block that was entered later"):
         first.close()
     second.close()
     assert torch.equal(logits(model), plain)

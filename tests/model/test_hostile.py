@@ -202,7 +202,7 @@ def test_a_block_that_is_left_on_another_thread_says_so():
 
     generator = stream()
     in_thread(lambda: next(generator))
-    with pytest.raises(errors.ModelStateError, match="A generator that holds"):
+    with pytest.raises(errors.ModelStateError, match="a generator that holds"):
         next(generator)
 
 
@@ -218,7 +218,7 @@ def test_a_block_that_is_left_before_one_that_began_later_says_so():
     generator = stream()
     next(generator)
     with mb.batch(OTHERS):
-        with pytest.raises(errors.ModelStateError, match="A generator that holds"):
+        with pytest.raises(errors.ModelStateError, match="a generator that holds"):
             generator.close()
         assert torch.equal(logits(model), expected)
 
@@ -249,7 +249,7 @@ def test_compiled_calls_of_two_threads():
         assert_close(in_thread(lambda: logits(model, adapter_ids=OTHERS)), expected)
 
         def plain():
-            with pytest.raises(errors.ModelStateError, match="while ids are in force on another"):
+            with pytest.raises(errors.ModelStateError, match="while ids are active on another"):
                 logits(fast, use_cache=False)
             return True
 
@@ -461,7 +461,7 @@ def test_generate_that_drops_rows():
         return inner(input_ids=input_ids)
 
     inputs = {key: value[:3] for key, value in left_padded().items()}
-    with pytest.raises(errors.RowMappingError, match="generate went on with 3 rows after 6"):
+    with pytest.raises(errors.RowMappingError, match="generate continued with 3 rows after 6"):
         model.generate(**inputs, adapter_ids=[0, 1, 2], max_new_tokens=2, custom_generate=dropping)
 
 

@@ -131,7 +131,7 @@ def test_samples_in_a_later_dimension_are_refused_until_verified():
     """The net under models that nobody tried: a multiple of the samples' number by luck."""
     _, mb = tiny(Transposing(), ["first", "second"])
     x = torch.randn(3, 6, 8)
-    message = r"second received an input of the shape \[6, 3, 8\] for 3 samples.*Ask mb.verify"
+    message = r"second received an input of shape \[6, 3, 8\] for 3 samples.*Call mb.verify"
     with pytest.raises(errors.RowMappingError, match=message):
         mb._outer(x, adapter_ids=["a", "b", "c"])
     assert not mb.verify(x=x, adapter_ids=["a", "b", "c"])

@@ -149,7 +149,7 @@ def test_another_tuner_is_refused():
     model = get_peft_model(base_model(), IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"],
                            feedforward_modules=[]), "other")  # fmt: skip
     peft_multibatch.enable(model)
-    with pytest.raises(errors.UnsupportedError, match="whose output in .* isn't a delta that can be weighted"):
+    with pytest.raises(errors.UnsupportedError, match=r"whose output in .* isn't a delta that can be weighted"):
         logits(model, [{"other": 0.5}] * 6)
 
 

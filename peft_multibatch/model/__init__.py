@@ -1,1 +1,1 @@
-"""From a call of the model to its layers: finding layers, and letting methods take ids."""
+"""The enabled model: finding its layers, and adding ``adapter_ids`` to its methods."""

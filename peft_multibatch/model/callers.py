@@ -1,4 +1,4 @@
-"""What can be known of the code that calls a model: whether it names what it passes, and keeps samples in order."""
+"""Checks of the code that calls a model: its keyword arguments, and loops that reorder samples."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from peft_multibatch.plan.ids import Entry
 
 
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Arguments that carry a model's cache, in newer transformers and in older ones."""
+"""Arguments with a model's cache, in newer and older versions of transformers."""
 
 SENTENCES = "sentence_transformers"
 """The library whose loops sort inputs by length."""
 
 LOOPS = ("encode", "predict")
-"""Its methods that do."""
+"""Its methods that sort inputs."""
 
 FOLLOWED = f"peft_multibatch.model.{SENTENCES}"
-"""The module by which inputs in these loops are followed."""
+"""The module that keeps ids with their inputs in these loops."""
 
 TRAINERS = "transformers.trainer"
-"""The module of transformers' Trainer, from which TRL's are derived."""
+"""The module of transformers' Trainer, the base class of TRL's trainers."""
 
 STEPS = ("training_step", "prediction_step", "compute_loss")
-"""Its methods that call the model."""
+"""Trainer's methods that call the model."""
 
 COLUMNS = ("adapter_ids", "adapter_names")
-"""Columns of a dataset that say whose a row is."""
+"""Columns of a dataset with each row's adapter."""
 
 _columns: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
 
 def reads(model: nn.Module, keyword: str, custom_generate: Any = None) -> bool:
-    """Whether any part of a model, PEFT's aside, or a function in the place of ``generate`` has such a parameter."""
+    """Whether a module of the model, other than PEFT's, or the custom generate function has such a parameter."""
     classes = {type(part) for part in model.modules() if not type(part).__module__.startswith("peft.")}
     functions = [getattr(each, "forward", None) for each in classes] + [custom_generate]
     return any(keyword in inspect.signature(each).parameters for each in functions if inspect.isfunction(each))
@@ -54,10 +54,10 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
 
 
 def check_order(entries: Sequence[Entry]) -> None:
-    """Raise where ids of a block meet a loop that sorts, around a model that isn't itself the enabled one.
+    """Check that no loop that sorts its inputs calls the model with the ids of a block.
 
     Raises:
-        UnsupportedError: they do.
+        UnsupportedError: one does, and it belongs to a Sentence Transformers model that isn't enabled itself.
     """
     if SENTENCES not in sys.modules or len({*entries}) < 2:
         return
@@ -68,23 +68,23 @@ def check_order(entries: Sequence[Entry]) -> None:
             return
         if function in (*LOOPS, "_inference") and module.startswith(f"{SENTENCES}."):
             raise UnsupportedError(
-                f"a model was called by Sentence Transformers' {function}, which sorts inputs by length, inside of "
-                "mb.batch(...) with several adapters: expected the ids to follow the inputs. Pass the "
-                "SentenceTransformer or CrossEncoder itself to peft_multibatch.enable."
+                f"a model was called by Sentence Transformers' {function}, which sorts inputs by length, inside "
+                "mb.batch(...) with several adapters: expected ids in the order of the inputs. Pass the "
+                "SentenceTransformer or CrossEncoder itself to peft_multibatch.enable, which keeps them together."
             )
         frame = frame.f_back  # type: ignore[assignment]
 
 
 def check_trainer(handle: Any, has_ids: bool) -> None:
-    """Raise where a Trainer calls an enabled model, and rows would run under other adapters than their own.
+    """Check that a Trainer that calls an enabled model runs each row under the right adapter.
 
     Args:
-        handle: of the model.
-        has_ids: ids were passed, or are active.
+        handle: the model's handle.
+        has_ids: whether ids were passed, or are active.
 
     Raises:
-        AdapterIdsError: the Trainer's dataset has ids, which were lost on the way.
-        UnsupportedError: it is one of TRL's that compare the model with a reference, which would have the same ids.
+        AdapterIdsError: the Trainer's dataset has ids, but they didn't reach the model.
+        UnsupportedError: it is a TRL trainer with a reference model, which would get the same ids.
     """
     if TRAINERS not in sys.modules:
         return
@@ -102,9 +102,9 @@ def check_trainer(handle: Any, has_ids: bool) -> None:
     if has_ids:
         if hasattr(trainer, "ref_model") and frame.f_globals["__name__"].startswith("trl."):
             raise UnsupportedError(
-                f"{name} called a model with ids, which would hold for its reference as well: expected none. Train "
-                "one adapter at a time without ids, or write a loop in which policies and references are ids, as "
-                "examples/dpo_reference.py does."
+                f"{name} called a model with ids, which would apply to its reference model as well: expected no ids. "
+                "Train one adapter at a time without ids, or write a loop with ids for policies and references, as "
+                "in examples/dpo_reference.py."
             )
         return
     if trainer not in _columns:
@@ -112,15 +112,15 @@ def check_trainer(handle: Any, has_ids: bool) -> None:
     column = _columns[trainer]
     if column is not None:
         raise AdapterIdsError(
-            f"the dataset of {name} has a column {column!r} that didn't reach the model: expected ids for every "
-            "batch. Pass data_collator=peft_multibatch.training.AdapterCollator(...), and to TRL's SFTTrainer "
-            "remove_unused_columns=False as well. TRL's other trainers know no ids: train one adapter at a time, or "
-            "write a loop as examples/dpo_reference.py does."
+            f"the dataset of {name} has a column {column!r} that didn't reach the model: expected ids with every "
+            "batch. Pass data_collator=peft_multibatch.training.AdapterCollator(...), and for TRL's SFTTrainer also "
+            "remove_unused_columns=False. TRL's other trainers don't support ids: train one adapter at a time, or "
+            "write a loop as in examples/dpo_reference.py."
         )
 
 
 def _column_of(trainer: Any) -> str | None:
-    """The column with ids of a Trainer's datasets, or None."""
+    """The column with ids in a Trainer's datasets, or None."""
     given = [getattr(trainer, "train_dataset", None), getattr(trainer, "eval_dataset", None)]
     datasets: list[Any] = [each for part in given for each in (part.values() if isinstance(part, Mapping) else [part])]
     for dataset in datasets:
@@ -135,15 +135,15 @@ def _column_of(trainer: Any) -> str | None:
 
 
 def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise where a ``custom_generate`` put samples in another order than the one in which they have their ids.
+    """Check that a ``custom_generate`` keeps samples in the order of their ids.
 
     Args:
-        call: has the prompts, a row for each sample.
-        input_ids: what a forward inside ``generate`` got.
-        kwargs: its arguments.
+        call: the call, with the prompts, one row per sample.
+        input_ids: the input of a forward inside ``generate``.
+        kwargs: its keyword arguments.
 
     Raises:
-        RowMappingError: a row that begins with another sample's prompt.
+        RowMappingError: a row starts with another sample's prompt.
     """
     prompts = call.prompts
     if prompts is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
@@ -155,11 +155,11 @@ def check_prompts(call: Call, input_ids: Any, kwargs: Mapping[str, Any]) -> None
     rows = torch.cat([prompts.to(input_ids.device), input_ids[:, :tokens]])
     known, found = rows.unique(dim=0, return_inverse=True)[1].split(
         [samples, len(input_ids)]
-    )  # equal rows, one number
+    )  # equal rows get equal numbers
     is_another = found != known.repeat_interleave(len(input_ids) // samples)
     if (is_another & torch.isin(found, known)).any():
         raise RowMappingError(
-            f"custom_generate put {len(input_ids)} rows in an order in which some begin with the prompt of another of "
-            f"the {samples} samples: expected a sample's rows side by side. Write repeat_interleave where it says "
-            "repeat or cat."
+            f"custom_generate ordered {len(input_ids)} rows so that some start with the prompt of another one of the "
+            f"{samples} samples: expected the rows of each sample next to each other. Use repeat_interleave instead "
+            "of repeat or cat."
         )

@@ -1,4 +1,4 @@
-"""The core of the handle: which layers are patched, which calls take ids, and the way back."""
+"""The core of the handle: patching layers, adding ids to calls, and undoing both."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ logger = logging.get_logger(__name__)
 
 
 class Handle:
-    """What is known of an enabled model; ``Multibatch`` adds what users call beside.
+    """The state of an enabled model. ``Multibatch`` adds the rest of the public API.
 
     Attributes:
-        adapter_names: names of the adapters; the index is the integer id, in the order in which adapters were added.
-            An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
+        adapter_names: the adapters' names by integer id, in the order in which they were added. Ids never change: the
+            entry of a deleted adapter is None.
     """
 
     def __init__(self, model: nn.Module, inner: nn.Module, backend: Backend, fuse: Fuse) -> None:
@@ -53,7 +53,7 @@ class Handle:
         self._inner, self._outer = inner, model
         self._fuse = fuse
         self._registry = Registry()
-        self._changes = -1  # of adapters, at the last look
+        self._changes = -1  # the registry's counter of changes at the last refresh
         self._router = Router(kernels, self._registry, self._check)
         self._groups: list[Group] = []
         self._scan: LayerScan | None = None
@@ -75,30 +75,31 @@ class Handle:
         self._attach(inner)
         for part in inner.modules():
             if isinstance(part, PreTrainedModel):
-                self._attach(part, methods=("forward",))  # users call `model.model(...)`, too
+                self._attach(part, methods=("forward",))  # users also call `model.model(...)`
         self._attach(model)
 
     @property
     def adapter_names(self) -> list[str | None]:
-        """Names by integer id; None where an adapter was deleted. A new list: changing it changes nothing."""
+        """Names by integer id; None for deleted adapters. Returns a new list."""
         self._refresh()
         return self._registry.names.listed()
 
     def batch(self, adapter_ids: AdapterIds) -> AbstractContextManager[Any]:
-        """Make ids active for every call of the model inside a block, on this thread.
+        """Use these ids for every call of the model inside a ``with`` block, on this thread.
 
-        For pipelines, custom loops, encoders: whatever calls the model without passing ``adapter_ids`` on.
+        For pipelines, custom loops, encoders and other code that doesn't pass ``adapter_ids`` on to the model. While
+        adapters are disabled, all rows get the base model's output.
 
         Args:
-            adapter_ids: one id, name or mixture such as ``{"sql": 0.7, "poet": 0.3}`` for every sample, ``-1`` or
-                ``"__base__"`` for the base model alone: a list, tuple, 1-D integer tensor or array.
+            adapter_ids: one id, name or mixture such as ``{"sql": 0.7, "poet": 0.3}`` per sample, with ``-1`` or
+                ``"__base__"`` for the base model: a list, tuple, 1-D integer tensor or array.
 
         Returns:
-            What ``with`` takes. It raises when the block is entered.
+            A context manager. Errors are raised when the block is entered.
 
         Raises:
-            AdapterIdsError: ids of a wrong type, or of an adapter that isn't there.
-            ModelStateError: adapters are merged, or there are none; with disabled ones rows are the base model's.
+            AdapterIdsError: ids have the wrong type, or name an adapter that doesn't exist.
+            ModelStateError: adapters are merged, or there are none.
 
         Example:
             ```python
@@ -109,13 +110,14 @@ class Handle:
         return self._routing(adapter_ids, expands=False)
 
     def report(self, check_weights: bool = False) -> Report:
-        """How every patched layer runs, and every adapter's state. Printed, a summary; in notebooks, tables.
+        """Report how every patched layer runs, and the state of every adapter.
 
         Args:
-            check_weights: read all weights, to find some that aren't finite, and adapters that change nothing.
+            check_weights: also read all weights, to find values that aren't finite and adapters that have no effect.
 
         Returns:
-            A sequence of ``LayerReport``, with the adapters beside it.
+            A sequence of ``LayerReport`` with an attribute ``adapters``. It prints as a summary, and as tables in
+            notebooks.
         """
         self._refresh()
         groups = {layer: group for group in self._groups for layer in group.layers}
@@ -132,10 +134,10 @@ class Handle:
         return Report(tuple(entries), self._backend, self._backend_reason, adapters, stats)
 
     def disable(self) -> None:
-        """Undo ``enable``; the handle can't be used any more. Does nothing the second time.
+        """Undo ``enable``. The handle can't be used afterwards; disabling it again does nothing.
 
         Raises:
-            ModelStateError: calls with ids are under way, or a block of ``mb.batch()`` is open.
+            ModelStateError: calls with ids are running, or a block of ``mb.batch()`` is open.
         """
         with self._lock:
             if not self._is_enabled:
@@ -144,8 +146,9 @@ class Handle:
             if calls:
                 names = ", ".join(sorted({call.thread.name if call.thread else "?" for call in calls}))
                 raise ModelStateError(
-                    f"disable was called during {len(calls)} calls with ids, or blocks of mb.batch(), on the threads "
-                    f"{names}: expected none, which would go on without ids. Wait for them, and call it again."
+                    f"disable was called during {len(calls)} calls with ids or open blocks of mb.batch(), on threads "
+                    f"{names}: expected none, because they would continue without ids. Wait for them to end, then "
+                    "call disable again."
                 )
             self._is_enabled = False
             self._remove()
@@ -165,7 +168,7 @@ class Handle:
             undo()
         notices.listeners.discard(self)
         attached = [self._outer, *self._attached]
-        # let go of the model
+        # drop all references to the model
         self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
         unwatch(self._inner, attached)
         self._scan = None
@@ -175,7 +178,7 @@ class Handle:
         self._inner = self._outer = nn.Module()
 
     def _attach(self, model: nn.Module, methods: Iterable[str] = ("forward", "generate")) -> None:
-        """Let calls take ids: of the model that holds the layers, of parts of it, of the ``PeftModel`` around it."""
+        """Add ids to the methods of the model that contains the layers, of a part of it, or of its ``PeftModel``."""
         if model in self._attached:
             return
         model.__dict__[STATE] = self
@@ -192,7 +195,7 @@ class Handle:
                 check_length(len(ids), samples)
                 base_layers = self._check_state()
             except MultibatchError:
-                if router.split is not None:  # for whose sake the other ranks wait
+                if router.split is not None:  # other ranks wait for this one to compare ids
                     with suppress(AdapterIdsError):
                         check_same([None], names.listed(), router.split)
                 raise
@@ -201,11 +204,11 @@ class Handle:
         return self._router.routing(begin)
 
     def _has_layers(self, model: nn.Module) -> bool:
-        """Whether any patched layer is in this part of the model."""
+        """Whether this part of the model contains patched layers."""
         return any(part in self._layers for part in model.modules())
 
     def _check(self, live: Iterable[int]) -> frozenset:
-        """What a new call checks, for one whose ids have been active for a while."""
+        """Repeat the checks of a new call, for one whose block was opened earlier."""
         self._refresh()
         check_live(live, self._registry.names)
         return self._check_state()
@@ -215,33 +218,34 @@ class Handle:
 
         Raises:
             MergedAdaptersError: an adapter is merged into the base weights.
+            UnsupportedError: adapters are disabled in a compiled model with layers that only stored adapters use.
         """
         disabled = []
-        for layer in list(self._layers.values()):  # another thread may be adding some
+        for layer in list(self._layers.values()):  # another thread may be adding layers
             module = layer.module
             if module._disable_adapters and layer.is_disabled:
                 disabled.append(module)
             elif module.merged_adapters:
                 check_merged(layer.name, module)
         if disabled:
-            disabled += self._stored.layers  # which PEFT doesn't know
+            disabled += self._stored.layers  # PEFT doesn't disable these
             if self._stored.layers and self._router.graph.is_traced:
                 raise UnsupportedError(
-                    "adapters were disabled in a model that was compiled, and that has layers which only stored "
-                    "adapters know, where graphs don't see it: expected enabled adapters. Pass -1 for all rows."
+                    "adapters were disabled in a compiled model that has layers used only by stored adapters, which "
+                    "compiled code can't detect: expected enabled adapters. Pass -1 for all rows instead."
                 )
         for group in self._groups:
             group.check_weights()
         return frozenset(disabled)
 
     def _refresh(self, is_looked_at: bool = False) -> None:
-        """Patch what was added since the last call, and let go of what is no longer part of the model.
+        """Patch layers that were added since the last call, and drop those that are no longer part of the model.
 
-        Layers that stay keep their patch. An exception at any point leaves a state from which the next call begins.
+        Other layers keep their patch. After an exception, the next refresh starts over.
 
         Args:
-            is_looked_at: whether somebody will look at all layers before any of them runs, so that adapters' names are
-                all that is needed now.
+            is_looked_at: whether the layers will be scanned again before any of them runs, so that only the adapters'
+                names have to be up to date now.
         """
         with self._lock:
             if not self._is_enabled:
@@ -255,7 +259,7 @@ class Handle:
             is_same = changes == self._changes and is_gathered == router.is_gathered
             if is_same and self._scan is not None and (is_looked_at or self._scan.holds()):
                 return
-            self._changes = -1  # until all is done
+            self._changes = -1  # in case of an exception
             if self._scan is not None and not self._scan.holds_dictionaries():
                 self._registry.forget()
             scan = LayerScan(self._inner)
@@ -264,8 +268,8 @@ class Handle:
             for layer, name in scan.layers.items():
                 if not names.of_peft and layer not in self._layers and layer._get_available_adapters():
                     raise UnsupportedError(
-                        f"{name} has adapters of which the {type(self._inner).__name__} knows nothing: expected the "
-                        "model to which they were added. Pass that one to enable."
+                        f"{name} has adapters that the {type(self._inner).__name__} has no configuration for: "
+                        "expected the model to which they were added. Pass that model to enable."
                     )
                 self._patch(layer, name, is_gathered)
             for layer in self._layers.keys() - scan.layers.keys() - self._stored.layers.keys():
@@ -274,7 +278,7 @@ class Handle:
             self._layers = layers | self._stored.update(scan, layers)
             router.is_gathered, router.buffers = is_gathered, scan.buffers
             if before != {each: known.refusal for each, known in self._layers.items()}:
-                self._registry.forget()  # what was read elsewhere may be inside of another layer by now
+                self._registry.forget()  # a layer that was read before may be inside another layer now
             self._registry.source.layers = tuple(layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
             attach(self._positions, scan.names, router)
@@ -283,7 +287,7 @@ class Handle:
             self._scan, self._changes = scan, changes
 
     def _look(self, is_changed: bool) -> tuple[dict[str, PatchedLayer], LayerScan]:
-        """What there is, by names, after layers that aren't PEFT's may have changed."""
+        """The patched layers by name, and the last scan, after layers for stored adapters may have changed."""
         with self._lock:
             if is_changed:
                 self._changes = -1
@@ -292,16 +296,16 @@ class Handle:
             return {layer.name: layer for layer in self._layers.values()}, self._scan
 
     def _patch(self, layer: Any, name: str, is_gathered: bool) -> None:
-        """Have a handler in the place of a layer's forward, if it has none yet."""
+        """Replace a layer's forward with a handler, if it has none yet."""
         known = self._layers.get(layer)
         is_same = known is not None and is_gathered == self._router.is_gathered
-        if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # whose inside may get adapters
+        if is_same and not isinstance(layer, AuxiliaryTrainingWrapper):  # modules inside these may get adapters
             return
         choice = handlers.choose(name, layer, self._inner, is_gathered)
         if known is None:
             if layer.__dict__.get(STATE) is not None:
                 raise ModelStateError(
-                    f"{name} is part of another enabled model: expected one handle for a layer. Disable the other one."
+                    f"{name} is part of another enabled model: expected one handle per layer. Disable the other model."
                 )
             self._layers[layer] = PatchedLayer(self._router, layer, name, *choice)
             self._stored.names[layer] = name
@@ -309,7 +313,7 @@ class Handle:
             known.change(*choice)
 
     def layer_comes(self, parent: nn.Module, key: str, layer: Any) -> None:
-        """Patch a layer that PEFT is about to put into the model, before any call can run it."""
+        """Patch a layer that PEFT is about to insert into the model, before any call can run it."""
         scan = self._scan
         prefix = scan.names.get(parent) if scan is not None else None
         if prefix is not None and layer.__dict__.get(STATE) is None:
@@ -317,7 +321,7 @@ class Handle:
                 self._patch(layer, f"{prefix}{key}", self._router.is_gathered)
 
     def _regroup(self) -> None:
-        """Fuse siblings; groups that are as they were stay the same objects, which calls under way may hold."""
+        """Fuse siblings. Groups that didn't change stay the same objects, because running calls may reference them."""
         fast = {layer.name: layer.module for layer in self._layers.values() if layer.is_fast}
         known = {group.layers: group for group in self._groups}
         found = find_groups(fast) if self._fuse else []
@@ -342,7 +346,7 @@ class Handle:
                 bank.expects = self._registry.store.expect
 
     def __deepcopy__(self, memo: dict) -> None:
-        return None  # a copy of an enabled model is a plain one, on which enable may be called
+        return None  # a copy of an enabled model is a plain one, and can be enabled itself
 
     def __reduce__(self) -> tuple:
         return type(None), ()

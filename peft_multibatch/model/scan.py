@@ -1,4 +1,4 @@
-"""Finding a model's PEFT layers, and knowing whether they would be found again."""
+"""Finding a model's PEFT layers, and detecting when to look for them again."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from peft_multibatch.errors import UnsupportedError
 
 
 def inner_model(model: Any) -> Any:
-    """The model that holds the layers: what a ``PeftModel`` wraps."""
+    """The model that contains the layers, which a ``PeftModel`` wraps."""
     if isinstance(model, (PeftModel, PeftMixedModel)):
         model = model.base_model
     return model.model if isinstance(model, BaseTuner) else model
 
 
 class LayerScan:
-    """Every PEFT layer of a model as it was found, outermost ones only, and whether they would be found again.
+    """The outermost PEFT layers of a model, and a check whether this is still up to date.
 
     Attributes:
-        layers: each layer, once wherever it is shared, and its name in the model.
-        modules: all others, however many adapters there are.
-        buffers: the dictionaries of these that hold any.
-        names: of the modules, the ones that may have PEFT layers as children, and how such children's names begin.
+        layers: the layers and their names in the model; shared layers only once.
+        modules: all modules of the model, without the adapters inside PEFT layers.
+        buffers: the buffer dictionaries of these modules, if not empty.
+        names: the modules that may have PEFT layers as children -> the prefix of their children's names.
 
     Raises:
-        UnsupportedError: a part of the model is wrapped so that layers don't hold their weights as they compute.
+        UnsupportedError: a part of the model is wrapped in FullyShardedDataParallel.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[Any, str] = {}
         self._seen: set[nn.Module] = set()
-        self._dicts: list[dict] = []  # of the children of all modules that aren't PEFT layers
+        self._dicts: list[dict] = []  # the child dictionaries of all modules that aren't PEFT layers
         self._children: list[tuple] = []
         self.modules = [model]
         self.names: dict[nn.Module, str] = {}
         self._visit(model, "")
         self.buffers = [module._buffers for module in self.modules if module._buffers]
-        self._types = list(map(type, self.modules))  # which fully_shard changes
+        self._types = list(map(type, self.modules))  # fully_shard changes them
         if any(isinstance(module, shards.FLATTENED) for module in self.modules):
             raise UnsupportedError(
                 "a part of the model is wrapped in FullyShardedDataParallel, which flattens weights: expected FSDP2, "
-                "which keeps them apart. Use torch.distributed.fsdp.fully_shard, or fsdp_version 2 in accelerate."
+                "which doesn't. Use torch.distributed.fsdp.fully_shard, or fsdp_version 2 in accelerate."
             )
         self._held = self._read()
 
     def holds(self) -> bool:
-        """Whether all modules still have the children that they had, and LoRA layers the dictionaries."""
+        """Whether all modules still have the same children, and LoRA layers the same dictionaries."""
         return (
             list(map(tuple, map(dict.values, self._dicts))) == self._children
             and self.holds_dictionaries()
@@ -65,11 +65,11 @@ class LayerScan:
         )
 
     def holds_dictionaries(self) -> bool:
-        """Whether all LoRA layers still have the dictionaries that they had."""
+        """Whether all LoRA layers still have the same dictionaries."""
         return all(map(operator.is_, self._read(), self._held))
 
     def is_gathered(self) -> bool:
-        """Whether FSDP shards any part of the model, and gathers its weights when it runs."""
+        """Whether FSDP shards any part of the model and gathers its weights when it runs."""
         return any(isinstance(module, shards.GATHERED) for module in self.modules)
 
     def _read(self) -> list[Any]:
@@ -91,7 +91,7 @@ class LayerScan:
             self.modules.append(child)
             if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 self.layers[child] = prefix + key
-                if isinstance(child, AuxiliaryTrainingWrapper):  # what it wraps may run itself again in `backward`
+                if isinstance(child, AuxiliaryTrainingWrapper):  # modules inside may use gradient checkpointing
                     self.modules += child.modules()
             else:
                 self._visit(child, f"{prefix}{key}.")

@@ -1,10 +1,10 @@
-"""Models of Sentence Transformers, whose loops sort by length: every input takes its id along.
+"""Adds ids to the ``encode`` and ``predict`` methods of Sentence Transformers, which sort their inputs.
 
-``encode`` and ``predict`` sort inputs, cut them into batches, preprocess a batch and call the model with its features.
-Here an input goes in as a ``Sample``, a tuple around it that has its entry, and stays one wherever the loop puts it.
-Where a batch is preprocessed, samples become a feature beside the others, and where the model is called with these
-features, their entries are active. So the loop, its batches and its progress bar are the library's own, and whatever
-its order is, nothing depends on it. At the end every sample must have run once.
+These methods sort inputs by length, divide them into batches, preprocess each batch and call the model with its
+features. Here, each input is wrapped in a ``Sample``, a tuple that also has its entry, so the entry stays with the
+input in whatever order the loop uses. ``preprocess`` unwraps the samples and adds them to the features, and
+``forward`` makes their entries active. The loop, its batches and its progress bar are the library's own. At the end,
+it is checked that every sample ran exactly once.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from peft_multibatch.plan.ids import check_keywords, resolve
 
 
 FEATURE = "adapter_ids"
-"""Name under which samples travel among the features of their batch."""
+"""The name of the feature that has the samples of a batch."""
 
 
 class Sample(tuple):
-    """An input on its way through a loop. The library takes its length for that of the input inside.
+    """An input of a loop, with its entry. The library measures the length of the input inside.
 
     Attributes:
-        entry: what it runs under, as users pass it.
+        entry: its adapter or mixture, as users pass it.
         runs: how often the model was called with it.
     """
 
@@ -54,7 +54,7 @@ class Sample(tuple):
 
 
 def is_sentence_model(model: Any) -> bool:
-    """Whether this is a model of Sentence Transformers, which is never imported for the answer."""
+    """Whether this is a Sentence Transformers model. Doesn't import the library."""
     library = sys.modules.get(SENTENCES)
     names = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
     classes = tuple(getattr(library, name) for name in names if hasattr(library, name))
@@ -62,15 +62,15 @@ def is_sentence_model(model: Any) -> bool:
 
 
 def model_inside(model: Any) -> Any:
-    """The model to enable: the one with adapters among those that a model of Sentence Transformers is made of.
+    """The transformers model to enable inside a Sentence Transformers model: the one that has adapters.
 
     Raises:
-        UnsupportedError: there is none, or nobody can tell which.
+        UnsupportedError: there isn't exactly one, or the version of Sentence Transformers is too old.
     """
     if not hasattr(model, "preprocess") or not hasattr(model, "is_singular_input"):
         raise UnsupportedError(
-            f"enable got a {type(model).__name__} without preprocess: expected one of sentence-transformers 6.2 or "
-            "newer, whose loops can be followed. Install a newer version."
+            f"enable got a {type(model).__name__} without preprocess: expected sentence-transformers 6.2 or newer. "
+            "Install a newer version."
         )
     if hasattr(model, "peft_config"):
         return model
@@ -85,14 +85,14 @@ def model_inside(model: Any) -> Any:
     if len(parts) != 1:
         raise UnsupportedError(
             f"enable got a {type(model).__name__} of {len(found)} transformers models, {len(adapted)} of them with "
-            "adapters: expected exactly one with adapters. Pass one of the models inside to enable, and call it by "
-            "itself."
+            "adapters: expected exactly one with adapters. Pass one of the models inside to enable, and call it "
+            "directly."
         )
     return parts[0]
 
 
 def with_samples(model: nn.Module) -> list[Callable[[], None]]:
-    """Let a model's ``encode`` and ``predict`` take ids, and return what undoes it."""
+    """Add ids to a model's ``encode`` and ``predict``. Returns functions that undo it."""
     loops = [method for method in LOOPS if hasattr(type(model), method)]
     undos = [_replace(model, method, _loop) for method in loops]
     return [*undos, _replace(model, "preprocess", _preprocess), _replace(model, "forward", _forward)]
@@ -103,7 +103,7 @@ def _replace(model: nn.Module, method: str, function: Callable[..., Any]) -> Cal
     own, owner = model.__dict__.get(attribute), weakref.ref(model)
 
     def wrapper(self, *args, **kwargs):
-        # in a copy of the model, what the original had as an attribute of its own belongs to the original
+        # a method that was an instance attribute is bound to the original model, not to a copy of it
         is_own = own is not None and owner() is self
         original = own if is_own else types.MethodType(getattr(type(self), method), self)
         return function(self, getattr(self, STATE, None), original, *args, **kwargs)
@@ -136,7 +136,7 @@ def _loop(self: Any, handle: Handle | None, original: Any, *args: Any, **kwargs:
     _check_loop(self, original.__name__, given)
     key = "sentences" if "sentences" in given else "inputs"
     if key not in given:
-        return original(*args, **kwargs)  # which says so
+        return original(*args, **kwargs)  # raises the library's own error
     inputs = given[key]
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "UO":
         inputs = inputs.tolist()
@@ -151,29 +151,34 @@ def _loop(self: Any, handle: Handle | None, original: Any, *args: Any, **kwargs:
     if any(sample.runs != 1 for sample in samples):
         raise UnsupportedError(
             f"{original.__name__} with ids called the model {sum(sample.runs for sample in samples)} times for "
-            f"{len(samples)} inputs, by ways on which their ids can't be followed: expected every input to be "
-            "preprocessed and run once. Call it without ids, for one adapter at a time."
+            f"{len(samples)} inputs, so their ids may have been lost: expected every input to be preprocessed and "
+            "run once. Call it without ids, for one adapter at a time."
         )
     return found[0] if is_single else found
 
 
 def _check_loop(model: Any, method: str, given: dict[str, Any]) -> None:
-    """Raise where inputs leave the process, or the model's code would hold their ids for good."""
+    """Check that the loop runs in this process, and that the model isn't compiled as a whole.
+
+    Raises:
+        UnsupportedError: it doesn't, or it is.
+    """
     if given.get("pool") is not None or isinstance(given.get("device"), (list, tuple)):
         raise UnsupportedError(
-            f"{method} was called with ids and a pool of processes, whose copies of the model are plain ones: "
-            "expected one device and no pool. Call enable in processes of your own, each with a share of the inputs "
-            "and of their ids."
+            f"{method} was called with ids and a pool of processes, whose copies of the model aren't enabled: "
+            "expected one device and no pool. Start your own processes, call enable in each, and give each a share of "
+            "the inputs and their ids."
         )
     if getattr(model, "_distributed_inference", None) is not None and given.get("device") is None:
         raise UnsupportedError(
-            f"{method} was called with ids inside distributed inference, which hands inputs to other ranks without "
-            "them: expected each rank to have its own inputs. Split inputs and ids together."
+            f"{method} was called with ids inside distributed inference, which sends inputs to other ranks without "
+            "their ids: expected each rank to have its own inputs. Split inputs and ids together."
         )
     if model._compiled_call_impl is not None:
         raise UnsupportedError(
-            f"{method} was called with ids on a compiled {type(model).__name__}, whose graph would hold them for "
-            "good: expected the transformers model inside to be compiled. Call compile on that one instead."
+            f"{method} was called with ids on a compiled {type(model).__name__}, whose graph would use them for all "
+            "later calls: expected only the transformers model inside to be compiled. Call compile on that one "
+            "instead."
         )
 
 
@@ -188,8 +193,8 @@ def _preprocess(self: Any, handle: Handle | None, original: Any, *args: Any, **k
     features = original(*args, **kwargs)
     if len(inputs) > 1 and any(name.startswith("cu_seq_lens") for name in features):
         raise UnsupportedError(
-            f"inputs with ids were packed into one row, as flash attention reads them without padding: expected "
-            f"{len(inputs)} rows. Set unpad_inputs to False on the {type(self).__name__}'s first module."
+            f"inputs with ids were packed into one row without padding, for flash attention: expected {len(inputs)} "
+            f"rows. Set unpad_inputs to False on the {type(self).__name__}'s first module."
         )
     features[FEATURE] = list(inputs)
     return features
@@ -200,8 +205,8 @@ def _forward(self: Any, handle: Handle | None, original: Any, *args: Any, **kwar
     if torch.compiler.is_compiling():
         if FEATURE in kwargs or (features is not None and FEATURE in features):
             raise UnsupportedError(
-                "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be active "
-                "around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
+                "adapter_ids was passed to a compiled model, whose graph can't take it: expected a call inside "
+                "mb.batch. Write: with mb.batch(adapter_ids): compiled_model(...)"
             )
         return original(*args, **kwargs)
     adapter_ids = pop_ids(kwargs)
@@ -225,7 +230,7 @@ def _forward(self: Any, handle: Handle | None, original: Any, *args: Any, **kwar
     if not call.is_used:
         raise UnsupportedError(
             f"adapter_ids was passed for inputs that the {type(self).__name__} sent along a route without the enabled "
-            "model: expected a route through it. Pass no ids for such inputs."
+            "model: expected a route through that model. Don't pass ids for these inputs."
         )
     for sample in samples:
         sample.runs += 1

@@ -1,4 +1,4 @@
-"""The layers of a model as an adapter store sees them: by name, and patched once an adapter has weights there."""
+"""The model's layers for an adapter store, patched when the first stored adapter has weights for them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from peft_multibatch.model.scan import LayerScan
 
 
 SERVED = ("cpu", "cuda")
-"""Kinds of devices on which a store serves."""
+"""Device types on which a store works."""
 
 
 class StoredLayers:
-    """What a store asks the model.
+    """The model's layers, as an adapter store looks them up.
 
     Attributes:
-        names: of layers that run what stored adapters have there.
-        changes: another number whenever layers came, went, or can't take part any more.
-        layers: those that aren't PEFT's, and the modules for which they stand.
+        names: the names of layers that stored adapters can use.
+        changes: a counter of changes: layers that were added, removed or refused.
+        layers: layers that aren't part of the model -> the modules that they represent.
 
     Args:
-        refresh: brings the handle up to date, and gives its layers, by their names, and its scan of the model.
-        patch: makes a ``PatchedLayer``, from what its class takes but the router.
-        model: the model that holds the layers.
+        refresh: brings the handle up to date, and returns its layers by name and its scan of the model.
+        patch: makes a ``PatchedLayer``; takes the arguments of that class except for the router.
+        model: the model that contains the layers.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StoredLayers:
         patch: Callable[..., PatchedLayer],
         model: nn.Module,
     ) -> None:
-        self.names: MutableMapping[Any, str] = weakref.WeakKeyDictionary()  # calls may still run layers that are gone
+        self.names: MutableMapping[Any, str] = weakref.WeakKeyDictionary()  # calls may still run removed layers
         self.changes = 0
         self._refresh, self._patch, self._model = refresh, patch, model
         self.layers: dict[Any, nn.Module] = {}
@@ -50,7 +50,7 @@ class StoredLayers:
         self._lock = threading.RLock()
 
     def module_names(self) -> Iterable[str]:
-        """Names of all modules, with PEFT's layers in the place of what they stand for."""
+        """The names of all modules, with PEFT's layers instead of the modules inside them."""
         _, scan = self._refresh(False)
         return [*(prefix[:-1] for prefix in scan.names.values() if prefix), *scan.layers.values()]
 
@@ -59,11 +59,18 @@ class StoredLayers:
         return self._model.training
 
     def cover(self, name: str, modules: Iterable[str]) -> dict[str, Any]:
-        """LoRA layers by the names of modules, which from now on run what stored adapters have there.
+        """Prepare modules for a stored adapter.
+
+        Args:
+            name: the adapter's name, for messages.
+            modules: the names of the modules for which it has weights.
+
+        Returns:
+            The modules' LoRA layers, by module name.
 
         Raises:
             AdapterMismatchError: there is no such module.
-            AdapterUnsupportedError: it can't take part.
+            AdapterUnsupportedError: the module can't have stored adapters.
         """
         with self._lock:
             return self._cover(name, modules)
@@ -82,8 +89,8 @@ class StoredLayers:
             place = places.get(module)
             if place is None:
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has weights for {module}, and the model has no such module: expected an "
-                    "adapter that was trained for this model. Look at its base_model_name_or_path."
+                    f"adapter {name!r} has weights for {module}, which the model doesn't have: expected an adapter "
+                    "that was trained for this model. Check its base_model_name_or_path."
                 )
             check_plain(module, place, places[module.rpartition(".")[0]])
             layer = layer_for(place)
@@ -95,11 +102,11 @@ class StoredLayers:
         for module, layer in found.items():
             if base_device(layer) != device:
                 raise AdapterUnsupportedError(
-                    f"adapter {name!r} has weights for {module}, which is on {base_device(layer)}, and the store "
-                    f"serves {device}: expected a model on one device. Use load_adapter."
+                    f"adapter {name!r} has weights for {module}, which is on {base_device(layer)}, and the store is "
+                    f"on {device}: expected a model on one device. Use load_adapter."
                 )
         for place, arguments in new:
-            self.layers[arguments[0]] = place  # first, because others look for layers that nobody knows
+            self.layers[arguments[0]] = place  # before the patch, because refreshes drop patched layers not in here
             self._plain[place] = self._patch(*arguments, place=place, inner=without_patch(place, is_hooked=True))
         if new:
             known, _ = self._refresh(True)
@@ -107,14 +114,14 @@ class StoredLayers:
         return found
 
     def update(self, scan: LayerScan, layers: Mapping[Any, PatchedLayer]) -> dict[Any, PatchedLayer]:
-        """Take note of a new look at the model.
+        """Follow changes of the model.
 
         Args:
-            scan: the look.
+            scan: a new scan of the model.
             layers: PEFT's layers.
 
         Returns:
-            The layers that aren't PEFT's.
+            The layers that aren't part of the model.
         """
         plain = {patched.module: patched for place, patched in list(self._plain.items()) if place in scan.names}
         self.names.update({layer: patched.name for layer, patched in (*layers.items(), *plain.items())})
@@ -122,28 +129,28 @@ class StoredLayers:
         return plain
 
     def remove(self) -> None:
-        """Give all modules their own forward back."""
+        """Restore the forward of all modules."""
         for patched in self._plain.values():
             patched.remove()
         self._plain.clear()
         self.layers.clear()
 
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The model's current device."""
         return next(iter(self._model.parameters())).device
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes.
+    """The device of a model.
 
     Raises:
-        UnsupportedError: on several devices, or on one that stores don't serve.
+        UnsupportedError: it is on several devices, or on one that stores don't support.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in SERVED:
         raise UnsupportedError(
             f"adapter_store was called on a model whose parameters are on {', '.join(sorted(map(str, devices)))}: "
-            f"expected all of them on one device of the kind {' or '.join(SERVED)}. With device_map, use load_adapter."
+            f"expected all of them on one device of type {' or '.join(SERVED)}. With device_map, use load_adapter."
         )
     return devices.pop()
 

@@ -1,11 +1,10 @@
-"""Asking whether a model's mixed batches are right: the same batch under PEFT, and with its samples exchanged.
+"""Verifies a model's mixed batches: compares a batch with PEFT, and runs it with samples replaced.
 
-Whether the rows of a layer are those of the samples, in their order, is something that no name and no shape can tell
-for certain. Two experiments can. The batch runs once mixed, and once under every one of its adapters as PEFT alone
-runs it: each sample's part of each output has to be what it is under the sample's own adapter. And the base model runs
-once more for every sample with that sample exchanged for another: at no layer may a row change that counts as another
-sample's. Which part of an output is which sample's follows from the second experiment as well, so that outputs may
-have the samples in any dimension.
+Names and shapes can't prove that a layer's rows are in the order of the samples. Two experiments can. First, the batch
+runs once mixed, and once through PEFT for each of its adapters: each sample's part of every output must equal that of
+its own adapter. Second, the base model runs once per sample with that sample replaced by another one: in no layer may
+rows of other samples change. The second experiment also finds which part of an output belongs to which sample, so
+outputs may have the samples in any dimension.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from peft_multibatch.plan.segments import BASE
 from peft_multibatch.report import LayerCheck, OutputCheck, Verification
 
 
-# Error of an output, as a part of its largest value, that rounding may account for.
+# The largest error of an output, relative to its largest value, that rounding can explain.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -33,14 +32,17 @@ class Verifier:
     """Compares one mixed batch with PEFT.
 
     Args:
-        model: what is called.
-        inner: the model that holds the layers.
+        model: the model to call.
+        inner: the model that contains the layers.
         layers: the patched layers and their names.
-        in_order: names of those whose rows count as the samples' in order.
-        entries: what each sample runs under.
-        names: names of the adapters that entries mention.
-        inputs: keyword arguments of the call.
+        in_order: the names of layers whose rows should be in the order of the samples.
+        entries: the entry of each sample.
+        names: the names of the adapters in the entries, by id.
+        inputs: the keyword arguments of the call.
         tolerance: as in ``Multibatch.verify``.
+
+    Raises:
+        AdapterIdsLengthError: there are fewer than two samples.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class Verifier:
     ) -> None:
         if len(entries) < 2:
             raise AdapterIdsLengthError(
-                f"verify was called with {len(entries)} adapter ids: expected at least two samples, because what "
-                "belongs to which is found by exchanging them. Pass a batch of three or four different samples."
+                f"verify was called with {len(entries)} adapter ids: expected at least two samples, because it "
+                "replaces samples by each other. Pass a batch of three or four different samples."
             )
         self._model, self._inner, self._layers, self._in_order = model, inner, layers, in_order
         self._entries, self._names, self._inputs = entries, names, inputs
@@ -66,10 +68,10 @@ class Verifier:
         self._tolerance = tolerance or max((TOLERANCES[dtype] for dtype in set(dtypes)), default=1e-4)
 
     def run(self, adapter_ids: Any) -> Verification:
-        """Run the batch in all ways, and compare.
+        """Run both experiments, and compare the outputs.
 
         Raises:
-            MultibatchError: the mixed batch can't run; whatever it raises.
+            MultibatchError: the mixed batch can't run.
         """
         mixed, inside = self._call({**self._inputs, "adapter_ids": adapter_ids}, keeps_inputs=False)
         references, errors = {}, [0.0] * len(inside)
@@ -77,7 +79,7 @@ class Verifier:
             samples = [index for index, each in enumerate(self._entries) if each == entry]
             with self._under(entry):
                 references[entry], found = self._call(self._inputs, keeps_inputs=False)
-            if len(found) == len(inside):  # else a layer runs or doesn't depending on the adapters
+            if len(found) == len(inside):  # not if whether a layer runs depends on the adapters
                 for index, ((_, actual), (_, expected)) in enumerate(zip(inside, found)):
                     errors[index] = max(errors[index], self._row_error(actual, expected, samples))
         with self._under(BASE):
@@ -95,19 +97,17 @@ class Verifier:
         return Verification(outputs, layers, self._tolerance)
 
     def _exchange(self, sample: int) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
-        """The base model with one sample exchanged; nothing where the model can't take another one in its place."""
+        """Run the base model with one sample replaced; returns nothing if the model can't run these inputs."""
         try:
             return self._call(_exchanged(self._inputs, sample, len(self._entries)), keeps_inputs=True)
         except MultibatchError:
             raise
-        except (
-            Exception
-        ):  # such as other numbers of images, which belong to inputs of which nobody knows whose they are
+        except Exception:  # for example, if the replaced sample has a different number of images
             self._unexchanged.append(sample)
             return {}, []
 
     def _call(self, inputs: dict[str, Any], keeps_inputs: bool) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
-        """What the model returns, and what went into or came out of its layers, in the order in which they ran."""
+        """The model's outputs, and the inputs or outputs of its layers, in the order in which they ran."""
         inside: list[tuple[str, Tensor]] = []
 
         def keep(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -133,20 +133,20 @@ class Verifier:
         return _alone(self._model, self._inner, {str(self._names[number]): weight for number, weight in pairs})
 
     def _row_error(self, actual: Tensor, expected: Tensor, samples: Sequence[int]) -> float:
-        """The largest error in the rows that count as some samples', as a part of the largest value."""
+        """The largest error in the rows of some samples, relative to the largest value."""
         count = len(self._entries)
         if actual.shape != expected.shape or not actual.numel() or not actual.dim() or len(actual) % count:
-            return 0.0  # whose rows they are is told by the outputs
+            return 0.0  # rows can't be mapped by their number; the comparison of outputs covers these layers
         rows = [each.unflatten(0, (count, -1))[list(samples)] for each in (actual, expected)]
         return (
             float((rows[0] - rows[1]).abs().max() / expected.abs().max().clamp_min(TINY)) if rows[0].numel() else 0.0
         )
 
     def _strangers(self, index: int, base: list, exchanged: list[list]) -> str:
-        """Why the rows of a layer's input can't be the samples' in their order; the empty string if they can."""
+        """Why the rows of a layer's input can't be in the order of the samples; the empty string if they can."""
         count, (name, rows) = len(self._entries), base[index]
         if name not in self._in_order or not rows.numel() or not rows.dim() or len(rows) % count:
-            return ""  # which the call refuses
+            return ""  # a mixed batch refuses these
         scale = rows.abs().max().clamp_min(TINY)
         parts = rows.unflatten(0, (count, -1))
         has_changed = False
@@ -157,12 +157,12 @@ class Verifier:
             largest = change.max(1).values / scale
             others = [other for other in range(count) if other != sample and largest[other] > self._tolerance]
             if others and not _is_whole(self._inputs, count):
-                return ""  # another sample's images may have moved
+                return ""  # images of other samples may have moved
             if others:
-                return f"rows that count as sample {others[0]}'s change with sample {sample}"
+                return f"rows of sample {others[0]} change with sample {sample}"
             has_changed = has_changed or bool(largest[sample] > self._tolerance)
         if not (has_changed or self._model.training) and (parts - parts[:1]).abs().max() > self._tolerance * scale:
-            return "rows that count as samples' change with none of them, and differ"
+            return "rows differ between samples, but don't change with any of them"
         return ""
 
     def _check_output(
@@ -178,7 +178,7 @@ class Verifier:
             return OutputCheck(name, shape, 0.0, (), "its shape depends on the samples or the adapters: not compared")
         owners = _owners(base[name], [each.get(name, base[name]) for each in exchanged], self._tolerance)
         is_apart = owners is not None or _is_whole(self._inputs, len(exchanged))
-        if not is_apart or len(self._unexchanged) == len(exchanged):  # then nothing tells but what users expect
+        if not is_apart or len(self._unexchanged) == len(exchanged):  # assume the samples in dimension 0
             owners = _parts(actual.shape, 0, len(exchanged)) if actual.dim() else None
         if owners is None:
             return OutputCheck(name, shape, 0.0, (), "parts of it depend on several samples: not compared")
@@ -187,7 +187,7 @@ class Verifier:
         for sample, (entry, own) in enumerate(zip(self._entries, owners)):
             expected = references[entry][name][own]
             difference = (actual[own] - expected).abs()
-            difference[actual[own] == expected] = 0.0  # infinities of masks
+            difference[actual[own] == expected] = 0.0  # infinities from masks
             error = float(difference.nan_to_num(float("inf")).max()) / max(scale, TINY) if own.any() else 0.0
             spreads = [(each[name][own] - expected).abs().nan_to_num(0.0, 0.0) for each in references.values()]
             spread = max(spread, *(float(each.max()) if each.numel() else 0.0 for each in spreads))
@@ -198,13 +198,13 @@ class Verifier:
         if not any(own.any() for own in owners):
             note = "no part of it depends on any sample: not compared"
         elif spread <= self._tolerance * scale:
-            note = "it is the same under all of these adapters: nothing could be seen"
+            note = "it is the same for all of these adapters: nothing to compare"
         elif sum(int(own.sum()) for own in owners) < actual.numel():
             note = "a part of it depends on no sample: the rest was compared"
         elif not is_apart:
-            note = "inputs have rows that are no samples: compared by the order of the samples"
+            note = "inputs have rows that aren't samples: compared in the order of the samples"
         elif self._unexchanged:
-            note = f"samples {', '.join(map(str, self._unexchanged))} can't be exchanged: compared by their order"
+            note = f"samples {', '.join(map(str, self._unexchanged))} can't be replaced: compared in their order"
         is_seen = any(own.any() for own in owners) and spread > self._tolerance * scale
         return OutputCheck(name, shape, largest, tuple(wrong), note, is_seen)
 
@@ -214,7 +214,7 @@ TINY = 1e-30
 
 @contextlib.contextmanager
 def _alone(model: nn.Module, inner: nn.Module, weights: dict[str, float]) -> Iterator[None]:
-    """A model as PEFT's users have it: some adapters active, or none; afterwards as it was."""
+    """Run the model through plain PEFT with some adapters active, or none, and restore its state afterwards."""
     layers = [each for each in inner.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     states = [{key: each.__dict__.get(key) for key in ("_active_adapter", "_disable_adapters")} for each in layers]
     trained = [(each, each.requires_grad) for each in inner.parameters()]
@@ -249,7 +249,7 @@ def _alone(model: nn.Module, inner: nn.Module, weights: dict[str, float]) -> Ite
 
 
 def _exchanged(value: Any, sample: int, count: int) -> Any:
-    """Inputs in which one sample is another one, wherever dimension 0 has as many rows as there are samples."""
+    """Inputs with one sample replaced by another, in all tensors that have as many rows as there are samples."""
     other = (sample + 1) % count
     if isinstance(value, Tensor) and value.dim() and len(value) == count:
         order = torch.arange(count, dtype=torch.int64, device=value.device)
@@ -263,7 +263,7 @@ def _exchanged(value: Any, sample: int, count: int) -> Any:
 
 
 def _is_whole(value: Any, count: int) -> bool:
-    """Whether all tensors of the inputs have as many rows as there are samples, so that a sample can be exchanged."""
+    """Whether all tensors of the inputs have as many rows as there are samples, so that a sample can be replaced."""
     if isinstance(value, Mapping):
         return all(_is_whole(each, count) for each in value.values())
     if isinstance(value, (list, tuple)):
@@ -272,9 +272,9 @@ def _is_whole(value: Any, count: int) -> bool:
 
 
 def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Tensor] | None:
-    """Which elements are which sample's, a mask for each; None where some change with several samples.
+    """One mask per sample of the elements that belong to it; None if some elements change with several samples.
 
-    In a model that mixes samples nothing has a reference, whatever it is that happened to change.
+    If a model mixes samples, its outputs can't be compared at all, not even those elements that didn't change.
     """
     scale = (
         base.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(TINY)
@@ -293,7 +293,7 @@ def _owners(base: Tensor, exchanged: list[Tensor], tolerance: float) -> list[Ten
 
 
 def _parts(shape: Sequence[int], dim: int, count: int) -> list[Tensor] | None:
-    """The elements of each sample where a dimension has their rows in order; None where it can't have them."""
+    """One mask per sample, if the rows in a dimension are in the order of the samples; None if it can't have them."""
     size = shape[dim] // count
     if shape[dim] % count:
         return None
@@ -304,7 +304,7 @@ def _parts(shape: Sequence[int], dim: int, count: int) -> list[Tensor] | None:
 
 
 def _flat(value: Any, name: str) -> dict[str, Tensor]:
-    """All tensors of an output by their names, on the CPU and in a precision that doesn't round them."""
+    """All tensors of an output by name, on the CPU, and in at least float32."""
     if isinstance(value, Tensor):
         value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         return {name or "output": value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32), copy=True)}

@@ -1,4 +1,4 @@
-"""Letting a model's methods take ids: what happens between the user's call and the model's own forward."""
+"""Adds ``adapter_ids`` to a model's ``forward`` and ``generate``, and checks a call before it runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peft_multibatch.plan.ids import DESCRIPTION, check_keywords, speaks_of_adap
 from peft_multibatch.plan.segments import BASE
 
 
-# Arguments that may carry the samples, in the order in which they are looked for.
+# Arguments that may contain the samples, in order of preference.
 INPUTS = (
     "input_ids",
     "inputs",
@@ -43,11 +43,11 @@ INPUTS = (
 
 
 UNPREPARED = "_original_forward"
-"""Attribute in which accelerate's prepare keeps a model's forward, until its unwrap_model gives it back."""
+"""Attribute in which accelerate's prepare saves a model's forward, until unwrap_model restores it."""
 
 
 def wrap(module: nn.Module, method: str) -> Callable[[], None]:
-    """Let a model's ``forward`` or ``generate`` take ids, and return what undoes it."""
+    """Add ids to a model's ``forward`` or ``generate``. Returns a function that undoes it."""
     function = getattr(type(module), method, None)
     if function is None:
         return lambda: None
@@ -58,19 +58,19 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
 
     def wrapper(self, *args, **kwargs):
         handle: Any = getattr(self, STATE, None)
-        # in a copy of the model, what the original had as an attribute of its own belongs to the original
+        # a method that was an instance attribute is bound to the original model, not to a copy of it
         original = functools.partial(function, self) if own is None or owner() is not self else own
         if unprepared is not None and UNPREPARED not in self.__dict__ and owner() is self:
             original = unprepared
-        if args and args[0] is self:  # accelerate's unwrap_model binds what it finds, bound or not
+        if args and args[0] is self:  # accelerate's unwrap_model binds the method even if it is bound already
             args = args[1:]
         passed = "adapter_ids" in kwargs or "adapter_names" in kwargs
         if torch.compiler.is_compiling():
-            is_asked = self is getattr(handle, "_inner", self)  # and not the PeftModel around it, which takes anything
+            is_asked = self is getattr(handle, "_inner", self)  # not the PeftModel, which accepts any keyword
             if passed or (is_asked and any(speaks_of_adapters(name) for name in kwargs if name not in parameters)):
                 raise UnsupportedError(
-                    "adapter_ids was passed to a compiled model, whose graph can't take it: expected the ids to be in "
-                    "force around the call. Write: with mb.batch(adapter_ids): compiled_model(...)"
+                    "adapter_ids was passed to a compiled model, whose graph can't take it: expected a call inside "
+                    "mb.batch. Write: with mb.batch(adapter_ids): compiled_model(...)"
                 )
             if handle is not None and self is handle._inner:
                 thread = handle._router.graph.here.thread
@@ -92,12 +92,12 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         if method == "generate":
             if kwargs.get("generation_mode") == "image":
                 raise UnsupportedError(
-                    "generate was called with ids and generation_mode='image', for which Janus puts its rows without "
-                    "a prompt behind those with one: expected every sample's rows side by side. Generate images for "
-                    "one adapter at a time, without ids."
+                    "generate was called with ids and generation_mode='image', for which Janus appends rows without "
+                    "a prompt to the batch: expected the rows of each sample next to each other. Generate images "
+                    "without ids, one adapter at a time."
                 )
             _check_cache(self, kwargs)
-            samples = 1 if samples is None else samples  # what transformers begins with where it is given nothing
+            samples = 1 if samples is None else samples  # transformers' default without inputs
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
                 return _run(handle, own_call, original, args, kwargs)
@@ -111,10 +111,10 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                     if call.prompts is not None:
                         check_prompts(call, kwargs.get("input_ids", args[0] if args else None), kwargs)
             return original(*args, **kwargs)
-        # a block of `batch()` is open, and much may have happened to the model since it began
+        # a block of `batch()` is open, and the model may have changed since it was entered
         base_layers = handle._check(call.plan.ids_in_use)
         if not handle._has_layers(self):
-            return original(*args, **kwargs)  # such as a vision tower, whose rows are its own affair
+            return original(*args, **kwargs)  # for example a vision tower, whose rows don't have to match the ids
         check_length(len(call.plan.ids), samples)
         check_order(call.plan.ids)
         call.is_used = True
@@ -128,7 +128,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     undo, hooked = Replacement(module, attribute, bound).undo, getattr(module, method)
     if attribute == method or not hasattr(hooked, "__wrapped__"):
         return undo
-    before, hooked.__wrapped__ = hooked.__wrapped__, bound  # whose parameters accelerate's stands for
+    before, hooked.__wrapped__ = hooked.__wrapped__, bound  # inspect.signature reads parameters from __wrapped__
 
     def undo_both() -> None:
         undo()
@@ -139,7 +139,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
 
 
 def with_ids(signature: inspect.Signature) -> inspect.Signature:
-    """A signature that names ``adapter_ids``, after which Trainer looks for the columns that a model reads."""
+    """A signature with ``adapter_ids``, from which Trainer infers the columns that a model takes."""
     named = inspect.Parameter(
         "adapter_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="AdapterIds | None"
     )
@@ -149,11 +149,11 @@ def with_ids(signature: inspect.Signature) -> inspect.Signature:
 
 
 def doc_with_ids(function: Callable[..., Any], each: str = "sample") -> str:
-    """A method's docstring with a paragraph on ``adapter_ids``, which ``help`` and editors show.
+    """A method's docstring with a paragraph on ``adapter_ids``, for ``help`` and editors.
 
     Args:
         function: the method.
-        each: what has an id.
+        each: the word for the things that have ids.
     """
     doc = inspect.getdoc(function)
     return "\n\n".join([*([doc] if doc else []), DESCRIPTION.format(each=each)])
@@ -167,7 +167,7 @@ def _run(
     kwargs: dict[str, Any],
     origin: Origin | None = None,
 ) -> Any:
-    """Run a method whose ids were checked against its samples.
+    """Run a method after its ids were checked against its samples.
 
     Args:
         origin: where the ids became active, if that was before the method was called.
@@ -183,45 +183,53 @@ def _run(
 
 
 def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
-    """Raise where a call would run without a causal mask, because the model's attention is that of packed steps."""
+    """Check that the model's attention isn't the one that continuous batching sets, which needs its own mask.
+
+    Raises:
+        ModelStateError: it is, and other calls would run without a causal mask.
+    """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention == "paged|eager" and "write_index" not in kwargs and kwargs.get("cache_implementation") != "paged":
         raise ModelStateError(
-            "the model was called while continuous batching runs on it with the attention 'paged|eager', which sees "
-            "tokens that are yet to come in any other call: expected no calls beside it. Load the model with "
+            "the model was called while continuous batching runs on it with the attention 'paged|eager', with which "
+            "other calls would see future tokens: expected no other calls. Load the model with "
             "attn_implementation='sdpa', or wait until the manager has stopped."
         )
 
 
 def _check_cache(model: Any, kwargs: dict[str, Any]) -> None:
-    """Raise where ``generate`` would offload its cache from a GPU, for which a test found other tokens than PEFT's."""
+    """Check that ``generate`` doesn't offload its cache from a GPU, where a test found tokens that differ from PEFT's.
+
+    Raises:
+        UnsupportedError: it does.
+    """
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     asked = [kwargs.get("cache_implementation"), *(getattr(each, "cache_implementation", None) for each in configs)]
     chosen = next((each for each in asked if each is not None), "")
     offloads = str(chosen).startswith("offloaded") or getattr(cache_of(kwargs), "offloading", False)
     if offloads and model.device.type != "cpu":
         raise UnsupportedError(
-            "generate was called with ids and an offloaded cache on a GPU, where a mixed batch was seen to give other "
+            "generate was called with ids and an offloaded cache on a GPU, where mixed batches produced different "
             "tokens than PEFT: expected a cache that stays on the GPU. Pass cache_implementation='dynamic' or "
             "'static'."
         )
 
 
 def check_length(entries: int, samples: int | None) -> None:
-    """Raise where ids and samples differ in number.
+    """Check that there are as many ids as samples.
 
     Raises:
-        AdapterIdsLengthError: they do.
+        AdapterIdsLengthError: there aren't.
     """
     if samples is not None and entries != samples:
         raise AdapterIdsLengthError(
-            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry for every "
-            "sample, -1 for the base model alone."
+            f"adapter_ids has {entries} entries for a batch of {samples} samples: expected one entry per sample. Use "
+            "-1 for the base model."
         )
 
 
 def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -> Invocations | None:
-    """Where aLoRA adapters begin in a call that brings ``input_ids``; None where none of its adapters is one."""
+    """Where aLoRA adapters start in the samples of a call; None if none of its adapters is one."""
     configs: Any = getattr(handle._inner, "peft_config", None) or {}
     # mixtures of variants are refused where layers run
     adapters = call.plan.adapters
@@ -233,8 +241,8 @@ def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -
     input_ids = next((value for value in given if isinstance(value, Tensor) and not value.is_floating_point()), None)
     if input_ids is None or input_ids.dim() != 2:
         raise UnsupportedError(
-            "an aLoRA adapter was asked for in a call without input_ids, in which it would look for its invocation "
-            "tokens: expected input_ids of shape [samples, tokens]. Pass them instead of inputs_embeds."
+            "an aLoRA adapter was named in a call without input_ids, which are needed to find its invocation tokens: "
+            "expected input_ids of shape [samples, tokens]. Pass them instead of inputs_embeds."
         )
     offsets = kwargs.get("alora_offsets")
     if offsets is None:
@@ -244,7 +252,7 @@ def _invocations(handle: Any, call: Call, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of a forward, and tokens in its cache."""
+    """The number of tokens in a forward, and in its cache."""
     tensor, cache = _first_tensor([kwargs.get(name) for name in INPUTS] + [args]), cache_of(kwargs)
     assert tensor is not None
     return tensor.shape[1], 0 if cache is None else int(cache.get_seq_length())
@@ -252,8 +260,8 @@ def _num_tokens(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
 
 def copy_error() -> NotEnabledError:
     return NotEnabledError(
-        "adapter_ids was passed to a copy of an enabled model: expected the model itself, or a copy on which "
-        "peft_multibatch.enable was called."
+        "adapter_ids was passed to a copy of an enabled model: expected the model itself. Call "
+        "peft_multibatch.enable on the copy to use it."
     )
 
 
@@ -261,16 +269,16 @@ def pop_ids(kwargs: dict[str, Any]) -> Any:
     adapter_ids, adapter_names = kwargs.pop("adapter_ids", None), kwargs.pop("adapter_names", None)
     if adapter_ids is not None and adapter_names is not None:
         raise AdapterIdsError(
-            "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids takes names as well."
+            "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids also accepts names."
         )
     return adapter_names if adapter_ids is None else adapter_ids
 
 
 def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Size of the batch that a call of the model brings, or None where none of its arguments tells.
+    """The batch size of a call, or None if its arguments don't show it.
 
     Raises:
-        AdapterIdsLengthError: texts and images, or sounds, that are to be compared aren't as many.
+        AdapterIdsLengthError: a dual encoder gets different numbers of texts and images, or of texts and audio.
     """
     if is_dual_encoder(model):
         names = inspect.signature(type(model).forward).parameters
@@ -279,8 +287,8 @@ def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
         if len(set(sizes.values())) > 1:
             raise AdapterIdsLengthError(
                 f"adapter_ids was passed with {', '.join(f'{size} {name}' for name, size in sizes.items())}: expected "
-                "as many of each, because an id is one for a text and an image, or a sound. Call the model with "
-                "pairs, or encode texts and images in calls of their own."
+                "equal numbers, because an id belongs to a pair, such as a text and an image. Call the model with "
+                "pairs, or encode texts and images in separate calls."
             )
     for value in [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]:
         size = _num_rows(value)
@@ -290,9 +298,9 @@ def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
 
 
 def _num_rows(value: Any) -> int | None:
-    """Size of the batch that an argument brings: a tensor with the samples in front, or a list with one for each."""
+    """The batch size of an argument: a tensor with the samples in dimension 0, or a list of one tensor per sample."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) and x.dim() == 1 for x in value):
-        return len(value)  # series, each as long as it likes
+        return len(value)  # sequences of different lengths
     tensor = _first_tensor([value])
     return tensor.shape[0] if tensor is not None and tensor.dim() else None
 

@@ -196,7 +196,7 @@ def test_a_model_on_two_devices():
 
 
 def test_a_model_on_a_device_that_is_not_served():
-    with pytest.raises(errors.UnsupportedError, match=r"on meta: .* on one device of the kind cpu or cuda"):
+    with pytest.raises(errors.UnsupportedError, match=r"on meta: .* on one device of type cpu or cuda"):
         peft_multibatch.enable(base_model().to("meta")).adapter_store()
 
 

@@ -322,7 +322,9 @@ def test_what_nobody_knows_is_an_error(model, layer, run):
         loss_of(run(layer, x)).backward()  # nothing had ids so far
     with mb.batch(NAMES):
         loss = loss_of(run(layer, x))
-    with pytest.raises(errors.ModelStateError, match=r"backward ran .*mlp\.(gate|up)_proj again, and the adapter_ids") as found:
+    with pytest.raises(
+        errors.ModelStateError, match=r"backward ran .*mlp\.(gate|up)_proj again, and the adapter_ids"
+    ) as found:
         loss.backward()
     assert "mb.batch" in str(found.value)
     with mb.batch(NAMES):

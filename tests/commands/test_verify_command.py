@@ -75,7 +75,7 @@ def test_adapters_that_change_nothing_are_not_verified(base, tmp_path):
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(str(tmp_path / "new"))
     code, output = run(model, tmp_path / "new")
     assert code == 1
-    assert rows(output) == [("new", "?"), ("__base__", "?")] and "nothing could be seen" in output
+    assert rows(output) == [("new", "?"), ("__base__", "?")] and "nothing to compare" in output
 
 
 @pytest.mark.parametrize(

@@ -41,20 +41,18 @@ BAD_IDS = {
     "too short": (
         [0, 0, 1],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
-        "model alone.",
+        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base model.",
     ),
     "too long": (
         [0] * 12,
         errors.AdapterIdsLengthError,
-        "adapter_ids has 12 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
-        "model alone.",
+        "adapter_ids has 12 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base "
+        "model.",
     ),
     "empty": (
         [],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry for every sample, -1 for the base "
-        "model alone.",
+        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base model.",
     ),
     "one string": (
         "three",
@@ -126,7 +124,7 @@ def test_ids_and_names_at_once(model):
     with pytest.raises(errors.AdapterIdsError) as caught:
         model(**left_padded(), adapter_ids=[0] * 6, adapter_names=["three"] * 6)
     assert str(caught.value) == (
-        "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids takes names as well."
+        "both adapter_ids and adapter_names were passed: expected one of them. adapter_ids also accepts names."
     )
 
 

@@ -373,7 +373,7 @@ def turns(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) 
 @pytest.mark.parametrize("function", [tiles, turns])
 def test_custom_generate_in_another_order(llama, function):
     mb = peft_multibatch.enable(llama)
-    message = "begin with the prompt of another of the 6 samples: expected a sample's rows side by side"
+    message = "start with the prompt of another one of the 6 samples: expected the rows of each sample next to"
     with pytest.raises(errors.RowMappingError, match=message):
         llama.generate(**left_padded(), custom_generate=function, adapter_ids=NAMES, **SHORT)
     with mb.batch(NAMES), pytest.raises(errors.RowMappingError, match=message):

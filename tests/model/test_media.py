@@ -112,8 +112,8 @@ def test_the_message_about_other_numbers_of_texts_than_of_images():
     with pytest.raises(errors.AdapterIdsLengthError) as caught:
         model(pixel_values=torch.randn(8, 3, 16, 16), **texts(), adapter_ids=NAMES)
     assert str(caught.value) == (
-        "adapter_ids was passed with 4 input_ids, 8 pixel_values: expected as many of each, because an id is one for "
-        "a text and an image, or a sound. Call the model with pairs, or encode texts and images in calls of their own."
+        "adapter_ids was passed with 4 input_ids, 8 pixel_values: expected equal numbers, because an id belongs to a "
+        "pair, such as a text and an image. Call the model with pairs, or encode texts and images in separate calls."
     )
 
 

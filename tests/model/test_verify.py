@@ -93,7 +93,7 @@ def test_rows_of_positions_are_found():
     found = mb.verify(x=torch.randn(3, 6, 8), adapter_ids=["a", "b", "c"])
     assert not found
     problems = {each.name: each.problem for each in found.layers if each.problem}
-    assert problems == {"first": "rows that count as samples' change with none of them, and differ"}
+    assert problems == {"first": "rows differ between samples, but don't change with any of them"}
 
 
 def test_a_model_that_mixes_samples_has_no_reference():
@@ -107,9 +107,7 @@ def test_adapters_that_do_nothing_show_nothing():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]), adapter_name="a")
     mb = peft_multibatch.enable(model)
     found = mb.verify(input=torch.randn(3, 8), adapter_ids=["a", "a", -1])
-    assert [each.note for each in found.outputs] == [
-        "it is the same under all of these adapters: nothing could be seen"
-    ]
+    assert [each.note for each in found.outputs] == ["it is the same for all of these adapters: nothing to compare"]
     assert not found  # or a model would count as tried
 
 

@@ -67,7 +67,7 @@ def enable_at(kind: type, method: str) -> None:
 
 
 def enable_around(kind: type) -> None:
-    """One test calls a layer by itself with names: here the names are in force around the call."""
+    """One test calls a layer by itself with names: here the names are active around the call."""
     original = kind.forward
 
     @functools.wraps(original)

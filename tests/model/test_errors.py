@@ -41,7 +41,8 @@ BAD_IDS = {
     "too short": (
         [0, 0, 1],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base model.",
+        "adapter_ids has 3 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base "
+        "model.",
     ),
     "too long": (
         [0] * 12,
@@ -52,7 +53,8 @@ BAD_IDS = {
     "empty": (
         [],
         errors.AdapterIdsLengthError,
-        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base model.",
+        "adapter_ids has 0 entries for a batch of 6 samples: expected one entry per sample. Use -1 for the base "
+        "model.",
     ),
     "one string": (
         "three",

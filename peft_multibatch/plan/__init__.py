@@ -1,1 +1,1 @@
-"""From what was asked for to segments: which adapter serves which rows. Knows neither weights nor layers."""
+"""From ``adapter_ids`` to segments: which adapter serves which rows, independent of weights and layers."""

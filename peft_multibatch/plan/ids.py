@@ -1,4 +1,4 @@
-"""What users pass as ``adapter_ids`` → an entry for every sample."""
+"""Parsing ``adapter_ids`` into one entry per sample."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from peft_multibatch.plan.segments import BASE
 
 
 BASE_NAME = "__base__"
-"""Name of a row without adapter, as in PEFT's own ``adapter_names``."""
+"""The name that stands for the base model, as in PEFT's own ``adapter_names``."""
 
 SHOWN = 3
-"""Adapters that an error names at most."""
+"""The most adapters that an error names."""
 
 COMPARED = 200
-"""Names that are compared letter by letter with one that nobody has, which takes long."""
+"""The most names that are compared in full with an unknown one, because comparing is slow."""
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 class _ListOf(Protocol[T_co]):
-    """A list, tuple or other sequence, and not a string, whose ``in`` takes nothing but strings."""
+    """A list, tuple or other sequence. Not a string, because ``in`` accepts only strings there."""
 
     def __contains__(self, value: object, /) -> bool: ...
     def __getitem__(self, index: SupportsIndex, /) -> T_co: ...
@@ -51,59 +51,59 @@ class _Array(Protocol):
 
 
 AdapterId = SupportsIndex | str | Mapping[str, float] | Mapping[int, float] | Mapping[int | str, float]
-"""What users pass for one sample: an id, a name, or a mixture such as ``{"sql": 0.7, "poet": 0.3}``."""
+"""The adapter of one sample: an id, a name, or a mixture such as ``{"sql": 0.7, "poet": 0.3}``."""
 
 AdapterIds = _ListOf[AdapterId] | _Array
-"""What users pass as ``adapter_ids``: a list or tuple with one entry for every sample, or a 1-D integer tensor."""
+"""The type of ``adapter_ids``: a list or tuple with one entry per sample, or a 1-D integer tensor or array."""
 
 DESCRIPTION = """\
 With peft_multibatch:
     adapter_ids (`AdapterIds`, *optional*):
-        The adapter of every {each}: a list, tuple or 1-D integer tensor with one entry for each. An entry is an
-        adapter's integer id (its index in `mb.adapter_names`) or its name, `-1` or `"__base__"` for the base model
-        alone, or a mixture such as `{{"sql": 0.7, "poet": 0.3}}`. Without it the call runs as it does without
+        The adapter of each {each}: a list, tuple or 1-D integer tensor with one entry per {each}. An entry is an
+        adapter's integer id (its index in `mb.adapter_names`) or its name, `-1` or `"__base__"` for the base model,
+        or a mixture such as `{{"sql": 0.7, "poet": 0.3}}`. Without `adapter_ids`, the call runs as it does without
         peft_multibatch."""
-"""What docstrings of methods that take ids say about them."""
+"""The paragraph on ``adapter_ids`` in the docstrings of methods that take them."""
 
 Entry = int | tuple[tuple[int, float], ...]
-"""What one sample runs under: an id, or a mixture of several, each with its weight, in the order of the ids."""
+"""The parsed adapter of one sample: an id, or a mixture as (id, weight) pairs in the order of the ids."""
 
 
 def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
-    """Turn what users pass into ids.
+    """Parse and check ``adapter_ids``.
 
     Args:
-        adapter_ids: a list or tuple of ids, names and mixtures, a 1-D integer tensor or array; ``-1`` and
-            ``"__base__"`` stand for the base model alone, ``{"sql": 0.7, "poet": 0.3}`` for a weighted sum.
-        names: the adapters that are there.
+        adapter_ids: a list or tuple of ids, names and mixtures, or a 1-D integer tensor or array; ``-1`` and
+            ``"__base__"`` stand for the base model, ``{"sql": 0.7, "poet": 0.3}`` for a weighted sum.
+        names: the existing adapters.
 
     Returns:
         One entry per sample.
 
     Raises:
-        AdapterIdsTypeError: something else was passed, or an entry is neither an integer nor a string nor a mixture.
+        AdapterIdsTypeError: ``adapter_ids`` or an entry has the wrong type.
         UnknownAdapterError: no adapter has this id or name.
         AdapterIdsError: an adapter has the name that stands for the base model.
-        NoAdaptersError: there is no adapter at all.
+        NoAdaptersError: the model has no adapters.
     """
     if isinstance(adapter_ids, torch.Tensor):
         if adapter_ids.dim() != 1 or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
             raise AdapterIdsTypeError(
                 f"adapter_ids is a tensor of shape {list(adapter_ids.shape)} and dtype {adapter_ids.dtype}: expected "
-                "a 1-D integer tensor with one id for every sample."
+                "a 1-D integer tensor with one id per sample."
             )
         adapter_ids = adapter_ids.tolist()
     elif hasattr(adapter_ids, "tolist"):
         adapter_ids = adapter_ids.tolist()
     if isinstance(adapter_ids, str) or not isinstance(adapter_ids, Sequence):
         raise AdapterIdsTypeError(
-            f"adapter_ids is {_show(adapter_ids)}: expected a list, tuple or tensor with one id or name for every "
-            "sample, such as [0, 0, 1] or ['sql', '__base__']."
+            f"adapter_ids is {_show(adapter_ids)}: expected a list, tuple or tensor with one id or name per sample, "
+            "such as [0, 0, 1] or ['sql', '__base__']."
         )
     if not names:
         raise NoAdaptersError(
-            "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
-            "model.add_adapter(...), or register some in mb.adapter_store(...)."
+            "adapter_ids was passed, but the model has no adapters: expected at least one. Add it with "
+            "model.load_adapter(...) or model.add_adapter(...), or register some with mb.adapter_store(...)."
         )
     return [
         _mixture(entry, index, names) if isinstance(entry, Mapping) else _id(entry, index, names)
@@ -112,9 +112,9 @@ def resolve(adapter_ids: Any, names: AdapterNames) -> list[Entry]:
 
 
 def components(entries: Sequence[Entry]) -> list[tuple[list[int], list[float] | None]]:
-    """Take mixtures apart: the n-th component has the id and the weight of every entry's n-th adapter.
+    """Split entries into components: the n-th one has the id and weight of every entry's n-th adapter.
 
-    Without mixtures that is one component, whose weights are None.
+    Without mixtures there is a single component, whose weights are None.
     """
     mixtures = [entry for entry in {*entries} if isinstance(entry, tuple)]
     if not mixtures:
@@ -133,27 +133,27 @@ def check_keywords(
     is_known: Callable[[str], bool] = lambda name: False,
     takes: str = "adapter_ids",
 ) -> None:
-    """Raise where ids came under a keyword that nothing reads, so that they would be ignored.
+    """Check that ids weren't passed under another keyword, where they would be ignored.
 
     Args:
-        method: what was called.
-        given: its keyword arguments, without those that are read.
-        is_known: whether the model reads a keyword that looks like one for adapters.
+        method: the name of the called method.
+        given: its other keyword arguments.
+        is_known: whether the model reads a keyword that seems to be about adapters.
         takes: the keyword for ids.
 
     Raises:
-        AdapterIdsTypeError: they did.
+        AdapterIdsTypeError: a keyword seems to be about adapters, but isn't read.
     """
     for keyword, value in given.items():
         if value is not None and _is_like_ids(keyword) and not is_known(keyword):
             raise AdapterIdsTypeError(
-                f"{method} got the argument {keyword}, which nothing reads: expected {takes} where adapters are "
-                f"meant. Write {takes}=..., or leave it out."
+                f"{method} got the argument {keyword}, which nothing reads: expected {takes} for adapters. Write "
+                f"{takes}=..., or leave it out."
             )
 
 
 def speaks_of_adapters(keyword: str) -> bool:
-    """Whether a keyword has a word for adapters in it. Compiled code may ask."""
+    """Whether a keyword contains a word for adapters. Also called by compiled code."""
     word = keyword.lower()
     return "adapter" in word or "adaptor" in word or word.startswith(("lora", "peft")) or "_lora" in word
 
@@ -165,49 +165,50 @@ def _is_like_ids(keyword: str) -> bool:
 
 
 def check_requests(entries: Sequence[Any], prompts: Sequence[Any]) -> None:
-    """Raise where ids and prompts differ in number.
+    """Check that there are as many ids as prompts.
 
     Raises:
-        AdapterIdsLengthError: they do.
+        AdapterIdsLengthError: there aren't.
     """
     if len(entries) != len(prompts):
         raise AdapterIdsLengthError(
-            f"adapter_ids has {len(entries)} entries for {len(prompts)} prompts: expected one for every prompt."
+            f"adapter_ids has {len(entries)} entries for {len(prompts)} prompts: expected one per prompt. Use -1 for "
+            "the base model."
         )
 
 
 def label_of(entry: Entry, names: AdapterNames) -> str:
-    """How an entry is named for people: an adapter's name, or the names of a mixture and their weights."""
+    """An entry's label for users: the adapter's name, or a mixture's weights and names."""
     if isinstance(entry, tuple):
         return " + ".join(f"{weight:g} {names.by_id.get(each)}" for each, weight in entry)
     return BASE_NAME if entry == BASE else str(names.by_id.get(entry))
 
 
 def without(entry: Entry, ids: Collection[int]) -> Entry:
-    """What is left of an entry without some adapters."""
+    """An entry with some adapters removed."""
     if not isinstance(entry, tuple):
         return BASE if entry in ids else entry
     return tuple(pair for pair in entry if pair[0] not in ids) or BASE
 
 
 def ids_of(entry: Entry) -> tuple[int, ...]:
-    """The ids of an entry's adapters; none for the base model alone."""
+    """The ids of an entry's adapters; empty for the base model."""
     if isinstance(entry, tuple):
         return tuple(each for each, _ in entry)
     return () if entry == BASE else (entry,)
 
 
 def check_live(ids: Iterable[int], names: AdapterNames) -> None:
-    """Raise where an adapter is gone that a block of ``mb.batch()`` names.
+    """Check that no adapter of an open ``mb.batch()`` block was deleted.
 
     Raises:
-        UnknownAdapterError: it was deleted.
+        UnknownAdapterError: one was.
     """
     for each in ids:
         if each not in names.by_id:
             raise UnknownAdapterError(
-                f"the adapter with the id {each} was deleted while ids that name it are in force: expected "
-                f"{nearest(each, names)}. Leave mb.batch() before you delete an adapter that it uses."
+                f"the adapter with id {each} was deleted inside an mb.batch() block that uses it: expected "
+                f"{nearest(each, names)}. Leave the block before you delete the adapter."
             )
 
 
@@ -220,15 +221,15 @@ def _mixture(entry: Mapping[Any, Any], index: int, names: AdapterNames) -> Entry
             value = float(weight) if is_number else math.nan
         except (TypeError, ValueError):
             value = math.nan
-        if not abs(value) <= torch.finfo(torch.float32).max:  # which is how weights travel
+        if not abs(value) <= torch.finfo(torch.float32).max:  # plans store weights in float32
             raise AdapterIdsTypeError(
                 f"adapter_ids[{index}] gives {key!r} the weight {_show(weight)}: expected a finite number in float32, "
                 "as in {'sql': 0.7, 'poet': 0.3}."
             )
         if number == BASE:
             raise AdapterIdsTypeError(
-                f"adapter_ids[{index}] gives the base model a weight: expected adapters alone, because a row is the "
-                "base model's output plus the weighted sum of its adapters' deltas. Leave it out."
+                f"adapter_ids[{index}] gives the base model a weight: expected only adapters, because a row is the "
+                "base model's output plus the weighted sum of its adapters' deltas. Leave the base model out."
             )
         if number in weights:
             raise AdapterIdsTypeError(
@@ -251,8 +252,8 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if isinstance(entry, str):
         if entry == BASE_NAME and BASE_NAME in names.ids:
             raise AdapterIdsError(
-                f"adapter_ids[{index}] is {BASE_NAME!r}, which stands for the base model alone, and an adapter has "
-                f"this name: expected another name for it. Write {BASE} for the base model, or "
+                f"adapter_ids[{index}] is {BASE_NAME!r}, which stands for the base model, but an adapter has this "
+                f"name: expected another name for the adapter. Write {BASE} for the base model, or "
                 f"{names.ids[BASE_NAME]} for the adapter."
             )
         number = BASE if entry == BASE_NAME else names.ids.get(entry)
@@ -268,10 +269,10 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
     if number is None or isinstance(entry, bool):
         raise AdapterIdsTypeError(
             f"adapter_ids[{index}] is {_show(entry)}: expected an integer id or an adapter's name, -1 or "
-            f"'{BASE_NAME}' for the base model alone, or a mixture such as {{'sql': 0.7, 'poet': 0.3}}."
+            f"'{BASE_NAME}' for the base model, or a mixture such as {{'sql': 0.7, 'poet': 0.3}}."
         )
     if number != BASE and number not in names.by_id:
-        gone = " (any more: it was deleted)" if 0 <= number < names.count else ""
+        gone = " any more, because it was deleted" if 0 <= number < names.count else ""
         raise UnknownAdapterError(
             f"adapter_ids[{index}] is {number}, and no adapter has this id{gone}: expected {nearest(number, names)}."
         )
@@ -279,7 +280,7 @@ def _id(entry: Any, index: int, names: AdapterNames) -> int:
 
 
 def nearest(wanted: str | int, names: AdapterNames) -> str:
-    """What may have been meant, for messages: few adapters, however many there are, because others may be others'."""
+    """Suggestions for messages: only a few adapters, because the others may belong to other users."""
     known = dict(sorted(names.by_id.items()))
     is_whole = len(known) <= SHOWN
     if not is_whole:
@@ -295,7 +296,7 @@ def nearest(wanted: str | int, names: AdapterNames) -> str:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many letters two names begin with alike."""
+    """The length of the common prefix of two names."""
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 

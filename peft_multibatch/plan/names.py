@@ -1,4 +1,4 @@
-"""Which integer id each adapter's name has: ids follow from what came and went, and nobody else is ever given one."""
+"""The integer ids of adapters' names. Ids are given in order, and never reused for another name."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from peft_multibatch.errors import ModelStateError
 
 
 MOST_GONE = 65_536
-"""Adapters that are gone whose ids are remembered, for the case that they come again."""
+"""The number of deleted adapters whose ids are remembered, in case they are added again."""
 
 
 class AdapterNames:
-    """Names and ids of adapters. An adapter that comes again has the id that it had.
+    """Names and ids of adapters. An adapter that is added again gets its previous id.
 
     Attributes:
-        ids: the id of every adapter that is there, by name.
+        ids: the id of each existing adapter, by name.
         by_id: its name, by id.
-        count: how many ids were ever given.
-        changes: how often one of PEFT's adapters came or went.
-        stored: names of those that aren't PEFT's but in a store.
+        count: the number of ids that were ever given.
+        changes: how often one of PEFT's adapters was added or deleted.
+        stored: the names of adapters that are in a store instead of in PEFT's modules.
 
     Args:
-        names: those that are there from the beginning.
+        names: the adapters that exist at the start.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -39,11 +39,11 @@ class AdapterNames:
 
     @property
     def of_peft(self) -> int:
-        """How many of PEFT's adapters there are."""
+        """The number of PEFT's adapters."""
         return len(self.ids) - len(self.stored)
 
     def add(self, name: str) -> None:
-        """One of PEFT's adapters came, or another one in its place.
+        """Record that one of PEFT's adapters was added or replaced.
 
         Raises:
             ModelStateError: a stored adapter has this name.
@@ -53,37 +53,37 @@ class AdapterNames:
         self.changes += 1
 
     def remove(self, name: str) -> None:
-        """One of PEFT's adapters went."""
+        """Record that one of PEFT's adapters was deleted."""
         if name not in self.stored:
             self._remove(name)
             self.changes += 1
 
     def check(self, name: str) -> None:
-        """Raise where a name can't be that of one of PEFT's adapters.
+        """Check that one of PEFT's adapters can have this name.
 
         Raises:
             ModelStateError: a stored adapter has it.
         """
         if name in self.stored:
             raise ModelStateError(
-                f"an adapter called {name!r} was added to a model in whose adapter store another one has this name: "
+                f"an adapter called {name!r} was added to a model whose adapter store has another one with this name: "
                 "expected different names. Call store.unregister first, or choose another name."
             )
 
     def check_stored(self, name: str) -> None:
-        """Raise where a name can't be that of a stored adapter.
+        """Check that a stored adapter can have this name.
 
         Raises:
             ModelStateError: one of PEFT's adapters has it.
         """
         if name in self.ids and name not in self.stored:
             raise ModelStateError(
-                f"an adapter called {name!r} was registered in the store of a model to which PEFT added another one "
-                "by this name: expected different names. Delete that one first, or choose another name."
+                f"an adapter called {name!r} was registered in the store of a model that has another PEFT adapter "
+                "with this name: expected different names. Delete that adapter first, or choose another name."
             )
 
     def add_stored(self, name: str) -> int:
-        """A stored adapter came, or another version of one; gives its id.
+        """Record that a stored adapter was registered, possibly a new version of one; returns its id.
 
         Raises:
             ModelStateError: one of PEFT's adapters has this name.
@@ -94,12 +94,12 @@ class AdapterNames:
         return self.ids[name]
 
     def remove_stored(self, name: str) -> None:
-        """A stored adapter went."""
+        """Record that a stored adapter was unregistered."""
         self._remove(name)
         self.stored.discard(name)
 
     def update(self, names: Iterable[str]) -> None:
-        """These are PEFT's adapters, and no others."""
+        """Set the names of all of PEFT's adapters."""
         there: Mapping[str, None] = dict.fromkeys(names)
         for name in there:
             self.check(name)
@@ -113,7 +113,7 @@ class AdapterNames:
             number = self._gone.pop(name, self.count)
             self.count = max(self.count, number + 1)
             self.by_id[number] = name
-            self.ids[name] = number  # last, because others may be looking
+            self.ids[name] = number  # last, because other threads read it without a lock
 
     def _remove(self, name: str) -> None:
         if name in self.ids:
@@ -123,5 +123,5 @@ class AdapterNames:
                 del self._gone[next(iter(self._gone))]
 
     def listed(self) -> list[str | None]:
-        """Names by id; None where the adapter is gone."""
+        """Names by id; None for deleted adapters."""
         return [self.by_id.get(number) for number in range(self.count)]

@@ -1,7 +1,7 @@
-"""Adapter ids, compressed: one entry per sample in, one segment per run of equal ids out.
+"""Compressed adapter ids: one entry per sample in, one segment per run of equal ids out.
 
-The plan of a call. It knows neither layers nor weights, is made once per call from the ids of the samples, and every
-layer scales it by its own number of rows per sample.
+Segments are made once per call and don't depend on layers or weights. Every layer scales them by its number of rows
+per sample.
 
 Dimension letters: ``E`` entries (samples; tokens of a packed input), ``G`` segments, ``T`` rows of a layer's input.
 """
@@ -21,31 +21,31 @@ from peft_multibatch.errors import RowMappingError
 
 
 BASE = -1
-"""Slot of a row without adapter: the base model alone."""
+"""The slot that stands for the base model."""
 
 HEADER = 4
 """Length of a packed plan's header: num_entries, num_segments, is_permuted and a zero."""
 
 MOST_SHAPES = 16
-"""Numbers of rows for which a plan remembers whose they are."""
+"""The most input sizes for which a plan caches its rows."""
 
 CUT = 16
-"""Most entries of a segment at a fixed place, as many as a kernel's program has rows at once. In a packed batch all
-tokens of an adapter are one segment, and launches that read there can't know it: every piece has a program."""
+"""The most entries of a segment in a ``SegmentBuffer``: the number of rows that a kernel's program handles at once. In
+a packed batch all tokens of an adapter are one segment, but launches that read the buffer can't depend on segment
+lengths, so segments are cut into pieces of one program each."""
 
 
 RUN = 16
-"""Rows of an entry from which on, on a CPU, a product for each run of equal entries costs less than putting rows in
-adapter order."""
+"""Rows per entry from which, on a CPU, one product per run of equal entries is faster than reordering rows."""
 
 
 class Blocks(NamedTuple):
-    """Rows as products take them that know of no permutation.
+    """Rows for products that don't support permutations.
 
     Attributes:
-        blocks: (slot, rows, weight) of rows side by side that have one adapter.
-        order: int64 ``[T]``. The row at each position of the blocks; None where they stand in the order of the rows.
-        inverse: int64 ``[T]``. The position of each row, likewise.
+        blocks: (slot, rows, weight) of contiguous rows with one adapter.
+        order: int64 ``[T]``. The row at each position of the blocks; None if blocks are in the order of the rows.
+        inverse: int64 ``[T]``. The position of each row; None likewise.
     """
 
     blocks: list[tuple[int, slice, float]]
@@ -55,18 +55,18 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Segments:
-    """Which adapter serves which entries, in the compressed form that ops work on.
+    """Which adapter serves which entries, in the compressed form that ops read.
 
-    ``num_segments`` is the number after compression: ids ``[0, 0, 1]`` are three entries and two segments. Whatever is
-    sized, copied or launched per adapter in use is sized by it, never by the number of entries.
+    ``num_segments`` is the number after compression: ids ``[0, 0, 1]`` are three entries and two segments.
+    Allocations, copies and launches scale with it, never with the number of entries.
 
     Attributes:
-        weight_indices: int32 ``[G]`` on the CPU. Slot of each segment's adapter, ``-1`` for the base model alone.
+        weight_indices: int32 ``[G]`` on the CPU. Slot of each segment's adapter, ``-1`` for the base model.
         seg_indptr: int32 ``[G + 1]`` on the CPU. Segment ``g`` has the positions ``seg_indptr[g]:seg_indptr[g + 1]``.
-        permutation: int32 ``[E]`` on the CPU, or None where entries stand in adapter order as they came. The entry at
-            each position: ids ``[0, 1, 0, 1]`` are two segments over the positions of ``[0, 2, 1, 3]``.
-        weights: float32 ``[G]`` on the CPU. What each segment's adapter counts, beside its own scaling; None where all
-            count in full.
+        permutation: int32 ``[E]`` on the CPU. The entry at each position: ids ``[0, 1, 0, 1]`` are two segments over
+            the positions of ``[0, 2, 1, 3]``. None if entries are in adapter order already.
+        weights: float32 ``[G]`` on the CPU. A factor for each segment's adapter, besides its own scaling; None if all
+            are 1.
     """
 
     weight_indices: Tensor
@@ -84,13 +84,13 @@ class Segments:
         """Compress the slots of a call's entries.
 
         Args:
-            slots: one slot per entry, ``-1`` for the base model alone; a sequence or an integer tensor ``[E]``.
-            lens: for packed inputs, the number of tokens of each entry; the plan then has an entry per token.
-            weights: what each entry's adapter counts; 1 for all where it isn't given.
+            slots: one slot per entry, ``-1`` for the base model; a sequence or an integer tensor ``[E]``.
+            lens: for packed inputs, the number of tokens of each entry; the plan then has one entry per token.
+            weights: a factor for each entry's adapter; 1 by default.
 
         Returns:
-            Segments whose slots, or pairs of slot and weight, are all different: interleaved ids are put in adapter
-            order first.
+            Segments whose slots, or pairs of slot and weight, are all different: interleaved ids are first brought
+            into adapter order.
 
         Example:
             >>> plan = Segments.from_ids([0, 0, 1])
@@ -98,7 +98,7 @@ class Segments:
             (3, 2, [2, 1])
         """
         keys = torch.as_tensor(slots, dtype=torch.int32, device="cpu")
-        if weights is not None:  # a slot and a weight are one number, whose upper half is the slot
+        if weights is not None:  # combine slot and weight into one number, with the slot in the upper half
             bits = torch.as_tensor(weights, dtype=torch.float32, device="cpu").view(torch.int32)
             keys = torch.stack([bits, keys], dim=1).view(torch.int64).flatten()
         if lens is not None:
@@ -123,7 +123,7 @@ class Segments:
 
     @cached_property
     def num_entries(self) -> int:
-        """Number of entries that were compressed, ``E``."""
+        """Number of entries before compression, ``E``."""
         return int(self.seg_indptr[-1])
 
     @property
@@ -133,13 +133,13 @@ class Segments:
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """(slot, first position, position after the last) of each segment, as plain numbers."""
+        """(slot, start, stop) of each segment, as Python numbers."""
         bounds = self.seg_indptr.tolist()
         return list(zip(self.weight_indices.tolist(), bounds, bounds[1:]))
 
     @cached_property
     def scales(self) -> list[float]:
-        """What each segment's adapter counts, as plain numbers."""
+        """The factor of each segment's adapter, as Python numbers."""
         return [1.0] * self.num_segments if self.weights is None else self.weights.tolist()
 
     @cached_property
@@ -149,64 +149,62 @@ class Segments:
 
     @cached_property
     def slots(self) -> list[int]:
-        """The slot of every entry, in the order in which the ids came: the inverse of the compression."""
+        """The slot of every entry, in the order of the ids: the inverse of the compression."""
         ordered = self.weight_indices.repeat_interleave(self.seg_lens)
         if self.permutation is not None:
             ordered = torch.empty_like(ordered).scatter_(0, self.permutation.long(), ordered)
         return ordered.tolist()
 
     def cut(self, most: int) -> Segments:
-        """The same plan with segments of at most this many entries, several of which may have one slot.
+        """The same plan with segments of at most this many entries, so several segments may have the same slot.
 
-        For launches that are as large as any plan needs: each segment has few programs there, however long it is.
+        For launches whose size doesn't depend on the plan, where each segment gets a fixed number of programs.
         """
         if self.longest <= most:
             return self
         parts = (self.seg_lens + most - 1) // most
-        begins = self.seg_indptr[:-1] - most * (parts.cumsum(0) - parts)  # so that the n-th part begins n * most later
+        begins = self.seg_indptr[:-1] - most * (parts.cumsum(0) - parts)  # so that adding n * most gives the n-th part
         steps = torch.arange(0, most * int(parts.sum()), most, dtype=torch.int32, device="cpu")
         seg_indptr = torch.cat([begins.repeat_interleave(parts) + steps, self.seg_indptr[-1:]]).to(torch.int32)
         weights = None if self.weights is None else self.weights.repeat_interleave(parts)
         return Segments(self.weight_indices.repeat_interleave(parts), seg_indptr, self.permutation, weights)
 
     def rows(self, num_rows: int, device: torch.device, layer: object = "a layer") -> list[tuple[int, slice | Tensor]]:
-        """The rows of each segment in a tensor whose dimension 0 holds the entries' rows, ``T // E`` for every entry.
+        """The rows of each segment in a tensor with ``T // E`` rows per entry in dimension 0.
 
-        Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so that one plan
-        serves every layer. The result is kept: a decode step asks for the same one at every layer.
+        Beams, returned sequences and tokens all multiply a sample's rows and keep them together, so one plan serves
+        every layer. Results are cached, because a decode step needs the same one in every layer.
 
         Args:
             num_rows: ``T``, the size of dimension 0.
-            device: where index tensors are wanted.
-            layer: how messages name what has the rows.
+            device: the device of index tensors.
+            layer: the name of the layer, for messages.
 
         Returns:
-            (slot, rows) of every segment. Rows are a slice, which costs nothing, or an int64 tensor where a
-            permutation is in force.
+            (slot, rows) of every segment. Rows are a slice, or an int64 tensor if there is a permutation.
 
         Raises:
-            RowMappingError: the number of rows is no multiple of the number of entries, of which there are several
-                kinds.
+            RowMappingError: there are several segments, and the number of rows isn't a multiple of the entries.
         """
-        stream = streams.note(device)  # which will read the weights of these segments
+        stream = streams.note(device)  # this stream will read the weights of these segments
         if self.num_segments == 1:
             return [(slot, slice(0, num_rows)) for slot, _, _ in self.spans]
         key = num_rows, device, stream
         found = self._rows.get(key)
         if found is None:
-            if len(self._rows) >= MOST_SHAPES:  # prompts of ever new lengths must not fill the memory
+            if len(self._rows) >= MOST_SHAPES:  # limits memory if prompts have many different lengths
                 self._rows.clear()
             per_entry = self.rows_per_entry(num_rows, layer)
-            with torch.inference_mode(False):  # kept for other calls, which may want gradients
+            with torch.inference_mode(False):  # other calls reuse these, possibly with gradients
                 found = [(slot, self._rows_at(start, stop, per_entry, device)) for slot, start, stop in self.spans]
             self._rows[key] = found
         return found
 
     def blocks(self, num_rows: int, device: torch.device) -> Blocks:
-        """The same for products that read rows side by side only. The result is kept as well.
+        """The same for products that need contiguous rows. Results are cached as well.
 
-        Interleaved entries of many rows are not reordered: every run of equal ones is a block of its own, so that an
-        adapter has several.
+        If interleaved entries have many rows, they aren't reordered: every run of equal entries becomes a block, and
+        an adapter may have several.
 
         Args:
             num_rows: as in ``rows``.
@@ -229,7 +227,7 @@ class Segments:
             return Blocks([(slot, rows, scale) for (slot, rows), scale in found if isinstance(rows, slice)])
         per_entry = self.rows_per_entry(num_rows)
         if per_entry < RUN:
-            with torch.inference_mode(False):  # kept for other calls, which may want gradients
+            with torch.inference_mode(False):  # other calls reuse these, possibly with gradients
                 order = self._rows_at(0, self.num_entries, per_entry, device)
                 assert isinstance(order, Tensor)
                 blocks = [
@@ -250,21 +248,21 @@ class Segments:
         )
 
     def rows_per_entry(self, num_rows: int, layer: object = "a layer") -> int:
-        """Rows of every entry in a tensor of this many rows.
+        """The number of rows per entry in a tensor with this many rows.
 
         Args:
             num_rows: the size of dimension 0.
-            layer: how messages name what has the rows.
+            layer: the name of the layer, for messages.
 
         Raises:
-            RowMappingError: the number of rows is no multiple of the number of entries.
+            RowMappingError: the number of rows isn't a multiple of the number of entries.
         """
         if num_rows % max(self.num_entries, 1):
             raise RowMappingError(
-                f"{layer} received {num_rows} rows for {self.num_entries} adapter ids, and can't tell which rows "
-                f"belong to which sample: expected a multiple of {self.num_entries}. Pass one id for every sample of "
-                "the batch; leave a layer that gathers or drops rows, or sees positions alone, out of target_modules, "
-                "or give all samples of a batch the same adapter."
+                f"{layer} received {num_rows} rows for {self.num_entries} adapter ids, so its rows can't be mapped to "
+                f"samples: expected a multiple of {self.num_entries}. Pass one id per sample. If the layer gathers or "
+                "drops rows, or sees only positions, leave it out of target_modules, or give all samples of a batch "
+                "the same adapter."
             )
         return num_rows // max(self.num_entries, 1)
 
@@ -283,11 +281,11 @@ class Segments:
         return (entries * per_entry + torch.arange(per_entry, dtype=torch.int64, device="cpu")).flatten().to(device)
 
     def pack(self) -> Tensor:
-        """The plan as one int32 tensor, the form in which it travels to a device.
+        """The plan as one int32 tensor, which is copied to devices.
 
         ``[num_entries, num_segments, is_permuted, 0 | slot, first position and bits of the float32 weight of each
-        segment | -1, E, 0 | permutation]``. A kernel finds a segment's slot and bounds at places that depend on
-        nothing else. Without the permutation the length depends on the number of segments alone.
+        segment | -1, E, 0 | permutation]``. The offsets of a segment's slot and bounds depend only on its index.
+        Without a permutation, the length depends only on the number of segments.
         """
         is_permuted = self.permutation is not None
         header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
@@ -301,10 +299,10 @@ class Segments:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Segments:
-        """Read a plan back from the beginning of what [`pack`][peft_multibatch.Segments.pack] wrote."""
+        """Restore a plan from the start of a tensor that [`pack`][peft_multibatch.Segments.pack] made."""
         num_entries, num_segments, is_permuted, _ = packed[:HEADER].tolist()
         sizes = [HEADER, 3 * (num_segments + 1), num_entries * is_permuted]
-        # cloned, because a plan must not change when persistent buffers are written for the next call
+        # cloned, because a plan must not change when a SegmentBuffer is overwritten by the next call
         _, triples, permutation = packed[: sum(sizes)].cpu().clone().split(sizes)
         slots, bounds, bits = triples.view(-1, 3).t().contiguous()
         weights = bits[:-1].view(torch.float32)
@@ -312,14 +310,14 @@ class Segments:
 
 
 class SegmentBuffer:
-    """A plan at a fixed place on a device, which is what captured graphs read.
+    """A plan at a fixed address on a device, for captured graphs.
 
-    The buffer never moves and never grows. ``update`` writes the next call's plan over the last one's; what lies
-    behind the written part is stale and must not be read, which ops know from the plan's header.
+    The buffer never moves and never grows. ``update`` overwrites the last plan with the next one. Anything after the
+    plan's own length is stale; ops get the length from the plan's header.
 
     Args:
-        capacity: most entries that a plan may have.
-        device: where the buffer lives.
+        capacity: the most entries that a plan may have.
+        device: the device of the buffer.
     """
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
@@ -327,10 +325,10 @@ class SegmentBuffer:
         self.packed = torch.zeros(packed_size(capacity), dtype=torch.int32, device=device)
 
     def update(self, segments: Segments) -> None:
-        """Write a plan into the buffer: one copy, of the length of the compressed plan.
+        """Copy a plan into the buffer. Copies only the length of the compressed plan.
 
         Args:
-            segments: a plan of at most ``capacity`` entries; the caller makes a larger buffer for a larger plan.
+            segments: a plan of at most ``capacity`` entries; the caller allocates a larger buffer for a larger plan.
         """
         assert segments.num_entries <= self.capacity, (segments.num_entries, self.capacity)
         packed = segments.pack()
@@ -338,10 +336,10 @@ class SegmentBuffer:
 
 
 def packed_size(entries: int) -> int:
-    """Length that no packed plan of this many entries exceeds."""
+    """The maximum length of a packed plan with this many entries."""
     return HEADER + 3 * (entries + 1) + entries
 
 
 def capacity_for(entries: int) -> int:
-    """A power of two, so that a growing batch makes a new graph a few times and not every time."""
+    """The capacity for this many entries: a power of two, so that growing batches need few new graphs."""
     return 1 << max(entries - 1, 15).bit_length()

@@ -19,7 +19,7 @@ from peft_multibatch.plan.names import AdapterNames
 
 KNOWN = "0 ('three'), 1 ('four'), 2 ('eight'), -1 ('__base__')"
 WHAT_IS_EXPECTED = (
-    "expected a list, tuple or tensor with one id or name for every sample, such as [0, 0, 1] or ['sql', '__base__']."
+    "expected a list, tuple or tensor with one id or name per sample, such as [0, 0, 1] or ['sql', '__base__']."
 )
 
 BAD_IDS = {
@@ -67,31 +67,31 @@ BAD_IDS = {
         [0, 1.0, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
         "adapter_ids[1] is 1.0 of type float: expected an integer id or an adapter's name, -1 or '__base__' for "
-        "the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
+        "the base model, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "a bool": (
         [True] * 6,
         errors.AdapterIdsTypeError,
         "adapter_ids[0] is True of type bool: expected an integer id or an adapter's name, -1 or '__base__' for "
-        "the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
+        "the base model, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "None for a row": (
         [0, None, 0, 0, 0, 0],
         errors.AdapterIdsTypeError,
         "adapter_ids[1] is None of type NoneType: expected an integer id or an adapter's name, -1 or '__base__' "
-        "for the base model alone, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
+        "for the base model, or a mixture such as {'sql': 0.7, 'poet': 0.3}.",
     ),
     "a tensor of floats": (
         torch.zeros(6),
         errors.AdapterIdsTypeError,
-        "adapter_ids is a tensor of shape [6] and dtype torch.float32: expected a 1-D integer tensor with one id for "
-        "every sample.",
+        "adapter_ids is a tensor of shape [6] and dtype torch.float32: expected a 1-D integer tensor with one id per "
+        "sample.",
     ),
     "a tensor of two dimensions": (
         torch.zeros(6, 1, dtype=torch.long),
         errors.AdapterIdsTypeError,
-        "adapter_ids is a tensor of shape [6, 1] and dtype torch.int64: expected a 1-D integer tensor with one id for "
-        "every sample.",
+        "adapter_ids is a tensor of shape [6, 1] and dtype torch.int64: expected a 1-D integer tensor with one id per "
+        "sample.",
     ),
 }
 
@@ -151,8 +151,8 @@ def test_no_adapters():
     with pytest.raises(errors.NoAdaptersError) as caught:
         model(**left_padded(), adapter_ids=[0] * 6)
     assert str(caught.value) == (
-        "adapter_ids was passed, but the model has no adapters: add one first, with model.load_adapter(...) or "
-        "model.add_adapter(...), or register some in mb.adapter_store(...)."
+        "adapter_ids was passed, but the model has no adapters: expected at least one. Add it with "
+        "model.load_adapter(...) or model.add_adapter(...), or register some with mb.adapter_store(...)."
     )
 
 
@@ -233,8 +233,8 @@ def test_an_adapter_called_base_is_reached_by_its_id(entry):
     with pytest.raises(errors.AdapterIdsError) as caught:
         resolve([0, entry], names)
     assert str(caught.value) == (
-        "adapter_ids[1] is '__base__', which stands for the base model alone, and an adapter has this name: expected "
-        "another name for it. Write -1 for the base model, or 1 for the adapter."
+        "adapter_ids[1] is '__base__', which stands for the base model, but an adapter has this name: expected "
+        "another name for the adapter. Write -1 for the base model, or 1 for the adapter."
     )
     assert resolve(["__base__"], AdapterNames(["sql"])) == [-1]
 
@@ -272,8 +272,8 @@ def test_misspelt_ids(keyword, part):
             method(**left_padded(), **{keyword: [0] * 6})
         name = "generate" if method == methods[-1] and part != "decoder" else "forward"
         assert str(caught.value) == (
-            f"{name} got the argument {keyword}, which nothing reads: expected adapter_ids where adapters are meant. "
-            "Write adapter_ids=..., or leave it out."
+            f"{name} got the argument {keyword}, which nothing reads: expected adapter_ids for adapters. Write "
+            "adapter_ids=..., or leave it out."
         )
     with torch.no_grad():
         model(**left_padded(), **{keyword: None})  # nothing was meant

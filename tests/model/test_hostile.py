@@ -448,7 +448,7 @@ def test_models_whose_rows_are_tiled_are_refused_by_name():
     layer = peft_model().base_model.model.model.layers[0].self_attn.q_proj
     for kind in ("dia", "musicgen", "mask2former"):
         choice = choose("decoder.q_proj", layer, SimpleNamespace(config=SimpleNamespace(model_type=kind)))
-        assert f"of the type '{kind}', and its rows are" in choice.refusal
+        assert f"of type '{kind}', and its rows are" in choice.refusal
 
 
 def test_generate_that_drops_rows():

@@ -119,9 +119,9 @@ def test_rows_that_map_to_no_sample_are_refused():
     with pytest.raises(RowMappingError) as caught:
         Segments.from_ids([0, 0, 1]).rows(7, CPU)
     assert str(caught.value) == (
-        "a layer received 7 rows for 3 adapter ids, and can't tell which rows belong to which sample: expected a "
-        "multiple of 3. Pass one id for every sample of the batch; leave a layer that gathers or drops rows, or sees "
-        "positions alone, out of target_modules, or give all samples of a batch the same adapter."
+        "a layer received 7 rows for 3 adapter ids, so its rows can't be mapped to samples: expected a multiple of 3. "
+        "Pass one id per sample. If the layer gathers or drops rows, or sees only positions, leave it out of "
+        "target_modules, or give all samples of a batch the same adapter."
     )
 
 

@@ -1,1 +1,1 @@
-"""The adapters of a model: who they are, whether they fit, where their weights are."""
+"""The adapters of a model: their versions, weights and validation."""

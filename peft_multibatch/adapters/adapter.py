@@ -1,4 +1,4 @@
-"""What calls compute with of one adapter, wherever its weights are."""
+"""The interface through which calls read an adapter, in PEFT's modules or in a store."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class AnyAdapter(ABC):
-    """One version of an adapter, which stays as it is for as long as anybody holds it.
+    """One version of an adapter, which doesn't change as long as anything references it.
 
     Attributes:
         name: the adapter's name.
-        serial: tells this object from all others.
-        apart: the layers, of those that run as products, in which only PEFT's own module can run it, and why.
-        dropouts: its dropouts, by the layer.
-        is_plain: whether it runs as a product wherever layers do, without dropouts and variants, so that nobody has to
-            ask layer by layer.
-        dropout_state: what its masks follow from; None where it has no dropouts.
+        serial: a number that no other version of any adapter has.
+        apart: layers that run as products for other adapters, but need PEFT's own module for this one -> the reason.
+        dropouts: its dropout modules, by layer.
+        is_plain: whether it runs as a product in all fast layers, without dropouts and variants, so that layers don't
+            have to be checked one by one.
+        dropout_state: the seed and step of its masks; None if it has no dropouts.
 
     Args:
         name: the adapter's name.
-        slots: where it takes its slot.
+        slots: the pool from which it takes its slot.
     """
 
     apart: Mapping[Any, str]
@@ -51,7 +51,7 @@ class AnyAdapter(ABC):
 
     @property
     def slot(self) -> int:
-        """Its row in the tables that kernels read, for as long as anybody needs this version."""
+        """Its row in the tables that kernels read, until this version is freed."""
         with self._lock:
             if self._slot is None:
                 self._slot = self._slots.take()
@@ -60,28 +60,28 @@ class AnyAdapter(ABC):
 
     @abstractmethod
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
-        """The adapter's weights in layers that run as products; None where it has none, or runs apart."""
+        """The adapter's weights in fast layers; None for layers where it has none, or runs apart."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """All of its weights, as far as they have been read."""
+        """All of its weights that have been read so far."""
 
     @abstractmethod
     def view(self, layer: Any) -> Any:
-        """A layer with this adapter active; with none where it has nothing there."""
+        """A view of a layer with this adapter active, or with none if it has nothing there."""
 
     @abstractmethod
     def source(self, layer: Any) -> Any:
-        """What it has in a layer, from which views are made."""
+        """An object with its entries in a layer, from which views are made."""
 
     @abstractmethod
     def variant(self, layer: Any) -> str:
-        """The variant of LoRA that it is in a layer; the empty string where it is none."""
+        """Its LoRA variant in a layer, or the empty string."""
 
     @abstractmethod
     def has(self, layer: Any) -> bool:
-        """Whether it has anything in a layer."""
+        """Whether it has weights or other entries in a layer."""
 
 
 serials = itertools.count()
-"""Numbers that tell versions of all adapters from one another."""
+"""Serial numbers for the versions of all adapters."""

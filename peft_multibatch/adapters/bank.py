@@ -1,7 +1,7 @@
-"""The weights that a batch reads, of the layers that run as one product: PEFT's own tensors, none of them copied.
+"""Banks: the adapter weights of layers that run as one product, as references to PEFT's own tensors.
 
-A bank is one projection group, and an adapter in use has a slot in it. docs/explanation/bank.md says why weights
-aren't stacked.
+A bank covers one projection group, in which each adapter in use has a slot. docs/explanation/bank.md explains why
+weights aren't stacked.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 Expected = dict[torch.dtype | None, tuple[int, bool]]
-"""Dtypes, for each the largest rank, and whether all weights can be read 16 bytes at a time."""
+"""Dtype -> the largest rank, and whether all weights can be read 16 bytes at a time."""
 
 
 class Bank:
     """One projection group: the LoRA layers whose adapters run as one product.
 
     Args:
-        layers: the group's LoRA layers, one a slice, in the order of their outputs.
+        layers: the group's LoRA layers, one per slice, in the order of their outputs.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        self.key = f"bank {next(_keys)}"  # a number might become a variable of a graph
+        self.key = f"bank {next(_keys)}"  # a string, because dynamo may turn a number into a graph input
         self.layers = tuple(layers)
         self.splits = [split_of(layer) for layer in layers]
         self.is_split = any(self.splits)
@@ -49,36 +49,39 @@ class Bank:
             for layer, split in zip(layers, self.splits)
         ]
         self.slice_offsets = [0, *accumulate(self.widths)]
-        # What graphs of ops read, adapter by adapter: with gradients what leads to PEFT's parameters, without any the
-        # parameters' memory.
+        # The inputs of graphs of ops, adapter by adapter: with gradients, tensors through which they reach PEFT's
+        # parameters (lora_a, lora_b); without, the parameters' data (inference_a, inference_b).
         self.lora_a: list[Tensor] = []
         self.lora_b: list[Tensor] = []
         self.inference_a: list[Tensor] = []
         self.inference_b: list[Tensor] = []
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
-        # Tells what stored adapters that are registered have in these layers, in memory or not.
+        # Dtypes and ranks of all registered stored adapters in these layers, in memory or not.
         self.expects: Callable[[Iterable[LoraLayer]], Expected] = lambda layers: {}
-        # What graphs of kernels read. Written by `extend_for_graphs`.
+        # The tables that graphs of kernels read. Written by `extend_for_graphs`.
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
         self._slots = 0
         self._lock = threading.Lock()
-        # What `tables` was last called for and what it gave: plans differ more often than adapters.
+        # The last arguments and result of `tables`, because different plans often have the same adapters.
         self._last: dict[tuple[torch.device, int], tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
-        # Whose rows the tables hold, and for whom graphs can read them: serials of adapters, by slot.
+        # Adapters whose rows are in the tables, and those that graphs can run: serials, by slot.
         self._rows: dict[torch.device, dict[int, int]] = {}
         self._served: dict[torch.device, dict[int, int]] = {}
 
     def weights(self, adapter: AnyAdapter) -> SlotWeights:
-        """An adapter's weights as torch's products take them: transposed, still PEFT's own memory."""
+        """An adapter's weights for the torch backend: transposed views of PEFT's own memory."""
         return [part and (part.lora_a.t(), part.lora_b.t(), part.scaling) for part in adapter.parts(self.layers)]
 
     def dora_scales(self, adapters: Mapping[int, AnyAdapter]) -> list[Tensor | None]:
-        """For each slice what DoRA multiplies outputs with, ``[S + 1, N]``, the last row for the base model alone.
+        """DoRA's factors for the outputs of each slice, ``[S + 1, N]``; the last row is for the base model.
 
-        The magnitudes over the norms of the adapted weights, 1 for adapters without DoRA; None where nobody has it.
-        Computed anew from the weights as they are, because nothing shows that they were written in place.
+        A factor is the magnitude divided by the norm of the adapted weights, or 1 for adapters without DoRA; None for
+        slices without DoRA. Computed from the current weights, because in-place changes can't be detected.
+
+        Raises:
+            ModelStateError: the base layer is offloaded.
         """
         found: list[Tensor | None] = []
         for layer in self.layers:
@@ -88,9 +91,9 @@ class Bank:
                 continue
             if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
                 raise ModelStateError(
-                    "a layer with a DoRA adapter is offloaded, and DoRA reads base weights and magnitudes apart from "
-                    "their modules' forwards, which PEFT can't do there either: expected them on a real device. Leave "
-                    "layers with DoRA adapters out of what is offloaded."
+                    "a layer with a DoRA adapter is offloaded, and DoRA reads base weights and magnitudes without "
+                    "calling their modules, which PEFT can't do there either: expected them on a real device. Don't "
+                    "offload layers with DoRA adapters."
                 )
             weight = dequantize_module_weight(layer.base_layer)
             weight = weight.t() if layer.fan_in_fan_out else weight
@@ -99,7 +102,7 @@ class Bank:
                 if part is None or part.magnitude is None:
                     rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
                     continue
-                with torch.no_grad():  # the norm counts as a constant in DoRA's gradients
+                with torch.no_grad():  # DoRA treats the norm as a constant in gradients
                     delta = part.lora_b @ part.lora_a * part.scaling
                     norm = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
                 rows.append(part.magnitude / norm)
@@ -108,9 +111,9 @@ class Bank:
         return found
 
     def gather(self, adapters: Iterable[AnyAdapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What the ops take for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]`` and scalings ``[S, I]``.
+        """The arguments of the ops for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]``, scalings ``[S, I]``.
 
-        Both lists have ``S * I`` entries; those of an adapter that lacks a slice have rank 0.
+        Both lists have ``S * I`` entries. If an adapter has no weights for a slice, its rank there is 0.
         """
         none = [None] * len(self.layers)
         found = [part for adapter in adapters for part in (adapter.parts(self.layers) if adapter else none)]
@@ -124,12 +127,12 @@ class Bank:
         return list(lora_a), list(lora_b), ranks, scalings
 
     def tables(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> tuple[TableRows, ...]:
-        """The bank as kernels read it: a table for each dtype that these adapters have here.
+        """The bank as kernels read it: one table per dtype of these adapters.
 
         Args:
-            adapters: those in use, by slot; only their rows are brought up to date.
-            device: where the tables, and all weights in use, live.
-            slots: how many slots there are.
+            adapters: the adapters in use, by slot; only their rows are brought up to date.
+            device: the device of the tables and of all weights in use.
+            slots: the number of slots.
 
         Raises:
             ModelStateError: an adapter is on another device.
@@ -139,17 +142,17 @@ class Bank:
         last = self._last.get(place)
         if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
-        with self._lock:  # or the table that is written here is not the one that another thread has just made
+        with self._lock:  # another thread may be replacing the table that is written here
             known = self._rows.get(device, {})
             new = {slot: adapter for slot, adapter in adapters.items() if known.get(slot) != adapter.serial}
             read = self._read_on(new, device)
             dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
-            # a graph that is captured next may meet all of them, and during a capture nothing can be made that stays
+            # a graph that is captured next may need any of these tables, which can't be made during a capture
             likely = set() if device in self._tables else {*self._likely(device)}
             tables = self._make_tables(device, dtypes | likely, slots)
-            if device not in self._rows:  # some of them are new, and have nobody's rows
+            if device not in self._rows:  # some tables are new and empty
                 read = self._read_on(adapters, device)
-            for table in tables.values():  # those of other dtypes as well: a graph may read them
+            for table in tables.values():  # also tables of other dtypes, because a graph may read them
                 for slot in table.update(read):
                     self._served.get(device, {}).pop(slot, None)
             found = tuple(rows for table in tables.values() if (rows := table.describe(adapters)).rank)
@@ -159,25 +162,25 @@ class Bank:
         return found
 
     def has_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
-        """Whether ``tables`` has been called for all of these adapters, if not for all at once."""
+        """Whether the rows of all these adapters are in the tables."""
         rows = self._rows.get(device, {})
         return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
 
     def extend_for_graphs(
         self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool = False
     ) -> bool:
-        """Let graphs of kernels read the bank's tables, for these adapters as well as for those that came before.
+        """Make graphs of kernels read the bank's tables for these adapters, and for all earlier ones.
 
-        While a graph is being captured no table is made, of which it would be a part.
+        No tables are made during a capture, because the graph would own them.
 
-        What graphs have as constants changes as rarely as it can: a rank only grows, as long as the tables stay, and
-        begins with the largest one that PEFT or a store has here.
+        Constants of graphs change as rarely as possible: a table's rank starts with the largest one that PEFT or a
+        store has here, and only grows.
 
         Returns:
-            Whether something changed that graphs have as a constant.
+            Whether a constant of graphs changed.
 
         Raises:
-            ModelStateError: something would have to change that a captured graph has as a constant.
+            ModelStateError: a constant of a captured graph would have to change.
         """
         with self._lock:
             return self._extend(adapters, device, is_captured, is_capturing)
@@ -208,16 +211,16 @@ class Bank:
         if not is_same:
             if is_captured:
                 raise ModelStateError(
-                    "a CUDA graph was captured, and now there are more adapters in use, or adapters of a larger rank "
-                    "or another dtype, than it can serve: expected adapters like those that were there when it was "
-                    "captured. Call disable and enable, and capture it again."
+                    "a CUDA graph was captured, and now more adapters are in use than it has room for, or adapters of "
+                    "a larger rank or another dtype: expected adapters like those at the capture. Call disable and "
+                    "enable, and capture the graph again."
                 )
             self.graph_tables = tuple(found)
         served.update(serials)
         return not is_same
 
     def serves(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
-        """Whether graphs that were captured have what these adapters need: tables of their dtypes, and their ranks."""
+        """Whether captured graphs can run these adapters: they have tables for their dtypes and ranks."""
         tables = {table.dtype: table for table in self.graph_tables}
         parts = [part for parts in self._read(adapters).values() for part in parts if part]
         return slots == self._slots and all(
@@ -237,7 +240,7 @@ class Bank:
     def _make_tables(
         self, device: torch.device, dtypes: set[torch.dtype | None], slots: int
     ) -> dict[torch.dtype | None, WeightTable]:
-        """The bank's tables on a device, one for each dtype that there was, all large enough."""
+        """The bank's tables on a device, one per dtype seen so far, enlarged if needed."""
         tables = self._tables.setdefault(device, {})
         self._slots = slots
         for dtype in {*tables, *dtypes}:
@@ -248,9 +251,9 @@ class Bank:
         return tables
 
     def _likely(self, device: torch.device) -> Expected:
-        """Dtypes that there are here, and for each its largest rank and whether all weights are aligned.
+        """The dtypes of all adapters here, with the largest rank of each and whether all weights are aligned.
 
-        Looks at all adapters, and so only when a graph is made.
+        Slow, because it reads all adapters; called only when a graph is made.
         """
         found: Expected = {**self.expects(self.layers)}
         for layer in self.layers:
@@ -277,16 +280,16 @@ class Bank:
                     raise ModelStateError(
                         f"the weights of adapter {adapters[slot].name!r} are on {part.lora_a.device} and "
                         f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
-                        "Move the adapter there."
+                        "Move the adapter to the input's device."
                     )
         return read
 
     def sync(self, adapters: Sequence[AnyAdapter | None], live: Collection[AnyAdapter]) -> None:
-        """Bring what graphs of ops read up to date, in new tensors: a backward to come may need the old ones.
+        """Bring the inputs of graphs of ops up to date, in new tensors because a later backward may need the old ones.
 
         Args:
-            adapters: by their positions.
-            live: those to which gradients go.
+            adapters: the adapters, by position.
+            live: those that get gradients.
         """
         lora_a, lora_b, self.ranks, self.scalings = self.gather(adapters)
         self.inference_a, self.inference_b = ([each.data for each in found] for found in (lora_a, lora_b))
@@ -297,20 +300,20 @@ class Bank:
                 torch._dynamo.maybe_mark_dynamic(each, dim)  # so that one graph serves all ranks
 
     def trained(self, adapters: Iterable[AnyAdapter]) -> list[bool]:
-        """Which weights of adapters want gradients."""
+        """Whether each of the adapters' weights requires gradients."""
         parts = [part for adapter in adapters for part in adapter.parts(self.layers) if part]
         return [parameter.requires_grad for part in parts for parameter in part.parameters]
 
     @staticmethod
     def _absent(layer: LoraLayer) -> LayerWeights:
-        # a rank that no graph takes for a constant, as it does with 0 and 1
+        # rank 2, because graphs specialize on sizes 0 and 1
         a = torch.zeros(2, layer.in_features, dtype=torch.float32, device=base_device(layer))
         b = a.new_zeros(layer.out_features, 2)
         return LayerWeights(a, b, 0.0, (a, b))
 
 
 def base_device(layer: LoraLayer) -> torch.device:
-    """Where the base layer runs, whatever its weights are called and however they are kept."""
+    """The device on which the base layer runs, also if its weights are quantized or offloaded."""
     base = layer.get_base_layer()
     hook = loader(base)
     if hook is not None and hook.execution_device is not None:
@@ -319,7 +322,7 @@ def base_device(layer: LoraLayer) -> torch.device:
 
 
 class _Ignored(torch.autograd.Function):
-    """A tensor whose gradient goes nowhere."""
+    """A tensor whose gradient is discarded."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -331,7 +334,7 @@ class _Ignored(torch.autograd.Function):
 
 
 def _graph_input(weight: Tensor, is_live: bool) -> Tensor:
-    """What a graph takes in the place of a weight: it can't tell one that gets a gradient from one that gets none."""
+    """A graph's input for a weight. Graphs can't distinguish weights that get gradients from those that don't."""
     if weight.is_inference():
         return weight
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What makes an adapter fit a layer: whatever kernels read without asking must be as they take it to be."""
+"""Validates adapters: kernels read weights without checking them, so this is checked before."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_halves(name: str, layer: LoraLayer) -> None:
-    """Raise where a layer has a part of an adapter and lacks another.
+    """Check that a layer has all parts of an adapter.
 
     Raises:
-        AdapterMismatchError: it does.
+        AdapterMismatchError: some are missing.
     """
     parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "scaling": layer.scaling}
     missing = [what for what, found in parts.items() if name not in found]
@@ -32,12 +32,12 @@ def check_halves(name: str, layer: LoraLayer) -> None:
         there = ", ".join(what for what in parts if what not in missing)
         raise AdapterMismatchError(
             f"adapter {name!r} has {there} and no {', '.join(missing)} in a layer: expected all of them. Load the "
-            "adapter again from complete files; rows without it are not affected."
+            "adapter again from complete files; rows of other adapters aren't affected."
         )
 
 
 def check_fit(name: str, layer: LoraLayer, lora_a: Tensor, lora_b: Tensor, scaling: Any) -> None:
-    """Raise where weights don't fit each other or their base layer, or can't be scaled.
+    """Check that weights fit each other and their base layer, and that the scaling is valid.
 
     Args:
         name: the adapter's name.
@@ -64,37 +64,37 @@ def check_fit(name: str, layer: LoraLayer, lora_a: Tensor, lora_b: Tensor, scali
         raise AdapterMismatchError(
             f"adapter {name!r} has lora_A of shape {list(a.shape)} and lora_B of shape {list(b.shape)} in a layer of "
             f"{inputs} inputs and {outputs} outputs: expected [rank, {inputs}] and [{outputs}, rank]. Load it again "
-            "from files made for this model; rows without it are not affected."
+            "from files made for this model; rows of other adapters aren't affected."
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise AdapterMismatchError(
-            f"adapter {name!r} has weights of {a.dtype} and {b.dtype}: expected floating-point weights. Convert the "
-            "adapter; rows without it are not affected."
+            f"adapter {name!r} has weights of dtypes {a.dtype} and {b.dtype}: expected floating-point weights. "
+            "Convert the adapter; rows of other adapters aren't affected."
         )
     check_scaling(name, scaling)
 
 
 def check_scaling(name: str, scaling: Any) -> None:
-    """Raise where nothing can be multiplied with a scaling.
+    """Check that a scaling is a finite number.
 
     Raises:
-        AdapterMismatchError: it is no finite number in float32.
+        AdapterMismatchError: it isn't finite in float32, or not a number.
     """
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
-        return  # which PEFT's module multiplies element by element
+        return  # PEFT's own module runs these
     try:
         number = float(scaling)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
         raise AdapterMismatchError(
-            f"adapter {name!r} has a scaling of {scaling!r}: expected a finite number in float32, which lora_alpha / "
-            "r gives. Set another lora_alpha; rows without it are not affected."
+            f"adapter {name!r} has a scaling (lora_alpha / r) of {scaling!r}: expected a finite number in float32. "
+            "Set another lora_alpha; rows of other adapters aren't affected."
         )
 
 
-# Other tuners, by their folder in PEFT, whose layers compute a row from nothing but the row and the adapter. Each was
-# compared with PEFT one adapter at a time (tests/layers/test_tuners.py); whoever isn't here is refused.
+# Tuners, by their folder in PEFT, whose layers compute a row only from the row and the adapter. Each was compared with
+# PEFT, one adapter at a time (tests/layers/test_tuners.py); all others are refused.
 TUNERS = (
     "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3",
     "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora", "road", "shira",
@@ -103,25 +103,24 @@ TUNERS = (
 
 
 def check_kind(name: str, config: Any) -> None:
-    """Raise where an adapter is of a tuner whose rows can't be mixed.
+    """Check that an adapter's tuner supports mixed batches.
 
     Raises:
-        UnsupportedError: it is.
+        UnsupportedError: it doesn't.
     """
     kind = getattr(config.peft_type, "value", config.peft_type) if config is not None else "lora"
     if kind.lower() not in TUNERS:
         raise UnsupportedError(
-            f"adapter {name!r} is of the type {kind}: expected LoRA, or a tuner whose layers compute a row from "
-            "nothing but the row and the adapter. Delete it, or run the adapters one at a time without "
-            "adapter_ids."
+            f"adapter {name!r} has the PEFT type {kind}: expected LoRA, or a tuner whose layers compute a row only "
+            "from the row and the adapter. Delete it, or run the adapters one at a time without adapter_ids."
         )
 
 
 def check_any_kind(configs: Mapping[str, Any]) -> None:
-    """Raise where all of a model's adapters are of tuners whose rows can't be mixed.
+    """Check that at least one of a model's adapters, if there are any, has a tuner that supports mixed batches.
 
     Raises:
-        UnsupportedError: they are, and there are some.
+        UnsupportedError: none has.
     """
     refusal = None
     for name, config in configs.items():
@@ -134,28 +133,28 @@ def check_any_kind(configs: Mapping[str, Any]) -> None:
 
 
 KNOWN_VARIANTS = ("DoraLinearVariant",)
-"""Variants of LoRA that a bank's products cover."""
+"""LoRA variants that run as products."""
 
 CONTEXT_VARIANTS = ("Arrow",)
-"""Variants whose forward depends on more than the rows and the adapter: on other adapters."""
+"""LoRA variants whose forward depends on other adapters."""
 
 
 def why_apart(layer: LoraLayer, name: str) -> str:
-    """Why only PEFT's own module can run an adapter in a layer; the empty string where its product will do.
+    """Why an adapter needs PEFT's own module in a layer; the empty string if it can run as a product.
 
-    What a product reads of a ``lora_A`` is its weight. It will do where calling the module comes to that.
+    Products only read the weights of ``lora_A`` and ``lora_B``. That suffices unless their modules do anything else.
 
     Raises:
-        UnsupportedError: an adapter of a variant that needs other adapters beside it.
+        UnsupportedError: the adapter's variant depends on other adapters.
     """
     variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
     if variant.startswith(CONTEXT_VARIANTS):
         raise UnsupportedError(
-            f"adapter {name!r} is of the variant {variant}, whose rows depend on other adapters: expected plain LoRA. "
+            f"adapter {name!r} uses the variant {variant}, whose rows depend on other adapters: expected plain LoRA. "
             "Run it by itself, without adapter_ids."
         )
     if variant and variant not in KNOWN_VARIANTS:
-        return f"it is of the variant {variant}"
+        return f"it uses the variant {variant}"
     dropout = layer.lora_dropout._modules.get(name)
     if dropout is not None and type(dropout) not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {type(dropout).__name__}"
@@ -171,17 +170,17 @@ def why_apart(layer: LoraLayer, name: str) -> str:
         if weight is not None and weight.layout != torch.strided:
             return f"its {what} isn't dense"
     if isinstance(layer.scaling.get(name), Tensor) and layer.scaling[name].numel() != 1:
-        return "its scaling is no number"
+        return "its scaling isn't a single number"
     magnitude = layer.lora_magnitude_vector._modules.get(name) if variant else None
     for what, module in (*halves.items(), ("dropout", dropout), ("magnitude", magnitude)):
         attributes = {} if module is None else module.__dict__
         is_known = "_hf_hook" in attributes or is_split_forward(attributes.get("forward"))
         if "forward" in attributes and not is_known:
-            return f"its {what} has a forward of its own"
+            return f"the forward of its {what} was replaced"
         if any(attributes.get(hooks) for hooks in HOOKS):
-            return f"its {what} is hooked"
+            return f"its {what} has hooks"
     return ""
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module that hold its hooks."""
+"""The attributes of a module with its hooks."""

@@ -1,7 +1,7 @@
-"""PEFT's dictionary of configurations, and word of every adapter that comes or goes in it.
+"""Watches PEFT's dictionary of configurations, to learn when adapters are added or deleted.
 
-PEFT, and transformers for its own models, keep such a dictionary by adapter name, and change it whenever an adapter is
-added or deleted. A ``WatchedConfigs`` stands in its place while a model is enabled.
+PEFT, and transformers for its own models, have a dictionary of configurations by adapter name, which they change
+whenever an adapter is added or deleted. While a model is enabled, it is replaced by a ``WatchedConfigs``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from peft_multibatch.plan.names import AdapterNames
 
 
 CONFIGS = "peft_config"
-"""Attribute of models and tuners that holds the dictionary."""
+"""The attribute of models and tuners with the dictionary."""
 
 
 class WatchedConfigs(dict):
-    """Configurations by adapter name. A copy or a pickle of it is a plain dictionary.
+    """Configurations by adapter name. Copies and pickles are plain dictionaries.
 
     Args:
-        configs: the dictionary in whose place it stands.
-        names: hears of every adapter that comes or goes.
+        configs: the dictionary that it replaces.
+        names: notified of every adapter that is added or deleted.
     """
 
     def __init__(self, configs: dict[str, Any], names: AdapterNames) -> None:
@@ -35,7 +35,7 @@ class WatchedConfigs(dict):
         names.update(configs)
 
     def __setitem__(self, name: str, config: Any) -> None:
-        self.names.check(name)  # before PEFT takes it for one that is there
+        self.names.check(name)  # before the entry exists
         super().__setitem__(name, config)
         self.names.add(name)
 
@@ -81,12 +81,12 @@ class WatchedConfigs(dict):
 
 
 def watch(model: nn.Module, names: AdapterNames, around: Iterable[nn.Module] = ()) -> None:
-    """Have a model's configurations watched from now on, wherever an object holds them.
+    """Watch a model's configurations, in all objects that reference the dictionary.
 
     Args:
         model: the model.
-        names: hears of what comes and goes.
-        around: models that share the configurations, or may.
+        names: notified of every adapter that is added or deleted.
+        around: models that may share the configurations.
     """
     configs = model.__dict__.get(CONFIGS)
     if configs is None:
@@ -97,7 +97,7 @@ def watch(model: nn.Module, names: AdapterNames, around: Iterable[nn.Module] = (
 
 
 def unwatch(model: nn.Module, around: Iterable[nn.Module] = ()) -> None:
-    """Put the dictionary back that was there before, as it would be by now."""
+    """Restore the original dictionary, with the current entries."""
     configs = model.__dict__.get(CONFIGS)
     if isinstance(configs, WatchedConfigs):
         configs.original.clear()
@@ -106,12 +106,12 @@ def unwatch(model: nn.Module, around: Iterable[nn.Module] = ()) -> None:
 
 
 def _replace(old: dict, new: dict, known: Iterable[Any]) -> None:
-    """Put one dictionary in the place of another in all objects that hold it: a model and its tuner share one.
+    """Replace a dictionary in all objects that reference it; a model and its tuner share one.
 
     Args:
-        old: the dictionary.
-        new: the other one.
-        known: objects that may hold it, which Python doesn't find after ``gc.freeze()``.
+        old: the dictionary to replace.
+        new: its replacement.
+        known: objects that may reference it, because the garbage collector doesn't find them after ``gc.freeze()``.
     """
     holders = [*known, *(getattr(each, "base_model", None) for each in known), *gc.get_referrers(old)]
     for holder in holders:

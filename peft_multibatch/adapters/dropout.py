@@ -1,4 +1,4 @@
-"""What the dropout masks of an adapter follow from: a seed and a count, which stay with it from version to version."""
+"""The seed and step that determine an adapter's dropout masks, shared by all of its versions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class Draw(NamedTuple):
-    """One call's share of an adapter's masks.
+    """The seed and step of an adapter's masks in one call.
 
     Attributes:
-        seed: torch's, as it was when the adapter first dropped anything.
-        step: number of calls before this one in which it dropped anything.
+        seed: torch's seed when the adapter first applied dropout.
+        step: the number of earlier calls in which it applied dropout.
     """
 
     seed: int
@@ -22,15 +22,15 @@ class Draw(NamedTuple):
 
 
 class DropoutState:
-    """The seed and the step of one adapter, which no other adapter has any part in.
+    """The seed and step of one adapter, independent of other adapters.
 
-    The seed is ``torch.initial_seed()``, what ``torch.manual_seed`` was called with last, and not a number that is
-    drawn: how many others draw before would change it.
+    The seed is ``torch.initial_seed()``, the last argument of ``torch.manual_seed``. A number drawn from torch's
+    generator would depend on what else draws from it.
 
     Attributes:
-        name: the adapter's name, which makes its masks other ones than those of all others with the same seed.
-        seed: None until the adapter drops anything for the first time.
-        step: number of calls so far in which it dropped anything.
+        name: the adapter's name, so that adapters with the same seed have different masks.
+        seed: None until the adapter first applies dropout.
+        step: the number of calls so far in which it applied dropout.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,7 +41,7 @@ class DropoutState:
         self._lock = threading.Lock()
 
     def draw(self) -> Draw:
-        """A call begins to drop."""
+        """Begin a call that applies dropout."""
         with self._lock:
             if self.seed is None:
                 self.seed = torch.initial_seed()
@@ -50,11 +50,11 @@ class DropoutState:
         return found
 
     def key(self, seed: int, layer: str) -> int:
-        """The key of the masks in a layer: 64 bits, another one on each of several processes.
+        """The 64-bit key of the masks in a layer, which differs between processes.
 
         Args:
-            seed: of a draw.
-            layer: its name in the model.
+            seed: the seed of a draw.
+            layer: the layer's name in the model.
         """
         found = self._keys.get((seed, layer))
         if found is None:
@@ -64,16 +64,16 @@ class DropoutState:
         return found
 
     def reset(self) -> None:
-        """Begin anew, with the seed that torch has then."""
+        """Start over, with torch's seed at the next use."""
         self.load_state_dict({"seed": None, "step": 0})
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and step."""
+        """The seed and step."""
         with self._lock:
             return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another one was."""
+        """Continue from a saved state."""
         with self._lock:
             self.seed, self.step = state["seed"], state["step"]
             self._keys = {}

@@ -1,8 +1,8 @@
-"""What is noticed when it happens, and so needn't be looked for: hooks, and modules and parameters that come in.
+"""Changes that are noticed when they happen, so that calls don't have to check for them.
 
-torch tells whoever asks of every module and every parameter that becomes part of another module, and counts hooks. It
-tells nobody when a tensor gets other memory (``.data = ``, ``set_``, ``swap_tensors``), when a module's dictionaries
-are written behind its back, or when a forward is replaced; for these a call looks at the adapters that it needs.
+torch has hooks for modules and parameters that are registered in a module, and it numbers hook handles. It has none
+for a tensor that gets different memory (``.data = ``, ``set_``, ``swap_tensors``), for direct writes to a module's
+dictionaries, or for a replaced forward; for these, each call checks the adapters that it needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft_multibatch.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 
 class Listener(Protocol):
-    """Hears of PEFT layers before they are part of a model."""
+    """Notified of PEFT layers before they are inserted into a model."""
 
     def layer_comes(self, parent: nn.Module, key: str, layer: Any) -> None: ...
 
@@ -35,7 +35,7 @@ class _Noticed:
 
 
 def now() -> tuple[int, int]:
-    """Another value whenever something was noticed that may concern an adapter."""
+    """A value that changes with every change that may concern an adapter."""
     return torch.utils.hooks.RemovableHandle.next_id, _Noticed.registrations
 
 
@@ -44,7 +44,7 @@ CHANGED = *CONTAINERS, *LAYERS
 
 
 def _parameter(module: nn.Module, key: str, parameter: Any) -> None:
-    # of weights a call looks at each; in compiled code this would be part of the graph, and a reason to compile anew
+    # calls check weights themselves; in compiled code this would be part of the graph and cause recompilation
     if key == "bias" and parameter is not None and not torch.compiler.is_compiling():
         _Noticed.registrations += 1
 
@@ -52,8 +52,8 @@ def _parameter(module: nn.Module, key: str, parameter: Any) -> None:
 def _module(parent: nn.Module, key: str, child: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    # what adapters have is in containers by their names, and parametrizations come in one; slices of a model's layers,
-    # which models make as they run, are lists
+    # adapters' modules are in containers by name, and so are parametrizations. Module lists don't count, because
+    # models slice their lists of layers in forward
     if isinstance(child, CHANGED) or isinstance(parent, CHANGED):
         _Noticed.registrations += 1
     if isinstance(child, LAYERS):
@@ -61,6 +61,6 @@ def _module(parent: nn.Module, key: str, child: Any) -> None:
             listener.layer_comes(parent, key, child)
 
 
-# for as long as the process lives: torch iterates over its hooks, which must not change while it does
+# never removed: torch iterates over its hooks, which must not change meanwhile
 register_module_parameter_registration_hook(_parameter)
 register_module_module_registration_hook(_module)

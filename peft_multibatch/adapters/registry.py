@@ -1,7 +1,7 @@
-"""Who the adapters of a model are, whether each can run, and the version of each that a call begins with.
+"""The registry of a model's adapters: names, states, and the current version of each.
 
-What is above asks here for adapters by id and is given versions of them, which stay as they are. Where an adapter's
-weights come from is the business of its source alone: ``PeftModules``, or an ``AdapterStore`` beside it.
+Calls look up adapters by id and get versions of them, which don't change. Where an adapter's weights come from is
+known only to its source: ``PeftModules`` or an ``AdapterStore``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 READY: State = "ready"
 REFUSED: State = "refused"
 BROKEN: State = "broken"
-"""States of an adapter: one that is refused can't be mixed, and one that is broken PEFT can't run either."""
+"""States of an adapter. A refused adapter can't run in mixed batches; a broken one can't run in PEFT either."""
 
 IDLE_LOOKS = 16
-"""Adapters that are looked at beside those in use, whenever one of these changed."""
+"""The number of idle adapters that are checked as well, whenever an adapter in use has changed."""
 
 MOST_IDLE = 1024
-"""Versions that are kept although no call is under way that needs them."""
+"""The most versions that are kept although no running call needs them."""
 
 
 class PeftModules:
@@ -54,10 +54,10 @@ class PeftModules:
         self._slots = slots
 
     def read(self, name: str) -> Adapter:
-        """An adapter as PEFT has it now.
+        """The current version of an adapter in PEFT's modules.
 
         Raises:
-            UnsupportedError: it is of a kind that can't be mixed.
+            UnsupportedError: it can't run in mixed batches.
             AdapterMismatchError: it doesn't fit the model.
         """
         check_kind(name, self.configs.get(name))
@@ -68,26 +68,26 @@ class PeftModules:
             raise
         except Exception as error:
             raise AdapterMismatchError(
-                f"adapter {name!r} can't be read, which raises {type(error).__name__} ({error}): expected weights and "
-                "a scaling that PEFT's modules can run. Load it again; rows without it are not affected."
+                f"adapter {name!r} can't be read ({type(error).__name__}: {error}): expected weights and a scaling "
+                "that PEFT's modules can run. Load it again; rows of other adapters aren't affected."
             ) from error
         if not adapter.reaches_any:
             raise AdapterMismatchError(
-                f"adapter {name!r} has weights in no layer of the model, and would be the base model: expected one at "
-                "least. Look at its target_modules, and load it again."
+                f"adapter {name!r} has no weights in any layer of the model, so it would equal the base model: "
+                "expected weights in at least one layer. Check its target_modules, and load it again."
             )
         return adapter
 
 
 class Registry:
-    """Every adapter of a model.
+    """All adapters of a model.
 
     Attributes:
         names: names and ids.
-        slots: which versions in use take.
-        source: where weights are read.
+        slots: the pool of slots for versions in use.
+        source: reads weights from PEFT's modules.
         store: adapters whose weights are in files, or None.
-        guard: of continuous batching, a block in which no request is under way that began with an adapter.
+        guard: set by continuous batching; returns a block in which no request runs with the given adapters.
     """
 
     def __init__(self) -> None:
@@ -99,19 +99,19 @@ class Registry:
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._dropout: dict[int, DropoutState] = {}
         self._turn = 0
-        self._turns: dict[int, int] = {}  # when each was compared last by a call that doesn't compare all
+        self._turns: dict[int, int] = {}  # the turn in which each adapter was compared last
 
     def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, AnyAdapter]:
-        """Adapters as they are now, by id; stored ones once they are in memory.
+        """The current versions of adapters, by id. Waits until stored ones are in memory.
 
         Args:
-            ids: which.
-            checks: how many of them are compared with what PEFT has; all where it isn't given, as when a call begins.
-                The others may be as they were a few calls ago: those come first that were compared longest ago.
+            ids: the adapters.
+            checks: the most adapters to compare with PEFT's state, starting with those compared longest ago; the
+                others may be a few calls old. By default all are compared, as when a call begins.
 
         Raises:
-            UnsupportedError: one is of a kind that can't be mixed.
-            ModelStateError: one doesn't fit the model, can't be read, or finds no room.
+            UnsupportedError: one can't run in mixed batches.
+            ModelStateError: one doesn't fit the model, can't be read, or doesn't fit into memory.
         """
         ids = list(ids)
         stored = [each for each in ids if self.store.has(each)] if self.store is not None else []
@@ -134,7 +134,7 @@ class Registry:
         found: dict[int, AnyAdapter] = {}
         for each in ids:
             adapter = self._current.get(each)
-            # one that is gone stays as it was for requests that began under it
+            # requests continue with the version of a deleted adapter that they began with
             if adapter is not None and each in due and each in self.names.by_id and not adapter.holds(noticed):
                 adapter = None
                 self._look_at_idle(noticed)
@@ -144,7 +144,11 @@ class Registry:
         return found
 
     def check_any_runs(self) -> None:
-        """Raise where none of the adapters that there are can run."""
+        """Check that at least one of the adapters, if there are any, can run.
+
+        Raises:
+            UnsupportedError: all of them are refused.
+        """
         refusals = []
         for number in list(self.names.by_id):
             try:
@@ -158,7 +162,7 @@ class Registry:
             raise refusals[0]
 
     def describe(self, check_weights: bool = False) -> Iterator[AdapterReport]:
-        """Every adapter, whether it can run, and why not.
+        """Report every adapter, whether it can run, and if not, why.
 
         Args:
             check_weights: whether to read all weights as well.
@@ -183,51 +187,51 @@ class Registry:
                 if check_weights and not all(bool(tensor.isfinite().all()) for tensor in tensors):
                     state, reason = BROKEN, "some of its weights are not finite"
                 elif check_weights and adapter.is_zero():
-                    reason = "it is the base model: every lora_B is zero, as after a load whose files have other keys"
+                    reason = "it equals the base model: every lora_B is zero, as after loading files with other keys"
             yield AdapterReport(number, name, self.source.kind, version, ranks, dtypes, size, layers, state, reason)
         if self.store is not None:
             yield from self.store.describe()
 
     def version(self, number: int) -> int:
-        """A number that is another one whenever the adapter changed, as far as anybody noticed."""
+        """A number that changes with every change of the adapter that was noticed."""
         if self.store is not None and self.store.has(number):
             return self.store.serial(number)
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
     def changing(self, *numbers: int) -> AbstractContextManager[None]:
-        """A block in which adapters change, while no request that began with one of them is under way."""
+        """A block in which adapters may be changed, because no request runs with them."""
         guard = self.guard() if self.guard is not None else None
         return nullcontext() if guard is None or not numbers else guard(*numbers)
 
     def current(self, number: int) -> AnyAdapter | None:
-        """The version that was read last, which needn't be what PEFT has now."""
+        """The version that was read last, which may be out of date."""
         if self.store is not None and self.store.has(number):
             return self.store.current(number)
         return self._current.get(number)
 
     def dropout_state(self, number: int) -> DropoutState:
-        """What an adapter's dropout masks follow from; the same for all of its versions."""
+        """The seed and step of an adapter's dropout masks; the same object for all of its versions."""
         return self._dropout.setdefault(number, DropoutState(self.names.by_id[number]))
 
     def renew(self, ids: Iterable[int]) -> None:
-        """These changed, and nobody can see it: their weights were written in place."""
+        """Read these adapters again, because their weights were written in place, which isn't noticed."""
         for each in ids:
             self._current.pop(each, None)
 
     def forget(self) -> None:
-        """Let go of all that was read."""
+        """Drop all versions, so that adapters are read again."""
         self._current.clear()
 
     def forget_gone(self) -> None:
-        """Let go of adapters that were deleted, and of their memory."""
+        """Drop adapters that were deleted, and free their memory."""
         there = self.names.by_id
         for known in (self._current, self._turns, self._dropout):
             for each in [each for each in list(known) if each not in there]:
                 known.pop(each, None)
 
     def _look_at_idle(self, noticed: object) -> None:
-        """An adapter changed: let go of the memory of others that did, though nobody asks for them now."""
+        """Drop idle adapters that changed too, so that the memory of their old weights is freed."""
         for number in list(self._current)[:IDLE_LOOKS]:
             adapter = self._current.get(number)
             if adapter is not None and not adapter.holds(noticed):
@@ -239,8 +243,8 @@ class Registry:
         name = self.names.by_id.get(number)
         if name is None:
             raise ModelStateError(
-                f"the adapter with the id {number} was deleted while a call that names it began: expected it to stay. "
-                "Delete adapters when no call needs them."
+                f"the adapter with id {number} was deleted while a call that uses it was starting: expected it to "
+                "exist. Delete adapters when no call needs them."
             )
         self._current.pop(number, None)
         adapter = self.source.read(name)

@@ -1,4 +1,4 @@
-"""Rows of the tables that kernels read: a few, which adapters take while they are in use, and give back."""
+"""A pool of slots: rows in the tables that kernels read, which adapters occupy while they are in use."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections import deque
 
 
 FEWEST = 16
-"""Slots that a pool begins with."""
+"""The initial number of slots."""
 
 
 class Slots:
-    """A pool of slots. It grows by doubling, and only when all of them are taken.
+    """A pool of slots, which doubles when all are taken.
 
     Attributes:
-        capacity: how many slots there are, taken or not; a power of two.
+        capacity: the number of slots, taken or not; a power of two.
     """
 
     def __init__(self) -> None:
         self.capacity = FEWEST
-        self._lock = threading.RLock()  # slots are given back whenever Python collects an adapter
+        self._lock = threading.RLock()  # reentrant, because the garbage collector may give slots back at any time
         self._free = deque(range(FEWEST))
 
     def reserve(self, slots: int) -> None:
-        """Have room for so many from now on, taken or not."""
+        """Grow to at least this many slots."""
         with self._lock:
             while self.capacity < slots:
                 self._grow()
 
     def take(self) -> int:
-        """A slot that nobody has. Kernels that were launched may still read its row, for which its writer waits."""
+        """Take a free slot. Running kernels may still read its row; writes to the row wait for them."""
         with self._lock:
             if not self._free:
                 self._grow()
@@ -40,6 +40,6 @@ class Slots:
         self.capacity *= 2
 
     def give_back(self, slot: int) -> None:
-        """Nobody needs the slot any more."""
+        """Return a slot to the pool."""
         with self._lock:
             self._free.append(slot)

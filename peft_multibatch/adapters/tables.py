@@ -1,4 +1,4 @@
-"""A bank in the form that kernels read: addresses, ranks and scalings in a tensor that stays where it is."""
+"""Banks as kernels read them: addresses, ranks and scalings in a tensor at a fixed address."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from peft_multibatch import streams
 
 
-# One adapter in one projection group: for each slice lora_A transposed [K, R], lora_B transposed [R, N] and the
-# scaling, or None where this adapter has no weights for this slice.
+# One adapter in one projection group: for each slice, lora_A transposed [K, R], lora_B transposed [R, N] and the
+# scaling, or None if the adapter has no weights for the slice.
 Projection = tuple[Tensor, Tensor, float]
 SlotWeights = list[Projection | None]
 
 
 class LayerWeights(NamedTuple):
-    """One adapter in one layer, as it was when it was read.
+    """The weights of one adapter in one layer, when it was read.
 
     Attributes:
-        lora_a: ``[R, K]``; shares PEFT's memory, and stays where it is when PEFT's parameter gets other memory.
+        lora_a: ``[R, K]``; shares the memory that PEFT's parameter had then.
         lora_b: ``[N, R]``, likewise.
-        scaling: what the product is multiplied with.
-        parameters: PEFT's own ``lora_A`` and ``lora_B``, to which gradients go; empty where nobody trains.
-        magnitude: of a DoRA adapter, ``[N]``.
+        scaling: the factor of the product.
+        parameters: PEFT's own ``lora_A`` and ``lora_B``, which get gradients; empty for stored adapters.
+        magnitude: the magnitudes of a DoRA adapter, ``[N]``, or None.
     """
 
     lora_a: Tensor
@@ -39,11 +39,11 @@ class LayerWeights(NamedTuple):
 
 
 class TableRows(NamedTuple):
-    """What kernels take of a table.
+    """A table as an argument of kernels.
 
     Attributes:
         rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
-        dtype: dtype of all weights in the table, or None where they can't be read row by row.
+        dtype: dtype of all weights in the table, or None if they aren't contiguous or don't share a dtype.
         rank: largest rank in use.
         is_aligned: whether all weights in use can be read 16 bytes at a time.
     """
@@ -60,8 +60,8 @@ class Row(NamedTuple):
     Attributes:
         a: address of ``lora_A``.
         b: address of ``lora_B``.
-        rank: its rank, 0 where the adapter has nothing there.
-        scaling: what the product is multiplied with.
+        rank: its rank; 0 if the adapter has no weights there.
+        scaling: the factor of the product.
         is_aligned: whether both can be read 16 bytes at a time.
     """
 
@@ -78,21 +78,21 @@ _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 
 
 class WeightTable:
-    """A bank in the form that kernels read: for every slot and slice where the weights are, their rank and scaling.
+    """A bank as kernels read it: the addresses, rank and scaling of every slot and slice.
 
-    The tensor stays where it is, so that captured graphs see every update.
+    The tensor never moves, so captured graphs see every update.
 
     Args:
-        dtype: of the weights that belong into this table; the rows of others have rank 0. None: of those that can't be
-            read row by row, or whose ``lora_A`` and ``lora_B`` differ.
-        slots: how many slots the table holds.
+        dtype: the dtype of the weights in this table; the rows of all others have rank 0. None for weights that aren't
+            contiguous, or whose ``lora_A`` and ``lora_B`` have different dtypes.
+        slots: the number of slots.
         slices: ``I``.
-        device: where the table, and all weights in it, live.
+        device: the device of the table and of all weights in it.
     """
 
     def __init__(self, dtype: torch.dtype | None, slots: int, slices: int, device: torch.device | str) -> None:
         self.dtype = dtype
-        with torch.inference_mode(False):  # a table outlives the call in which it is made
+        with torch.inference_mode(False):  # the table is reused by later calls
             self._mirror = torch.zeros((slots, slices, 4), dtype=torch.int64, device="cpu")
             self.rows = self._mirror.to(device, copy=True)
         streams.after_write(self.rows.device)
@@ -101,10 +101,10 @@ class WeightTable:
         self._lock = threading.Lock()
 
     def update(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> Iterable[int]:
-        """Bring the rows of these slots up to date; copies nothing where nothing changed.
+        """Bring the rows of these slots up to date. Copies nothing if nothing changed.
 
         Args:
-            read: for each slot its parts, which the caller keeps alive for as long as the slot is in use.
+            read: the weights of each slot, which the caller keeps alive as long as the slot is in use.
 
         Returns:
             The slots whose rows changed.
@@ -118,7 +118,7 @@ class WeightTable:
         return changed
 
     def describe(self, slots: Iterable[int]) -> TableRows:
-        """The table as kernels that meet only these slots, which were brought up to date, need it."""
+        """The table as an argument of kernels that read only these slots."""
         live = [row for slot in slots for row in self._written.get(slot, ()) if row is not None]
         return TableRows(
             self.rows, self.dtype, max((row.rank for row in live), default=0), all(row.is_aligned for row in live)
@@ -139,13 +139,13 @@ class WeightTable:
         with torch.inference_mode(False), streams.writing(self.rows.device):
             values = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(-1, *self._mirror.shape[1:])
             self._mirror[list(changed) if len(changed) > 1 else span] = values
-            # a copy from the host, and no kernel: what kernels read of a table they read before they wait for the
-            # kernel that was launched right before them
+            # a copy from the host instead of a kernel, because kernels read tables before they wait for the kernel
+            # that was launched right before them
             self.rows[span].copy_(self._mirror[span], non_blocking=True)
 
 
 def dtype_of(part: LayerWeights) -> torch.dtype | None:
-    """Common dtype of a part, None where there is none or rows aren't contiguous."""
+    """The common dtype of ``lora_A`` and ``lora_B``; None if they differ or aren't contiguous."""
     a, b = part.lora_a, part.lora_b
     return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
 

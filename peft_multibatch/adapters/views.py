@@ -1,4 +1,4 @@
-"""A PEFT layer as it is under certain adapters, without touching the layer, which other threads may be using."""
+"""Views of PEFT layers in which certain adapters are active, leaving the layer unchanged for other threads."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from peft_multibatch.errors import ModelStateError
 
 
 STATE = "_multibatch"
-"""Attribute of a patched module that holds its ``PatchedLayer``."""
+"""Attribute of a patched module with its ``PatchedLayer``."""
 
-# Layers that read no parameter but through the forward of the module that holds it, as long as no variant does.
+# Layers that, without variants, read all parameters by calling the modules that own them.
 CALLS_ITS_PARTS = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d, ModulesToSaveWrapper)
 
 CONTAINERS = {nn.ModuleDict: "_modules", nn.ParameterDict: "_parameters", BufferDict: "_buffers"}
-"""Where PEFT keeps what adapters have in a layer, by their names, and the attribute that holds the entries."""
+"""PEFT's containers of modules, parameters and buffers by adapter name -> the attribute with the entries."""
 
 PARTS = ("base_layer", "original_module", "token_adapter")
-"""Modules of a layer that are no containers by adapter name, whatever they are."""
+"""Modules of a layer that are never containers by adapter name."""
 
 OF_MODULES = frozenset(nn.Module().__dict__)
-"""Attributes of every module, which are no dictionaries by adapter name."""
+"""Attributes of every module, which aren't dictionaries by adapter name."""
 
 
 def attribute_of(child: Any) -> str | None:
-    """The attribute that holds a container's entries; None of what is no container."""
+    """The attribute with a container's entries; None if it isn't a container."""
     return next((CONTAINERS[cls] for cls in CONTAINERS if isinstance(child, cls)), None)
 
 
 def entries(layer: Any) -> list[dict[str, Any]]:
-    """The dictionaries in which a layer keeps what adapters have in it, by their names."""
+    """The dictionaries of a layer's modules, parameters and buffers by adapter name."""
     found = []
     for key, child in layer._modules.items():
         attribute = None if key in PARTS else attribute_of(child)
@@ -56,28 +56,29 @@ def entries(layer: Any) -> list[dict[str, Any]]:
 
 
 def settings(layer: Any) -> list[dict[str, Any]]:
-    """What a layer keeps by adapters' names beside modules and parameters: scalings, variants."""
+    """The dictionaries of a layer's other entries by adapter name: scalings and variants."""
     found = (getattr(layer, key, None) for key in ("scaling", "lora_variant"))
     return [each for each in found if isinstance(each, dict)]
 
 
 def has(layer: Any, name: str) -> bool:
-    """Whether an adapter has anything in a layer."""
+    """Whether an adapter has entries in a layer."""
     return any(name in each for each in entries(layer))
 
 
 def view_of(
     layer: Any, sources: Mapping[str, Any], weights: Mapping[str, float] | None = None, runs: bool = True
 ) -> Any:
-    """The same layer, its modules and parameters shared, with these adapters active, or with none.
+    """A shallow copy of a layer in which these adapters, or none, are active. Modules and parameters are shared.
 
-    Whatever becomes of the adapters, the view keeps what they have now; of all else, what the layer has now.
+    The view keeps the adapters' entries from ``sources``, and everything else from the layer, even if these change
+    later.
 
     Args:
         layer: the layer.
-        sources: for every adapter that is active the layer, or a view of it, from which what it has is taken.
-        weights: of a mixture, what each adapter counts beside its scaling.
-        runs: False for a view that is kept as a source for others.
+        sources: the layer, or a view of it, from which each active adapter's entries are taken, by adapter name.
+        weights: for a mixture, each adapter's weight, which multiplies its scaling.
+        runs: False for a view that is only a source for others.
     """
     view: Any = copy.copy(layer)
     view._disable_adapters = not sources
@@ -85,7 +86,7 @@ def view_of(
     for key, value in layer.__dict__.items():
         if type(value) is dict and key not in OF_MODULES:
             own = _own({name: source.__dict__[key] for name, source in sources.items()})
-            if own or isinstance(layer, LoraLayer):  # other tuners also keep dictionaries by other names
+            if own or isinstance(layer, LoraLayer):  # other tuners also have dictionaries with other keys
                 view.__dict__[key] = own
     if isinstance(layer, AuxiliaryTrainingWrapper):
         view._adapters = set(sources)
@@ -100,10 +101,10 @@ def view_of(
                 view._modules[key] = _with(child, attribute, own)
     if weights is not None:
         view.scaling = {key: scaling * weights.get(key, 1.0) for key, scaling in view.scaling.items()}
-    if isinstance(layer, TrainableTokensWrapper):  # what does the work has a state of its own, and may lack the name
+    if isinstance(layer, TrainableTokensWrapper):  # its inner layer has its own entries, and may lack the adapter
         inner = {name: source.token_adapter for name, source in sources.items() if has(source.token_adapter, name)}
         view._modules["token_adapter"] = view_of(layer.token_adapter, inner, runs=runs)
-    # these two put weights into the base module while they run: into a copy of it, here
+    # these two write weights into their base module while they run, so it is copied
     elif isinstance(layer, lora.ParamWrapper):
         inner = {name: source.base_layer for name, source in sources.items()}
         is_nested = isinstance(layer.base_layer, lora.ParamWrapper)
@@ -127,20 +128,20 @@ def view_of(
 
 
 def unpatched(base: Any) -> Any:
-    """A layer's base module as it runs by itself, although stored adapters had weights there before the layer came."""
+    """A layer's base module without the handler that it may have for stored adapters."""
     patch = None if isinstance(base, BaseTunerLayer) else base.__dict__.get(STATE)
     return base if patch is None else patch.inner
 
 
 def holding(layer: Any, name: str, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Any:
-    """A view of a LoRA layer with weights that aren't PEFT's, from which others are made.
+    """A view of a LoRA layer with the weights of a stored adapter, as a source for other views.
 
     Args:
         layer: the layer.
         name: the adapter's name.
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
-        scaling: what their product is multiplied with.
+        scaling: the factor of their product.
     """
     view = view_of(layer, {}, runs=False)
     with torch.inference_mode(False):
@@ -161,30 +162,29 @@ def _linear(weight: Tensor) -> nn.Module:
 
 
 def check_loaded(view: Any) -> Any:
-    """A view whose parameters are all there, or will be when their modules are called.
+    """Check that a view's parameters are in memory, or will be loaded when their modules are called. Returns the view.
 
     Raises:
-        ModelStateError: a parameter that the layer reads by itself is offloaded.
+        ModelStateError: a parameter is offloaded that the layer reads without calling its module.
     """
     read = get_base(view) if view._disable_adapters else view
     if any(parameter.is_meta for parameter in read.parameters()) and not (
         type(view) in CALLS_ITS_PARTS and not getattr(view, "lora_variant", None) and are_loaded_when_called(read)
     ):
         raise ModelStateError(
-            f"parameters of a {type(view).__name__} are on the meta device, as offloading leaves them between calls, "
-            "and it reads them without calling their modules: expected them on a real device. Leave this layer out of "
-            "what is offloaded."
+            f"parameters of a {type(view).__name__} are on the meta device, as with offloading, and the layer reads "
+            "them without calling their modules: expected them on a real device. Don't offload this layer."
         )
     return view
 
 
 def _own(sources: Mapping[str, dict]) -> dict:
-    """What each adapter has in its own dictionary by adapters' names."""
+    """Each adapter's entry in its own dictionary, if it has one."""
     return {name: source[name] for name, source in sources.items() if name in source}
 
 
 def _with(container: nn.Module, attribute: str, entries: dict) -> nn.Module:
-    """A container with these entries alone."""
+    """A copy of a container with only these entries."""
     copied = copy.copy(container)
     copied.__dict__[attribute] = entries
     if isinstance(container, nn.ParameterDict):
@@ -193,19 +193,19 @@ def _with(container: nn.Module, attribute: str, entries: dict) -> nn.Module:
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
-    """A module with the same parameters that may be replaced without touching the original's."""
+    """A copy of a module that shares its parameters, which can be replaced without affecting the original."""
     copied = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         copied.__dict__[name] = dict(module.__dict__[name])
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.requires_grad:
-            # with a version counter of its own: parametrizations count as changes, which autograd would complain of
+            # gets a separate version counter: parametrizations increase it, and autograd would raise an error
             copied._parameters[name] = nn.Parameter(parameter.data, requires_grad=False)
     return copied
 
 
 def bare(module: Any) -> Any:
-    """A module without any adapter anywhere inside: itself wherever there are none, and copies around them."""
+    """A module without any adapters inside. Only modules that contain adapters are copied."""
     module = get_base(module)
     children = {key: child and bare(child) for key, child in module._modules.items()}
     if all(child is module._modules[key] for key, child in children.items()):
@@ -216,7 +216,7 @@ def bare(module: Any) -> Any:
 
 
 def get_base(layer: Any) -> nn.Module:
-    """The module of the base model that a PEFT layer stands for."""
+    """The module of the base model inside a PEFT layer."""
     while isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
     return layer

@@ -1,4 +1,4 @@
-"""One version of one adapter: what PEFT's layers had of it when it was read, and whether they still have the same."""
+"""Versions of adapters in PEFT's modules, and the check whether they are still up to date."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from peft_multibatch.errors import AdapterMismatchError, ModelStateError, Unsupp
 
 
 class ReadLayer(Protocol):
-    """What is read of a model's layers.
+    """A layer from which adapters are read.
 
     Attributes:
         module: the PEFT layer.
         name: its name in the model.
-        is_fast: whether its rows run as one product for all adapters that are plain enough.
-        refusal: why adapters that have anything in it can't take part, or the empty string.
+        is_fast: whether it runs as one product for all adapters, except for those that run apart.
+        refusal: why adapters on this layer can't run in mixed batches, or the empty string.
     """
 
     module: Any
@@ -44,26 +44,27 @@ _weight, _bias, _hooks_of = itemgetter("weight"), itemgetter("bias"), itemgetter
 
 
 class Adapter(AnyAdapter):
-    """One version of an adapter, as PEFT's layers have it.
+    """One version of an adapter in PEFT's modules.
 
-    A call computes with what is here, whatever becomes of PEFT's modules in the meantime. What is here shares PEFT's
-    memory: weights that are written in place are written here as well.
+    A call uses the same version until it ends, even if PEFT's modules change. A version shares PEFT's memory, so it
+    sees in-place writes to weights.
 
     Comparing with PEFT has to be cheap: a model has hundreds of layers, a batch dozens of adapters, and a decode step
-    few milliseconds. So what was read is kept in flat lists, which are compared by functions that loop in C; a
-    module's ``_modules`` and ``_parameters`` are read because ``nn.Module`` attributes cost ten times more.
+    takes a few milliseconds. So everything that was read is kept in flat lists, which are compared by functions that
+    loop in C. A module's ``_modules`` and ``_parameters`` are read directly, because ``nn.Module`` attributes cost ten
+    times more.
 
     Attributes:
         name: the adapter's name in PEFT.
-        serial: tells this version from all others of all adapters.
-        apart: the layers, of those that run as products, in which only PEFT's own module can run it, and why.
-        reaches_any: whether any layer of the model has anything of it.
-        dropouts: its dropouts, by the layer.
-        is_plain: whether it runs as a product wherever layers do, without dropouts and variants.
+        serial: a number that no other version of any adapter has.
+        apart: layers that run as products for other adapters, but need PEFT's own module for this one -> the reason.
+        reaches_any: whether it has entries in any layer of the model.
+        dropouts: its dropout modules, by layer.
+        is_plain: whether it runs as a product in all fast layers, without dropouts and variants.
 
     Args:
         name: the adapter's name in PEFT.
-        slots: where it takes its slot.
+        slots: the pool from which it takes its slot.
     """
 
     def __init__(self, name: str, slots: Slots) -> None:
@@ -74,30 +75,30 @@ class Adapter(AnyAdapter):
         self._parts: dict[Any, LayerWeights | None] = {}
         weakref.finalize(self, _keep_for_kernels, self._parts).atexit = False
         self._views: dict[Any, Any] = {}
-        self._seen: object = None  # what had been noticed when it was last looked at closely
-        self._dicts: list[dict] = []  # that have an entry of this name
+        self._seen: object = None  # the value of notices.now() at the last close check
+        self._dicts: list[dict] = []  # dictionaries with an entry of this name
         self._entries: list[Any] = []
-        self._lacking: list[dict] = []  # that have none
-        self._halves: list[nn.Module] = []  # lora_A and lora_B in turn
-        self._attributes: list[dict] = []  # of these
-        self._numbers: list[int] = []  # how many they are
-        self._weights: list[dict] = []  # their parameters
-        self._parameters: list[dict] = []  # of those that run as products
+        self._lacking: list[dict] = []  # dictionaries without one
+        self._halves: list[nn.Module] = []  # lora_A and lora_B, alternating
+        self._attributes: list[dict] = []  # the modules' __dict__
+        self._numbers: list[int] = []  # their lengths
+        self._weights: list[dict] = []  # the modules' _parameters
+        self._parameters: list[dict] = []  # those of modules that run as products
         self._tensors: list[Tensor] = []
-        self._magnitudes: list[dict] = []  # of DoRA, whose values are read anew by every call
+        self._magnitudes: list[dict] = []  # parameters of DoRA, whose values every call reads again
         self._magnitude_tensors: list[Tensor] = []
-        self._whole: list[Tensor] = []  # of these, those that are no DTensors
+        self._whole: list[Tensor] = []  # those of the tensors that aren't DTensors
         self._addresses: list[int] = []
-        self._sharded: list[Any] = []  # and those that are
+        self._sharded: list[Any] = []  # the DTensors
         self._shard_addresses: list[int] = []
-        self._sizes: list[int] = []  # with the address and the order in memory, they tell what may be read
+        self._sizes: list[int] = []  # together with address and contiguity, they define the memory that kernels read
         self._are_contiguous: list[bool] = []
         self._is_volatile = False
-        self._comes_later = False  # whether some of it is offloaded, and wasn't read yet
+        self._comes_later = False  # whether some weights are offloaded and not read yet
         self.reaches_any = False
-        self._layers: list[Any] = []  # in which it has anything
-        self._containers: list[dict] = []  # of these
-        self._close_dicts: list[dict] = []  # looked at only where something was noticed
+        self._layers: list[Any] = []  # layers with entries
+        self._containers: list[dict] = []  # their containers
+        self._close_dicts: list[dict] = []  # checked only if something was noticed
         self._close_entries: list[Any] = []
         self._close_attributes: list[dict] = []
 
@@ -107,7 +108,7 @@ class Adapter(AnyAdapter):
 
     @property
     def num_layers(self) -> int:
-        """Layers in which it has anything."""
+        """The number of layers in which it has entries."""
         return len({layer for layer in (*self._parts, *self._views) if self.has(layer)})
 
     def ranks(self) -> tuple[int, ...]:
@@ -117,7 +118,7 @@ class Adapter(AnyAdapter):
         return tuple(sorted(set(numbers)))
 
     def tensors(self) -> list[Tensor]:
-        """All of its weights, as far as they have been read."""
+        """All of its weights that have been read so far."""
         found = [each for part in self._parts.values() if part is not None for each in part.parameters]
         for layer, view in self._views.items():
             if self._parts.get(layer) is None:
@@ -131,17 +132,17 @@ class Adapter(AnyAdapter):
         return not self._views and all(not part.lora_b.any() for part in self._parts.values() if part is not None)
 
     def read(self, layers: Iterable[ReadLayer]) -> None:
-        """Read what it has in these layers, but for weights that are offloaded until their part of the model runs.
+        """Read its entries in these layers, except for weights that are offloaded until their module runs.
 
         Raises:
-            UnsupportedError: it has something in a layer that can't take part in a mixed batch.
+            UnsupportedError: it has entries in a layer that can't run mixed batches.
             AdapterMismatchError: its weights don't fit.
         """
         self._seen = notices.now()
         for layer in layers:
             module = layer.module
             held = views.entries(module)
-            if layer.refusal:  # for some of the reasons there are other layers inside
+            if layer.refusal:  # refused layers may contain other layers
                 held += [each for inner in module.modules() for each in views.entries(inner)]
             if not any(self.name in each for each in held):
                 self._lacking += held
@@ -167,25 +168,25 @@ class Adapter(AnyAdapter):
                 self._read_apart(layer, "")
 
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
-        """The adapter's weights in layers that run as products; None where it has none, or runs apart.
+        """The adapter's weights in fast layers; None for layers where it has none, or runs apart.
 
         Raises:
-            ModelStateError: the weights are on the meta device, and nobody knows where their values are.
+            ModelStateError: the weights are on the meta device, and no hook can load their values.
         """
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
 
     def view(self, layer: Any) -> Any:
-        """A layer with this adapter active, as it had it when it was read; with none where it had nothing there."""
+        """A view of a layer with this version active, or with no adapter if it has no entries there."""
         return views.view_of(layer, {self.name: self.source(layer)} if self.has(layer) else {})
 
     def source(self, layer: Any) -> Any:
-        """What it had in a layer, from which views are made."""
+        """A view with its entries in a layer, from which other views are made."""
         if layer not in self._views:
             self._views[layer] = views.view_of(layer, {self.name: layer}, runs=False)
         return self._views[layer]
 
     def variant(self, layer: Any) -> str:
-        """The variant of LoRA that it is in a layer; the empty string where it is none."""
+        """Its LoRA variant in a layer, or the empty string."""
         part = self._parts.get(layer)
         if part is not None:
             return "DoRA" if part.magnitude is not None else ""
@@ -193,27 +194,27 @@ class Adapter(AnyAdapter):
         return type(variants[self.name]).__name__ if self.name in variants else ""
 
     def has(self, layer: Any) -> bool:
-        """Whether it had anything in a layer when it was read."""
+        """Whether it had entries in a layer when it was read."""
         return layer in self._views or self._parts.get(layer) is not None
 
     def holds(self, noticed: object) -> bool:
-        """Whether PEFT still has everything that was read, at the same addresses, with the same scalings.
+        """Whether PEFT still has the same modules and tensors, at the same addresses, with the same scalings.
 
         Args:
-            noticed: as ``notices.now`` gives it.
+            noticed: the current value of ``notices.now()``.
         """
         try:
             tensors = list(map(_weight, self._weights))
             is_same = (
                 not self._is_volatile
                 and all(map(operator.is_, map(self._get, self._dicts), self._entries))
-                and all(map(operator.is_, tensors, self._tensors))  # gradients go to the very parameter
+                and all(map(operator.is_, tensors, self._tensors))  # identity, because gradients go to the parameter
                 and all(map(operator.is_, map(_weight, self._magnitudes), self._magnitude_tensors))
                 and list(map(Tensor.data_ptr, self._whole)) == self._addresses
                 and list(map(Tensor.data_ptr, map(shard_of, self._sharded))) == self._shard_addresses
                 and list(map(Tensor.numel, tensors)) == self._sizes
                 and list(map(Tensor.is_contiguous, self._whole)) == self._are_contiguous
-                and list(map(len, self._attributes)) == self._numbers  # a forward of its own is one more
+                and list(map(len, self._attributes)) == self._numbers  # a replaced forward adds an attribute
                 and all(map(operator.is_, map(type, self._halves), itertools.repeat(nn.Linear)))
             )
         except KeyError:
@@ -225,7 +226,7 @@ class Adapter(AnyAdapter):
         return is_same
 
     def _holds_closely(self) -> bool:
-        """Whether nothing was hooked, biased, wrapped or added that is noticed when it happens, to whomever."""
+        """Whether none of the changes that ``notices`` reports concern this adapter: hooks, biases, new modules."""
         return (
             all(map(operator.is_, itertools.chain.from_iterable(map(views.entries, self._layers)), self._containers))
             and all(map(operator.is_, map(_bias, self._parameters), itertools.repeat(None)))
@@ -287,7 +288,7 @@ class Adapter(AnyAdapter):
                 self._magnitudes.append(entries[name]._parameters)
                 self._magnitude_tensors.append(magnitude)
                 self._close_attributes.append(entries[name].__dict__)
-            if isinstance(scaling, Tensor):  # written in place
+            if isinstance(scaling, Tensor):  # may be written in place
                 self._is_volatile = True
             self._close_attributes += module_a.__dict__, module_b.__dict__
             dropout = layer.lora_dropout._modules.get(name)
@@ -305,20 +306,20 @@ class Adapter(AnyAdapter):
         return part
 
     def _track(self, layer: LoraLayer, module_a: nn.Module, module_b: nn.Module) -> tuple[Tensor, Tensor]:
-        """Check the weights of a layer, and remember where they are."""
+        """Check the weights of a layer, and record their addresses."""
         name = self.name
         a, b = (onloaded(module, layer.get_base_layer()) for module in (module_a, module_b))
         assert a is not None and b is not None
         if split_of(layer) is None and isinstance(a, SHARDED) + isinstance(b, SHARDED):
             raise ModelStateError(
-                f"the weights of adapter {name!r} are sharded over devices, and its layers aren't: expected both "
-                "or none. Add the adapter after the model was split."
+                f"the weights of adapter {name!r} are sharded over devices, but its layers aren't: expected both or "
+                "neither. Add the adapter after the model was split."
             )
         if a.is_meta or b.is_meta:
             raise AdapterMismatchError(
-                f"the weights of adapter {name!r} are on the meta device, without a hook that knows their values: "
-                "expected them on a real device. Load all adapters first, from complete files, and offload the "
-                "model afterwards."
+                f"the weights of adapter {name!r} are on the meta device, without a hook that can load them: expected "
+                "them on a real device. Load all adapters first, from complete files, and offload the model "
+                "afterwards."
             )
         check_fit(name, layer, a, b, layer.scaling[name])
         for module, tensor in ((module_a, a), (module_b, b)):
@@ -334,11 +335,11 @@ class Adapter(AnyAdapter):
                 self._whole.append(tensor)
                 self._addresses.append(tensor.data_ptr())
                 self._are_contiguous.append(tensor.is_contiguous())
-            # copied from where it was offloaded to: what changes there can't be seen from here
+            # a copy of an offloaded weight, whose changes can't be detected
             self._is_volatile = self._is_volatile or tensor is not module._parameters["weight"]
         return a, b
 
 
 def _keep_for_kernels(parts: dict[Any, LayerWeights | None]) -> None:
-    """Nobody needs a version any more, but kernels that were launched."""
+    """Keep the weights of a freed version until running kernels have finished."""
     streams.keep_for_all([each for part in list(parts.values()) if part is not None for each in part[:2]])

@@ -219,7 +219,7 @@ def test_an_adapter_that_reaches_no_layer_is_not_the_base_model():
     for module in list(model.modules()):
         if hasattr(module, "lora_A") and "nowhere" in module.lora_A:
             module.delete_adapter("nowhere")
-    with pytest.raises(errors.AdapterMismatchError, match="adapter 'nowhere' has weights in no layer"):
+    with pytest.raises(errors.AdapterMismatchError, match="adapter 'nowhere' has no weights in any layer"):
         logits(model, adapter_ids=[*NAMES[:-1], "nowhere"])
     assert_close(logits(model, adapter_ids=NAMES), expected(model, NAMES))
     (*_, last) = mb.report().adapters
@@ -235,7 +235,7 @@ def test_weights_are_read_on_request():
     three, four, eight, untrained = mb.report(check_weights=True).adapters
     assert (three.state, three.reason, four.state, four.reason) == ("ready", "", "ready", "")
     assert (eight.state, eight.reason) == ("broken", "some of its weights are not finite")
-    assert untrained.reason.startswith("it is the base model: every lora_B is zero")
+    assert untrained.reason.startswith("it equals the base model: every lora_B is zero")
 
 
 def test_blocks_are_entered_in_every_way_that_context_managers_are():

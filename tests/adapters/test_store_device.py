@@ -207,7 +207,7 @@ def test_a_model_that_was_moved(folder):
     inputs = left_padded(1)
     model(**inputs, adapter_ids=["a0"])
     model.to("meta")
-    with pytest.raises(errors.ModelStateError, match="the model was moved to meta, and its adapter store keeps"):
+    with pytest.raises(errors.ModelStateError, match="the model was moved to meta, and its adapter store has"):
         model(**{key: value.to("meta") for key, value in inputs.items()}, adapter_ids=["a0"])
 
 

@@ -251,7 +251,7 @@ def test_files_that_do_not_fit(shared, adapter, spoil):
 
 def test_a_rank_larger_than_any_may_be(shared, tmp_path):
     folder = save(tmp_path / "nine", LoraConfig(r=9, target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(errors.AdapterMismatchError, match=r"the rank 9 in .*: expected 8 at most. Pass max_rank"):
+    with pytest.raises(errors.AdapterMismatchError, match=r"has rank 9 in .*: expected 8 at most\. Pass a larger"):
         shared.register("nine", folder)
 
 

@@ -121,9 +121,9 @@ def test_pins_that_leave_no_room(folder, size, rows):
     with pytest.raises(errors.StoreFullError, match=r"a batch names 2 stored adapters .* pinned .*: expected fewer"):
         ask(model, ["a2", "a3"])
     store.pin("a2")
-    with pytest.raises(errors.StoreFullError, match=r"'a3' was to be pinned beside 3 others.*: expected room"):
+    with pytest.raises(errors.StoreFullError, match=r"'a3' can't be pinned along with 3 others.*: expected room"):
         store.pin("a3")
-    with pytest.raises(errors.StoreFullError, match=r"to be pinned"):
+    with pytest.raises(errors.StoreFullError, match=r"be pinned along with"):
         store.register("q", folder / "a0", pin=True)
     assert "q" not in store
     store.register("p", folder / "a4", pin=True)  # in its own place

@@ -101,7 +101,7 @@ def test_kinds_that_a_store_does_not_take_are_shown_and_say_why(tmp_path, base):
     [
         (lambda path: save(path, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), "gpt2"), "c_attn"),
         (lambda path: other_kind(path, "gpt2", ["c_attn"]), "Target modules {'c_attn'} not found"),
-        (lambda path: edit_config(plain(path), r=8), "of rank 8 by its configuration: expected"),
+        (lambda path: edit_config(plain(path), r=8), "where its configuration has rank 8: expected"),
         (lambda path: edit_config(plain(path, use_dora=True), r=8), "of shape [4, 48]: expected [8, 48]"),
         (lambda path: edit_config(plain(path, use_dora=True), target_modules=[*TARGETS, "k_proj"]), "has no base_m"),
         (lambda path: edit_config(plain(path, use_dora=True), target_modules=["q_proj"]), "has base_model.model.mod"),

@@ -178,7 +178,7 @@ PiSSA, OLoRA, LoftQ and LoRA-GA change the base weights when they are initialise
 including those of other adapters and of the base model alone. Convert such adapters to plain LoRA
 (`save_pretrained(..., path_initial_model_for_weight_conversion=...)`) to leave the base model unchanged.
 
-If the reason is a property of the adapter ("it is of the variant", "its lora_B has a bias"), only that adapter runs
+If the reason is a property of the adapter ("it uses the variant", "its lora_B has a bias"), only that adapter runs
 per segment; plain adapters in the same batch stay in the fused product.""",
     "Quantized base models": """\
 The base layer runs once for the whole batch, however its weights are stored. LLM.int8() looks for outliers in all

@@ -52,7 +52,7 @@ def test_other_layers_run_peft_per_segment(layer):
     ("options", "reason"),
     [
         ({"lora_bias": True}, "its lora_B has a bias"),
-        ({"init_lora_weights": "mica"}, "it is of the variant MiCALinearVariant"),
+        ({"init_lora_weights": "mica"}, "it uses the variant MiCALinearVariant"),
     ],
     ids=["lora_bias", "MiCA"],
 )
@@ -105,7 +105,7 @@ def test_variants_that_need_more_than_their_rows_are_refused(monkeypatch):
     model = build(second={"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"})
     peft_multibatch.enable(model)
     x = make_input("linear")
-    with pytest.raises(peft_multibatch.UnsupportedError, match="adapter 'two' is of the variant ALora"):
+    with pytest.raises(peft_multibatch.UnsupportedError, match="adapter 'two' uses the variant ALora"):
         model(layer="linear", x=x, adapter_ids=NAMES)
     names = ["one", "__base__", "one", "one", "one"]
     expected = torch.cat(row_by_row(model, names, {"x": x}, lambda row: model(layer="linear", x=row["x"])))

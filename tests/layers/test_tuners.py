@@ -92,7 +92,7 @@ def test_every_tuner_of_peft_is_supported_or_refused():
 def test_prompt_methods_are_refused():
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(
-        peft_multibatch.UnsupportedError, match="is of the type PREFIX_TUNING: expected LoRA, or a tuner"
+        peft_multibatch.UnsupportedError, match="has the PEFT type PREFIX_TUNING: expected LoRA, or a tuner"
     ):
         peft_multibatch.enable(get_peft_model(base_model(), config))
 

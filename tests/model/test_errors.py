@@ -173,8 +173,8 @@ def test_other_tuners():
     with pytest.raises(errors.UnsupportedError) as caught:
         peft_multibatch.enable(model)
     assert str(caught.value) == (
-        "adapter 'other' is of the type PROMPT_TUNING: expected LoRA, or a tuner whose layers compute a row from "
-        "nothing but the row and the adapter. Delete it, or run the adapters one at a time without adapter_ids."
+        "adapter 'other' has the PEFT type PROMPT_TUNING: expected LoRA, or a tuner whose layers compute a row only "
+        "from the row and the adapter. Delete it, or run the adapters one at a time without adapter_ids."
     )
 
 

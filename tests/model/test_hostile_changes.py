@@ -147,7 +147,7 @@ def test_hooks_on_the_modules_of_an_adapter_run():
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_A["three"].register_forward_hook(lambda module, args, output: 3 * output)
     mb = peft_multibatch.enable(model)
-    assert mb.report().adapters[0].reason == "runs per segment, because its lora_A is hooked"
+    assert mb.report().adapters[0].reason == "runs per segment, because its lora_A has hooks"
     assert_close(logits(model, adapter_ids=NAMES), expected(model))
 
 

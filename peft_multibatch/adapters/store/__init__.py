@@ -1,1 +1,1 @@
-"""Adapters whose weights lie in files, of which as many are in memory as there is room for."""
+"""Adapters in files, of which as many are in memory as fit."""

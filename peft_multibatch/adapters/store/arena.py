@@ -1,7 +1,7 @@
-"""Memory within a bound, in blocks that come back by themselves when nobody holds a tensor of them any more.
+"""Bounded memory in blocks, which are reused once no tensor references them any more.
 
-A block is given back when its last tensor is gone: a call that is under way, a plan that is kept, autograd's saved
-tensors and whoever else holds a view of the weights keep it. So an adapter's memory is never written while it is read.
+A block returns when its last tensor is freed: running calls, cached plans, autograd's saved tensors and any other view
+of the weights keep it. So an adapter's memory is never overwritten while it is read.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from peft_multibatch.errors import StoreFullError
 
 
 STEPS = 8
-"""Size classes between two powers of two, so that at most an eighth of a block is unused."""
+"""The number of size classes between two powers of two, so that at most an eighth of a block is unused."""
 
 
 def size_class(size: int) -> int:
-    """Bytes of the block that so many bytes get."""
+    """The block size for an allocation of this many bytes."""
     step = max(64, 1 << max(size.bit_length() - 1, 0)) // STEPS
     return -(-max(size, 1) // step) * step
 
 
 class Reserved(NamedTuple):
-    """Room for a block.
+    """Reserved room for a block.
 
     Attributes:
-        size: bytes that are wanted.
-        block: one that was used before, or None.
-        mark: what to wait for before that is written.
+        size: the requested bytes.
+        block: a block to reuse, or None.
+        mark: what to wait for before the block is written.
     """
 
     size: int
@@ -45,16 +45,16 @@ class Reserved(NamedTuple):
 
 
 class Arena:
-    """Blocks of bytes, never more of them than a bound. Not safe for threads: whoever calls holds a lock.
+    """Blocks of bytes up to a limit. Not thread-safe: callers hold a lock.
 
-    Blocks that come back are kept for others of their size class: they were touched, and pinned on a CUDA machine, and
-    reading into fresh memory takes ten times as long.
+    Free blocks are kept for reuse within their size class, because their pages are mapped, and pinned if there is a
+    CUDA device; reading into new memory takes ten times as long.
 
     Args:
-        limit: most bytes, of blocks in use and of those that are kept.
-        device: where they are.
-        is_pinned: whether a CUDA device reads them by itself, in host memory.
-        streams: what reads them.
+        limit: the most bytes, including free blocks that are kept.
+        device: the device of the blocks.
+        is_pinned: whether blocks in host memory are pinned, so that a CUDA device can read them.
+        streams: the streams that read them.
     """
 
     def __init__(self, limit: int, device: torch.device, is_pinned: bool, streams: Streams) -> None:
@@ -63,8 +63,8 @@ class Arena:
         self.kept = 0
         self._device, self._is_pinned, self._streams = device, is_pinned, streams
         self._free: dict[int, deque[tuple[Any, Any]]] = {}
-        self._unmade: deque[int] = deque()  # bytes that were reserved, for which there was no memory
-        self._returned: deque[Any] = deque()  # by whatever thread let go of the last tensor, without any lock
+        self._unmade: deque[int] = deque()  # reserved bytes whose allocation failed
+        self._returned: deque[Any] = deque()  # appended without a lock, by any thread that frees a last tensor
 
     def fits(self, sizes: Iterable[int]) -> bool:
         """Whether there is room for all of these at once."""
@@ -72,7 +72,7 @@ class Arena:
         return self.used + sum(map(size_class, sizes)) <= self.limit
 
     def take(self, size: int) -> tuple[Tensor, Any]:
-        """A block, for which there has to be room.
+        """Take a block; there must be room for it.
 
         Returns:
             uint8 ``[size]``, and what to wait for before it is written; see ``Streams.mark``.
@@ -80,7 +80,7 @@ class Arena:
         return self.make(self.reserve(size))
 
     def reserve(self, size: int) -> Reserved:
-        """Room for a block, of which there has to be enough; ``make`` makes memory of it."""
+        """Reserve room for a block, which ``make`` allocates; there must be enough."""
         whole = size_class(size)
         self.collect()
         assert self.used + whole <= self.limit, (self.used, whole, self.limit)
@@ -99,7 +99,7 @@ class Arena:
         return Reserved(size, block, mark)
 
     def make(self, reserved: Reserved) -> tuple[Tensor, Any]:
-        """The block that was reserved, as ``take`` gives it. Needs no lock: to pin fresh memory takes milliseconds."""
+        """Allocate a reserved block; returns the same as ``take``. Called without a lock, because pinning is slow."""
         size, block, mark = reserved
         if block is None:
             try:
@@ -110,10 +110,10 @@ class Arena:
         return self._lend(block, size), mark
 
     def collect(self) -> None:
-        """Take back the blocks that nobody holds any more."""
+        """Take back blocks that were freed."""
         while self._unmade:
             self.used -= self._unmade.popleft()
-        count = len(self._returned)  # what comes back from here on was perhaps read after the mark
+        count = len(self._returned)  # blocks that return later may have been read after the mark
         mark = self._streams.mark() if count else None
         for _ in range(count):
             block = self._returned.popleft()
@@ -130,7 +130,7 @@ class Arena:
         return block
 
     def _lend(self, block: Any, size: int) -> Tensor:
-        # torch keeps what it was given for as long as any tensor of the storage lives, in Python or in C++
+        # torch keeps the object that it gets as long as any tensor with this storage exists, in Python or in C++
         piece = block[:size] if isinstance(block, np.ndarray) else _DevicePiece(block.data_ptr(), size)
         weakref.finalize(piece, self._returned.append, block).atexit = False
         with torch.inference_mode(False):
@@ -140,17 +140,17 @@ class Arena:
 
 
 class _DevicePiece:
-    """Memory on a GPU in the form that torch takes without a copy."""
+    """GPU memory that torch can use without a copy."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def parse_size(what: str, size: int | str) -> int:
-    """Bytes of a size such as ``"8GB"`` or ``"512MiB"``.
+    """The bytes of a size such as ``"8GB"`` or ``"512MiB"``.
 
     Raises:
-        StoreFullError: it is none, or nothing.
+        StoreFullError: it isn't a size, or isn't positive.
     """
     units = {"": 1, "B": 1}
     units.update({f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)})
@@ -158,7 +158,7 @@ def parse_size(what: str, size: int | str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", str(size).strip().upper())
     if found is None or found[2] not in units or isinstance(size, bool) or float(found[1]) <= 0:
         raise StoreFullError(
-            f"adapter_store got {what}={size!r}: expected a positive number of bytes, or text such as '8GB' or "
-            "'512MiB'."
+            f"adapter_store got {what}={size!r}: expected a positive number of bytes, or a string. Pass a size such "
+            "as '8GB' or '512MiB'."
         )
     return int(float(found[1]) * units[found[2]])

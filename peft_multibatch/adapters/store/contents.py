@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, by its configuration and the header of its weights, of which none are read."""
+"""Describes an adapter's folder from its configuration and the header of its weights, without reading any weights."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 PARAMETER = re.compile(r"\.(?:lora_\w+(?:\.weight|\.bias)?|weight|bias|[^.]+)$")
 
 VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "alora_invocation_tokens": "aLoRA"}
-"""Keys of LoRA's configuration whose value makes it another kind."""
+"""Keys of LoRA's configuration that turn on a variant -> the variant's label."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter's files say.
+    """A description of an adapter's files.
 
     Attributes:
-        name: what messages call it.
-        folder: where it lies.
-        kind: PEFT's type, such as ``"LORA"``, and the variant if it is one.
-        ranks: its ranks, in ascending order; none for kinds without any.
+        name: its name in messages.
+        folder: its folder.
+        kind: PEFT's type, such as ``"LORA"``, followed by the variant, if any.
+        ranks: its ranks, in ascending order; empty for types without ranks.
         alpha: ``lora_alpha``, or None.
-        targets: names of modules, or one pattern.
-        modules: how many modules have weights.
-        layers: in how many numbered layers they are.
-        dtypes: of its weights, such as ``"bfloat16"``.
-        parameters: how many numbers it has.
-        bytes: of its weights.
+        targets: names of modules, or a pattern.
+        modules: the number of modules with weights.
+        layers: the number of numbered layers that contain them.
+        dtypes: the dtypes of its weights, such as ``"bfloat16"``.
+        parameters: the number of parameters.
+        bytes: the size of its weights.
         task: PEFT's task type, such as ``"CAUSAL_LM"``, or the empty string.
         base: the base model for which it was trained, or the empty string.
-        refusal: why an adapter store doesn't take it, or the empty string.
-        tensors: its weights, by name.
+        refusal: why an adapter store refuses it, or the empty string.
+        tensors: its tensors, by name.
     """
 
     name: str
@@ -66,8 +66,8 @@ def read_contents(name: str, folder: str | os.PathLike) -> Contents:
     """Read an adapter's configuration and the header of its weights.
 
     Args:
-        name: what messages call it.
-        folder: where PEFT's ``save_pretrained`` wrote it.
+        name: its name in messages.
+        folder: a folder written by PEFT's ``save_pretrained``.
 
     Raises:
         AdapterFileError: files are missing or damaged.

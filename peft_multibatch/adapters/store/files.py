@@ -1,7 +1,7 @@
-"""Reading an adapter's files: where they may lie, what a header may say, and whether they are still the same.
+"""Reading and validating an adapter's files: their location, their header, and whether they changed.
 
-Whoever wrote the files isn't trusted: nothing is unpickled, nothing is mapped into memory, nothing is allocated
-because a file says so, and what isn't a regular file inside the roots isn't opened.
+Files aren't trusted: nothing is unpickled or memory-mapped, nothing is allocated because of what a file claims, and
+only regular files inside the roots are read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 MOST_CONFIG = 1 << 20
-"""Bytes of the largest configuration that is read."""
+"""The largest configuration that is read, in bytes."""
 
 MOST_HEADER = 16 << 20
-"""Bytes of the largest header that is read; one of a thousand tensors has about 100 kB."""
+"""The largest header that is read, in bytes. One with a thousand tensors has about 100 kB."""
 
 FIRST_READ = 1 << 16
-"""Bytes of the first read, in which most headers are whole."""
+"""The size of the first read in bytes, which contains most headers completely."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -43,7 +43,7 @@ class StoredTensor(NamedTuple):
         key: its name.
         dtype: its dtype.
         shape: its shape.
-        start: where it begins behind the header, in bytes.
+        start: its offset after the header, in bytes.
     """
 
     key: str
@@ -53,14 +53,14 @@ class StoredTensor(NamedTuple):
 
 
 class AdapterFiles(NamedTuple):
-    """An adapter's files as they were found.
+    """An adapter's files.
 
     Attributes:
-        path: of the weights, links resolved.
-        size: of the weights, in bytes.
-        identity: of the weights; see ``identify``.
-        header: bytes of the header.
-        config: bytes of the configuration.
+        path: the path of the weights, with links resolved.
+        size: the size of the weights file in bytes.
+        identity: the identity of the weights file; see ``identify``.
+        header: the contents of its header.
+        config: the contents of the configuration.
     """
 
     path: str
@@ -71,27 +71,27 @@ class AdapterFiles(NamedTuple):
 
 
 def resolve_roots(roots: Sequence[str | os.PathLike] | str | os.PathLike | None) -> tuple[str, ...]:
-    """Folders in which adapters may lie, links resolved; none where everything may be read.
+    """The folders in which adapters may be, with links resolved; empty if they may be anywhere.
 
     Raises:
-        AdapterFileError: one is no path, or there is an empty list of them.
+        AdapterFileError: one isn't a path, or the list is empty.
     """
     if roots is None:
         return ()
     found = [roots] if isinstance(roots, (str, bytes, os.PathLike)) else list(roots)
     if not found:
         raise AdapterFileError(
-            "adapter_store got roots=[]: expected folders inside of which adapters have to lie. Leave roots out to "
-            "let them lie anywhere."
+            "adapter_store got roots=[]: expected the folders that may contain adapters. Leave roots out to allow any "
+            "folder."
         )
     return tuple(os.path.realpath(path_of(root)) for root in found)
 
 
 def path_of(folder: Any) -> str:
-    """A path as text.
+    """A path as a string.
 
     Raises:
-        AdapterFileError: it is none.
+        AdapterFileError: it isn't a path.
     """
     try:
         path = os.fsdecode(folder)
@@ -99,30 +99,30 @@ def path_of(folder: Any) -> str:
         path = "\0"
     if "\0" in path:
         raise AdapterFileError(
-            f"a folder of adapters was named {folder!r:.80}: expected a path, as text or a pathlib.Path, without null "
-            "characters. Look at the path."
+            f"a folder of adapters was named {folder!r:.80}: expected a path, as a string or a pathlib.Path, without "
+            "null characters. Check the path."
         )
     return path
 
 
 def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterFiles:
-    """Read all of an adapter's files but the weights.
+    """Read an adapter's files, except for the weights.
 
     Args:
-        name: the adapter's, for messages.
-        folder: where PEFT saved it.
-        roots: as ``resolve_roots`` gives them.
+        name: the adapter's name, for messages.
+        folder: the folder that PEFT saved.
+        roots: the result of ``resolve_roots``.
 
     Raises:
-        AdapterFileError: something is missing, outside of the roots, no regular file, or too large to be a header.
+        AdapterFileError: a file is missing, outside of the roots, not a regular file, or too large.
     """
     folder = path_of(folder)
     real = os.path.realpath(folder)
     _check_inside(name, real, roots)
     if not os.path.isdir(real):
         raise AdapterFileError(
-            f"adapter {name!r} was registered from {folder!r}, which is no folder: expected one that "
-            "PEFT's save_pretrained wrote. Download adapters of the Hub first."
+            f"adapter {name!r} was registered from {folder!r}, which is no folder: expected one written by PEFT's "
+            "save_pretrained. Download adapters from the Hub first."
         )
     with _open(name, real, CONFIG, roots) as (descriptor, _):
         size = os.fstat(descriptor).st_size
@@ -138,49 +138,50 @@ def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterF
 
 
 def identify(descriptor: int) -> bytes:
-    """What tells whether a file is still the one that was registered: which it is, its size, when it was written."""
+    """The identity of an open file: device, inode, size and time of last change."""
     found = os.fstat(descriptor)
     return struct.pack("<4Q", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns % (1 << 64))
 
 
 def read_header(name: str, descriptor: int, size: int) -> bytes:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file.
 
     Raises:
-        AdapterFileError: there is none.
+        AdapterFileError: it is missing, incomplete or too large.
     """
     first = _pread(descriptor, min(FIRST_READ, size), 0)
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or length > min(MOST_HEADER, size - 8):
         raise AdapterFileError(
-            f"adapter {name!r} has weights of {size} bytes whose header is said to have {length if first else 'no'} "
-            f"bytes: expected a whole safetensors file, with a header of {MOST_HEADER} bytes at most. Save it again."
+            f"adapter {name!r} has a weights file of {size} bytes that claims a header of {length if first else 'no'} "
+            f"bytes: expected a complete safetensors file, with a header of {MOST_HEADER} bytes at most. Save the "
+            "adapter again."
         )
     rest = b"" if len(first) >= 8 + length else _pread(descriptor, 8 + length - len(first), len(first))
     return first[8 : 8 + length] + rest
 
 
 def parse_header(name: str, header: bytes, size: int) -> tuple[StoredTensor, ...]:
-    """The tensors of a safetensors file, in the order in which they lie.
+    """The tensors of a safetensors file, in the order of their offsets.
 
     Args:
-        name: the adapter's, for messages.
-        header: as ``read_header`` gives it.
-        size: bytes of the file.
+        name: the adapter's name, for messages.
+        header: the result of ``read_header``.
+        size: the size of the file in bytes.
 
     Raises:
-        AdapterFileError: this is no header, or the file is shorter or longer than it says.
+        AdapterFileError: the header is invalid, or doesn't agree with the file's size.
     """
 
     def wrong(what: str) -> AdapterFileError:
         return AdapterFileError(
-            f"adapter {name!r} has a safetensors header in which {what}: expected what safetensors writes, tensors of "
-            "floating-point numbers one behind the other to the end of the file. Save the adapter again."
+            f"adapter {name!r} has a safetensors header in which {what}: expected contiguous floating-point tensors "
+            "up to the end of the file, as safetensors writes them. Save the adapter again."
         )
 
     entries = _parse_json(header)
     if not isinstance(entries, dict):
-        raise wrong("there is no JSON object, or a name comes twice")
+        raise wrong("there is no JSON object, or a name occurs twice")
     entries.pop("__metadata__", None)
     found = []
     for key, entry in entries.items():
@@ -200,47 +201,47 @@ def parse_header(name: str, header: bytes, size: int) -> tuple[StoredTensor, ...
     end = 0
     for start, stop, tensor in found:
         if start != end:
-            raise wrong(f"{_short(tensor.key)} begins at {start}, and what lies before it ends at {end}")
+            raise wrong(f"{_short(tensor.key)} starts at {start}, and the tensor before it ends at {end}")
         end = stop
     if 8 + len(header) + end != size:
-        raise wrong(f"tensors end at the byte {8 + len(header) + end}, and the file at {size}")
+        raise wrong(f"tensors end at byte {8 + len(header) + end}, and the file at {size}")
     return tuple(tensor for _, _, tensor in found)
 
 
 def parse_config(name: str, config: bytes) -> dict[str, Any]:
-    """The keys and values of an adapter's configuration.
+    """Parse an adapter's configuration.
 
     Raises:
-        AdapterFileError: it isn't JSON.
+        AdapterFileError: it isn't a JSON object with unique names.
     """
     found = _parse_json(config)
     if not isinstance(found, dict):
         raise AdapterFileError(
-            f"adapter {name!r} has a {CONFIG} that is no JSON object, or in which a name comes twice: expected what "
-            "PEFT's save_pretrained writes. Save the adapter again."
+            f"adapter {name!r} has a {CONFIG} that is no JSON object, or in which a name occurs twice: expected one "
+            "written by PEFT's save_pretrained. Save the adapter again."
         )
     return found
 
 
 def read_weights(name: str, path: str, identity: bytes, header: int, target: memoryview) -> None:
-    """Read all that lies behind the header.
+    """Read everything after the header.
 
     Args:
-        name: the adapter's, for messages.
-        path: of the weights.
-        identity: what they were when they were registered.
-        header: bytes of the header.
-        target: where to; as long as the weights are.
+        name: the adapter's name, for messages.
+        path: the path of the weights.
+        identity: the file's identity at registration.
+        header: the length of the header in bytes.
+        target: the memory to read into, as long as the weights.
 
     Raises:
-        AdapterFileError: the file isn't there any more, or is another one.
+        AdapterFileError: the file is missing, or has changed.
     """
     try:
         descriptor = os.open(path, FLAGS)
     except OSError as error:
         raise AdapterFileError(
             f"the weights of adapter {name!r} at {path!r} can't be opened any more ({error.strerror}): expected the "
-            "file to stay for as long as the adapter is registered. Register it again."
+            "file to stay in place as long as the adapter is registered. Register it again."
         ) from error
     try:
         if identify(descriptor) != identity:
@@ -260,7 +261,7 @@ def read_weights(name: str, path: str, identity: bytes, header: int, target: mem
 def _changed(name: str, path: str) -> AdapterFileError:
     return AdapterFileError(
         f"the weights of adapter {name!r} at {path!r} changed since they were registered: expected the same file. "
-        "Register the adapter again, which gives it a new version; write new files into new folders."
+        "Register the adapter again, which makes a new version, and write new files to new folders."
     )
 
 
@@ -270,7 +271,7 @@ FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a 
 @contextmanager
 def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[tuple[int, str]]:
     path = os.path.join(folder, file)
-    if os.path.islink(path):  # as in the cache of the Hub
+    if os.path.islink(path):  # as in the Hub's cache
         path = os.path.realpath(path)
         _check_inside(name, path, roots)
     try:
@@ -279,18 +280,18 @@ def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[t
         pickles = [each for each in PICKLES if os.path.exists(os.path.join(folder, each))]
         if file == WEIGHTS and pickles:
             raise AdapterFileError(
-                f"adapter {name!r} has its weights in {pickles[0]}, a pickle, which may run any code when it is read: "
+                f"adapter {name!r} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: "
                 f"expected {WEIGHTS}. Load it with PEFT if you trust it, and save it with safe_serialization=True."
             ) from error
         raise AdapterFileError(
             f"adapter {name!r} has no {file} in {folder!r} that can be opened ({error.strerror}): expected a folder "
-            "that PEFT's save_pretrained wrote. Look at the path."
+            "written by PEFT's save_pretrained. Check the path."
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise AdapterFileError(
-                f"adapter {name!r} has a {file} that is no regular file: expected one that PEFT's save_pretrained "
-                "wrote. Save the adapter again."
+                f"adapter {name!r} has a {file} that is no regular file: expected one written by PEFT's "
+                "save_pretrained. Save the adapter again."
             )
         yield descriptor, path
     finally:
@@ -300,8 +301,8 @@ def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[t
 def _check_inside(name: str, path: str, roots: Sequence[str]) -> None:
     if roots and not any(path == root or path.startswith(os.path.join(root, "")) for root in roots):
         raise AdapterFileError(
-            f"adapter {name!r} lies at {path!r}, links resolved, which is outside of the store's roots: expected a "
-            "folder inside one of them. Move it there, or name its folder in adapter_store(roots=[...])."
+            f"adapter {name!r} is at {path!r} (links resolved), outside of the store's roots: expected a folder "
+            "inside one of them. Move it there, or add its folder to adapter_store(roots=[...])."
         )
 
 
@@ -316,7 +317,7 @@ def _pread(descriptor: int, count: int, offset: int) -> bytes:
 
 
 def _parse_json(text: bytes) -> Any:
-    """What a text says; None where it isn't JSON, or where names aren't unique."""
+    """The parsed text; None if it isn't JSON, or if names aren't unique."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -1,4 +1,4 @@
-"""Where an adapter's weights lie in its memory, and that they fit the model. Adapters with equal headers share one."""
+"""The memory layout of an adapter's weights, checked against the model. Adapters with equal headers share one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from peft_multibatch.errors import AdapterMismatchError, AdapterUnsupportedError
 
 
 StoreDtype = torch.dtype | Literal["file"] | None
-"""What may be asked for as a store's ``dtype``."""
+"""Values of a store's ``dtype``."""
 
 ALIGNMENT = 16
-"""Bytes at a multiple of which every matrix begins, so that kernels read 16 at a time."""
+"""The alignment of matrices in bytes, so that kernels can read 16 bytes at a time."""
 
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 
 class Layers(Protocol):
-    """What a store asks the model.
+    """The model's layers, as a store looks them up.
 
     Attributes:
-        names: of layers that run what stored adapters have there; of those that come later as well.
-        changes: another number whenever layers came, went, or can't take part any more.
+        names: the names of layers that stored adapters can use, kept up to date.
+        changes: a counter of changes: layers that were added, removed or refused.
     """
 
     names: MutableMapping[Any, str]
@@ -40,19 +40,19 @@ class Layers(Protocol):
         ...
 
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The model's current device."""
         ...
 
     def module_names(self) -> Iterable[str]:
-        """Names of all modules, with PEFT's layers in the place of what they stand for."""
+        """The names of all modules, with PEFT's layers instead of the modules inside them."""
         ...
 
     def cover(self, name: str, modules: Iterable[str]) -> dict[str, Any]:
-        """LoRA layers by the names of modules, which from now on run what stored adapters have there.
+        """Prepare modules for a stored adapter; returns their LoRA layers, by module name.
 
         Raises:
             AdapterMismatchError: there is no such module.
-            AdapterUnsupportedError: it can't take part.
+            AdapterUnsupportedError: the module can't have stored adapters.
         """
         ...
 
@@ -65,13 +65,13 @@ class Half(NamedTuple):
 
 
 class StoredLayer(NamedTuple):
-    """What an adapter has in one layer.
+    """The weights of an adapter in one layer.
 
     Attributes:
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
-        dtype: of both.
-        scaling: what their product is multiplied with.
+        dtype: the dtype of both.
+        scaling: the factor of their product.
     """
 
     lora_a: Half
@@ -81,7 +81,7 @@ class StoredLayer(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Numbers that lie in a file as they do in memory, but for their dtype."""
+    """A contiguous range of numbers that is copied from the file, possibly converted to another dtype."""
 
     source: int
     target: int
@@ -91,14 +91,14 @@ class Copy(NamedTuple):
 
 
 class Layout:
-    """Where an adapter's weights lie in its memory.
+    """The memory layout of an adapter's weights.
 
     Attributes:
-        layers: what it has, by the names of modules.
-        size: bytes of its memory.
-        file_size: bytes of the file behind its header.
-        copies: what goes from the file into the memory.
-        dropout: probability of its dropout, in train mode.
+        layers: its weights, by module name.
+        size: the bytes of its memory.
+        file_size: the bytes of the file after the header.
+        copies: the ranges to copy from the file into memory.
+        dropout: the probability of its dropout in train mode.
     """
 
     def __init__(
@@ -133,36 +133,36 @@ class Layout:
             (a, dtype_a), (b, dtype_b) = places[module, "A"], places[module, "B"]
             if dtype_a != dtype_b:
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has lora_A of {dtype_a} and lora_B of {dtype_b} in {module}: expected one "
-                    "dtype in both. Leave dtype out of adapter_store, which converts them."
+                    f"adapter {name!r} has lora_A of {dtype_a} and lora_B of {dtype_b} in {module}: expected the same "
+                    "dtype. Leave dtype out of adapter_store, which then converts them."
                 )
             self.layers[module] = StoredLayer(Half(a, found["A"].shape), Half(b, found["B"].shape), dtype_a, scaling)
 
     def check(self, name: str, model: Layers) -> dict[str, Any]:
-        """The model's layers in which the adapter has anything.
+        """Check the adapter against the model; returns the layers for which it has weights, by module name.
 
         Raises:
-            AdapterMismatchError: it doesn't fit them.
-            AdapterUnsupportedError: one can't take part.
+            AdapterMismatchError: it doesn't fit the model.
+            AdapterUnsupportedError: a layer can't have stored adapters.
         """
         covered = model.cover(name, self._shapes)
         for module, (a, b, rank) in self._shapes.items():
             layer = covered[module]
             if not (a == (rank, layer.in_features) and b == (layer.out_features, rank)):
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has lora_A of shape {[*a]} and lora_B of shape {[*b]} in {module}, of rank "
-                    f"{rank} by its configuration: expected [{rank}, {layer.in_features}] and [{layer.out_features}, "
-                    f"{rank}]. Save it again, from the model for which it was trained."
+                    f"adapter {name!r} has lora_A of shape {[*a]} and lora_B of shape {[*b]} in {module}, where its "
+                    f"configuration has rank {rank}: expected [{rank}, {layer.in_features}] and "
+                    f"[{layer.out_features}, {rank}]. Save it again, from the model for which it was trained."
                 )
             if rank > self._max_rank:
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has the rank {rank} in {module}: expected {self._max_rank} at most. Pass "
+                    f"adapter {name!r} has rank {rank} in {module}: expected {self._max_rank} at most. Pass a larger "
                     "max_rank to adapter_store."
                 )
         return covered
 
     def fill(self, memory: Tensor, file: Tensor) -> None:
-        """Bring weights as they were in the file to where they belong, in the dtypes that they get.
+        """Copy weights from the file's contents into memory, and convert their dtypes.
 
         Args:
             memory: uint8 ``[size]``.
@@ -175,7 +175,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the memory is the file, byte by byte."""
+        """Whether the memory equals the file, byte by byte."""
         return all(each.source == each.target and each.from_dtype == each.to_dtype for each in self.copies)
 
     def ranks(self) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ class Layout:
             module, half = parse_key(name, tensor.key)
             if half in found.setdefault(module, {}):
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has lora_{half} of {module} twice: expected it once. Save it again."
+                    f"adapter {name!r} has lora_{half} of {module} twice: expected one. Save the adapter again."
                 )
             found[module][half] = tensor
         for module, halves in found.items():
@@ -196,7 +196,7 @@ class Layout:
                 missing = "A" if "B" in halves else "B"
                 raise AdapterMismatchError(
                     f"adapter {name!r} has no lora_{missing} in {module}: expected lora_A and lora_B. Save it again, "
-                    "from a model in which it is complete."
+                    "from a model that has all of its weights."
                 )
         return found
 
@@ -218,42 +218,44 @@ class Layout:
 
 
 def parse_key(name: str, key: str) -> tuple[str, str]:
-    """The module and the half, ``"A"`` or ``"B"``, to which a tensor of an adapter's file belongs.
+    """Parse a tensor's name into the module's name and ``"A"`` or ``"B"``.
 
     Raises:
-        AdapterUnsupportedError: it is no matrix of a linear layer.
+        AdapterUnsupportedError: it isn't a LoRA matrix of a linear layer.
     """
     found = KEY.fullmatch(key)
     if found is None:
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has the tensor {key[:120]!r}: expected lora_A.weight and lora_B.weight of linear "
-            "layers alone, because a store keeps nothing else. Use load_adapter."
+            f"adapter {name!r} has the tensor {key[:120]!r}: expected only lora_A.weight and lora_B.weight of linear "
+            "layers, because a store supports nothing else. Use load_adapter."
         )
     return found["module"], found["half"]
 
 
 def _check_names(name: str, found: Mapping[str, Any], wanted: set[str]) -> None:
-    """Raise where PEFT finds other layers than the file has, and leaves out weights without a word, or makes up some.
+    """Check that the file has weights for exactly the modules that PEFT would adapt.
+
+    PEFT silently ignores other weights, and initializes missing ones.
 
     Raises:
-        AdapterMismatchError: it would.
+        AdapterMismatchError: weights are missing, or there are others.
     """
     if not found and not wanted:
         raise AdapterMismatchError(
-            f"adapter {name!r} has no weights, and would be the base model: expected some. Save it again."
+            f"adapter {name!r} has no weights, so it would equal the base model: expected some. Save it again."
         )
     for what, names in (("no weights for", wanted - found.keys()), ("weights for", found.keys() - wanted)):
         if names:
-            is_in = "its configuration names" if what.startswith("no") else "its configuration or the model doesn't"
+            is_in = "its configuration names" if what.startswith("no") else "isn't in its configuration or the model"
             raise AdapterMismatchError(
                 f"adapter {name!r} has {what} {min(names)}, which {is_in}, and {len(names) - 1} more like it: "
-                "expected weights for the modules that target_modules names in this model. Save it again, from the "
-                "model for which it was trained."
+                "expected weights for exactly the modules that target_modules names in this model. Save it again, "
+                "from the model for which it was trained."
             )
 
 
 def _dtype_for(layer: Any, tensor: StoredTensor, asked: StoreDtype) -> torch.dtype:
-    """The dtype that a matrix gets: what was asked for, or what PEFT's ``load_adapter`` gives it in this layer."""
+    """The dtype of a matrix in memory: the requested one, or that of PEFT's ``load_adapter`` in this layer."""
     if isinstance(asked, torch.dtype):
         return asked
     if asked == "file":

@@ -1,4 +1,4 @@
-"""Layouts of adapters that were seen: most of ten thousand have the headers and configurations of a few."""
+"""A cache of layouts, because most of ten thousand adapters share a few headers and configurations."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from peft_multibatch.adapters.store.settings import Settings, read_settings
 
 
 KNOWN_FILES = 256
-"""Pairs of header and configuration whose layout is found again without parsing either."""
+"""The number of (header, configuration) pairs whose layout is found without parsing them again."""
 
 
 class Layouts:
-    """Finds the layout of an adapter's files, and knows which were compared with the model as it is now.
+    """Finds the layout of an adapter's files, and tracks which layouts were checked against the current model.
 
-    Layouts of adapters that are gone go as well, but for the last few.
+    Layouts that no adapter uses any more are freed, except for the last few.
 
     Args:
-        model: the layers.
-        max_rank: largest rank of any adapter.
-        dtype: of weights in memory.
+        model: the model's layers.
+        max_rank: the largest allowed rank.
+        dtype: the dtype of weights in memory.
     """
 
     def __init__(self, model: Layers, max_rank: int, dtype: StoreDtype) -> None:
         self._model, self._max_rank, self._dtype = model, max_rank, dtype
         self._by_content: MutableMapping[tuple[tuple[StoredTensor, ...], Settings], Layout] = WeakValueDictionary()
         self._by_bytes: OrderedDict[tuple[bytes, int, bytes], Layout] = OrderedDict()
-        self._checked: MutableMapping[Layout, int] = WeakKeyDictionary()  # at which state of the model
+        self._checked: MutableMapping[Layout, int] = WeakKeyDictionary()  # the value of model.changes at the check
         self._lock = threading.RLock()
 
     def find(self, name: str, found: AdapterFiles) -> Layout:
-        """The layout of an adapter's files, after it was compared with the model.
+        """The layout of an adapter's files, checked against the model.
 
         Args:
-            name: the adapter's, for messages.
+            name: the adapter's name, for messages.
             found: its files.
 
         Raises:
-            AdapterFileError: they are damaged.
-            AdapterUnsupportedError: it is anything but plain LoRA on linear layers.
+            AdapterFileError: the files are damaged.
+            AdapterUnsupportedError: it isn't plain LoRA on linear layers.
             AdapterMismatchError: it doesn't fit the model.
         """
         key = found.header, found.size, found.config
@@ -66,7 +66,7 @@ class Layouts:
         return layout
 
     def expect(self, modules: Iterable[str]) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """Dtypes that adapters have in these modules, for each its largest rank, and whether all are aligned."""
+        """The dtypes of all adapters in these modules, with the largest rank of each, and whether all are aligned."""
         found: dict[torch.dtype | None, tuple[int, bool]] = {}
         with self._lock:
             known = [layout.layers for layout in self._by_content.values()]
@@ -76,10 +76,10 @@ class Layouts:
         return found
 
     def check(self, name: str, layout: Layout) -> None:
-        """Compare a layout with the model, if layers came or went since it was compared last.
+        """Check a layout against the model again, if its layers changed since the last check.
 
         Raises:
-            AdapterUnsupportedError: a layer can't take part any more.
+            AdapterUnsupportedError: a layer can't have stored adapters any more.
             AdapterMismatchError: the adapter doesn't fit the model any more.
         """
         if self._checked.get(layout) != self._model.changes:

@@ -1,4 +1,4 @@
-"""From files to where calls compute: threads that read, room for all adapters of a batch at once, and time limits."""
+"""Loading stored adapters: reader threads, room for all adapters of a batch at once, and timeouts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from peft_multibatch.errors import AdapterFileError, MultibatchError, StoreFullE
 
 
 THREADS = 4
-"""Files that are read at the same time."""
+"""The number of files that are read at the same time."""
 
 POLL = 0.005
-"""Seconds after which a batch that waits looks again: memory comes back without telling anybody."""
+"""Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
 
 
 class Load:
-    """An adapter on its way.
+    """An adapter that is being loaded.
 
     Attributes:
-        version: which.
-        memory: where it will be; whoever holds this keeps the room.
-        mark: what to wait for before that is written.
-        error: why it couldn't be loaded, once that is known.
+        version: the adapter.
+        memory: the memory for its weights, which stays reserved as long as this is referenced.
+        mark: what to wait for before the memory is written.
+        error: the error, if loading failed.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
@@ -46,28 +46,28 @@ class Load:
 
 
 class Ticket:
-    """A batch's place in the queue for room, for as long as its thread holds this."""
+    """A batch's place in the queue for memory, as long as its thread references this."""
 
 
 class Loader:
-    """Brings adapters into memory.
+    """Loads adapters into memory.
 
     Attributes:
         lock: guards all of a store's state.
         host: adapters in host memory.
-        final: adapters where calls compute: on a CPU, the same.
-        loads: adapters that were read so far.
-        bytes_read: of their files.
-        seconds: that reading them took, summed up over all threads.
-        let_go: drops plans of calls that have ended, when there is no room.
-        on_loaded: is called when an adapter was loaded, or couldn't be.
+        final: adapters on the device where calls compute; on a CPU, the same as ``host``.
+        loads: the number of adapters loaded so far.
+        bytes_read: the bytes read from files.
+        seconds: the time spent loading, summed over all threads.
+        let_go: called when memory runs out, to drop plans of calls that have ended.
+        on_loaded: called when an adapter was loaded, or failed to load.
 
     Args:
-        device: where calls compute.
-        host: most bytes of host memory.
-        final: most bytes of the device's memory.
-        timeout: seconds that a batch waits at most.
-        streams: of the device.
+        device: the device where calls compute.
+        host: the most bytes of host memory.
+        final: the most bytes of device memory.
+        timeout: the most seconds that a batch waits.
+        streams: the device's streams.
     """
 
     def __init__(self, device: torch.device, host: int, final: int, timeout: float, streams: Streams) -> None:
@@ -85,11 +85,11 @@ class Loader:
         self._staging = threading.local()
 
     def close(self) -> None:
-        """Read nothing any more."""
+        """Stop loading."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def check_size(self, version: Version) -> None:
-        """Raise where an adapter would never find room.
+        """Check that an adapter fits into the store's memory.
 
         Raises:
             StoreFullError: it is larger than all of the memory.
@@ -98,40 +98,40 @@ class Loader:
         limit = min(self.host.arena.limit, self.final.arena.limit)
         if size > limit:
             raise StoreFullError(
-                f"adapter {version.name!r} needs {size} bytes, and the store has {limit}: expected a smaller one. "
-                "Pass more max_host_memory or max_device_memory to adapter_store."
+                f"adapter {version.name!r} needs {size} bytes, and the store has {limit}: expected a smaller adapter. "
+                "Pass a larger max_host_memory or max_device_memory to adapter_store."
             )
 
     def check_pins(self, versions: Sequence[Version]) -> None:
-        """Raise where adapters that are to be pinned have no room together.
+        """Check that all of these adapters can be pinned together.
 
         Raises:
-            StoreFullError: they don't.
+            StoreFullError: they don't fit into memory.
         """
         wanted = sum(size_class(version.layout.size) for version in versions)
         if wanted > self.final.arena.limit:
             raise StoreFullError(
-                f"adapter {versions[-1].name!r} was to be pinned beside {len(versions) - 1} others, which makes "
-                f"{wanted} bytes, and the store has {self.final.arena.limit}: expected room for all that is pinned. "
-                "Unpin others, or pass more memory to adapter_store."
+                f"adapter {versions[-1].name!r} can't be pinned along with {len(versions) - 1} others, because they "
+                f"need {wanted} bytes together, and the store has {self.final.arena.limit}: expected room for all "
+                "pinned adapters. Unpin others, or pass more memory to adapter_store."
             )
 
     def prefetch(self, version: Version, stay: Sequence[Version] = ()) -> None:
-        """Begin to load an adapter if there is room that nobody waits for; the caller holds the lock.
+        """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock.
 
         Args:
             version: the adapter.
-            stay: adapters that don't go for its sake.
+            stay: adapters that must not be evicted for it.
         """
         if version.loading is None and version not in self.final and not self._is_awaited():
             self._begin([version], stay)
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
-        """Adapters' weights, loaded where they aren't in memory: room for all of them is had at once, or waited for.
+        """The weights of adapters, which are loaded if needed. Waits until there is room for all of them at once.
 
         Raises:
             AdapterFileError: files can't be read any more.
-            StoreFullError: there is no room, or nothing was loaded in time.
+            StoreFullError: there is no room, or loading took too long.
         """
         with Progress("loading adapters", len(versions)) as progress:
             return self._fetch(versions, progress)
@@ -146,7 +146,7 @@ class Loader:
             with self.lock:
                 self.check_possible(versions)
                 errors = [load.error for load in loads.values() if load.error is not None]
-                if errors:  # as often as batches asked, each with a traceback of its own, which holds no memory
+                if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
                     held.clear()
                     loads.clear()
                     raise type(errors[0])(*errors[0].args)
@@ -167,7 +167,7 @@ class Loader:
             if left > 0:
                 progress.update(len(versions) - missing if held else 0)
                 continue
-            if not was_collected:  # what an exception's traceback or a cycle holds
+            if not was_collected:  # tracebacks and reference cycles may keep adapters alive
                 was_collected = True
                 gc.collect()
                 continue
@@ -177,7 +177,7 @@ class Loader:
             raise self._late(versions, is_reserved)
 
     def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
-        """Hold the memory of all of these, and begin to load those that aren't in it; None where there is no room."""
+        """Reserve memory for all of these, and start loading those that aren't there; None if there is no room."""
         missing = [each for each in versions if each.loading is None and each not in self.final]
         if missing and not self._begin(missing, versions):
             return None
@@ -197,7 +197,7 @@ class Loader:
         if not self.final.make_room(sizes, stay, self.let_go):
             return False
         started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
-        for load in started:  # they begin when the lock is free
+        for load in started:  # the threads wait for the lock
             self._threads.submit(self._run, load)
             load.version.loading, load.version.error = load, None
         return True
@@ -211,7 +211,11 @@ class Loader:
         return not self._is_awaited() or self._queue[0]() is ticket
 
     def check_possible(self, versions: Sequence[Version]) -> None:
-        """Raise where a batch could never have room, whoever ends."""
+        """Check that the adapters of a batch fit into memory together.
+
+        Raises:
+            StoreFullError: they don't, besides those that are pinned.
+        """
         arena = self.final.arena
         wanted = sum(size_class(version.layout.size) for version in versions)
         pinned = sum(size_class(each.layout.size) for each in self.final.pinned() if each not in versions)
@@ -219,19 +223,19 @@ class Loader:
             raise StoreFullError(
                 f"a batch names {len(versions)} stored adapters of {wanted} bytes together, and the store has "
                 f"{arena.limit}, of which {pinned} are pinned for others: expected fewer adapters in one batch. Pass "
-                f"more {'max_host_memory' if self.final is self.host else 'max_device_memory'} to adapter_store."
+                f"a larger {'max_host_memory' if self.final is self.host else 'max_device_memory'} to adapter_store."
             )
 
     def _late(self, versions: Sequence[Version], is_reserved: bool) -> StoreFullError:
         names = ", ".join(repr(version.name) for version in versions[:3])
-        what = "they weren't read" if is_reserved else f"calls under way held all {self.final.arena.limit} bytes"
+        what = "they weren't loaded" if is_reserved else f"running calls used all {self.final.arena.limit} bytes"
         return StoreFullError(
-            f"a batch waited {self._timeout:g} s for {len(versions)} stored adapters ({names}...), and {what}: "
-            "expected memory for the adapters of all batches that run at once. Pass more memory or another timeout to "
-            "adapter_store, or run fewer batches."
+            f"a batch waited {self._timeout:g} s for {len(versions)} stored adapters ({names}...), but {what}: "
+            "expected memory for the adapters of all batches that run at once. Pass more memory or a longer timeout "
+            "to adapter_store, or run fewer batches."
         )
 
-    # What runs in the threads that read.
+    # These run in the reader threads.
 
     def _run(self, load: Load) -> None:
         version = load.version
@@ -246,8 +250,8 @@ class Loader:
             load.error = type(error)(*error.args)
         except Exception as error:
             load.error = AdapterFileError(
-                f"adapter {version.name!r} can't be loaded from {version.path!r}, which raises "
-                f"{type(error).__name__} ({error}): expected a file that can be read. Register it again."
+                f"adapter {version.name!r} can't be loaded from {version.path!r} ({type(error).__name__}: {error}): "
+                "expected a file that can be read. Register the adapter again."
             )
         with self.lock:
             self.seconds += time.perf_counter() - begin
@@ -260,7 +264,7 @@ class Loader:
         self.on_loaded()
 
     def _in_host(self, version: Version) -> Tensor:
-        """An adapter in host memory, on its way to the device."""
+        """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:
             with self.lock:
@@ -291,7 +295,7 @@ class Loader:
             self.bytes_read += layout.file_size
 
     def _stage(self, size: int) -> Tensor:
-        """Memory of this thread's own, in which files are before their numbers are converted."""
+        """This thread's buffer for files whose weights have to be converted."""
         known = getattr(self._staging, "memory", None)
         if known is None or len(known) < size:
             known = self._staging.memory = torch.zeros(size, dtype=torch.uint8, device="cpu")

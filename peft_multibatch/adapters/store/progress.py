@@ -1,4 +1,4 @@
-"""A progress bar for what takes longer than a moment, shown where transformers shows its own."""
+"""A progress bar for slow operations, which uses transformers' settings for progress bars."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers.utils import logging
 
 
 PATIENCE = 2.0
-"""Seconds before a bar is shown. ``transformers.utils.logging.disable_progress_bar`` hides it for good."""
+"""Seconds before the bar is shown. ``transformers.utils.logging.disable_progress_bar`` turns it off."""
 
 
 class Progress:
-    """How much of something is done. Costs nothing until it is shown.
+    """Progress of an operation. Costs nothing until the bar is shown.
 
     Args:
-        what: is done, in a few words.
-        total: how much there is.
+        what: a short description of the operation.
+        total: the number of items.
     """
 
     def __init__(self, what: str, total: int) -> None:
@@ -34,7 +34,7 @@ class Progress:
             self._bar.close()
 
     def update(self, done: int) -> None:
-        """So much is done by now."""
+        """Set the number of items that are done."""
         if self._bar is None:
             if time.monotonic() - self._begin < PATIENCE:
                 return
@@ -44,7 +44,7 @@ class Progress:
 
 
 def tracked(what: str, items: Sequence[str]) -> Iterator[str]:
-    """The same items, one after the other, with a bar."""
+    """Iterate over items, with a progress bar."""
     with Progress(what, len(items)) as progress:
         for done, item in enumerate(items):
             progress.update(done)

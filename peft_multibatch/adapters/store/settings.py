@@ -1,4 +1,4 @@
-"""What an adapter's configuration asks for, if that is all plain LoRA."""
+"""Parsing and checking an adapter's configuration, of which a store accepts only plain LoRA."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peft_multibatch.compat import check_target_module_exists
 from peft_multibatch.errors import AdapterFileError, AdapterUnsupportedError
 
 
-# Keys of LoRA's configuration that change nothing of what an adapter computes once it is trained.
+# Keys of LoRA's configuration that don't affect what a trained adapter computes.
 WITHOUT_EFFECT = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 })  # fmt: skip
 
-# Keys that are read, each with what its value may be.
+# Keys that are read, and the types of their values.
 READ: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "lora_alpha": (int, float),
@@ -33,7 +33,7 @@ READ: dict[str, tuple[type, ...]] = {
     "layers_pattern": (list, str, type(None)),
 }
 
-# Keys that may have this value alone. A key that isn't known at all may be off, as new ones of PEFT's begin.
+# Keys for which only these values are accepted. Unknown keys must be off, as PEFT's new options are by default.
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 QUANTIFIED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
@@ -43,19 +43,19 @@ MOST_NAMES = 8192
 
 
 class Settings(NamedTuple):
-    """What an adapter's configuration says that decides what it computes. Equal where two adapters compute alike.
+    """The part of an adapter's configuration that affects what it computes.
 
     Attributes:
-        rank: of modules that no pattern names.
-        alpha: likewise.
-        is_rank_stabilized: whether scalings are divided by the square root of the rank.
-        ranks: by pattern.
-        alphas: by pattern.
-        targets: names of modules, or one pattern.
-        excluded: names of modules, or one pattern; or None.
-        layers: indices of layers, or None where all count.
-        layers_pattern: names of the lists in which these layers are.
-        dropout: probability of its dropout, in train mode.
+        rank: the rank of modules that no pattern matches.
+        alpha: their ``lora_alpha``.
+        is_rank_stabilized: whether alpha is divided by the square root of the rank instead of the rank.
+        ranks: (pattern, rank) pairs.
+        alphas: (pattern, alpha) pairs.
+        targets: names of modules, or a pattern.
+        excluded: names of modules, or a pattern, or None.
+        layers: indices of layers, or None for all.
+        layers_pattern: names of the lists that contain these layers.
+        dropout: the probability of its dropout in train mode.
     """
 
     rank: int
@@ -70,14 +70,14 @@ class Settings(NamedTuple):
     dropout: float
 
     def names(self, name: str, modules: Iterable[str]) -> set[str]:
-        """The modules to which the adapter belongs, as PEFT finds them.
+        """The modules that PEFT would adapt.
 
         Args:
-            name: the adapter's, for messages.
-            modules: names of all modules.
+            name: the adapter's name, for messages.
+            modules: the names of all modules.
 
         Raises:
-            AdapterFileError: a pattern can't be looked for where PEFT looks for it.
+            AdapterFileError: PEFT's matching fails on the patterns.
         """
         config = _Config(
             self.targets, self.excluded, None if self.layers is None else [*self.layers], [*self.layers_pattern]
@@ -98,7 +98,7 @@ class Settings(NamedTuple):
 
 
 class _Config(NamedTuple):
-    """What PEFT's matching reads of a configuration."""
+    """The attributes of a configuration that PEFT's matching reads."""
 
     target_modules: Any
     exclude_modules: Any
@@ -108,17 +108,17 @@ class _Config(NamedTuple):
 
 
 def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
-    """Settings of an adapter, from its configuration.
+    """Parse and check an adapter's configuration.
 
     Args:
-        name: the adapter's, for messages.
-        config: keys and values of its ``adapter_config.json``.
+        name: the adapter's name, for messages.
+        config: the contents of its ``adapter_config.json``.
 
     Raises:
-        AdapterUnsupportedError: it asks for anything beside plain LoRA.
-        AdapterFileError: a value isn't what its key takes.
+        AdapterUnsupportedError: it isn't plain LoRA.
+        AdapterFileError: a value is invalid.
     """
-    for key, value in sorted(config.items(), key=lambda item: item[0] not in ONLY):  # the type before its options
+    for key, value in sorted(config.items(), key=lambda item: item[0] not in ONLY):  # checks the type first
         is_off = value is None or value is False or value in ("", [], {})
         if key in ONLY:
             if not any(type(value) is type(each) and value == each for each in ONLY[key]):
@@ -142,8 +142,8 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
         raise _wrong(name, "layers_to_transform", layers)
     if isinstance(values["target_modules"], str) and values["target_modules"].lower() == "all-linear":
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has target_modules='all-linear', which PEFT replaces with names of modules before it "
-            "saves: expected these names. Load the adapter with load_adapter, and save it again."
+            f"adapter {name!r} has target_modules='all-linear', which PEFT replaces with module names before saving: "
+            "expected module names. Load the adapter with load_adapter, and save it again."
         )
     return Settings(
         values["r"],
@@ -160,7 +160,7 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
 
 
 def _by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, otherwise: Any) -> Any:
-    """What the first pattern that ends a module's name says, as in PEFT, which compiles them for every module anew."""
+    """The value of the first pattern that matches the end of a module's name, as in PEFT, but with caching."""
     for pattern, value in patterns:
         if _compiled(pattern).match(module):
             return value
@@ -201,8 +201,8 @@ def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
 
 
 def _check_pattern(name: str, key: str, pattern: Any) -> None:
-    """Raise where a pattern is none, or where looking for it might take for ever: whoever wrote it isn't trusted."""
-    if not isinstance(pattern, str):  # which would be compiled as what it is called
+    """Check that a pattern is valid, and that matching it can't take forever, because files aren't trusted."""
+    if not isinstance(pattern, str):  # the f-string would turn it into a pattern
         raise _wrong(name, key, pattern)
     try:
         _compiled(pattern)
@@ -214,9 +214,9 @@ def _check_pattern(name: str, key: str, pattern: Any) -> None:
         or len(re.findall(r"[*+{]", pattern)) > MOST_QUANTIFIERS
     ):
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has the pattern {pattern[:80]!r} in {key}, with repeated groups, or more than "
-            f"{MOST_QUANTIFIERS} repetitions: expected a simpler one, because looking for it may take for ever. Write "
-            "names of modules instead, or use load_adapter."
+            f"adapter {name!r} has the pattern {pattern[:80]!r} in {key}, which is too long, or has repeated groups "
+            f"or more than {MOST_QUANTIFIERS} repetitions: expected a simpler one, because matching it could take "
+            "forever. Write module names instead, or use load_adapter."
         )
 
 
@@ -232,12 +232,12 @@ def _is_finite(value: Any) -> bool:
 def _unsupported(name: str, key: str, value: Any) -> AdapterUnsupportedError:
     return AdapterUnsupportedError(
         f"adapter {name!r} has {key}={repr(value)[:80]} in its configuration: expected plain LoRA on linear layers, "
-        "because a store keeps nothing beside lora_A and lora_B. Use load_adapter."
+        "because a store supports only lora_A and lora_B. Use load_adapter."
     )
 
 
 def _wrong(name: str, key: str, value: Any) -> AdapterFileError:
     return AdapterFileError(
-        f"adapter {name!r} has {key}={repr(value)[:80]} in its configuration: expected what PEFT's save_pretrained "
-        "writes there. Save the adapter again."
+        f"adapter {name!r} has {key}={repr(value)[:80]} in its configuration: expected a value that PEFT's "
+        "save_pretrained writes. Save the adapter again."
     )

@@ -1,4 +1,4 @@
-"""Stored adapters as the registry asks for them."""
+"""The registry's interface to stored adapters."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class StoredAdapters:
     """Adapters in files, of which those in use are in memory.
 
     Args:
-        model: the layers.
-        names: of all of the model's adapters.
-        slots: which adapters in use take.
-        device: where calls compute.
-        max_host_memory: most bytes in host memory.
-        max_device_memory: most bytes on the device; a CPU has none beside its own.
-        max_rank: largest rank of any adapter.
-        roots: folders inside of which adapters have to lie; anywhere where it is None.
-        dtype: of weights in memory.
-        timeout: seconds that a batch waits for its adapters at most.
-        let_go: drops plans of calls that have ended, when there is no room.
-        guard: makes a block in which an adapter may change.
+        model: the model's layers.
+        names: the names of all adapters of the model.
+        slots: the pool of slots for adapters in use.
+        device: the device where calls compute.
+        max_host_memory: the most bytes in host memory.
+        max_device_memory: the most bytes on a CUDA device; not used on a CPU.
+        max_rank: the largest allowed rank.
+        roots: folders that may contain adapters; None allows any folder.
+        dtype: the dtype of weights in memory.
+        timeout: the most seconds that a batch waits for its adapters.
+        let_go: called when memory runs out, to drop plans of calls that have ended.
+        guard: returns a block in which an adapter may be changed.
     """
 
     kind: Source = "store"
@@ -70,25 +70,25 @@ class StoredAdapters:
         self._is_closed = False
 
     def has(self, number: int) -> bool:
-        """Whether an id is that of a stored adapter."""
+        """Whether an id belongs to a stored adapter."""
         return number in self._versions
 
     def serial(self, number: int) -> int:
-        """The version of an adapter."""
+        """The serial number of an adapter's current version."""
         return self._versions[number].serial
 
     def adapters(self, ids: Collection[int], is_new: bool = True) -> dict[int, StoredAdapter]:
-        """Adapters in memory, by id; those that weren't are loaded.
+        """Adapters in memory, by id. Loads them if needed.
 
         Args:
-            ids: which.
-            is_new: whether a call begins, for which hits and misses count; not so for steps of continuous batching.
+            ids: the adapters.
+            is_new: whether to count hits and misses; False for steps of continuous batching.
 
         Raises:
             AdapterFileError: files can't be read any more.
-            AdapterMismatchError: the model changed, and one doesn't fit it any more.
-            StoreFullError: there is no room for all of them within the time limit.
-            UnsupportedError: one has dropout, and the model trains.
+            AdapterMismatchError: the model changed, and an adapter doesn't fit it any more.
+            StoreFullError: there was no room for all of them within the timeout.
+            UnsupportedError: an adapter has dropout, and the model is in train mode.
         """
         tier = self._loader.final
         with self._lock:
@@ -100,21 +100,21 @@ class StoredAdapters:
             self.count(there, len(wanted) - there)
         self._check(wanted)
         self._streams.note()
-        if there < len(wanted):  # while it waits it holds no memory, for which another one may be waiting
+        if there < len(wanted):  # a waiting batch references no memory, so that batches can't block each other
             found = self._loader.fetch(wanted)
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
 
     def lease(self, ids: Sequence[int], ahead: Sequence[int]) -> list[StoredAdapter] | None:
-        """Adapters if all of them are in memory, where they stay for as long as this is held; else they begin to load.
+        """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
 
         Args:
-            ids: which.
-            ahead: others, which don't go for the sake of these.
+            ids: the adapters.
+            ahead: other adapters, which must not be evicted for these.
 
         Raises:
             AdapterFileError: one couldn't be loaded.
-            StoreFullError: there would never be room for all of them.
+            StoreFullError: they don't fit into memory together.
         """
         tier = self._loader.final
         with self._lock:
@@ -134,43 +134,43 @@ class StoredAdapters:
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
 
     def count(self, hits: int, misses: int) -> None:
-        """Note how many adapters were in memory for a call or request that begins, and how many weren't."""
+        """Count adapters that were in memory when a call or request began, and those that weren't."""
         with self._lock:
             self._hits += hits
             self._misses += misses
 
     def is_loaded(self, number: int) -> bool:
-        """Whether an adapter is in memory, where calls compute."""
+        """Whether an adapter is in memory on the device where calls compute."""
         version = self._versions.get(number)
         return version is not None and version in self._loader.final
 
     def is_coming(self, number: int) -> bool:
-        """Whether an adapter is in memory, or on its way."""
+        """Whether an adapter is in memory, or being loaded."""
         version = self._versions.get(number)
         return version is None or version.loading is not None or version in self._loader.final
 
     def load(self, ids: Sequence[int]) -> None:
-        """Begin to load adapters, as far as there is room that no batch waits for."""
+        """Start loading adapters, as far as there is room that no batch waits for."""
         with self._lock:
             versions = [self._find(number) for number in ids]
             for version in versions:
                 self._loader.prefetch(version, versions)
 
     def on_loaded(self, call: Callable[[], object]) -> None:
-        """Have something called whenever an adapter was loaded."""
+        """Register a function to call whenever an adapter was loaded."""
         self._loader.on_loaded = call
 
     def current(self, number: int) -> StoredAdapter | None:
-        """An adapter as calls under way use it; None where none does."""
+        """The version of an adapter that running calls use; None if none does."""
         version = self._versions.get(number)
         return version.adapter() if version is not None and version.adapter is not None else None
 
     def covers(self, number: int, layer: Any) -> bool:
-        """Whether an adapter has anything in a layer."""
+        """Whether an adapter has weights in a layer."""
         return self._model.names.get(layer, "") in self._find(number).layout.layers
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Unregister all adapters and stop loading."""
         with self._lock:
             self._is_closed = True
             self._loader.close()
@@ -184,7 +184,7 @@ class StoredAdapters:
         return self._layouts.expect([self._model.names.get(layer, "") for layer in layers])
 
     def describe(self) -> Iterator[AdapterReport]:
-        """The adapters that are where calls compute; all others are only counted."""
+        """Reports on the adapters in memory where calls compute; the others are only counted in ``stats``."""
         with self._lock:
             found = [(number, each) for number, each in self._versions.items() if each in self._loader.final]
         for number, version in sorted(found, key=lambda pair: pair[0]):
@@ -198,15 +198,15 @@ class StoredAdapters:
     def _check(self, versions: Iterable[Version]) -> None:
         if self._model.device() != self._device:
             raise ModelStateError(
-                f"the model was moved to {self._model.device()}, and its adapter store keeps adapters for "
-                f"{self._device}: expected it to stay. Move the model first, and make its store afterwards."
+                f"the model was moved to {self._model.device()}, and its adapter store has adapters on "
+                f"{self._device}: expected the same device. Move the model before you make its store."
             )
         for version in versions:
             self._layouts.check(version.name, version.layout)
             if version.layout.dropout and self._model.is_training():
                 raise UnsupportedError(
                     f"adapter {version.name!r} has a dropout of {version.layout.dropout:g}, the model is in train "
-                    "mode, and stored adapters are for inference: expected eval mode. Call model.eval(), or use "
+                    "mode, and stored adapters support only inference: expected eval mode. Call model.eval(), or use "
                     "load_adapter."
                 )
 
@@ -214,8 +214,8 @@ class StoredAdapters:
         version = self._versions.get(number)
         if version is None:
             raise ModelStateError(
-                f"the adapter with the id {number} was unregistered while a call that names it began: expected it to "
-                "stay. Unregister adapters when no call needs them."
+                f"the adapter with id {number} was unregistered while a call that uses it was starting: expected it "
+                "to exist. Unregister adapters when no call needs them."
             )
         return version
 

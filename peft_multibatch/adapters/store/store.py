@@ -1,4 +1,4 @@
-"""What users call to keep thousands of adapters in files, and what the registry asks for those that calls name."""
+"""The public API of an adapter store: registering adapters, prefetching, pinning and statistics."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ logger = logging.get_logger(__name__)
 
 
 class Registered(NamedTuple):
-    """What ``register_folder`` found.
+    """The result of ``register_folder``.
 
     Attributes:
-        names: adapters that are registered now.
-        refused: adapters that aren't, by name, and why.
+        names: the adapters that are registered now.
+        refused: the adapters that were refused, by name, with the errors.
     """
 
     names: list[str]
@@ -42,38 +42,42 @@ class Registered(NamedTuple):
 
 
 class AdapterStore(StoredAdapters):
-    """Adapters in files, of which those in use are in memory. ``mb.adapter_store`` makes one."""
+    """Adapters in files, of which those in use are in memory. Created by ``mb.adapter_store``."""
 
     def register(self, name: str, folder: str | os.PathLike, pin: bool = False) -> None:
-        """Make an adapter known. Its configuration and the header of its weights are read and checked, and no weights.
+        """Register an adapter. Reads and checks its configuration and the header of its weights, but no weights.
 
         Args:
-            name: what batches call it. One that is registered gets a new version, which counts for calls that begin
-                from now on; those under way end with the one that they began with.
-            folder: what PEFT's ``save_pretrained`` wrote, with weights as safetensors. The files have to stay.
-            pin: keep it in memory once it is there.
+            name: its name in batches. If it is registered already, it gets a new version, which later calls use;
+                running calls finish with the old one.
+            folder: a folder written by PEFT's ``save_pretrained``, with weights as safetensors. The files must stay
+                in place.
+            pin: whether to load the adapter and keep it in memory.
 
         Raises:
             AdapterFileError: the files are missing, damaged or outside of ``roots``.
-            AdapterUnsupportedError: it is anything but plain LoRA on linear layers.
+            AdapterUnsupportedError: it isn't plain LoRA on linear layers.
             AdapterMismatchError: it doesn't fit the model.
             StoreFullError: it is larger than all of the store's memory.
-            AdapterIdsError: the name is none that batches could use.
+            AdapterIdsError: the name isn't a valid adapter name.
         """
         self._check_name(name)
         self._register(name, files.find(name, folder, self._roots), pin)
 
     def register_folder(self, folder: str | os.PathLike) -> Registered:
-        """Register all adapters that are folders of this one, each by its folder's name.
+        """Register every subfolder that contains an adapter, under the subfolder's name.
 
-        One that can't be registered stops none of the others. One that is registered from the same files already
-        stays as it is, so that this may be called again when adapters were added.
+        Adapters that are refused don't affect others. Adapters that are registered from the same files already aren't
+        changed, so this can be called again after adapters were added.
+
+        Args:
+            folder: the folder that contains the adapters' folders.
 
         Returns:
-            Names of the adapters that are registered, and why others aren't.
+            The names of the registered adapters, and the errors of the others.
 
         Raises:
-            AdapterFileError: there is no such folder.
+            AdapterFileError: the folder can't be read.
         """
         folder = files.path_of(folder)
         try:
@@ -81,7 +85,7 @@ class AdapterStore(StoredAdapters):
         except OSError as error:
             raise AdapterFileError(
                 f"register_folder got {folder!r}, which can't be read ({error.strerror}): expected a "
-                "folder of adapters' folders. Look at the path."
+                "folder that contains adapters' folders. Check the path."
             ) from error
         names: list[str] = []
         refused: dict[str, MultibatchError] = {}
@@ -101,7 +105,7 @@ class AdapterStore(StoredAdapters):
         return Registered(names, refused)
 
     def unregister(self, name: str) -> None:
-        """Forget an adapter. Calls under way end with it.
+        """Unregister an adapter. Running calls finish with it.
 
         Raises:
             UnknownAdapterError: no adapter of the store has this name.
@@ -113,7 +117,7 @@ class AdapterStore(StoredAdapters):
             self._names.remove_stored(name)
 
     def prefetch(self, *names: str) -> None:
-        """Begin to load adapters that will be needed soon, as far as there is room that no batch waits for.
+        """Start loading adapters that will be needed soon, as far as there is room that no batch waits for.
 
         Raises:
             UnknownAdapterError: no adapter of the store has one of these names.
@@ -123,11 +127,11 @@ class AdapterStore(StoredAdapters):
                 self._loader.prefetch(version)
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep an adapter in memory once it is there, and begin to load it; or, with False, let it go when need be.
+        """Load an adapter and keep it in memory; with ``pinned=False``, make it evictable again.
 
         Raises:
             UnknownAdapterError: no adapter of the store has this name.
-            StoreFullError: there would be no room beside all that is pinned.
+            StoreFullError: it doesn't fit into memory along with the other pinned adapters.
         """
         with self._lock:
             version = self._version(name)
@@ -137,7 +141,7 @@ class AdapterStore(StoredAdapters):
             version.is_pinned = pinned
 
     def stats(self) -> StoreStats:
-        """How many adapters there are and where, and what happened so far."""
+        """Counters: registered adapters, memory use, hits, misses, loads and evictions."""
         loader = self._loader
         with self._lock:
             host, final = loader.host, loader.final
@@ -164,7 +168,7 @@ class AdapterStore(StoredAdapters):
             )
 
     def __repr__(self) -> str:
-        """What can be read without the lock, for which loading threads may make others wait."""
+        """Doesn't take the lock, because loading threads may hold it."""
         loader = self.__dict__.get("_loader")
         if loader is None or self._is_closed:
             return "AdapterStore(closed)"
@@ -182,7 +186,7 @@ class AdapterStore(StoredAdapters):
         return iter([version.name for version in list(self._versions.values())])
 
     def _register(self, name: str, found: AdapterFiles, pin: bool | None) -> None:
-        """Register an adapter; where it isn't said whether it is pinned, one from the same files stays as it is."""
+        """Register an adapter. With ``pin=None``, one that is registered from the same files isn't changed."""
         if self._is_closed:
             raise ModelStateError(
                 "an adapter was registered in a store whose model was disabled: expected an enabled model. Call "
@@ -209,13 +213,13 @@ class AdapterStore(StoredAdapters):
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or name == BASE_NAME or not re.fullmatch(r"[^\x00-\x1f]{1,256}", name):
             raise AdapterIdsError(
-                f"an adapter was registered by the name {name!r:.80}: expected a string of 1 to 256 characters, none "
-                f"of them a control character, other than {BASE_NAME!r}. Choose another name."
+                f"an adapter was registered by the name {name!r:.80}: expected a string of 1 to 256 characters, "
+                f"without control characters, other than {BASE_NAME!r}. Choose another name."
             )
         self._names.check_stored(name)
 
     def _changing(self, name: str) -> AbstractContextManager[None]:
-        """A block in which no request of continuous batching is under way that began with an adapter of this name."""
+        """A block in which no request of continuous batching runs with the adapter of this name."""
         number = self._names.ids.get(name, -1)
         return self._guard(number) if number in self._versions else nullcontext()
 

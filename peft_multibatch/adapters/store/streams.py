@@ -1,4 +1,4 @@
-"""A store's memory beside what runs: copies to a device have a stream of their own, and wait for a block's readers."""
+"""Copying stored adapters to a device on a separate stream, which waits for readers of the reused memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peft_multibatch import streams
 
 
 class Streams:
-    """What reads and writes an arena's blocks on a device. On a CPU everything has ended when it returns.
+    """Order of reads and writes to an arena's blocks. On a CPU, operations are synchronous, so nothing is needed.
 
     Attributes:
-        has_memory: whether the device has memory of its own.
+        has_memory: whether the device has its own memory.
 
     Args:
-        device: where calls compute.
+        device: the device where calls compute.
     """
 
     has_memory = False
@@ -31,24 +31,24 @@ class Streams:
         self.device = device
 
     def note(self) -> None:
-        """A call begins on the stream that is the current one."""
+        """Record that a call begins on the current stream."""
 
     def mark(self) -> Any:
-        """What has to end before a block is written that nobody holds from now on."""
+        """What to wait for before a block that is free now is written."""
         return None
 
     def make(self, size: int) -> Tensor:
-        """Memory of the device, uint8 ``[size]``, for ``copy`` alone to write."""
+        """Allocate device memory, uint8 ``[size]``, which only ``copy`` writes."""
         raise NotImplementedError
 
     def let_go(self, block: Any) -> None:
-        """A block is dropped that may still be read."""
+        """Free a block that may still be read."""
 
     def pin(self, block: Any) -> None:
-        """Let the device read host memory by itself."""
+        """Pin host memory."""
 
     def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
-        """Copy a block to the device, and return when it is there."""
+        """Copy a block to the device; returns when the copy has finished."""
         target.copy_(source)
 
 
@@ -68,7 +68,7 @@ class CudaStreams(Streams):
         return streams.marks(self.device)
 
     def make(self, size: int) -> Tensor:
-        # of the stream that will write it: on another one, kernels may still use what was there before
+        # allocated on the stream that writes it: kernels on other streams may still use the memory's previous contents
         with _relaxed(), torch.cuda.stream(self._copies), torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -92,13 +92,13 @@ class CudaStreams(Streams):
 
 @contextmanager
 def _relaxed() -> Iterator[None]:
-    """A block that may take and give back memory, and wait, while a graph is captured that has nothing to do with it.
+    """Allow this thread to allocate, free and wait while another one captures a CUDA graph.
 
-    torch captures in CUDA's global mode, in which such a call of any thread ends the capture.
+    torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
     """
     mode = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed
     exchange = _driver().cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))  # which is now the mode that the thread had
+    exchange(ctypes.byref(mode))  # stores the thread's previous mode in ``mode``
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Adapters that are in one kind of memory: which were used last, and who has to go when there is no room."""
+"""Adapters in host or device memory, with eviction of the least recently used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peft_multibatch.adapters.store.version import Version
 
 
 class Tier:
-    """Adapters in memory, the one that was used last at the end. Not safe for threads: whoever calls holds a lock.
+    """Adapters in memory, in order of their last use. Not thread-safe: callers hold a lock.
 
     Attributes:
         arena: the memory.
-        evictions: adapters that had to go so far.
+        evictions: the number of evictions so far.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -33,31 +33,31 @@ class Tier:
         return version in self._kept
 
     def touch(self, version: Version) -> bool:
-        """Whether an adapter is here; it counts as used now."""
+        """Mark an adapter as used; returns whether it is in memory."""
         if version in self._kept:
             self._kept.move_to_end(version)
             return True
         return False
 
     def get(self, version: Version) -> Tensor | None:
-        """An adapter's weights; None where they aren't here."""
+        """An adapter's weights; None if they aren't in memory."""
         return self._kept.get(version)
 
     def get_all(self, versions: Iterable[Version]) -> dict[Version, Tensor]:
-        """Weights of adapters that are all here."""
+        """The weights of adapters, all of which must be in memory."""
         return {version: self._kept[version] for version in versions}
 
     def pinned(self) -> list[Version]:
-        """Adapters that don't go."""
+        """The pinned adapters."""
         return [version for version in self._kept if version.is_pinned]
 
     def put(self, version: Version, memory: Tensor) -> None:
-        """An adapter's weights are here."""
+        """Add an adapter's weights."""
         self._kept[version] = memory
         self._kept.move_to_end(version)
 
     def drop(self, version: Version) -> None:
-        """Nobody will ask for an adapter any more."""
+        """Remove an adapter that was unregistered or replaced."""
         self._kept.pop(version, None)
 
     def take(self, size: int) -> tuple[Tensor, Any]:
@@ -65,13 +65,13 @@ class Tier:
         return self.arena.take(size)
 
     def make_room(self, sizes: Collection[int], stay: Collection[Version], let_go: Callable[[], None]) -> bool:
-        """Let adapters go, those that weren't used for longest first, until there is room for all of these sizes.
+        """Evict adapters, least recently used first, until there is room for all of these sizes.
 
         Args:
-            sizes: bytes that are wanted.
-            stay: adapters that don't go; nor do those that are pinned or in use.
-            let_go: drops what is kept of calls that have ended, where they hold what has to go. The next call makes
-                it anew, which costs more than a decode step does.
+            sizes: the requested sizes in bytes.
+            stay: adapters that must not be evicted. Pinned adapters and those in use aren't evicted either.
+            let_go: called if there isn't enough room, to drop plans of calls that have ended, which may reference
+                adapters. The next call makes its plan again, which takes longer than a decode step.
 
         Returns:
             Whether there is room now.

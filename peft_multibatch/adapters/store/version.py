@@ -1,4 +1,4 @@
-"""One version of a stored adapter: as it was registered, and as calls use it while its weights are in memory."""
+"""Versions of stored adapters, as registered and as calls use them while their weights are in memory."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 class Version:
-    """An adapter as it was registered; all that ten thousand of them cost while nobody uses them.
+    """A registered version of an adapter. All that an adapter costs while it isn't in memory.
 
     Attributes:
         name: the adapter's name.
-        serial: tells this version from all others of all adapters.
-        path: of the file with the weights.
-        identity: what the file was.
-        header: bytes of its header.
+        serial: a number that no other version of any adapter has.
+        path: the path of the weights.
+        identity: the file's identity at registration.
+        header: the length of its header in bytes.
         config: a hash of its configuration.
-        layout: where the weights lie in memory.
-        is_pinned: whether it stays in memory once it is there.
-        is_gone: whether it was unregistered, or another one is in its place.
-        loading: its load that is under way, or None.
-        error: why it couldn't be loaded the last time, or None.
-        adapter: what calls use while they do.
+        layout: the memory layout of the weights.
+        is_pinned: whether it stays in memory once it was loaded.
+        is_gone: whether it was unregistered or replaced.
+        loading: the ``Load`` that is running, or None.
+        error: why the last load failed, or None.
+        adapter: a weak reference to the object that calls use, or None.
     """
 
     __slots__ = (
@@ -52,12 +52,12 @@ class Version:
         self.adapter: weakref.ref[StoredAdapter] | None = None
 
     def in_memory(self, memory: Tensor, slots: Slots, names: Mapping[Any, str]) -> StoredAdapter:
-        """The adapter as calls use it; the same object for as long as anybody does.
+        """The adapter for calls; the same object as long as any call uses it.
 
         Args:
             memory: its weights.
-            slots: where it takes its slot.
-            names: of the model's layers.
+            slots: the pool from which it takes its slot.
+            names: the names of the model's layers.
         """
         adapter = self.adapter() if self.adapter is not None else None
         if adapter is None or adapter.memory is not memory:
@@ -67,16 +67,16 @@ class Version:
 
 
 class StoredAdapter(AnyAdapter):
-    """A stored adapter whose weights are in memory, where they stay for as long as anybody holds this.
+    """A stored adapter whose weights are in memory, where they stay as long as this object is referenced.
 
     Attributes:
         name: the adapter's name.
-        serial: tells these weights at this place in memory from all others.
-        version: as it was registered.
+        serial: a number that no other version of any adapter has, and that changes when it is loaded again.
+        version: the registered version.
         memory: uint8 ``[size]``, all of its weights.
-        apart: never any layer.
-        dropouts: never any.
-        is_plain: always.
+        apart: always empty.
+        dropouts: always empty.
+        is_plain: always True.
     """
 
     apart: Mapping[Any, str] = {}
@@ -94,11 +94,11 @@ class StoredAdapter(AnyAdapter):
 
     @property
     def num_layers(self) -> int:
-        """Layers in which it has anything."""
+        """The number of layers in which it has weights."""
         return len(self.version.layout.layers)
 
     def tensors(self) -> list[Tensor]:
-        """All of its weights, as far as they have been read."""
+        """All of its weights that have been used so far."""
         return [each for part in list(self._parts.values()) if part is not None for each in part[:2]]
 
     def ranks(self) -> tuple[int, ...]:
@@ -106,15 +106,15 @@ class StoredAdapter(AnyAdapter):
         return self.version.layout.ranks()
 
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
-        """The adapter's weights in layers; None where it has none."""
+        """The adapter's weights in layers; None for layers where it has none."""
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
 
     def view(self, layer: Any) -> Any:
-        """A layer with this adapter active; with none where it has nothing there."""
+        """A view of a layer with this adapter active, or with none if it has no weights there."""
         return views.view_of(layer, {self.name: self.source(layer)} if self.has(layer) else {})
 
     def source(self, layer: Any) -> Any:
-        """What it has in a layer, from which views are made."""
+        """A view with its weights in a layer, from which other views are made."""
         if layer not in self._views:
             part = self.parts([layer])[0]
             assert part is not None
@@ -122,21 +122,21 @@ class StoredAdapter(AnyAdapter):
         return self._views[layer]
 
     def variant(self, layer: Any) -> str:
-        """The variant of LoRA that it is: none."""
+        """Its LoRA variant: always the empty string."""
         return ""
 
     def has(self, layer: Any) -> bool:
-        """Whether it has anything in a layer."""
+        """Whether it has weights in a layer."""
         return self.parts([layer])[0] is not None
 
     def _read(self, layer: Any) -> LayerWeights | None:
         stored: StoredLayer | None = self.version.layout.layers.get(self._names.get(layer, ""))
         part = None
         if stored is not None:
-            with torch.inference_mode(False):  # kept for other calls, which may want gradients
+            with torch.inference_mode(False):  # other calls reuse these, possibly with gradients
                 a, b = self._view(stored.lora_a, stored.dtype), self._view(stored.lora_b, stored.dtype)
             part = LayerWeights(a, b, stored.scaling, (a, b))
-        return self._parts.setdefault(layer, part)  # the same tensors for all threads
+        return self._parts.setdefault(layer, part)  # so that all threads use the same tensors
 
     def _view(self, half: Half, dtype: torch.dtype) -> Tensor:
         memory = self._memory.get(dtype)

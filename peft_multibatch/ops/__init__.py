@@ -1,17 +1,18 @@
 """The two halves of a mixed-adapter LoRA product, as ``torch.library`` ops.
 
-    h     = shrink(x, A, plan, ranks)                            # x @ A.T of every row's own adapter
-    delta = expand(h, B, plan, ranks, scalings, slice_offsets)   # scaling * h @ B.T, every slice into its own columns
+    h     = shrink(x, A, plan, ranks)                            # x @ A.T with each row's own adapter
+    delta = expand(h, B, plan, ranks, scalings, slice_offsets)   # scaling * h @ B.T, each slice in its own columns
 
-Dimension letters, here and in the files beside this one:
+Dimension letters, here and in the other files of this folder:
 
     T  rows of x (samples × tokens × beams)     K  input features        N  output features of one slice
-    S  slots (adapters the ops know of)         R  largest rank          I  slices: 1; 2 for gate/up; 3 for q/k/v
+    S  slots                                    R  largest rank          I  slices: 1; 2 for gate/up; 3 for q/k/v
 
-Both ops have shape functions and autograd formulas, take persistent plans, and keep their host code out of graphs, so
-that one compiled graph serves any mix of adapters. Inference does both at once, in place: eager code calls
+Both ops have shape functions and autograd formulas, read plans from buffers, and keep their host code out of graphs,
+so one compiled graph serves any combination of adapters. Inference does both at once, in place: eager code calls
 ``torch_backend.apply_`` or the products of ``triton_backend``, and compiled code on a GPU the op ``add_``. Eager
-training has a node of its own in autograd's graph, see ``gradients``; the ops' own formulas are for compiled training.
+training uses a single autograd node per projection group (see ``gradients``); the ops' own formulas are for compiled
+training.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ __all__ = ["add_", "expand", "reference", "shrink", "torch_backend"]
 
 @torch.library.custom_op("peft_multibatch::shrink", mutates_args=())
 def shrink(x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor) -> Tensor:
-    """Multiply every row by the ``lora_A`` of its own adapter: ``h = x @ A.T``.
+    """Multiply each row by the ``lora_A`` of its own adapter: ``h = x @ A.T``.
 
     Args:
         x: ``[T, K]``, any float dtype and device; ``T`` is a multiple of the plan's entries.
-        weights: ``S * I`` tensors ``[rank or more, K]``, slot by slot and slice by slice; an absent one is ``[0, K]``.
-        plan: int32, what [`Segments.pack`][peft_multibatch.Segments.pack] returns or a
-            [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds.
-        ranks: int32 ``[S, I]``, true rank of each slot and slice; 0 means that there is no adapter, touch nothing.
+        weights: ``S * I`` tensors ``[rank or more, K]``, ordered by slot, then slice; ``[0, K]`` for a missing one.
+        plan: int32, the result of [`Segments.pack`][peft_multibatch.Segments.pack], or the contents of a
+            [`SegmentBuffer`][peft_multibatch.SegmentBuffer].
+        ranks: int32 ``[S, I]``, true rank of each slot and slice; 0 if the slot has no adapter there.
 
     Returns:
-        ``[T, I, R]``, float32 (float64 for float64 input), zero wherever a row has no adapter or a smaller rank.
+        ``[T, I, R]``, float32 (float64 for float64 input), zero where a row has no adapter or a smaller rank.
 
     Source:
         The LoRA paper (https://arxiv.org/abs/2106.09685); PEFT's ``lora.Linear.forward``.
@@ -58,11 +59,12 @@ def expand(
     scalings: Tensor,
     slice_offsets: Sequence[int],
 ) -> Tensor:
-    """Multiply every row by the scaled ``lora_B`` of its own adapter, each slice into its own columns.
+    """Multiply each row by the scaled ``lora_B`` of its own adapter. Each slice has its own columns in the result.
 
     Args:
-        h: ``[T, I, R]``, what ``shrink`` returned.
-        weights: ``S * I`` tensors ``[N, rank or more]``, in the order of ``shrink``'s; ``N`` differs between slices.
+        h: ``[T, I, R]``, the result of ``shrink``.
+        weights: ``S * I`` tensors ``[N, rank or more]``, in the same order as for ``shrink``; ``N`` depends on the
+            slice.
         plan: int32, the same plan.
         ranks: int32 ``[S, I]``, the same ranks.
         scalings: float ``[S, I]``, PEFT's ``scaling`` of each slot and slice.
@@ -77,7 +79,7 @@ def expand(
 @shrink.register_fake
 def _(x, weights, plan, ranks):
     rank: Any = 0
-    for weight in weights:  # so that no graph fixes whose
+    for weight in weights:  # symbolic, so that graphs don't specialize on which weight has the largest rank
         rank = torch.sym_max(rank, weight.shape[0])
     shape = (x.shape[0], ranks.shape[1], rank)
     return x.new_empty(shape, dtype=torch_backend.accumulator(x, *weights))
@@ -99,28 +101,28 @@ def add_(
     is_aligned: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Add every row's delta to the outputs of a projection group, by kernels, under the plan that a buffer holds.
+    """Add each row's delta to the outputs of a projection group with Triton kernels, for the plan in a buffer.
 
-    Nothing that depends on the plan is read on the host, so that a captured graph serves every plan that fits.
+    Nothing that depends on the plan is read on the host, so a captured graph serves every plan that fits.
 
     Args:
-        ys: the base layer's output ``[..., N]`` of each slice, one to three, or one tensor with all slices side by
-            side; contiguous.
-        x: what all slices read, ``[..., K]``.
+        ys: the base layer's output ``[..., N]`` of each slice, one to three, or one tensor with all slices
+            concatenated; contiguous.
+        x: the input of all slices, ``[..., K]``.
         widths: ``N`` of each slice.
-        plan: int32, what a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] holds, on the device; segments of more
-            than 16 entries are slow, which [`Segments.cut`][peft_multibatch.Segments.cut] is for.
+        plan: int32, the contents of a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] on the device. Segments of more
+            than 16 entries are slow; [`Segments.cut`][peft_multibatch.Segments.cut] splits them.
         table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
         rank: largest rank in the table.
         is_aligned: whether all weights can be read 16 bytes at a time.
         dtype: dtype of the weights.
 
     Raises:
-        UnsupportedError: a reentrant checkpoint runs it, and nothing would ask for ids the second time.
+        UnsupportedError: a reentrant checkpoint runs it, and the second run wouldn't look up its ids.
     """
     check_not_run_again()
     from peft_multibatch.adapters.tables import TableRows
-    from peft_multibatch.ops import triton_backend  # not before there is a GPU
+    from peft_multibatch.ops import triton_backend  # imports triton
 
     triton_backend.add_(ys, x, widths, plan, [TableRows(table, dtype, rank, is_aligned)])
 
@@ -130,7 +132,7 @@ def _(ys, x, widths, plan, table, rank, is_aligned, dtype):
     return None
 
 
-# The backward formulas are ops as well: they read the plan, which must not happen while a graph is traced.
+# The backward formulas are ops too, because they read the plan, which isn't known while a graph is traced.
 
 
 @torch.library.custom_op("peft_multibatch::shrink_backward", mutates_args=())

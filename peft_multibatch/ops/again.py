@@ -1,4 +1,4 @@
-"""Code that ``backward`` may run again: what runs inside of the ``forward`` of an ``autograd.Function``."""
+"""Detects code inside the ``forward`` of an ``autograd.Function``, which ``backward`` may run again."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from peft_multibatch.errors import UnsupportedError
 
 
 def in_function() -> bool:
-    """Whether an ``autograd.Function`` runs its ``forward``, which ``torch.no_grad`` alone doesn't look like."""
+    """Whether this code runs inside the ``forward`` of an ``autograd.Function``, as opposed to ``torch.no_grad``."""
     return not compat.is_forward_mode_enabled() and not torch.is_inference_mode_enabled()
 
 
 def functions() -> Iterator[Any]:
-    """The ``ctx`` of all functions whose ``forward`` is under way, the innermost first."""
+    """The ``ctx`` of all functions whose ``forward`` is running, the innermost first."""
     found: Any = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames:  # of no other: to read locals keeps them alive
+        if code.co_name == "forward" and code.co_varnames:  # not of other frames, because f_locals keeps locals alive
             first = frame.f_locals.get(code.co_varnames[0])
-            if not code.co_argcount and isinstance(first, tuple) and first:  # of a decorator: *args
+            if not code.co_argcount and isinstance(first, tuple) and first:  # a decorator's *args
                 first = first[0]
             if isinstance(first, compat.FunctionNode) and first is not found:
                 found = first
@@ -35,18 +35,18 @@ def functions() -> Iterator[Any]:
 
 
 def check_not_run_again() -> None:
-    """Raise where compiled code runs without gradients inside of a function that ``backward`` may run again.
+    """Check that compiled code doesn't run inside a function that ``backward`` may run again.
 
-    Compiled training is such a function itself, of torch's own, and ``backward`` doesn't run it again.
+    Compiled training itself is a function of torch, which ``backward`` doesn't run again.
 
     Raises:
-        UnsupportedError: it does. Nothing would ask for ids the second time.
+        UnsupportedError: it does, and the second run wouldn't look up its ids.
     """
     if in_function() and not all(map(_is_compiled, functions())):
         raise UnsupportedError(
-            "compiled code was called with ids inside of a reentrant checkpoint, or another autograd.Function, "
-            "and backward would run it again without them: expected a checkpoint that isn't reentrant. Pass "
-            "use_reentrant=False, or checkpoint inside of what is compiled."
+            "compiled code was called with ids inside a reentrant checkpoint or another autograd.Function, and "
+            "backward would run it again without them: expected a non-reentrant checkpoint. Pass "
+            "use_reentrant=False, or checkpoint inside the compiled code."
         )
 
 

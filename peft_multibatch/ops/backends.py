@@ -1,4 +1,4 @@
-"""Which backend runs here."""
+"""Backend selection."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from peft_multibatch.errors import BackendUnavailableError
 
 
 Backend = Literal["auto", "triton", "torch"]
-"""What may be asked for as ``backend``."""
+"""Values of ``backend``."""
 
 
 def choose_backend(backend: Backend) -> tuple[str, str, ModuleType | None]:
-    """The backend, why it is this one, and the module of the kernels where it has any."""
+    """The backend, the reason for choosing it, and its module with kernels, or None.
+
+    Raises:
+        BackendUnavailableError: the backend is unknown, or not available here.
+    """
     if backend not in ("auto", "triton", "torch"):
-        raise BackendUnavailableError(f"backend is {backend!r}: expected 'auto', 'triton' or 'torch'.")
+        raise BackendUnavailableError(f"backend {backend!r} is unknown: expected 'auto', 'triton' or 'torch'.")
     if backend == "torch":
-        return "torch", "asked for", None
+        return "torch", "requested", None
     missing = None
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
@@ -30,9 +34,10 @@ def choose_backend(backend: Backend) -> tuple[str, str, ModuleType | None]:
         missing = "the package triton is not installed"
     if missing is None:
         kernels = importlib.import_module("peft_multibatch.ops.triton_backend")
-        return "triton", "asked for" if backend == "triton" else "there is a CUDA device and triton", kernels
+        return "triton", "requested" if backend == "triton" else "a CUDA device and triton are available", kernels
     if backend == "triton":
         raise BackendUnavailableError(
-            f"backend is 'triton', and {missing}: expected a CUDA device and triton. Pass backend='auto' or 'torch'."
+            f"backend 'triton' is not available, because {missing}: expected a CUDA device and triton. Pass "
+            "backend='auto' or 'torch'."
         )
     return "torch", missing, None

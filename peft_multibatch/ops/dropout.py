@@ -1,16 +1,16 @@
-"""Dropout whose masks nobody keeps: what is dropped is computed from numbers, wherever and whenever it is asked for.
+"""Dropout masks that are computed instead of stored, from numbers that belong to the adapter.
 
-Whether an element of ``x`` is dropped says Philox4x32-7, a function of a key and a counter:
+Philox4x32-7, a function of a key and a counter, determines whether an element of ``x`` is dropped:
 
     key      64 bits, from the adapter's seed, its name and the layer's name
-    counter  column // 8, row within the sample, sample among the adapter's own, the adapter's step
+    counter  column // 8, row within the sample, index of the sample among the adapter's own, the adapter's step
 
-None of these depends on what else is in a batch, or on the order of its samples, so an adapter has the masks that it
-would have alone. Forward, backward and what a checkpoint runs again compute the same ones. Each of the four words that
-a counter gives serves two columns, with 16 bits each; probabilities are rounded to multiples of 2 ** -16.
+None of these depends on the rest of a batch, or on the order of its samples, so an adapter has the same masks as in a
+run of its own. Forward, backward and recomputation in checkpoints compute the same masks. A counter gives four words,
+and each serves two columns with 16 bits each; probabilities are rounded to multiples of 2 ** -16.
 
-Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), where seven rounds are the fewest that
-pass all tests of BigCrush.
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011); seven rounds are the fewest that pass all
+tests of BigCrush.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 ROUNDS = 7
 LOW = 0xFFFFFFFF
 LARGEST_KEY = (1 << 64) - 1
-CHUNK = 1 << 16  # counters at once, so that they stay in the cache of a CPU
+CHUNK = 1 << 16  # counters computed at once, so that they stay in a CPU's cache
 
 
 class Mask(NamedTuple):
-    """What one adapter drops in one layer and one call.
+    """The dropout mask of one adapter in one layer and one call.
 
     Attributes:
-        key: of Philox, 64 bits.
-        step: of the adapter.
-        p: probability with which an element is dropped.
+        key: Philox's key, 64 bits.
+        step: the adapter's step.
+        p: the probability that an element is dropped.
     """
 
     key: int
@@ -43,17 +43,17 @@ class Mask(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        """The element is dropped where its 16 bits are less."""
+        """An element is dropped if its 16 bits are less than this."""
         return round(self.p * (1 << 16))
 
     @property
     def scale(self) -> float:
-        """What the elements that are kept are multiplied with."""
+        """The factor for elements that are kept."""
         return 0.0 if self.p == 1 else 1 / (1 - self.p)
 
 
 Masks = Mapping[tuple[int, int], Mask]
-"""Of one product: the masks of each slot and slice in which anything is dropped."""
+"""The masks of one product, by slot and slice."""
 
 
 class DropTable(NamedTuple):
@@ -71,17 +71,16 @@ class DropTable(NamedTuple):
 def dropped(
     parts: Sequence[tuple[int, Sequence[Mask | None]]], per_entry: int, num_columns: int, device: torch.device
 ) -> Tensor:
-    """Which elements adapters drop, of all of them together, so that few operations do.
+    """Which elements are dropped, computed for all adapters at once.
 
     Args:
-        parts: for each adapter the number of its rows, of all of its samples in the call, and its mask in each slice;
-            None where it drops nothing.
-        per_entry: rows of a sample.
+        parts: the number of rows of each adapter in the call, and its mask in each slice, or None.
+        per_entry: rows per sample.
         num_columns: ``K``.
-        device: where the result is wanted.
+        device: the device of the result.
 
     Returns:
-        bool ``[T, I, K]``, the rows of each adapter behind those of the one before.
+        bool ``[T, I, K]``, with the rows of one adapter after those of the previous one.
     """
     numbers, samples = [], []
     for number, masks in parts:
@@ -114,19 +113,19 @@ def philox(
     """Philox4x32, as ``triton.language.philox`` computes it.
 
     Args:
-        low: lower half of the keys; int64, less than 2 ** 32, like all others.
-        high: upper half.
+        low: lower half of the keys; int64 and less than 2 ** 32, like all other arguments.
+        high: upper half of the keys.
         c0: first word of the counters.
         c1: second word.
         c2: third word.
         c3: fourth word.
-        rounds: how often words are mixed; 3 or more.
+        rounds: the number of rounds; at least 3.
 
     Returns:
-        The four words, int64 and less than 2 ** 32, of the shape to which all of these broadcast.
+        The four words, int64 and less than 2 ** 32, of the shape to which the arguments broadcast.
     """
     for _ in range(rounds):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2 ** 64, which is all that is used
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2 ** 64; higher bits aren't used
         c0, c1 = ((b >> 32) ^ c1 ^ low).bitwise_and_(LOW), b
         c2, c3 = ((a >> 32) ^ c3 ^ high).bitwise_and_(LOW), a
         low, high = (low + 0x9E3779B9) & LOW, (high + 0xBB67AE85) & LOW
@@ -134,12 +133,12 @@ def philox(
 
 
 def _numbers(mask: Mask | None) -> tuple[int, int, int, int]:
-    """Both halves of the key, step and threshold."""
+    """Lower and upper half of the key, step and threshold."""
     return (0, 0, 0, 0) if mask is None else (mask.key & LOW, mask.key >> 32, mask.step & LOW, mask.threshold)
 
 
 def table_rows(masks: Masks, slots: int, slices: int, device: torch.device) -> Tensor:
-    """``DropTable.rows``; slots that drop nothing keep all and multiply with 1."""
+    """``DropTable.rows``; slots without a mask keep everything, with a factor of 1."""
     rows = torch.zeros(slots, slices, 3, dtype=torch.int64, device="cpu")
     rows[..., 2] = _bits(1.0)
     for place, mask in masks.items():

@@ -1,8 +1,7 @@
-"""Training: a projection group's deltas as one node of autograd's graph, whatever adapters are in use.
+"""Training: the deltas of a projection group as a single autograd node, whichever adapters are in use.
 
-Forward keeps ``x``, which the base layers keep as well, and ``h = x @ A.T``, a row of rank columns for every row of
-``x``. Backward makes all gradients from these: ``dS = s · dY @ B``, ``dX = dS @ A``, ``dA = dS.T @ x``,
-``dB = s · dY.T @ h``.
+Forward saves ``x``, which the base layers save as well, and ``h = x @ A.T``, with one column per rank. Backward
+computes all gradients from these: ``dS = s · dY @ B``, ``dX = dS @ A``, ``dA = dS.T @ x``, ``dB = s · dY.T @ h``.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Wanted(NamedTuple):
-    """Which gradients a product makes.
+    """Which gradients a product computes.
 
     Attributes:
-        x: whether that of its input.
-        weights: for each of ``TrainedWeights.parameters`` whether that one's.
+        x: whether to compute the input's gradient.
+        weights: whether to compute the gradient of each of ``TrainedWeights.parameters``.
     """
 
     x: bool
@@ -46,42 +45,43 @@ class Wanted(NamedTuple):
 
 
 class Product(Protocol):
-    """How a backend adds deltas to the outputs of one projection group, and makes their gradients.
+    """A backend's computation of the deltas of one projection group, and of their gradients.
 
     Attributes:
-        wanted: the gradients that it makes.
+        wanted: the gradients that it computes.
     """
 
     wanted: Wanted
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What ``ys`` are with their deltas, in new tensors, and ``h`` where a ``lora_B`` gets a gradient."""
+        """``ys`` plus their deltas, in new tensors, and ``h`` if any ``lora_B`` gets a gradient."""
 
     def backward(
         self, grad_ys: Sequence[Tensor | None], x: Tensor | None, h: Sequence[Tensor]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of ``x`` and of all parameters, None where they aren't wanted. May be called several times.
+        """The gradients of ``x`` and all parameters; None for those that aren't wanted. May be called several times.
 
         Args:
-            grad_ys: of the outputs; None where nobody used one.
-            x: None where no ``lora_A`` gets a gradient.
-            h: what ``forward`` returned.
+            grad_ys: the gradients of the outputs; None for outputs that weren't used.
+            x: the input; None if no ``lora_A`` gets a gradient.
+            h: the second result of ``forward``.
         """
 
 
 class TrainedWeights:
-    """The weights of a group's adapters in use, in the order in which autograd takes them.
+    """The weights of the adapters in use in a projection group, in the order of the autograd node's inputs.
 
     Attributes:
-        parts: for each slot the adapter's weights, slice by slice.
-        parameters: PEFT's own ``lora_A`` and ``lora_B`` in turn, slot by slot and slice by slice, the absent left out.
+        parts: the adapters' weights of each slice, by slot.
+        parameters: PEFT's own ``lora_A`` and ``lora_B``, alternating, ordered by slot, then slice; missing ones are
+            left out.
         places: slot and slice of each pair.
-        index: the inverse: where the pair of a slot and slice begins in ``parameters``.
+        index: the inverse: slot and slice -> the index of the pair in ``parameters``.
 
     Args:
-        adapters: those in use, by slot, which nobody else gets until this is let go of.
-        layers: of the group, in the order of their slices.
-        slots: how many slots there are.
+        adapters: the adapters in use, by slot; their slots stay taken as long as this object exists.
+        layers: the group's layers, in the order of their slices.
+        slots: the number of slots.
     """
 
     def __init__(self, adapters: Mapping[int, AnyAdapter], layers: Sequence[LoraLayer], slots: int) -> None:
@@ -96,11 +96,11 @@ class TrainedWeights:
         self._layouts: dict[tuple, Layout] = {}
 
     def layout(self, wanted: tuple[bool, ...], device: torch.device) -> Layout:
-        """Where gradients stand in memory, for kernels on the stream that is current.
+        """The memory layout of gradients, for kernels on the current stream.
 
         Args:
-            wanted: for each parameter whether it gets one.
-            device: where the kernels run.
+            wanted: whether each parameter gets a gradient.
+            device: the device of the kernels.
         """
         key = wanted, device, streams.key(device)
         if key not in self._layouts:
@@ -109,10 +109,10 @@ class TrainedWeights:
 
 
 class Layout:
-    """Gradients side by side in one buffer for each dtype, so that kernels find them without addresses.
+    """Gradients in one buffer per dtype, so that kernels find them by offset.
 
     Attributes:
-        offsets: int64 ``[S, I, 2]`` on the device: where the gradients of ``lora_A`` and ``lora_B`` begin in the
+        offsets: int64 ``[S, I, 2]`` on the device: the offsets of the gradients of ``lora_A`` and ``lora_B`` in the
             buffer of their dtype, in elements; -1 for those that aren't wanted.
     """
 
@@ -133,29 +133,29 @@ class Layout:
         self.offsets = offsets.to(device, non_blocking=True)
 
     def buffers(self, is_zero: bool) -> dict[torch.dtype, Tensor]:
-        """Memory for all gradients, a tensor for each dtype."""
+        """Allocate memory for all gradients, one tensor per dtype."""
         make = torch.zeros if is_zero else torch.empty
         return {dtype: make(size, dtype=dtype, device=self._device) for dtype, size in self._sizes.items()}
 
     def views(self, buffers: Mapping[torch.dtype, Tensor]) -> list[Tensor | None]:
-        """The gradient of each parameter, None where it isn't wanted."""
+        """The gradient of each parameter; None for those that aren't wanted."""
         return [found and buffers[found[0]].as_strided(*found[1:]) for found in self._found]
 
 
-_ALIGNMENT = 16  # elements, so that every gradient can be written, and read by an optimizer, 16 bytes at a time
+_ALIGNMENT = 16  # elements, so that kernels and optimizers can access every gradient 16 bytes at a time
 
 
 def add_with_gradients(product: Product, weights: TrainedWeights, ys: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """The outputs of a projection group with every row's own delta, as a node of autograd's graph.
+    """The outputs of a projection group plus each row's delta, as an autograd node.
 
     Args:
-        product: how this is computed; for this call alone.
-        weights: those in use.
+        product: the computation; used for this call only.
+        weights: the weights in use.
         ys: the base layer's output ``[..., N]`` of each slice.
-        x: what all slices read, ``[..., K]``.
+        x: the input of all slices, ``[..., K]``.
 
     Returns:
-        Tensors like ``ys``. Their gradients can't be differentiated again.
+        Tensors like ``ys``. Second derivatives aren't supported.
     """
     return list(_Add.apply(product, [i for _, i in weights.places], len(ys), x, *ys, *weights.parameters))
 
@@ -166,7 +166,7 @@ class _Add(torch.autograd.Function):
         ys, parameters = tensors[:num_ys], tensors[num_ys:]
         with without_autocast(x.device.type):
             outputs, h = product.forward(ys, x)
-        # parameters are read where they are: autograd has to notice where somebody writes them before backward
+        # parameters are saved although products read their memory directly, so that autograd detects in-place writes
         ctx.save_for_backward(*([x] if product.wanted.any_a else []), *h, *parameters)
         ctx.product, ctx.slices, ctx.num_h = product, slices, len(h)
         ctx.set_materialize_grads(False)
@@ -183,12 +183,12 @@ class _Add(torch.autograd.Function):
 def gradients_of(
     ctx: Any, grad_ys: Sequence[Tensor | None], run: Callable[[], tuple[Tensor | None, list[Tensor | None]]]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """What a node's backward returns of its input and parameters.
+    """The gradients of a node's input and parameters.
 
     Args:
-        ctx: the node, which knows its ``product`` and the slice of each pair of parameters, ``slices``.
-        grad_ys: of its outputs; None where nobody used one.
-        run: makes the gradients.
+        ctx: the node, with its ``product`` and the slice of each pair of parameters, ``slices``.
+        grad_ys: the gradients of its outputs; None for outputs that weren't used.
+        run: computes the gradients.
     """
     given = [grad for grad in grad_ys if grad is not None]
     grad_x: Tensor | None = None
@@ -205,7 +205,7 @@ def gradients_of(
 
 
 class _Last(torch.autograd.Function):
-    """A gradient that has none itself."""
+    """A gradient that can't be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, source: Tensor) -> Tensor:
@@ -214,11 +214,11 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise UnsupportedError(
-            "gradients of gradients were asked for, through layers that ran with adapter_ids: expected first "
-            "derivatives. Leave out create_graph=True, or run one adapter at a time without ids."
+            "second derivatives were requested of layers that ran with adapter_ids: expected only first derivatives. "
+            "Leave out create_graph=True, or run one adapter at a time without ids."
         )
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """A block in which tensors keep their dtypes."""
+    """A block without autocast."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

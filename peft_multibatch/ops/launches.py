@@ -1,4 +1,4 @@
-"""How products are cut into the programs of a launch."""
+"""Launch parameters: how a product is divided into programs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How a product is cut into programs.
+    """How a product is divided into programs.
 
     Attributes:
         tiles: programs that share a segment's rows.
-        block_t: rows of a tile.
-        splits: parts of K whose sums ``expand_kernel`` adds up.
-        split_blocks: blocks of x in one part.
-        block_k: columns of x in a block.
-        block_n: columns of y of one program of ``expand_kernel``.
-        shrink_warps: warps of a program of ``shrink_kernel``.
-        expand_warps: warps of a program of ``expand_kernel``.
+        block_t: rows per tile.
+        splits: splits of K, whose partial sums ``expand_kernel`` adds up.
+        split_blocks: blocks of x per split.
+        block_k: columns of x per block.
+        block_n: columns of y per program of ``expand_kernel``.
+        shrink_warps: warps per program of ``shrink_kernel``.
+        expand_warps: warps per program of ``expand_kernel``.
     """
 
     tiles: int
@@ -33,19 +33,19 @@ class Launch(NamedTuple):
 def choose(
     num_segments: int, longest: int, num_inputs: int, widths: Sequence[int], rank: int, processors: int
 ) -> Launch:
-    """Cut a product by what a sweep on an H100 found best for each kind of batch (benchmarks/lora_kernels.py).
+    """Choose the parameters that a sweep on an H100 found best for each kind of batch (benchmarks/lora_kernels.py).
 
-    Few adapters: latency rules, so K is split and columns are narrow, to read the weights from everywhere at once.
-    Many adapters: each has programs of its own and bytes rule, so parts are long. Many rows per segment: tiles are
-    tall, so that weights are read once for many rows.
+    With few adapters, latency dominates, so K is split and columns are narrow, to read the weights with many programs
+    at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
+    per segment, tiles are tall, so that weights are read once for many rows.
 
     Args:
-        num_segments: segments of the plan, or those that a graph has programs for.
+        num_segments: segments of the plan, or those for which a graph has programs.
         longest: rows of the longest segment.
         num_inputs: ``K``.
         widths: ``N`` of each slice.
         rank: largest rank, as padded for the kernels.
-        processors: multiprocessors of the GPU.
+        processors: number of multiprocessors of the GPU.
     """
     if longest <= 64:
         block_t, tiles = 16, _cdiv(longest, 32)
@@ -58,7 +58,7 @@ def choose(
         if rank > 32:
             block_k, shrink_warps = 64, 4
         room = max(1, 8 * processors // (programs * len(widths)))
-        # a power of two where room is short, so that few kernels are compiled for all numbers of segments
+        # a power of two, so that few kernels are compiled for all numbers of segments
         splits = min(1 << room.bit_length() - 1, num_inputs // part)
         is_wide = programs >= 32 and num_segments * longest <= 512 and rank <= 32
         block_n, expand_warps = (512, 8) if is_wide else (256, 8 if rank > 32 else 4)
@@ -85,7 +85,7 @@ def cut(
     expand_warps: int,
     num_inputs: int,
 ) -> Launch:
-    """A launch with at most this number of splits, none of them empty."""
+    """A launch with at most this many splits, none of them empty."""
     blocks = _cdiv(num_inputs, block_k)
     split_blocks = _cdiv(blocks, splits)
     splits = _cdiv(blocks, split_blocks)

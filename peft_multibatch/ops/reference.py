@@ -1,6 +1,6 @@
-"""The oracle: what ``shrink`` and ``expand`` mean, row by row, in float64.
+"""The reference implementation of ``shrink`` and ``expand``, row by row in float64.
 
-Slow and plain on purpose. Everything else in this folder is compared with it.
+Slow and simple on purpose. Everything else in this folder is compared with it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def expand(
 
 
 def max_rank(weights: Sequence[Tensor], dim: int) -> int:
-    """Largest rank among adapter weights: dimension 0 of ``lora_A``, dimension 1 of ``lora_B``."""
+    """The largest rank of adapter weights: the size of dimension 0 of ``lora_A``, or dimension 1 of ``lora_B``."""
     return max((weight.shape[dim] for weight in weights), default=0)
 
 

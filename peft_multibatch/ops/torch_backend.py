@@ -1,10 +1,9 @@
-"""``shrink`` and ``expand`` with torch's own matrix products, a pair per segment and slice: every device, every dtype.
+"""``shrink`` and ``expand`` with torch's matrix products, two per segment and slice, for every device and dtype.
 
-On a CPU this is the fast path. Every product reads an adapter's weights where PEFT keeps them, and rows where they
-are; where ids are interleaved and samples have few rows, these are gathered once for all slices. The steps of
-``generate`` have a faster one, see ``torch_stacks``.
+This is the fast path on a CPU. Products read weights from PEFT's memory, and rows in place; if ids are interleaved and
+samples have few rows, rows are gathered once for all slices. Decode steps have a faster path, see ``torch_stacks``.
 
-Products accumulate in float32 (float64 for float64 weights) and a row's delta is rounded once, when it is added.
+Products accumulate in float32 (float64 for float64 weights), and a row's delta is rounded once, when it is added.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[int, SlotWeights]) -> None:
-    """Add every row's delta to the outputs of a projection group, in place. Without gradients.
+    """Add each row's delta to the outputs of a projection group, in place. Without gradients.
 
     Args:
-        ys: the base layer's output ``[T, N]`` of each slice; need not be contiguous.
-        x: what all slices read, ``[T, K]``.
+        ys: the base layer's output ``[T, N]`` of each slice; may be non-contiguous.
+        x: the input of all slices, ``[T, K]``.
         segments: the call's plan; ``T`` is a multiple of its entries.
-        weights: for each slot of the plan its adapter's weights; a slot may be absent.
+        weights: the adapters' weights, by slot; slots without weights may be missing.
     """
     blocks, order, inverse = segments.blocks(len(x), x.device)
     if order is not None:
@@ -52,14 +51,14 @@ def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[in
 
 
 def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Projection, float]], acc: torch.dtype) -> None:
-    """Add to rows of one slice what these of ``x`` give."""
+    """Add the products of one slice to its output."""
     is_plain = y.dtype == acc
     for rows, x, (a, b, scaling), scale in own:
         y_rows = y[rows]
         if is_plain and x.dtype == a.dtype == acc:
             y_rows.addmm_(torch.mm(x, a), b, alpha=scaling * scale)
         else:
-            # rounded to the adapter's dtype first, as PEFT does, then summed in higher precision
+            # x is rounded to the adapter's dtype first, as in PEFT, and sums have higher precision
             h = torch.mm(x.to(a.dtype).to(acc), a.to(acc))
             y_rows.copy_(y_rows + torch.mm(h, b.to(acc)) * (scaling * scale))
 
@@ -90,7 +89,7 @@ def expand(
 def shrink_backward(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], plan: Tensor, ranks: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of ``shrink``'s ``x`` and ``weights``."""
+    """The gradients of ``x`` and ``weights`` of ``shrink``."""
     grad_x = torch.zeros_like(x, dtype=grad.dtype)
     grad_weights = [torch.zeros_like(weight) for weight in weights]
     for index, i, rank, rows, _ in _live(plan, ranks, len(x), x.device):
@@ -109,7 +108,7 @@ def expand_backward(
     scalings: Tensor,
     slice_offsets: Sequence[int],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of ``expand``'s ``h`` and ``weights``."""
+    """The gradients of ``h`` and ``weights`` of ``expand``."""
     grad_h = torch.zeros_like(h)
     grad_weights = [torch.zeros_like(weight) for weight in weights]
     scale = scalings.tolist()
@@ -125,7 +124,7 @@ def expand_backward(
 def _live(
     plan: Tensor, ranks: Tensor, num_rows: int, device: torch.device
 ) -> Iterator[tuple[int, int, int, slice | Tensor, float]]:
-    """(index into the weights, slice, rank, rows, weight) of every segment and slice that has something to do."""
+    """(index into the weights, slice, rank, rows, weight) of every segment and slice with weights."""
     num_slices, rank = ranks.shape[1], ranks.tolist()
     segments = Segments.unpack(plan)
     for (slot, rows), weight in zip(segments.rows(num_rows, device), segments.scales):

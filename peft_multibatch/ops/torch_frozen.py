@@ -1,11 +1,11 @@
-"""Training on a CPU: base layers that don't train, and the deltas of their rows, as one node of autograd's graph.
+"""Training on a CPU: frozen base layers and their adapters' deltas as a single autograd node.
 
-Nobody else reads what the base layers give, so deltas are added to it in place. In backward all gradients of the input
-are summed up in one tensor, those of the base layers first.
+Nothing else reads the base layers' outputs, so deltas are added to them in place. In backward, all gradients of the
+input are accumulated in one tensor, starting with those of the base layers.
 
-Where all adapters have equally many rows, and these stand side by side, one product for all adapters takes the place
-of one for each, and all slices read the input together. Weights are put side by side for it, in forward and again in
-backward: kept in between they would take as much memory as the adapters.
+If all adapters have equal numbers of contiguous rows, they are computed as one batched product, and all slices read
+the input together. The weights are stacked for this in forward and again in backward, because keeping the stacks in
+between would take as much memory as the adapters.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from peft_multibatch.plan.segments import Segments
 
 
 class InPlaceProduct(Protocol):
-    """As ``gradients.Product``, for outputs and gradients that it adds to.
+    """As ``gradients.Product``, but adds to outputs and gradients in place.
 
     Attributes:
-        wanted: the gradients that it makes.
+        wanted: the gradients that it computes.
     """
 
     wanted: Wanted
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        """Add the deltas to ``outputs``, and give what ``backward`` needs of them."""
+        """Add the deltas to ``outputs``; returns the tensors that ``backward`` needs as ``h``."""
 
     def backward(
         self,
@@ -42,22 +42,22 @@ class InPlaceProduct(Protocol):
         h: Sequence[Tensor],
         grad_x: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """As in ``gradients.Product``. ``grad_x``: what the gradient of ``x`` is added to, in place."""
+        """As in ``gradients.Product``. The gradient of ``x`` is added to ``grad_x`` in place, if that is given."""
 
 
 def linear_with_gradients(
     product: InPlaceProduct, weights: TrainedWeights, bases: Sequence[tuple[Tensor, Tensor | None]], x: Tensor
 ) -> list[Tensor]:
-    """The outputs of a projection group, those of the base layers included, as a node of autograd's graph.
+    """The outputs of a projection group, base layers included, as an autograd node.
 
     Args:
-        product: computes the deltas; for this call alone.
-        weights: of the adapters in use.
-        bases: weight ``[N, K]`` and bias ``[N]`` of each slice's base layer, without gradients, in the dtype of ``x``.
-        x: what all slices read, ``[..., K]``.
+        product: computes the deltas; used for this call only.
+        weights: the weights of the adapters in use.
+        bases: weight ``[N, K]`` and bias ``[N]`` of each slice's base layer, frozen, in the dtype of ``x``.
+        x: the input of all slices, ``[..., K]``.
 
     Returns:
-        ``[..., N]`` of each slice. Their gradients can't be differentiated again.
+        ``[..., N]`` of each slice. Second derivatives aren't supported.
     """
     flat = [each for base in bases for each in base]
     return list(_Linears.apply(product, [i for _, i in weights.places], len(flat), x, *flat, *weights.parameters))
@@ -101,14 +101,14 @@ class _Linears(torch.autograd.Function):
 def choose_product(
     components: Sequence[Segments], weights: TrainedWeights, wanted: Wanted, x: Tensor, masks: Masks | None = None
 ) -> InPlaceProduct:
-    """The product that is fastest for these rows and weights.
+    """The fastest product for these rows and weights.
 
     Args:
-        components: the plans.
-        weights: of the adapters in use.
-        wanted: the gradients that ``backward`` makes.
+        components: the segments of each component.
+        weights: the weights of the adapters in use.
+        wanted: the gradients that ``backward`` computes.
         x: the input, ``[..., K]``.
-        masks: what is dropped.
+        masks: the dropout masks.
     """
     if not masks and len(components) == 1 and components[0].permutation is None and all(wanted.weights):
         spans, parts = components[0].spans, weights.parts
@@ -122,12 +122,12 @@ def choose_product(
 
 
 class EvenProduct:
-    """Deltas and their gradients where all adapters have equally many rows side by side, and equal ranks.
+    """Deltas and their gradients for adapters with equal numbers of contiguous rows, and equal ranks.
 
     Args:
         segments: the plan.
-        weights: of the adapters in use.
-        wanted: the gradients that ``backward`` makes: those of all weights.
+        weights: the weights of the adapters in use.
+        wanted: the gradients that ``backward`` computes, including those of all weights.
     """
 
     def __init__(self, segments: Segments, weights: TrainedWeights, wanted: Wanted) -> None:
@@ -148,7 +148,7 @@ class EvenProduct:
         self._scalings: float | list[list[float]] = first_one if is_same else scalings
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        """As in ``InPlaceProduct``; ``s · h`` of all slices side by side."""
+        """As in ``InPlaceProduct``; returns ``s · h`` of all slices, concatenated."""
         h = self._scale_(torch.bmm(self._batch(x), self._lora_a().transpose(1, 2)))
         for i, (y, own) in enumerate(zip(outputs, h.split(self._ranks, dim=2))):
             self._batch(y).baddbmm_(own, self._lora_b(i).transpose(1, 2))
@@ -185,20 +185,20 @@ class EvenProduct:
         return grad_x, grads
 
     def _batch(self, rows: Tensor) -> Tensor:
-        """``[G, rows of each, N]``: a view where rows are contiguous."""
+        """``[G, rows per segment, N]``: a view if rows are contiguous."""
         return rows.reshape(self._count, -1, rows.shape[-1])
 
     def _lora_a(self) -> Tensor:
-        """``[G, ΣR, K]``."""
+        """``lora_A`` of all slices, ``[G, ΣR, K]``."""
         stacked = torch.cat([part.lora_a for row in self._rows for part in row if part is not None])
         return stacked.view(self._count, -1, stacked.shape[1])
 
     def _lora_b(self, i: int) -> Tensor:
-        """Of one slice, ``[G, N, R]``."""
+        """``lora_B`` of one slice, ``[G, N, R]``."""
         return torch.stack([part.lora_b for row in self._rows if (part := row[i]) is not None])
 
     def _scale_(self, batch: Tensor) -> Tensor:
-        """Multiply ``[G, rows of each, ΣR]`` by the scalings, in place."""
+        """Multiply ``[G, rows per segment, ΣR]`` by the scalings, in place."""
         if isinstance(self._scalings, float):
             return batch if self._scalings == 1 else batch.mul_(self._scalings)
         scalings = torch.tensor(self._scalings, dtype=batch.dtype, device=batch.device)

@@ -1,7 +1,7 @@
-"""Training with torch's own matrix products: every device, every dtype. On a CPU this is the fast path.
+"""Training with torch's matrix products, for every device and dtype. On a CPU this is the fast path.
 
-Rows are read where they are, or gathered once for all slices where ids are interleaved. Products accumulate in float32
-(float64 for float64 weights), and every gradient is rounded once.
+Rows are read in place, or gathered once for all slices if ids are interleaved. Products accumulate in float32 (float64
+for float64 weights), and every gradient is rounded once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from peft_multibatch.plan.segments import Segments
 
 
 class Share(NamedTuple):
-    """What one adapter does for the rows of one segment in one slice.
+    """The adapter of one segment in one slice.
 
     Attributes:
         i: the slice.
         part: the weights.
-        scaling: the adapter's, times what it counts in a mixture.
-        first: where its parameters stand among all.
-        mask: what it drops of the slice's input; None where it drops nothing.
+        scaling: the adapter's scaling, multiplied by its weight in a mixture.
+        first: the index of its first parameter.
+        mask: its dropout mask for the slice's input, or None.
     """
 
     i: int
@@ -41,10 +41,10 @@ class TorchProduct:
     """Deltas of a projection group and their gradients.
 
     Args:
-        components: the plans.
-        weights: of the adapters in use.
-        wanted: the gradients that ``backward`` makes.
-        masks: what is dropped.
+        components: the segments of each component.
+        weights: the weights of the adapters in use.
+        wanted: the gradients that ``backward`` computes.
+        masks: the dropout masks.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TorchProduct:
         self._components, self._weights, self._masks = components, weights, masks or {}
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """As in ``gradients.Product``; an ``h`` for each segment and slice."""
+        """As in ``gradients.Product``; one ``h`` per segment and slice."""
         outputs = [y.clone(memory_format=torch.contiguous_format) for y in ys]
         return outputs, self.add_(outputs, x)
 
@@ -131,10 +131,10 @@ class TorchProduct:
         return grad_x if grad_x is None else grad_x.to(self._dtype), grads
 
     def _dropped(self, device: torch.device) -> dict[int, Tensor]:
-        """For each slot that drops anything which elements of its rows, bool ``[T, I, K]``."""
+        """Which elements are dropped in the rows of each slot with masks, bool ``[T, I, K]``."""
         if not self._masks:
             return {}
-        plan, slices = self._components[0], range(self._weights.num_slices)  # what drops is in no mixture
+        plan, slices = self._components[0], range(self._weights.num_slices)  # masked adapters aren't in mixtures
         per_entry = self._shape[:-1].numel() // plan.num_entries
         parts = {
             slot: ((stop - start) * per_entry, [self._masks.get((slot, i)) for i in slices])
@@ -147,7 +147,7 @@ class TorchProduct:
         return dict(zip(parts, found.split([number for number, _ in parts.values()])))
 
     def _segments(self, device: torch.device) -> Iterator[tuple[int, slice | Tensor, list[Share]]]:
-        """The slot and rows of every segment that has anything to do, and what is to do for them."""
+        """The slot, rows and shares of every segment with weights."""
         num_rows, index = self._shape[:-1].numel(), self._weights.index
         for segments in self._components:
             for (slot, rows), weight in zip(segments.rows(num_rows, device), segments.scales):
@@ -161,7 +161,7 @@ class TorchProduct:
 
 
 def _cast(rows: Tensor, dtype: torch.dtype, acc: torch.dtype) -> Tensor:
-    """Rounded to the adapter's dtype first, as PEFT does."""
+    """Round to the adapter's dtype first, as PEFT does."""
     return rows.to(dtype).to(acc)
 
 

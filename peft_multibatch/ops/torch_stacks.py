@@ -1,9 +1,9 @@
-"""Decoding on a CPU: the weights of a plan side by side, for the steps of one ``generate``.
+"""Decoding on a CPU: stacked copies of a plan's weights, for the steps of one ``generate``.
 
-A step has a row or a few for every sample. Its products are so small that calling them costs more than computing, and
-reading weights from as many places as there are adapters costs more again. All steps of a ``generate`` have one plan,
-so its weights are copied once, and two products for each slice take the place of two for each slice and adapter.
-``calls/stacks.py`` knows when.
+A decode step has one row or a few per sample. Its products are so small that the calls cost more than the computation,
+and reading the weights of each adapter from a different place costs even more. All steps of a ``generate`` have the
+same plan, so its weights are copied once, and each slice takes two products instead of two per adapter.
+``calls/stacks.py`` decides when.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from peft_multibatch.plan.segments import Segments
 
 
 LARGEST = 1 << 16
-"""Elements of the largest weight that is copied: reading a larger one costs so much that calls don't count."""
+"""The most elements of a weight that is copied. For larger ones, the overhead of calls doesn't matter."""
 
 WASTE = 2
-"""How many times larger copies may be, and rows more, than without padding."""
+"""The largest factor by which padding may increase the size of copies, and the number of rows."""
 
 
 class Stack:
-    """The weights of a projection group's adapters in the order of a plan's segments.
+    """The weights of a projection group's adapters, stacked in the order of a plan's segments.
 
     Attributes:
-        dtype: of the weights.
-        size: in bytes.
+        dtype: the dtype of the weights.
+        size: the size in bytes.
 
     Args:
-        rows: which rows the segments have.
-        a: ``lora_A`` of all slices side by side, transposed, ``[G, K, ΣR]``.
-        bs: ``lora_B`` of each slice times its scaling, transposed, ``[G, R, N]``; None where nobody has one.
+        rows: the rows of the segments.
+        a: ``lora_A`` of all slices, transposed and concatenated, ``[G, K, ΣR]``.
+        bs: ``lora_B`` of each slice, transposed and multiplied by its scaling, ``[G, R, N]``; None for slices without
+            adapters.
     """
 
     def __init__(self, rows: StackedRows, a: Tensor, bs: list[Tensor | None]) -> None:
@@ -45,7 +46,7 @@ class Stack:
         self._ranks = [0 if b is None else b.shape[1] for b in bs]
 
     def add_(self, ys: Sequence[Tensor], x: Tensor) -> None:
-        """Add every row's delta to the outputs of the group, in place, as ``torch_backend.apply_`` does."""
+        """Add each row's delta to the outputs of the group, in place, as ``torch_backend.apply_`` does."""
         h = torch.bmm(self._rows.take(x), self._a)
         parts = [h] if len(self._bs) == 1 else h.split(self._ranks, dim=2)
         for y, part, b in zip(ys, parts, self._bs):
@@ -54,15 +55,15 @@ class Stack:
 
 
 class StackedRows:
-    """Rows as one batch of equally many for every segment: where they are, or gathered and padded.
+    """Rows as a batch with the same number of rows per segment: in place, or gathered and padded.
 
     Attributes:
-        fits: whether they can be had without too much padding.
+        fits: whether this is possible without too much padding.
 
     Args:
         segments: the plan.
-        live: which of its segments have anything to do.
-        num_rows: rows of the tensors.
+        live: the indices of segments with weights.
+        num_rows: the number of rows of the tensors.
     """
 
     def __init__(self, segments: Segments, live: Sequence[int], num_rows: int) -> None:
@@ -86,7 +87,7 @@ class StackedRows:
         if entries is None:
             entries = torch.arange(segments.num_entries, dtype=torch.int32, device="cpu")
         count, length = self._shape
-        index = torch.zeros(count, length, dtype=torch.int64, device="cpu")  # rows of padding compute with any row
+        index = torch.zeros(count, length, dtype=torch.int64, device="cpu")  # padding may read any row
         within = torch.arange(per_entry, dtype=torch.int64, device="cpu")
         positions = []
         for number, (segment, size) in enumerate(zip(live, lens)):
@@ -98,14 +99,14 @@ class StackedRows:
         self._targets = self._index[self._positions]
 
     def take(self, x: Tensor) -> Tensor:
-        """``[G, rows of each, K]``."""
+        """The rows of ``x`` as ``[G, rows per segment, K]``."""
         count, length = self._shape
         if self._index is not None:
             return x.index_select(0, self._index).view(count, length, -1)
         return x.view(length, count, -1).transpose(0, 1) if self._is_interleaved else x.view(count, length, -1)
 
     def add_product_(self, y: Tensor, h: Tensor, b: Tensor) -> None:
-        """Add ``h @ b`` ``[G, rows of each, N]`` to the rows."""
+        """Add ``h @ b``, ``[G, rows per segment, N]``, to the rows of ``y``."""
         count, length = self._shape
         if self._index is not None:
             delta = torch.bmm(h, b).flatten(0, 1)
@@ -117,18 +118,18 @@ class StackedRows:
 
 
 def make(segments: Segments, weights: dict[int, SlotWeights], num_rows: int, memory: int) -> Stack | None:
-    """A stack, or None where these weights, or rows, are better read one by one.
+    """Make a stack, or return None if separate products are faster for these weights and rows.
 
     Args:
         segments: the plan.
-        weights: for each slot of the plan its adapter's weights, as ``torch_backend.apply_`` takes them.
-        num_rows: rows of the tensors.
-        memory: bytes that it may have.
+        weights: the adapters' weights, by slot, as for ``torch_backend.apply_``.
+        num_rows: the number of rows of the tensors.
+        memory: the most bytes that the stack may take.
     """
     live = [index for index, (slot, *_) in enumerate(segments.spans) if any(weights.get(slot, ()))]
     found = [weights[segments.spans[index][0]] for index in live]
     parts = [part for slices in found for part in slices if part]
-    if len(live) < 2:  # one adapter's products are as few as they can be
+    if len(live) < 2:  # a stack doesn't reduce the number of products for one adapter
         return None
     dtype, tensors = parts[0][0].dtype, [each for a, b, _ in parts for each in (a, b)]
     ranks = [max(part[0].shape[1] if part else 0 for part in column) for column in zip(*found)]

@@ -1,4 +1,4 @@
-"""``shrink`` and ``expand`` on a GPU: a launch each, through the kernels in ``triton_kernels``."""
+"""``shrink`` and ``expand`` on a GPU, with one launch each of the kernels in ``triton_kernels``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Product:
-    """A product of fixed shapes, cut and compiled, so that running it again costs two bare launches.
+    """A product of fixed shapes whose kernels are compiled, so that running it again costs two bare launches.
 
-    Triton's own launcher looks at every argument's dtype, value and alignment to find the compiled kernel, and asks
-    the driver about every pointer. All that was part of the choice of this product: it launches what it found the
-    first time, with addresses, unless one of them is less aligned than it was then.
+    Triton's launcher checks every argument's dtype, value and alignment to find the compiled kernel, and queries the
+    driver about every pointer. These are fixed for a product, so it launches the kernels that it found the first time,
+    and passes addresses, unless one of them is less aligned than it was then.
     """
 
     def __init__(self, key: ProductKey, launch: Launch) -> None:
         num_rows, num_inputs, widths, rank = key.num_rows, key.num_inputs, key.widths, padded(key.rank)
         dependent = not INTERPRETED and torch.cuda.get_device_capability(key.device) >= (9, 0)
-        # where there are no partial sums, h is rounded to the dtype in which it will be multiplied, as PEFT's is
+        # without partial sums, h is rounded to the dtype in which it is multiplied, as in PEFT
         self._h_dtype = torch.float32 if launch.splits > 1 else key.weights
         self._h_shape = launch.splits, num_rows, len(widths), rank
         self._h_bytes = math.prod(self._h_shape) * self._h_dtype.itemsize
@@ -66,11 +66,11 @@ class Product:
         """Add the deltas of ``x`` to ``ys``.
 
         Args:
-            ys: the base layer's outputs, shaped as the product expects them.
-            x: what they were computed from.
+            ys: the base layer's outputs, with the shapes of the product.
+            x: the base layer's input.
             plan: the packed plan, on the device.
             table: the rows of the bank's table.
-            workspaces: where to keep the memory for ``h``, which the next product on the same stream may use again.
+            workspaces: a cache for the memory of ``h``, which the next product on the same stream reuses.
         """
         y0 = ys[0].data_ptr()
         if self._is_whole:
@@ -103,7 +103,7 @@ class Product:
         expand(*self._expand_grid, stream, *expand_handles, *ys, h, plan, table, *self._expand_args)
 
     def _launch(self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor) -> None:
-        """Through Triton's launcher, which compiles what isn't compiled yet for these alignments."""
+        """Launch through Triton's launcher, which compiles kernels for these alignments if needed."""
         if self._is_whole:
             ys = ys[0].split(self._widths, dim=-1)
         addresses = [x.data_ptr(), *(y.data_ptr() for y in ys)]
@@ -113,30 +113,30 @@ class Product:
             shrink = shrink_kernel[self._shrink_grid](h, x, plan, table, *self._shrink_args, **self._shrink_options)
             expand = expand_kernel[self._expand_grid](*y3, h, plan, table, *self._expand_args, **self._expand_options)
         if self._bare is None and not INTERPRETED and all(address % 16 == 0 for address in addresses):
-            # the arguments of a bare launch after the stream: what runs, its metadata, and no hooks
+            # the arguments of a bare launch after the stream: the function, its metadata, and no hooks
             handles = [(each.run, each.function, each.packed_metadata, None, None, None) for each in (shrink, expand)]
             self._bare = triton.runtime.driver.active.get_current_stream, *handles
 
 
-_LARGEST_WORKSPACE = 1 << 20  # bytes that a call may keep until it ends
+_LARGEST_WORKSPACE = 1 << 20  # the most bytes that a call keeps until it ends
 
 
 class ProductKey(NamedTuple):
-    """What a ``Product`` depends on. Dimension letters are those of ``ops``.
+    """The parameters of a ``Product``. Dimension letters are those of ``ops``.
 
     Attributes:
-        device: where everything is.
+        device: the device of all tensors.
         x_dtype: dtype of ``x``.
         y_dtype: dtype of all ``ys``.
         num_rows: ``T``.
         num_inputs: ``K``.
-        stride_x: elements between two rows of ``x``.
+        stride_x: row stride of ``x`` in elements.
         widths: ``N`` of each slice.
-        strides: elements between two rows of each slice.
-        is_whole: whether all slices stand side by side in one tensor.
-        num_segments: segments of the plan, or more; any number where programs go round.
-        longest: rows of the longest segment, or more; only speed depends on it.
-        loops: whether programs go round until all segments are served.
+        strides: row stride of each slice in elements.
+        is_whole: whether all slices are concatenated in one tensor.
+        num_segments: at least the segments of the plan; any number if programs loop.
+        longest: rows of the longest segment; affects only speed.
+        loops: whether programs loop until all segments are done.
         weights: dtype of the weights.
         rank: largest rank in the table.
         is_aligned: whether weights can be read 16 bytes at a time.
@@ -160,7 +160,7 @@ class ProductKey(NamedTuple):
 
 
 _products: dict[tuple, Product] = {}
-_MOST_PRODUCTS = 4096  # shapes that are kept; prompts of ever new lengths must not fill the memory
+_MOST_PRODUCTS = 4096  # limits memory if prompts have many different lengths
 
 
 def product(
@@ -176,15 +176,15 @@ def product(
     """The product for tensors of these shapes.
 
     Args:
-        ys: the base layer's outputs, one to three, ``[..., N]``, or one with all slices side by side; contiguous, or
+        ys: the base layer's outputs, one to three, ``[..., N]``, or one with all slices concatenated; contiguous, or
             ``[T, N]`` with columns of stride 1.
-        x: what all slices read, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
+        x: the input of all slices, ``[..., K]``; contiguous, or ``[T, K]`` with columns of stride 1.
         widths: ``N`` of each slice.
-        num_segments: segments of the plan, or more; any number where programs go round.
-        longest: rows of the longest segment, or more; only speed depends on it.
-        table: the bank's rows for kernels.
-        launch: how to cut the product; chosen where it isn't given.
-        loops: whether programs go round until all segments are served.
+        num_segments: at least the segments of the plan; any number if programs loop.
+        longest: rows of the longest segment; affects only speed.
+        table: the bank's table.
+        launch: the launch parameters; chosen automatically by default.
+        loops: whether programs loop until all segments are done.
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)
@@ -204,15 +204,15 @@ def product(
 
 
 class Products:
-    """What a bank runs for one mix and one shape of its input: a product for each plan and each dtype of its weights.
+    """The products of a bank for one plan and one input shape: one per component and dtype of weights.
 
     Args:
         ys: the base layer's outputs as in ``product``, contiguous.
-        x: what all slices read, ``[..., K]``.
+        x: the input of all slices, ``[..., K]``.
         widths: ``N`` of each slice.
-        terms: the plans.
+        terms: the segments of each component.
         plans: the same, packed, on the device.
-        tables: the bank's tables, one for each dtype.
+        tables: the bank's tables, one per dtype.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Products:
             ]
 
     def fit(self, ys: Sequence[Tensor], x: Tensor) -> bool:
-        """Whether tensors are like those that the products were made for, and contiguous."""
+        """Whether tensors have the shapes and dtypes of the products, and are contiguous."""
         return (
             x.shape == self._shape
             and [x.dtype, *[y.dtype for y in ys]] == self._dtypes
@@ -257,11 +257,11 @@ class Products:
 
 
 def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, tables: Sequence[TableRows]) -> None:
-    """Add the deltas of ``x`` to ``ys``, under whatever plan stands in a buffer when the kernels run.
+    """Add the deltas of ``x`` to ``ys`` for the plan that is in a buffer when the kernels run.
 
-    No number in the launches depends on the plan. They have programs for as many segments as rows of one adapter each
-    can have, in pieces of ``CUT`` entries; mixtures can have more, and the programs go round. A plan with longer
-    segments is served as well, by few programs. Arguments as in ``product``.
+    No launch parameter depends on the plan. There are programs for the most segments that a plan without mixtures can
+    have, cut into pieces of ``CUT`` entries. Mixtures can have more, and then programs loop. Longer segments work too,
+    but with few programs. Arguments are as in ``product``.
     """
     if not x.numel():
         return
@@ -276,7 +276,7 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A tensor that kernels can read row by row: itself wherever possible."""
+    """A tensor that kernels can read row by row, copied only if necessary."""
     if x.is_contiguous():
         return x
     x = x.reshape(-1, x.shape[-1])
@@ -284,12 +284,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _row_stride(x: Tensor) -> int:
-    """Elements between two rows. A contiguous tensor may have any stride where a size is 1, as ``[T, 1, K]``."""
+    """The row stride in elements. Contiguous tensors may have any stride in dimensions of size 1, as ``[T, 1, K]``."""
     return x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def runs_on(x: Tensor) -> bool:
-    """Whether kernels run on the device of a tensor."""
+    """Whether kernels can run on the device of a tensor."""
     return x.is_cuda or INTERPRETED
 
 
@@ -299,12 +299,12 @@ def is_capturing() -> bool:
 
 
 def padded(rank: int) -> int:
-    """The rank of a tile: a power of two that tensor cores take."""
+    """The rank of a tile: a power of two that tensor cores support."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
-    """Whether the kernels have all these dtypes: float64, and weights that aren't contiguous, are left to torch."""
+    """Whether the kernels support all these dtypes; float64 and non-contiguous weights run on the torch backend."""
     return (
         all(table.dtype in DTYPES for table in tables if table.rank)
         and x.dtype in DTYPES
@@ -314,5 +314,5 @@ def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """The number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

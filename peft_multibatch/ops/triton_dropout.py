@@ -1,4 +1,4 @@
-"""Dropout inside of kernels: the masks that ``dropout`` describes, computed where an input's tile is."""
+"""Dropout inside kernels: the masks that ``dropout`` describes, computed for each tile of the input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUNDS = tl.constexpr(dropout.ROUNDS)
 
 @triton.jit
 def drop_row(drops, steps, slot, i, SLICES: tl.constexpr):
-    """What a slot drops in a slice: key, step and threshold. Nothing, if it is -1."""
+    """The key, step and threshold of a slot's mask in a slice. Slot -1 drops nothing."""
     row = drops + (slot.to(tl.int64) * SLICES + i) * 3
     key = tl.load(row, mask=slot >= 0, other=0)
     threshold = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.int32)
@@ -23,17 +23,17 @@ def drop_row(drops, steps, slot, i, SLICES: tl.constexpr):
 
 @triton.jit
 def drop_scale(drops, slot, i, SLICES: tl.constexpr):
-    """What a slot multiplies all that it keeps in a slice with."""
+    """The factor for the elements that a slot keeps in a slice."""
     bits = tl.load(drops + (slot.to(tl.int64) * SLICES + i) * 3 + 2)
     return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def keep_tile(key, step, threshold, position, start, per_entry, block, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which elements are kept of a tile of ``x``.
+    """Which elements of a tile of ``x`` are kept.
 
-    Its rows are those at ``position`` of the adapter order, whose adapter's segment begins at the entry ``start``; its
-    columns are a block of ``BLOCK_C``.
+    Its rows are at ``position`` in adapter order, in a segment that starts at the entry ``start``; its columns are a
+    block of ``BLOCK_C``.
     """
     entry = position // per_entry
     row, sample = position - entry * per_entry, entry - start

@@ -1,5 +1,4 @@
-"""The Triton kernels of training that make gradients alone: of the input, and of the weights; see
-``triton_training_kernels``."""
+"""Triton kernels for the gradients of the input and of the weights; see ``triton_training_kernels``."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def grad_x_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (segments × tiles of rows, blocks of columns). Rows without adapter get zeros, unless ``IN_PLACE``."""
+    """Grid: (segments × tiles of rows, blocks of columns). Rows without an adapter get zeros, unless ``IN_PLACE``."""
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     num_entries, _, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     per_entry = num_rows // num_entries
@@ -86,11 +85,11 @@ def grad_x_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_weight_kernel(
     grads,  # flat, of the dtype of the weights
-    offsets,  # int64 [S, SLICES, 2]: where the gradients of lora_A and lora_B begin; -1: not wanted
-    left,  # [T, SLICES, R]: dS, or h
+    offsets,  # int64 [S, SLICES, 2]: offsets of the gradients of lora_A and lora_B; -1 if not wanted
+    left,  # [T, SLICES, R]: dS or h
     in0,
     in1,
-    in2,  # [T, C] of each slice: x, or dY
+    in2,  # [T, C] of each slice: x or dY
     plan,
     table,
     num_rows,
@@ -117,7 +116,7 @@ def grad_weight_kernel(
 ):
     """Grid: (blocks of columns of all slices together, segments, blocks of ranks).
 
-    With ``REPEATS`` an adapter may have several segments, of mixtures: the first one's program sums up all of them.
+    With ``REPEATS``, an adapter may have several segments, from mixtures; the program of the first one sums up all.
     """
     index = tl.program_id(1)
     i, block = _slice_of(tl.program_id(0), tl.cdiv(width0, BLOCK_C), tl.cdiv(width1, BLOCK_C), SLICES)

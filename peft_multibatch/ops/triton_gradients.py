@@ -1,4 +1,4 @@
-"""Training on a GPU: a launch for each of the products in ``triton_gradient_kernels``, for all adapters together."""
+"""Training on a GPU: one launch of each training kernel for all adapters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from peft_multibatch.plan.segments import Segments
 
 
 class Pass(NamedTuple):
-    """What one set of launches serves: a component of the plan, and the adapters of one dtype.
+    """A set of launches for one component of the plan and the adapters of one dtype.
 
     Attributes:
-        segments: the component.
+        segments: the component's segments.
         plan: the same, packed, on the device.
-        table: where the weights are.
+        table: the table of the weights.
         is_mixed: whether an adapter may have several segments.
-        drops: what is dropped; None where nothing is. Adapters that drop have one segment.
+        drops: the dropout masks, or None. Adapters with masks have one segment.
     """
 
     segments: Segments
@@ -38,23 +38,23 @@ class Pass(NamedTuple):
 
     @property
     def num_segments(self) -> int:
-        """Segments of the component."""
+        """The number of segments of the component."""
         return self.segments.num_segments
 
     def longest(self, num_rows: int) -> int:
-        """Rows of the longest segment."""
+        """The rows of the longest segment."""
         return self.segments.longest * (num_rows // self.segments.num_entries)
 
     def dropout(self, of_input: bool = True) -> tuple[Tensor, Tensor, bool]:
-        """What kernels have to know of dropout: the tensors, and whether these are read, as with inputs alone."""
+        """The kernels' arguments for dropout: two tensors, and whether they are used, which is only so for inputs."""
         return (self.table.rows, self.plan, False) if self.drops is None or not of_input else (*self.drops, True)
 
     @property
     def weights(self) -> tuple[Any, bool, str]:
-        """What kernels have to know of weights: dtype, whether they are aligned, and how float32 is multiplied.
+        """The kernels' arguments for weights: dtype, whether they are aligned, and the precision of float32 products.
 
-        In float32's own precision, by three products on tensor cores, unless the user allowed TF32 to matrix products,
-        which PEFT's follow as well.
+        Float32 products use three TF32 products on tensor cores, or a single one if the user allowed TF32 for matrix
+        products, a setting that PEFT's products follow too.
         """
         assert self.table.dtype is not None
         is_coarse = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -65,12 +65,12 @@ class TritonProduct:
     """Deltas of a projection group and their gradients.
 
     Args:
-        components: the plans.
+        components: the segments of each component.
         plans: the same, packed, on the device.
-        tables: where the weights are, a table for each dtype.
-        weights: of the adapters in use.
-        wanted: the gradients that ``backward`` makes.
-        drops: what is dropped; None where nothing is.
+        tables: the bank's tables, one per dtype.
+        weights: the weights of the adapters in use.
+        wanted: the gradients that ``backward`` computes.
+        drops: the dropout masks, or None.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TritonProduct:
         ]
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """As in ``gradients.Product``; an ``h`` ``[T, I, R]`` for each pass."""
+        """As in ``gradients.Product``; one ``h`` ``[T, I, R]`` per pass."""
         self._shape, self._dtype, self._widths = x.shape, x.dtype, [y.shape[-1] for y in ys]
         if not self._passes or not x.numel():
             return [y.clone(memory_format=torch.contiguous_format) for y in ys], []
@@ -114,7 +114,7 @@ class TritonProduct:
         wanted, num_rows = self.wanted, self._shape[:-1].numel()
         some = next(grad for grad in grad_ys if grad is not None)
         is_empty = not self._passes or not num_rows
-        is_in_place = len(self._passes) > 1  # the first one can't know where the others will write
+        is_in_place = len(self._passes) > 1  # each pass writes only a part, so buffers start as zeros
         layout = self._weights.layout(wanted.weights, some.device)
         buffers, grad_x = layout.buffers(is_empty or is_in_place), None
         if wanted.x:
@@ -140,7 +140,7 @@ class TritonProduct:
 
 
 def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
-    """``h``, or ``dS``, ``[T, I, R]`` in the dtype of the weights."""
+    """``h`` or ``dS``, ``[T, I, R]``, in the dtype of the weights."""
     rank, slices, num_rows = padded(each.table.rank), len(inputs), len(inputs[0])
     out = torch.empty((num_rows, slices, rank), dtype=each.table.dtype, device=inputs[0].device)
     block_t = 32 if rank <= 64 else 16
@@ -155,12 +155,12 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
 
 
 def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tensor, is_in_place: bool) -> None:
-    """Write ``sources`` and their deltas."""
+    """Write ``sources`` plus their deltas to ``to``."""
     rank, slices, num_rows = padded(each.table.rank), len(to), len(h)
     block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
     blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
     most = triton.cdiv(each.longest(num_rows), block_t)
-    # a program that has several tiles of rows reads its weights once, as long as there are programs for the whole GPU
+    # a program reads its weights once for several tiles of rows, if there are still enough programs for the whole GPU
     tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors(h.device), blocks * each.num_segments)))
     expand_kernel[each.num_segments * tiles, blocks](
         *_three(to), *_three(sources), h, each.plan, each.table.rows, num_rows,
@@ -210,12 +210,12 @@ def _grad_weight(
 
 
 def _three(found: Sequence[Any]) -> list[Any]:
-    """What belongs to each slice, as kernels take it: repeated where there are fewer slices."""
+    """Three values, one per slice, as kernels expect; the first is repeated if there are fewer slices."""
     return [*found, *[found[0]] * (3 - len(found))]
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A tensor ``[T, C]`` that kernels can read row by row: without a copy wherever possible."""
+    """A tensor ``[T, C]`` that kernels can read row by row, copied only if necessary."""
     x = x.detach().reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 

@@ -1,13 +1,13 @@
-"""The Triton kernels: ``shrink_kernel`` and ``expand_kernel``, a launch each for any mix of adapters.
+"""Triton kernels for inference: ``shrink_kernel`` and ``expand_kernel``, one launch each for any adapters.
 
-A program serves a segment: it reads the segment's slot and bounds from the packed plan, then the slot's row of the
-bank's table (where ``lora_A`` and ``lora_B`` are, rank, scaling), then weights: three loads in a row, and none that
-waits for the host. Nor do these wait for the kernel that was launched right before, which must not be what wrote them:
-plans and tables are copied from the host. Segments without adapter and slots of rank 0 are nothing to do. Graphs,
-whose launches don't know how many segments there will be, ``LOOP``: their programs go round until all are served.
+A program computes a segment: it reads the segment's slot and bounds from the packed plan, then the slot's row of the
+bank's table (the addresses of ``lora_A`` and ``lora_B``, rank, scaling), then weights. These are three dependent
+loads, none of which waits for the host, or for the kernel launched right before. So plans and tables must not be
+written by kernels, and are copied from the host. Segments without an adapter and slots of rank 0 are skipped. Graphs
+don't know the number of segments at launch and use ``LOOP``: their programs loop until all segments are done.
 
-Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order: the same input
-gives the same bits.
+Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order, so the same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _segment(plan, index):
-    """Entries of the plan, its permutation or not, and this segment's slot, bounds and weight."""
+    """The plan's entries, segments and permutation, and the slot, bounds and weight of this segment."""
     num_entries = tl.load(plan)
     num_segments = tl.load(plan + 1)
     is_permuted = tl.load(plan + 2)
@@ -32,7 +32,7 @@ def _segment(plan, index):
 
 @triton.jit
 def _rows(position, mask, is_permuted, permutation, per_entry):
-    """Rows of x and y at these positions of the adapter order."""
+    """The rows of x and y at these positions in adapter order."""
     rows = position.to(tl.int64)
     if is_permuted != 0:
         entry = tl.load(permutation + position // per_entry, mask=mask, other=0)
@@ -42,8 +42,8 @@ def _rows(position, mask, is_permuted, permutation, per_entry):
 
 @triton.jit
 def _end(PDL: tl.constexpr):
-    """What a program does that has, or has left, nothing to do: it must not end before the kernel that precedes it, or
-    one that follows could begin too early.
+    """Called by programs that have nothing (left) to do. They must not end before the preceding kernel has, because
+    otherwise a following kernel could start too early.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -51,7 +51,7 @@ def _end(PDL: tl.constexpr):
 
 @triton.jit
 def _a_tile(lora_a, rank, ranks, k, num_inputs):
-    # compared with num_inputs, of whose divisors the compiler knows, so that loads can be wide
+    # the mask compares with num_inputs, whose divisors the compiler knows, so that loads can be wide
     return tl.load(
         lora_a + ranks.to(tl.int64)[:, None] * num_inputs + k[None, :],
         mask=(ranks < rank)[:, None] & (k < num_inputs)[None, :],
@@ -66,7 +66,7 @@ def _shrink_segment(
     SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
     WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of a segment's rows."""
+    """Compute this program's tiles of a segment's rows."""
     ranks = tl.arange(0, R)
     ks = tl.arange(0, BLOCK_K)
     if ONE_BLOCK:
@@ -93,7 +93,7 @@ def _shrink_segment(
         tl.store(h + place[:, None] + ranks[None, :], total.to(h.dtype.element_ty), mask=live[:, None])
 
 
-# Numbers that change from call to call: specializing on them would compile a kernel in the middle of a user's batch.
+# These numbers change between calls; specializing on them would compile kernels in the middle of a user's batch.
 @triton.jit(do_not_specialize=["num_rows", "split_blocks", "tiles"])
 def shrink_kernel(
     h,  # [SPLITS, T, SLICES, R]
@@ -115,9 +115,9 @@ def shrink_kernel(
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Grid: (segments, or fewer with ``LOOP``, × tiles, splits of K, slices).
+    """Grid: (segments (fewer with ``LOOP``) × tiles, splits of K, slices).
 
-    With ``ONE_BLOCK`` a split is one block, whose weights are on their way before the kernel that precedes has ended.
+    With ``ONE_BLOCK``, a split is a single block, whose weights are loaded before the preceding kernel has ended.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -129,7 +129,7 @@ def shrink_kernel(
             row = table + (slot.to(tl.int64) * SLICES + i) * 4
             lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
             rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
-            if ALIGNED:  # not in a function that gets it as an argument, which the hint would not outlive
+            if ALIGNED:  # not inside _shrink_segment, because hints on arguments of functions get lost
                 lora_a = tl.multiple_of(lora_a, 16)
             if rank > 0:
                 _shrink_segment(
@@ -167,7 +167,7 @@ def _expand_segment(
     SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of a segment's rows."""
+    """Compute this program's tiles of a segment's rows."""
     ranks = tl.arange(0, R)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     b_tile = tl.load(
@@ -186,7 +186,7 @@ def _expand_segment(
         before = tl.load(y_tile, mask=mask, other=0.0)
         place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
         sums = tl.load(place, mask=live[:, None], other=0.0)
-        for split in range(1, SPLITS):  # unrolled, it is slower by a third
+        for split in range(1, SPLITS):  # unrolling this loop makes it slower by a third
             plane = split * num_rows.to(tl.int64) * (SLICES * R)
             sums += tl.load(place + plane, mask=live[:, None], other=0.0)
         delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
@@ -197,7 +197,7 @@ def _expand_segment(
 def expand_kernel(
     y0,
     y1,
-    y2,  # [T, N] of each slice; repeated where there are fewer
+    y2,  # [T, N] of each slice; repeated if there are fewer slices
     h,  # [SPLITS, T, SLICES, R]
     plan,
     table,
@@ -219,7 +219,7 @@ def expand_kernel(
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Grid: (segments, or fewer with ``LOOP``, × tiles, blocks of columns of all slices together)."""
+    """Grid: (segments (fewer with ``LOOP``) × tiles, blocks of columns of all slices together)."""
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     block = tl.program_id(1)
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)

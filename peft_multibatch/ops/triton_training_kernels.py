@@ -1,16 +1,16 @@
-"""The Triton kernels of training: forward that keeps ``h``, and backward, a launch each for any mix of adapters.
+"""Triton kernels for training: forward, which saves ``h``, and backward, one launch each for any adapters.
 
     shrink       h_i = x @ A_i.T              dS_i = s_i · dY_i @ B_i
     expand       y_i + s_i · h_i @ B_i.T
     grad_x       dX = Σ_i dS_i @ A_i
     grad_weight  dA_i = dS_i.T @ x            dB_i = s_i · dY_i.T @ h_i
 
-``h`` and ``dS`` stand in adapter order, so that a tile of them is one piece of memory; ``x``, ``y`` and their
-gradients stand as they came, and no copy of them is made in another order. Every sum is one program's, from the first
-row or column to the last: the same input gives the same bits.
+``h`` and ``dS`` are in adapter order, so that a tile of them is contiguous; ``x``, ``y`` and their gradients stay in
+their own order, and aren't copied. Every sum is computed by one program in a fixed order, so the same input gives the
+same bits.
 
-Tiles have at most 32 rows where operands are converted in registers: ptxas 12.8, which Triton 3.6 brings along,
-miscompiles such products from 64 rows on (triton #9433).
+Tiles have at most 32 rows if operands are converted in registers: ptxas 12.8, which Triton 3.6 includes, miscompiles
+such products with 64 or more rows (triton #9433).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft_multibatch.ops.triton_kernels import _rows, _segment
 
 @triton.jit
 def _slice_of(block, blocks0, blocks1, SLICES: tl.constexpr):
-    """The slice to which a block of columns belongs, and which of the slice's blocks it is."""
+    """The slice of a block of columns, and the block's index within the slice."""
     i = 0
     if SLICES > 1:
         i += tl.where(block >= blocks0, 1, 0)
@@ -35,9 +35,9 @@ def _slice_of(block, blocks0, blocks1, SLICES: tl.constexpr):
 
 @triton.jit
 def _pick(i, value0, value1, value2, SLICES: tl.constexpr):
-    """What belongs to a slice."""
+    """The value of a slice."""
     value = value0
-    if SLICES > 1:  # noqa: SIM102, a constant, which decides at compile time
+    if SLICES > 1:  # noqa: SIM102, a constant that is evaluated at compile time
         if i == 1:
             value = value1
     if SLICES > 2:  # noqa: SIM102
@@ -48,10 +48,10 @@ def _pick(i, value0, value1, value2, SLICES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
 def shrink_kernel(
-    out,  # [T, SLICES, R]: h, or dS
+    out,  # [T, SLICES, R]: h or dS
     in0,
     in1,
-    in2,  # [T, C] of each slice: x, or dY; repeated where there are fewer
+    in2,  # [T, C] of each slice: x or dY; repeated if there are fewer slices
     plan,
     table,  # int64 [S, SLICES, 4]
     num_rows,
@@ -62,7 +62,7 @@ def shrink_kernel(
     stride1,
     stride2,
     tiles,
-    drops,  # int64 [S, SLICES, 3], as ``DropTable`` has it
+    drops,  # int64 [S, SLICES, 3]: DropTable.rows
     steps,  # int32 [S]
     DROPS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -74,7 +74,7 @@ def shrink_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (segments × tiles of rows × slices). Slices come first, so that what they share is read once."""
+    """Grid: (segments × tiles of rows × slices). Slices vary fastest, so that shared input tiles are cached."""
     i = tl.program_id(0) % SLICES
     tile = tl.program_id(0) // SLICES % tiles
     index = tl.program_id(0) // (SLICES * tiles)
@@ -135,10 +135,10 @@ def shrink_kernel(
 def expand_kernel(
     to0,
     to1,
-    to2,  # [T, N] of each slice: what is written
+    to2,  # [T, N] of each slice: the result
     from0,
     from1,
-    from2,  # what it is added to; the same tensors where that happens in place
+    from2,  # the tensors to which deltas are added; the same as the result if IN_PLACE
     h,  # [T, SLICES, R]
     plan,
     table,

@@ -181,7 +181,7 @@ def test_other_tuners():
 def test_backends_that_are_not_there():
     with pytest.raises(errors.BackendUnavailableError) as caught:
         peft_multibatch.enable(peft_model(), backend="cuda")
-    assert str(caught.value) == "backend is 'cuda': expected 'auto', 'triton' or 'torch'."
+    assert str(caught.value) == "backend 'cuda' is unknown: expected 'auto', 'triton' or 'torch'."
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton can run here")
@@ -190,8 +190,8 @@ def test_triton_where_it_can_not_run_is_an_error_and_no_fallback(monkeypatch):
     with pytest.raises(errors.BackendUnavailableError) as caught:
         peft_multibatch.enable(peft_model(), backend="triton")
     assert str(caught.value) == (
-        "backend is 'triton', and torch finds no CUDA device: expected a CUDA device and triton. Pass backend='auto' "
-        "or 'torch'."
+        "backend 'triton' is not available, because torch finds no CUDA device: expected a CUDA device and triton. "
+        "Pass backend='auto' or 'torch'."
     )
 
 

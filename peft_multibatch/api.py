@@ -1,4 +1,4 @@
-"""What users call: ``enable``, ``disable``, and the handle with all that hangs on it."""
+"""The public API: ``enable``, ``disable`` and the handle, ``Multibatch``."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ if TYPE_CHECKING:
 
 
 SHOWN = 5
-"""Adapters that the handle's ``repr`` names at most."""
+"""The most adapters that the handle's ``repr`` names."""
 
 SHOWN_ROWS = 20
-"""Adapters in the table that notebooks show of it."""
+"""The most adapters in the handle's table in notebooks."""
 
 
 def enable(model: nn.Module, backend: Backend = "auto", fuse: Fuse = True) -> Multibatch:
-    """Let a model's ``forward`` and ``generate`` take ``adapter_ids``, one for every sample.
+    """Add ``adapter_ids``, with one adapter per sample, to a model's ``forward`` and ``generate``.
 
-    Parameters keep their names, their values and their places in memory; calls without ids run as PEFT runs them.
+    Parameters keep their names, values and memory; calls without ids run as in plain PEFT.
 
     Args:
-        model: a ``PeftModel`` of LoRA adapters, or a transformers model to which ``add_adapter()`` or
-            ``load_adapter()`` added them; adapters may also be added later. Of Sentence Transformers, a
-            ``SentenceTransformer`` or ``CrossEncoder`` with such a model inside, whose ``encode`` or ``predict`` then
-            takes ids as well.
-        backend: ``"triton"``, kernels for CUDA devices; ``"torch"``, torch's own matrix products; ``"auto"`` takes
-            triton where there is a CUDA device. Tensors on a CPU and gradients always run on torch. To debug, Triton's
-            interpreter (``TRITON_INTERPRET=1``) runs the kernels on a CPU where ``"triton"`` is asked for.
-        fuse: run q/k/v as one op of three slices, gate/up as one of two, wherever they read the same tensor. With
-            ``"weights"`` their base weights become one as well, and base parameters views of it, which saves matrix
-            products for calls with ids; where that can't be, ``report()`` says why.
+        model: a ``PeftModel`` with LoRA adapters, or a transformers model with adapters from ``add_adapter()`` or
+            ``load_adapter()``; adapters can also be added later. A ``SentenceTransformer`` or ``CrossEncoder`` that
+            contains such a model also gets ids in ``encode`` or ``predict``.
+        backend: ``"triton"`` for kernels on CUDA devices; ``"torch"`` for torch's matrix products; ``"auto"`` for
+            Triton if there is a CUDA device. Tensors on a CPU always run on torch. For debugging, ``"triton"`` with
+            Triton's interpreter (``TRITON_INTERPRET=1``) runs the kernels on a CPU.
+        fuse: run q/k/v as one op with three slices and gate/up as one with two, if they read the same tensor. With
+            ``"weights"``, their base weights are also concatenated, and base parameters become views of the result,
+            which saves matrix products in calls with ids; ``report()`` says if that isn't possible, and why.
 
     Returns:
-        The handle. A model that is enabled already gives back the handle it has.
+        The handle. If the model is enabled already, its existing handle.
 
     Raises:
-        UnsupportedError: this is no model, or none of its adapters can run in a mixed batch; the message says why.
-        BackendUnavailableError: ``backend`` is none that can run here.
+        UnsupportedError: this isn't a model, or none of its adapters can run in mixed batches; the message says why.
+        BackendUnavailableError: ``backend`` isn't available here.
+        ModelStateError: the model is enabled already, with other options.
 
     Example:
         ```python
@@ -80,11 +80,11 @@ def enable(model: nn.Module, backend: Backend = "auto", fuse: Fuse = True) -> Mu
     inner = inner_model(model)
     if not isinstance(inner, nn.Module) or not (isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config")):
         raise UnsupportedError(
-            f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model to "
-            "which adapters are added with add_adapter() or load_adapter()."
+            f"enable got an object of type {type(model).__name__}: expected a PeftModel, or a transformers model. Add "
+            "adapters to it with add_adapter() or load_adapter()."
         )
     if isinstance(model, (PeftModel, PeftMixedModel)):
-        check_any_kind(model.peft_config)  # of which the model inside may know nothing
+        check_any_kind(model.peft_config)  # which the model inside may not have
     present = inner.__dict__.get(STATE)
     if present is None:
         present = Multibatch(model, inner, backend, fuse)
@@ -100,10 +100,13 @@ def enable(model: nn.Module, backend: Backend = "auto", fuse: Fuse = True) -> Mu
 
 
 def disable(model: nn.Module) -> None:
-    """Undo ``enable``: the model runs as if it had never been called. Does nothing where it wasn't.
+    """Undo ``enable``. Does nothing if the model isn't enabled.
 
     Args:
-        model: the model, or what was passed to ``enable``.
+        model: the model that was passed to ``enable``, or the model inside it.
+
+    Raises:
+        ModelStateError: calls with ids are running, or a block of ``mb.batch()`` is open.
     """
     handle = inner_model(model).__dict__.get(STATE)
     if handle is not None:
@@ -114,8 +117,8 @@ class Multibatch(Handle):
     """The handle that ``enable`` returns.
 
     Attributes:
-        adapter_names: names of the adapters; the index is the integer id, in the order in which adapters were added.
-            An id stays with its name: where an adapter was deleted there is None, and the others keep their ids.
+        adapter_names: the adapters' names by integer id, in the order in which they were added. Ids never change: the
+            entry of a deleted adapter is None.
     """
 
     def continuous_batching(
@@ -124,12 +127,12 @@ class Multibatch(Handle):
         """transformers' ``continuous_batching_context_manager`` with an adapter per request.
 
         Args:
-            mixtures: most adapters that a request's mixture may have; CUDA graphs are captured for that many.
+            mixtures: the most adapters in a request's mixture; CUDA graphs are captured for this many.
             **options: as in transformers: ``generation_config``, ``continuous_batching_config``, ``warmup``,
                 ``block``, ``timeout`` and, in newer versions, ``workload_hints``.
 
         Returns:
-            A context manager that gives an ``AdapterBatchingManager``, whose ``add_request`` takes ``adapter_id``.
+            A context manager for an ``AdapterBatchingManager``, whose ``add_request`` takes ``adapter_id``.
 
         Example:
             ```python
@@ -151,30 +154,32 @@ class Multibatch(Handle):
         dtype: StoreDtype = None,
         timeout: float = 60.0,
     ) -> AdapterStore:
-        """Keep thousands of adapters in files, and in memory those that are in use.
+        """Create a store, which keeps thousands of adapters in files, and those in use in memory.
 
-        Batches name stored adapters as they name PEFT's, and mix both. The model is on a CPU, or on one CUDA device.
-        See docs/store.md.
+        Batches name stored adapters like PEFT's, and can combine both. The model must be on a CPU, or on one CUDA
+        device. See docs/store.md.
 
         Args:
-            max_host_memory: most memory for adapters on the host: bytes, or text such as ``"64GB"``.
-            max_device_memory: most memory for adapters on a CUDA device; nothing where the model is on a CPU.
-            max_rank: largest rank that an adapter may have.
-            slots: adapters that batches which run at the same time have in use at most. More of them work as well, and
-                have CUDA graphs captured anew.
-            roots: folders inside of which adapters have to lie, links resolved; anywhere where it isn't given.
-            dtype: of adapters in memory. By default what PEFT's ``load_adapter`` gives them, float32 in most models;
-                ``"file"`` keeps what is in the files, which takes half the memory for float16 and bfloat16.
+            max_host_memory: the most memory for adapters on the host: bytes, or a string such as ``"64GB"``.
+            max_device_memory: the most memory for adapters on a CUDA device; not used for a model on a CPU.
+            max_rank: the largest rank that an adapter may have.
+            slots: the number of adapters in use at the same time, over all running batches, for which CUDA graphs are
+                captured. With more, graphs are captured again.
+            roots: folders that may contain adapters, after links are resolved; any folder by default.
+            dtype: the dtype of adapters in memory. By default the one that PEFT's ``load_adapter`` uses, which is
+                float32 in most models. ``"file"`` keeps the file's dtype, which halves the memory of float16 and
+                bfloat16 adapters.
             timeout: seconds that a batch waits for its adapters before it raises ``StoreFullError``.
 
         Returns:
             The store.
 
         Raises:
-            ModelStateError: the model has one already.
-            UnsupportedError: the model is on several devices, or on one that is neither a CPU nor a CUDA device.
-            StoreFullError: a size is none.
-            AdapterFileError: ``roots`` is an empty list, or has anything in it but paths.
+            ModelStateError: the model has a store already.
+            UnsupportedError: the model is on several devices, or on one that is neither a CPU nor a CUDA device, or
+                ``dtype`` isn't supported.
+            StoreFullError: a size is invalid.
+            AdapterFileError: ``roots`` is an empty list, or contains something other than paths.
 
         Example:
             ```python
@@ -187,13 +192,13 @@ class Multibatch(Handle):
         registry, router = self._registry, self._router
         if registry.store is not None:
             raise ModelStateError(
-                "adapter_store was called on a model that has a store: expected one store for a model. Use what the "
-                "first call returned, or call disable and enable."
+                "adapter_store was called on a model that has a store: expected one store per model. Use the store "
+                "that the first call returned, or call disable and enable."
             )
         if router.split is not None or router.is_gathered:
             raise UnsupportedError(
-                "adapter_store was called on a model that is split over devices: expected a model that every rank "
-                "holds whole. Use load_adapter."
+                "adapter_store was called on a model that is split over devices: expected a whole model on every "
+                "rank. Use load_adapter."
             )
         if dtype not in (None, "file", torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UnsupportedError(
@@ -209,20 +214,20 @@ class Multibatch(Handle):
         return registry.store
 
     def verify(self, adapter_ids: AdapterIds, tolerance: float | None = None, **inputs: Any) -> Verification:
-        """Compare a mixed batch with PEFT, one adapter at a time, and look for layers whose rows aren't the samples'.
+        """Compare a mixed batch with PEFT, one adapter at a time, and find layers whose rows aren't in sample order.
 
-        For a model that this package doesn't know, or an adapter on unusual layers. It calls the model about twice as
-        often as there are samples, so pass a small batch, of samples that differ; other threads must not use the model
-        meanwhile, whose active adapter changes. Nothing of the model is different afterwards.
+        Use it for model types that weren't tested, or adapters on unusual layers. It calls the model about twice per
+        sample, so pass a small batch of different samples. Other threads must not use the model meanwhile, because the
+        active adapter changes. The model is in the same state afterwards.
 
         Args:
             adapter_ids: as for ``forward``; at least two entries.
-            tolerance: the largest error that counts as right, as a part of an output's largest value; by default what
-                rounding explains in the dtype of the model.
+            tolerance: the largest acceptable error, relative to an output's largest value; by default, what rounding
+                explains in the model's dtype.
             **inputs: keyword arguments of the model's ``forward``.
 
         Returns:
-            What differs, per output and per layer; true if nothing does. Printed, a summary.
+            The differences, per output and per layer; true if there are none. It prints as a summary.
 
         Raises:
             MultibatchError: the batch can't run mixed.
@@ -239,14 +244,14 @@ class Multibatch(Handle):
         stored = sorted(name for name in names.values() if name in self._registry.names.stored)
         if stored:
             raise UnsupportedError(
-                f"verify was called for {stored[0]!r}, a stored adapter, and compares with PEFT: expected adapters in "
-                "PEFT's modules. Load it with load_adapter by another name, and verify that."
+                f"verify was called for {stored[0]!r}, a stored adapter, which PEFT can't run for comparison: "
+                "expected adapters in PEFT's modules. Load it with load_adapter under another name, and verify that."
             )
         layers = {each.place: each.name for each in self._layers.values()}
         in_order = {each.name for each in self._layers.values() if each.handler in (linear, per_segment)}
         verifier = Verifier(self._outer, self._inner, layers, in_order, entries, names, inputs, tolerance)
         is_tried = self._router.is_tried
-        self._router.is_tried = True  # whatever the order is, it is found
+        self._router.is_tried = True  # turns off the check of row order, so that verify can find errors
         try:
             found = verifier.run(adapter_ids)
             is_tried = is_tried or found.ok
@@ -255,7 +260,7 @@ class Multibatch(Handle):
         return found
 
     def __repr__(self) -> str:
-        """What is known without a look at the model, so that it costs nothing and can't fail."""
+        """Doesn't read the model, so that it is fast and can't fail."""
         known = self.__dict__
         if not known.get("_is_enabled") or "_stored" not in known:
             return "Multibatch(disabled)"

@@ -1,7 +1,7 @@
-"""All that is reached into in PEFT and torch, and a word where versions are installed that weren't tested.
+"""Access to internals of PEFT and torch, and a warning about versions that weren't tested.
 
-Beside these classes the package reads attributes of PEFT's layers, which ``ATTRIBUTES`` lists, and ``check`` looks for
-them on a layer of the installed version. Of torch's own it takes what tells layers that ``backward`` runs them again.
+Besides these classes, the package reads attributes of PEFT's layers, which are listed in ``ATTRIBUTES``; ``check``
+looks for them in the installed version. torch's internals are used to detect layers that ``backward`` runs again.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 ALORA_OFFSETS = "alora_offsets"
-"""Argument with which PEFT's hooks tell layers where aLoRA adapters begin."""
+"""The argument with which PEFT's hooks pass the offsets of aLoRA adapters to layers."""
 
-# The oldest and the newest release that all tests ran with; patch releases of the newest count as tested.
+# The oldest and the newest release that were tested; patch releases of the newest count as tested.
 TESTED = {"peft": ("0.21.0", "0.21"), "transformers": ("5.17.0", "5.24"), "torch": ("2.11.0", "2.15")}
 
 ATTRIBUTES = (
@@ -89,7 +89,7 @@ ATTRIBUTES = (
 
 
 SERVING_TESTED = "5.24"
-"""The release of transformers that the server's tests ran with; older ones lack some of what follows."""
+"""The release of transformers with which the server was tested; older ones lack some of these methods."""
 
 SERVING: dict[str, tuple[str, ...]] = {
     "model_runner.ModelRunner.__init__": ("pad_inputs",),
@@ -107,15 +107,15 @@ SERVING: dict[str, tuple[str, ...]] = {
     "continuous_api.BackgroundThreadStatus.record_fatal_error": ("fatal_error",),
     "requests.RequestState.create_equivalent_initial_request": ("_true_initial_tokens",),
 }
-"""Methods inside of transformers' continuous batching, and what they have to read for the server to work."""
+"""Internal methods of transformers' continuous batching -> the names that they must use for the server to work."""
 
 
 @functools.cache
 def check() -> None:
-    """Log one warning where versions are installed that weren't tested; the first model that is enabled asks for it.
+    """Warn once if the installed versions weren't tested. Called when the first model is enabled.
 
     Raises:
-        ImportError: a layer of the installed PEFT lacks an attribute that this package reads, or torch one.
+        ImportError: the installed PEFT or torch lacks an attribute that this package reads.
     """
     untested = []
     for package, (oldest, newest) in TESTED.items():
@@ -124,28 +124,28 @@ def check() -> None:
             untested.append(f"{package} {oldest} to {newest}, and {installed} is installed")
     if untested:
         logger.warning(
-            f"peft_multibatch was tested with {'; with '.join(untested)}: results may be wrong where internals "
-            "changed. Compare with PEFT through mb.verify(...), or install a version in between."
+            f"peft_multibatch was tested with {'; with '.join(untested)}: results may be wrong if internals have "
+            "changed. Compare with PEFT through mb.verify(...), or install a tested version."
         )
     layer = lora.Linear(nn.Linear(1, 1), "default", LoraConfig(r=1), r=1)
     missing = [name for name in ATTRIBUTES if not hasattr(layer, name)]
     if missing:
         raise ImportError(
             f"peft {version('peft')} is installed, whose layers have no {', '.join(missing)}: expected peft "
-            f"{TESTED['peft'][0]} to {TESTED['peft'][1]}. Install one of these."
+            f"{TESTED['peft'][0]} to {TESTED['peft'][1]}. Install one of these versions."
         )
     if "recompute_fn" not in CheckpointFrame.__init__.__code__.co_names:
         raise ImportError(
             f"torch {version('torch')} is installed, whose checkpoints have no recompute_fn: expected torch "
-            f"{TESTED['torch'][0]} to {TESTED['torch'][1]}. Install one of these."
+            f"{TESTED['torch'][0]} to {TESTED['torch'][1]}. Install one of these versions."
         )
 
 
 def check_serving() -> None:
-    """Look for what the server reads and replaces inside of transformers' continuous batching.
+    """Check the internals of transformers' continuous batching that the server reads and replaces.
 
     Raises:
-        ImportError: the installed version lacks some of it.
+        ImportError: the installed version lacks some of them.
     """
     for place, names in SERVING.items():
         module, owner, method = place.split(".")
@@ -158,5 +158,5 @@ def check_serving() -> None:
             raise ImportError(
                 f"transformers {version('transformers')} is installed, whose {owner}.{method} "
                 f"{'has no ' + ', '.join(missing) if missing else 'is not there'}: expected transformers "
-                f"{SERVING_TESTED}, which the server was tested with. Install that."
+                f"{SERVING_TESTED}, which the server was tested with. Install that version."
             )

@@ -1,19 +1,19 @@
-"""Everything that this package raises.
+"""The exceptions of this package.
 
     MultibatchError
-    ├── AdapterIdsError (ValueError)        what was passed as `adapter_ids` can't be used
-    │   ├── AdapterIdsTypeError (TypeError)     not ids and not names, or misspelt
-    │   ├── AdapterIdsLengthError               not one entry for every sample
-    │   └── UnknownAdapterError                 no such id, no such name
-    ├── ModelStateError (RuntimeError)      the model can't run a mixed batch as it stands now
-    │   ├── NotEnabledError                     `enable` was not called on this very model
+    ├── AdapterIdsError (ValueError)        invalid `adapter_ids`
+    │   ├── AdapterIdsTypeError (TypeError)     neither ids nor names, or a misspelt keyword
+    │   ├── AdapterIdsLengthError               not one entry per sample
+    │   └── UnknownAdapterError                 no adapter has this id or name
+    ├── ModelStateError (RuntimeError)      the model can't run a mixed batch in its current state
+    │   ├── NotEnabledError                     `enable` was not called on this model
     │   ├── AdapterMismatchError                an adapter's weights don't fit the model; others run
     │   ├── AdapterFileError                    a stored adapter's files can't be read, or changed; others run
-    │   ├── StoreFullError                      a batch's stored adapters find no room in time; others run
-    │   ├── NoAdaptersError                     no adapter was added yet
+    │   ├── StoreFullError                      a batch's stored adapters don't fit into memory; others run
+    │   ├── NoAdaptersError                     the model has no adapters
     │   └── MergedAdaptersError (ValueError)    an adapter is merged into the base weights
-    ├── UnsupportedError (TypeError)        this model, tuner or layer is not supported
-    │   └── AdapterUnsupportedError             not in an adapter store; PEFT's load_adapter may do it
+    ├── UnsupportedError (TypeError)        the model, tuner or layer is not supported
+    │   └── AdapterUnsupportedError             not supported by adapter stores; PEFT's load_adapter may work
     ├── RowMappingError (ValueError)        a layer's rows can't be mapped to samples
     ├── BackendUnavailableError (RuntimeError)
     └── DemoModelMissing (ImportError)
@@ -27,15 +27,15 @@ class MultibatchError(Exception):
 
 
 class AdapterIdsError(MultibatchError, ValueError):
-    """What was passed as ``adapter_ids`` can't be used."""
+    """``adapter_ids`` is invalid."""
 
 
 class AdapterIdsTypeError(AdapterIdsError, TypeError):
-    """``adapter_ids`` is neither a sequence of ids, nor one of names, nor a tensor of integers; or it is misspelt."""
+    """``adapter_ids`` isn't a sequence of ids or names or an integer tensor, or the keyword is misspelt."""
 
 
 class AdapterIdsLengthError(AdapterIdsError):
-    """``adapter_ids`` doesn't have one entry for every sample."""
+    """``adapter_ids`` doesn't have one entry per sample."""
 
 
 class UnknownAdapterError(AdapterIdsError):
@@ -43,7 +43,7 @@ class UnknownAdapterError(AdapterIdsError):
 
 
 class ModelStateError(MultibatchError, RuntimeError):
-    """The model can't run a mixed batch as it stands now; the message says what to call first."""
+    """The model can't run a mixed batch in its current state; the message says what to do first."""
 
 
 class NotEnabledError(ModelStateError):
@@ -59,7 +59,7 @@ class AdapterFileError(ModelStateError):
 
 
 class StoreFullError(ModelStateError):
-    """The stored adapters of a batch found no room within the time limit, or never can."""
+    """The stored adapters of a batch don't fit into the store's memory, or didn't within the timeout."""
 
 
 class NoAdaptersError(ModelStateError):
@@ -67,24 +67,24 @@ class NoAdaptersError(ModelStateError):
 
 
 class MergedAdaptersError(ModelStateError, ValueError):
-    """An adapter is merged into the base weights, so that no row could be without it."""
+    """An adapter is merged into the base weights, so it would affect all rows."""
 
 
 class UnsupportedError(MultibatchError, TypeError):
-    """The model, tuner or layer is one that this package can't route samples through and be right."""
+    """The model, tuner or layer doesn't support mixed batches."""
 
 
 class AdapterUnsupportedError(UnsupportedError):
-    """An adapter is of a kind that an adapter store doesn't take; PEFT's ``load_adapter`` may."""
+    """An adapter isn't supported by adapter stores; PEFT's ``load_adapter`` may support it."""
 
 
 class RowMappingError(MultibatchError, ValueError):
-    """A layer received a number of rows that is no multiple of the number of samples."""
+    """A layer's rows can't be mapped to samples, for example because their number isn't a multiple of the samples."""
 
 
 class BackendUnavailableError(MultibatchError, RuntimeError):
-    """The backend that was asked for by name can't run here."""
+    """The requested backend is not available."""
 
 
 class DemoModelMissing(MultibatchError, ImportError):
-    """The packages that carry the demo's model are not installed."""
+    """The packages with the demo's model are not installed."""

@@ -1,4 +1,4 @@
-"""What ``mb.report()`` and ``mb.verify()`` return: how layers and adapters run, and whether a batch is right."""
+"""The return types of ``mb.report()`` and ``mb.verify()``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        how: ``"fused q_proj/k_proj/v_proj"``, ``"segmented"`` or ``"per segment"``, PEFT's own module once a segment.
-        reason: why it doesn't run the fastest way, or the empty string.
+        how: ``"fused q_proj/k_proj/v_proj"``, ``"segmented"``, or ``"per segment"`` (PEFT's module, once per segment).
+        reason: why it doesn't run in the fastest way, or the empty string.
     """
 
     name: str
@@ -33,20 +33,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter.
+    """The state of one adapter.
 
     Attributes:
         id: its integer id.
         name: its name.
-        source: where its weights are: ``"PEFT"``, in PEFT's modules inside the model, or ``"store"``.
-        version: a number that is another one whenever the adapter changed; -1 where it can't be read.
+        source: where its weights are: ``"PEFT"`` for PEFT's modules inside the model, or ``"store"``.
+        version: a number that changes whenever the adapter changes; -1 if it can't be read.
         ranks: its ranks, in ascending order.
-        dtype: dtypes of its weights, such as ``"bfloat16"``.
-        bytes: memory of its weights.
-        layers: layers of the model in which it has weights.
-        state: ``"ready"``; ``"refused"`` if it is of a kind that can't be mixed; ``"broken"`` if PEFT couldn't run it
-            either. Batches that don't name it run in any case.
-        reason: why it isn't ready, or what is special about it; or the empty string.
+        dtype: the dtypes of its weights, such as ``"bfloat16"``.
+        bytes: the memory of its weights.
+        layers: the number of the model's layers in which it has weights.
+        state: ``"ready"``; ``"refused"`` if it can't run in mixed batches; ``"broken"`` if PEFT couldn't run it
+            either. Batches that don't name it aren't affected.
+        reason: why it isn't ready, or doesn't run in the fastest way; or the empty string.
     """
 
     id: int
@@ -63,25 +63,25 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """An adapter store: what is where, and what happened since it was made.
+    """Counters of an adapter store.
 
     Attributes:
-        registered: adapters that are registered.
-        pinned: of these, those that stay in memory.
-        host_adapters: adapters in host memory.
+        registered: number of registered adapters.
+        pinned: number of pinned adapters.
+        host_adapters: number of adapters in host memory.
         host_bytes: bytes of host memory in use.
-        host_bytes_kept: bytes that are kept for the next adapters.
-        max_host_bytes: most bytes of both together.
-        device_adapters: adapters on the device; 0 where that is the CPU, as are the next three.
-        device_bytes: bytes of the device's memory in use.
-        device_bytes_kept: bytes that are kept for the next adapters.
-        max_device_bytes: most bytes of both together.
-        hits: adapters that a call, or a request of continuous batching, named and that were where calls compute.
-        misses: adapters that one named and that weren't.
-        loads: adapters that were read or copied to the device.
-        evictions: adapters that had to make room.
+        host_bytes_kept: bytes of free blocks kept for reuse.
+        max_host_bytes: the limit for both together.
+        device_adapters: number of adapters on the device; on a CPU, this and the next three are 0.
+        device_bytes: bytes of device memory in use.
+        device_bytes_kept: bytes of free blocks kept for reuse.
+        max_device_bytes: the limit for both together.
+        hits: adapters that were in memory where calls compute when a call or request named them.
+        misses: adapters that weren't.
+        loads: number of adapters that were loaded.
+        evictions: number of adapters that were evicted.
         bytes_read: bytes read from files.
-        load_seconds: seconds that loading took, summed up over threads.
+        load_seconds: time spent loading, summed over threads.
     """
 
     registered: int
@@ -113,14 +113,14 @@ class StoreStats:
 
 @dataclass(frozen=True, repr=False)
 class Report(Sequence[LayerReport]):
-    """One entry per patched layer; printed, a summary of them and a line for every adapter.
+    """One entry per patched layer. It prints as a summary, with one line per adapter.
 
     Attributes:
         layers: the entries.
         backend: the backend in use.
-        backend_reason: why this one.
-        adapters: one entry per adapter, in the order of their ids; of stored ones, those in memory.
-        store: the adapter store, or None.
+        backend_reason: why it was chosen.
+        adapters: one entry per adapter, in the order of their ids; only those stored adapters that are in memory.
+        store: the counters of the adapter store, or None.
     """
 
     layers: tuple[LayerReport, ...]
@@ -162,7 +162,7 @@ class Report(Sequence[LayerReport]):
         )
 
     def _ways(self) -> list[tuple[int, str, str]]:
-        """How many layers run in each way, and the first of them."""
+        """The number of layers that run in each way, and the first of them."""
         examples: dict[tuple[str, str], str] = {}
         for layer in self.layers:
             examples.setdefault((layer.how, layer.reason), layer.name)
@@ -175,15 +175,15 @@ class Report(Sequence[LayerReport]):
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """One output of a mixed batch beside PEFT's.
+    """One output of a mixed batch, compared with PEFT's.
 
     Attributes:
-        name: such as ``"logits"`` or ``"hidden_states[1]"``.
+        name: its name, such as ``"logits"`` or ``"hidden_states[1]"``.
         shape: its shape.
-        error: the largest difference, as a part of the output's largest value.
+        error: the largest difference, relative to the output's largest value.
         wrong: samples whose difference is larger than the tolerance.
         note: what couldn't be compared and why, or the empty string.
-        is_seen: whether it was compared, and isn't the same under all of the adapters.
+        is_seen: whether it was compared, and differs between adapters.
     """
 
     name: str
@@ -196,12 +196,12 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer of a mixed batch, as often as it ran.
+    """One run of a layer in a mixed batch.
 
     Attributes:
         name: the layer's name in the model.
-        error: the largest difference of its output from PEFT's, as a part of the largest value.
-        problem: why its rows can't be those of the samples in order, or the empty string.
+        error: the largest difference of its output from PEFT's, relative to the largest value.
+        problem: why its rows can't be in the order of the samples, or the empty string.
     """
 
     name: str
@@ -211,12 +211,12 @@ class LayerCheck:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """How a mixed batch compares with PEFT, one adapter at a time. True where all that could be compared is right.
+    """The comparison of a mixed batch with PEFT, one adapter at a time. True if everything that was compared is right.
 
     Attributes:
         outputs: one entry per tensor that the model returns.
-        layers: one entry for each time that a patched layer ran, in that order.
-        tolerance: the largest error that counts as right.
+        layers: one entry per run of a patched layer, in order.
+        tolerance: the largest acceptable error.
     """
 
     outputs: tuple[OutputCheck, ...]
@@ -225,7 +225,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether something was seen, all of it is right, and no layer's rows are in another order."""
+        """Whether some output differs between adapters, all outputs are right, and all layers have rows in order."""
         is_right = not any(each.wrong for each in self.outputs) and not any(each.problem for each in self.layers)
         return is_right and any(each.is_seen for each in self.outputs)
 
@@ -255,7 +255,7 @@ def _cells(adapter: AdapterReport) -> tuple[str, ...]:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for notebooks, with its texts escaped."""
+    """An HTML table for notebooks, with escaped texts."""
 
     def line(cells: Iterable[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"

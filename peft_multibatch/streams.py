@@ -1,11 +1,11 @@
-"""CUDA streams: what is kept between calls is written on one stream, and read on whichever one the next call has.
+"""CUDA streams: synchronizes tensors that are kept between calls, which may run on different streams.
 
-torch orders what runs on one stream. A tensor that outlives the call that made it may be read on another stream, or be
-freed while another one still reads it, and no user can know of it. So what is made for a plan is made for one stream
-(``key``), and what all streams share, the tables and the plans at fixed places, is written in a block of ``writing``,
-and read after ``before_read``. Nothing here waits on the host.
+torch only orders operations on the same stream. A tensor that outlives its call may be read on another stream, or
+freed while another one still reads it, and users can't know about it. So tensors of a plan are made once per stream
+(``key``), and those that all streams share, tables and plans at fixed addresses, are written inside ``writing`` and
+read after ``before_read``. Nothing here blocks the host.
 
-On a CPU, where an operation has ended when it returns, none of this does anything.
+On a CPU, operations are synchronous, and none of this does anything.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 
 
 class _Device:
-    """The streams of a device on which calls ran."""
+    """The streams of a device that calls have used."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.streams: dict[int, torch.cuda.Stream] = {}  # all on which something shared was read or written
-        self.writes: dict[int, tuple[int, torch.cuda.Event]] = {}  # the last one on each stream, and which it was
+        self.streams: dict[int, torch.cuda.Stream] = {}  # streams that read or wrote shared tensors
+        self.writes: dict[int, tuple[int, torch.cuda.Event]] = {}  # the last write on each stream
         self.count = 0
-        self.seen: dict[int, int] = {}  # how many writes each stream has waited for
+        self.seen: dict[int, int] = {}  # the number of writes for which each stream has waited
 
 
 _devices: dict[torch.device, _Device] = {}
 
 
 class _Inside(threading.local):
-    """Where the thread is inside of a block that writes: devices and streams."""
+    """The devices and streams on which this thread is inside a ``writing`` block."""
 
     def __init__(self) -> None:
         self.places: set[tuple[torch.device, int]] = set()
@@ -43,15 +43,15 @@ _inside = _Inside()
 
 
 def key(device: torch.device) -> int:
-    """The current stream of a device as a number, for keys of what is kept for one stream; 0 on a CPU."""
+    """The current stream of a device as a number, for cache keys; 0 on a CPU."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def note(device: torch.device) -> int:
-    """From now on the current stream is one of those that read what is shared.
+    """Register the current stream as one that reads shared tensors.
 
     Returns:
-        As ``key``.
+        The same as ``key``.
     """
     number = key(device)
     if device.type == "cuda" and number not in _known(device).streams and not _is_capturing(device):
@@ -60,9 +60,9 @@ def note(device: torch.device) -> int:
 
 
 def before_read(device: torch.device) -> None:
-    """Let the current stream wait for what was written on others.
+    """Make the current stream wait for writes on other streams.
 
-    While a graph is captured nothing is waited for: ``torch.cuda.graph`` has synchronized the device before.
+    Not during a capture, because ``torch.cuda.graph`` synchronizes the device before.
     """
     number = note(device)
     if device.type != "cuda":
@@ -80,8 +80,10 @@ def before_read(device: torch.device) -> None:
 
 @contextmanager
 def writing(device: torch.device) -> Iterator[None]:
-    """A block that writes what other streams read: before it, the current stream waits for all that was launched on
-    others, which may still read it; after it, they wait when they read next. Blocks inside of it wait for nobody.
+    """A block that writes shared tensors.
+
+    First, the current stream waits for other streams, which may still read them; afterwards, the others wait before
+    they read next. Nested blocks don't wait.
     """
     number = note(device)
     if device.type != "cuda" or _is_capturing(device) or (device, number) in _inside.places:
@@ -99,7 +101,7 @@ def writing(device: torch.device) -> Iterator[None]:
 
 
 def after_write(device: torch.device) -> None:
-    """Let other streams wait for what the current one has written, when they read next."""
+    """Make other streams wait for the current one's writes before they read next."""
     if device.type == "cuda" and not _is_capturing(device):
         known, stream = _known(device), torch.cuda.current_stream(device)
         with known.lock:
@@ -108,12 +110,12 @@ def after_write(device: torch.device) -> None:
 
 
 def marks(device: torch.device) -> list[torch.cuda.Event]:
-    """What has to end before memory is written that calls on any stream have read."""
+    """Events to wait for before writing memory that calls on any stream have read."""
     return _record(device, None)
 
 
 def keep_for_all(tensors: Iterable[Tensor]) -> None:
-    """When tensors are freed, don't reuse their memory before what was launched on any stream has ended."""
+    """Keep the memory of freed tensors until all streams have finished the work launched so far."""
     for tensor in tensors:
         if tensor.is_cuda:
             for stream in list(_known(tensor.device).streams.values()):
@@ -126,7 +128,7 @@ def _known(device: torch.device) -> _Device:
 
 
 def _record(device: torch.device, number: int | None) -> list[torch.cuda.Event]:
-    """Where all streams but one are now. On those that are being captured nothing runs."""
+    """Record an event on all streams but one, except on streams that are being captured, where nothing runs."""
     found = []
     for other, stream in list(_known(device).streams.items()):
         if other != number:

@@ -78,7 +78,7 @@ def test_signatures_and_help_say_what_adapter_ids_are():
         assert "adapter_ids (`AdapterIds`, *optional*):" in text and "of every sample: a list, tuple" in text
     batch = model.get_base_model().generate_batch
     assert [*inspect.signature(batch).parameters][-2:] == ["max_new_tokens", "adapter_ids"]
-    assert "kwargs" not in inspect.signature(batch).parameters and "every prompt" in inspect.getdoc(batch)
+    assert "kwargs" not in inspect.signature(batch).parameters and "each prompt" in inspect.getdoc(batch)
     mb.disable()
     methods = [model.forward, model.generate, model.get_base_model().forward, model.get_base_model().generate]
     assert [(inspect.signature(each), inspect.getdoc(each)) for each in methods] == before

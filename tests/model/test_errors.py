@@ -161,8 +161,8 @@ def test_enable_on_something_that_is_no_model(thing):
     with pytest.raises(errors.UnsupportedError) as caught:
         peft_multibatch.enable(thing)
     assert str(caught.value) == (
-        f"enable got an object of type {type(thing).__name__}: expected a PeftModel, or a transformers model to which "
-        "adapters are added with add_adapter() or load_adapter()."
+        f"enable got an object of type {type(thing).__name__}: expected a PeftModel, or a transformers model. Add "
+        "adapters to it with add_adapter() or load_adapter()."
     )
     assert isinstance(caught.value, TypeError)
 

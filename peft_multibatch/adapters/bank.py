@@ -231,7 +231,7 @@ class Bank:
         )
 
     def forget(self) -> None:
-        """Let go of what is known of adapters."""
+        """Drop everything that was recorded about adapters."""
         with self._lock:
             self._last.clear()
             self._rows.clear()

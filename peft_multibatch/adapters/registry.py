@@ -98,8 +98,8 @@ class Registry:
         self.guard: weakref.WeakMethod | None = None
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._dropout: dict[int, DropoutState] = {}
-        self._turn = 0
-        self._turns: dict[int, int] = {}  # the turn in which each adapter was compared last
+        self._check_count = 0
+        self._last_checks: dict[int, int] = {}  # the value of _check_count when each was compared
 
     def adapters(self, ids: Iterable[int], checks: int | None = None) -> dict[int, AnyAdapter]:
         """The current versions of adapters, by id. Waits until stored ones are in memory.
@@ -127,9 +127,9 @@ class Registry:
     def _of_peft(self, ids: list[int], checks: int | None) -> dict[int, AnyAdapter]:
         due = set(ids)
         if checks is not None and checks < len(ids):
-            self._turn += 1
-            due = set(sorted(ids, key=lambda each: self._turns.get(each, 0))[:checks])
-            self._turns.update(dict.fromkeys(due, self._turn))
+            self._check_count += 1
+            due = set(sorted(ids, key=lambda each: self._last_checks.get(each, 0))[:checks])
+            self._last_checks.update(dict.fromkeys(due, self._check_count))
         noticed = notices.now()
         found: dict[int, AnyAdapter] = {}
         for each in ids:
@@ -137,7 +137,7 @@ class Registry:
             # requests continue with the version of a deleted adapter that they began with
             if adapter is not None and each in due and each in self.names.by_id and not adapter.holds(noticed):
                 adapter = None
-                self._look_at_idle(noticed)
+                self._drop_changed_idle(noticed)
             if adapter is None:
                 adapter = self._read(each)
             found[each] = adapter
@@ -226,11 +226,11 @@ class Registry:
     def forget_gone(self) -> None:
         """Drop adapters that were deleted, and free their memory."""
         there = self.names.by_id
-        for known in (self._current, self._turns, self._dropout):
+        for known in (self._current, self._last_checks, self._dropout):
             for each in [each for each in list(known) if each not in there]:
                 known.pop(each, None)
 
-    def _look_at_idle(self, noticed: object) -> None:
+    def _drop_changed_idle(self, noticed: object) -> None:
         """Drop idle adapters that changed too, so that the memory of their old weights is freed."""
         for number in list(self._current)[:IDLE_LOOKS]:
             adapter = self._current.get(number)

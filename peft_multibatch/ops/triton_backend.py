@@ -210,7 +210,7 @@ class Products:
         ys: the base layer's outputs as in ``product``, contiguous.
         x: the input of all slices, ``[..., K]``.
         widths: ``N`` of each slice.
-        terms: the segments of each component.
+        components: the segments of each component.
         plans: the same, packed, on the device.
         tables: the bank's tables, one per dtype.
     """
@@ -220,7 +220,7 @@ class Products:
         ys: Sequence[Tensor],
         x: Tensor,
         widths: Sequence[int],
-        terms: Sequence[Segments],
+        components: Sequence[Segments],
         plans: Sequence[Tensor],
         tables: Sequence[TableRows],
     ) -> None:
@@ -231,10 +231,10 @@ class Products:
         self._is_contiguous = x.is_contiguous()
         if self.can_run and x.numel():
             rows = _rows(x)
-            per_entry = rows.numel() // rows.shape[-1] // terms[0].num_entries
+            per_entry = rows.numel() // rows.shape[-1] // components[0].num_entries
             self._products = [
-                (product(ys, rows, widths, term.num_segments, term.longest * per_entry, table), plan, table.rows)
-                for term, plan in zip(terms, plans)
+                (product(ys, rows, widths, each.num_segments, each.longest * per_entry, table), plan, table.rows)
+                for each, plan in zip(components, plans)
                 for table in tables
                 if table.rank
             ]

@@ -93,7 +93,7 @@ def test_what_generate_batch_reads(enabled):
 def test_settings_that_continuous_batching_does_not_read(enabled, setting, said):
     model, mb = enabled
     options = OPTIONS | {"generation_config": generation(**setting)}
-    with pytest.raises(errors.UnsupportedError, match=f"asks for {said}, which it doesn't read"):
+    with pytest.raises(errors.UnsupportedError, match=f"sets {said}, which continuous batching ignores"):
         model.generate_batch(prompts(2), adapter_ids=[0, 1], **options)
     with pytest.raises(errors.UnsupportedError, match=said):
         mb.continuous_batching(**options).__enter__()

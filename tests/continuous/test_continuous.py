@@ -207,7 +207,7 @@ def test_generate_batch(enabled):
         model.generate_batch(
             inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=[0, 1, 2]
         )
-    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         model.generate_batch(inputs, generation_config=generation())
     with mb.batch([0]):
         outlives = contextvars.copy_context()  # as a task does that was started here
@@ -316,7 +316,7 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
         bad = {
             manager.add_request([3, 160], adapter_id="eight"): "among them 160",
             manager.add_request([], adapter_id="eight"): "has 0 tokens",
-            manager.add_request([3] * 5000, adapter_id="eight"): "and the cache holds",
+            manager.add_request([3] * 5000, adapter_id="eight"): "but the cache holds",
             manager.add_request(prompt, adapter_id="nine"): "no adapter has this name",
             manager.add_request(prompt, adapter_id=17): "no adapter has this id",
             manager.add_request(prompt, adapter_id={"three": "much"}): "expected a finite number",
@@ -503,7 +503,7 @@ def test_a_request_without_an_end_is_the_only_one_that_fills_the_cache(enabled):
         found = results(manager, 2)
         last = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
         found |= results(manager, 1)
-    assert "and the cache holds" in found[endless].error
+    assert "but the cache holds" in found[endless].error
     assert len(found[endless].generated_tokens) == 109
     assert found[last].generated_tokens == found[short].generated_tokens
 

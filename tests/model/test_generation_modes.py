@@ -403,9 +403,9 @@ def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
 def test_continuous_batching_through_generate_is_refused(llama):
     mb = peft_multibatch.enable(llama)
     inner = llama.get_base_model()
-    with pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
-    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         inner.generate(**left_padded(), cache_implementation="paged")
     mb.disable()
 

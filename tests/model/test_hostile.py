@@ -349,7 +349,7 @@ def test_other_entry_points_do_not_ignore_ids():
     model = peft_model().get_base_model()
     mb = peft_multibatch.enable(model)
     mixed = logits(model, adapter_ids=NAMES)
-    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         model.generate_batch([[1, 2]])
     unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     assert torch.equal(logits(unwrapped, adapter_ids=NAMES), mixed)

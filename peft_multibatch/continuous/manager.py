@@ -79,8 +79,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._registry.guard = weakref.WeakMethod(self.changing)
         self._held: Counter[int] = Counter()  # ids whose requests may not start → number of changes waiting for them
 
-    # Public methods.
-
     def add_request(
         self,
         input_ids: list[int],
@@ -334,8 +332,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         failed, self._stored.failed = self._stored.failed, []
         for state, error in [*failed, *self._admission.hopeless(self._leaving.states())]:
             self._leaving.fail(state, error)
-
-    # Checks.
 
     def _resolve(self, adapter_id: Any) -> Entry:
         names = self._registry.names

@@ -314,7 +314,7 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
     with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
         good = manager.add_request(prompt, adapter_id="eight")
         bad = {
-            manager.add_request([3, 160], adapter_id="eight"): "among them 160",
+            manager.add_request([3, 160], adapter_id="eight"): "including 160",
             manager.add_request([], adapter_id="eight"): "has 0 tokens",
             manager.add_request([3] * 5000, adapter_id="eight"): "but the cache holds",
             manager.add_request(prompt, adapter_id="nine"): "no adapter has this name",
@@ -338,7 +338,7 @@ def test_two_requests_of_the_same_id(enabled):
             manager.add_request([9] * 20, "same", adapter_id="eight")
         outputs = [manager.get_result(timeout=60) for _ in range(2)]
     (error,) = [output.error for output in outputs if output.error]
-    assert "a request has the id 'same', which another one has" in error
+    assert "a request was added with the id 'same', which a running request already has" in error
     (good,) = [output.generated_tokens for output in outputs if not output.error]
     assert [good] == row_by_row(model, [[8] * 20], ["three"])
 
@@ -608,8 +608,8 @@ def test_requests_beyond_learned_positions_and_of_odd_numbers():
         bad = {
             manager.add_request([9] * 70, adapter_id="eight"): "the model has 64 positions",
             manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=16): "the model has 64 positions",
-            manager.add_request([9.5], adapter_id="eight"): "a prompt has 9.5 of type float",
-            manager.add_request([9], adapter_id="eight", max_new_tokens="9"): "max_new_tokens has '9' of type str",
+            manager.add_request([9.5], adapter_id="eight"): "a prompt contains 9.5 of type float",
+            manager.add_request([9], adapter_id="eight", max_new_tokens="9"): "max_new_tokens contains '9' of type str",
             manager.add_request([9], adapter_id=(0, 1)): "of type tuple: expected an integer id",
         }
         good = manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=15)

@@ -149,7 +149,7 @@ def test_long_prompts_that_begin_alike_and_are_not_finite(enabled):
             names = manager.add_requests(inputs, adapter_ids=entries)
         found = results(manager, 12)
         assert bool(cached_values(manager).isfinite().all())
-    assert all("aren't finite" in found[name].error for name in names[:-1])
+    assert all("non-finite logits" in found[name].error for name in names[:-1])
     assert [found[names[-1]].generated_tokens] == want
 
 
@@ -172,7 +172,7 @@ def test_values_that_are_not_finite_in_graphs(bad, dtype, is_asynchronous):
             found = results(manager, 24, timeout=120)
             for copies in (names, [f"{name}__child#0" for name in names]):
                 assert [found[copies[index]].generated_tokens for index in good] == want
-                assert all("aren't finite" in found[copies[index]].error for index in {*range(12)} - {*good})
+                assert all("non-finite logits" in found[copies[index]].error for index in {*range(12)} - {*good})
         assert manager.is_running()
         assert bool(cached_values(manager).isfinite().all())
     mb.disable()
@@ -249,7 +249,7 @@ def test_a_prompt_in_many_steps_and_in_several_copies(enabled):
     for name, entry, tokens in zip(names, entries, want):
         for each in (name, f"{name}__child#0", f"{name}__child#1"):
             if entry == "eight":
-                assert "aren't finite" in found[each].error
+                assert "non-finite logits" in found[each].error
             else:
                 assert found[each].generated_tokens == tokens
 
@@ -277,7 +277,7 @@ def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
     assert steps[:2] == [2, 4]  # before and after they were forked
     for name in ("", "__child#0"):
         assert found[f"good{name}"].generated_tokens == want
-        assert "aren't finite" in found[f"bad{name}"].error
+        assert "non-finite logits" in found[f"bad{name}"].error
 
 
 def test_sampling_from_what_is_not_finite(enabled):
@@ -290,7 +290,7 @@ def test_sampling_from_what_is_not_finite(enabled):
     with mb.continuous_batching(generation_config=config, **options) as manager:
         names = manager.add_requests(inputs, adapter_ids=entries)
         found = results(manager, 4)
-    assert all("aren't finite" in found[name].error for name in names[::2])
+    assert all("non-finite logits" in found[name].error for name in names[::2])
     good = [found[name] for name in names[1::2]]
     assert [output.generated_tokens for output in good] == row_by_row(model, inputs[1::2], entries[1::2])
     assert all(len(output.logprobs) == 8 for output in good)
@@ -591,18 +591,18 @@ def test_cancelled_requests_and_their_children_end(enabled):
 ODD = {
     "a 2-D tensor": (torch.ones(1, 3, dtype=torch.long), {}, r"a prompt is of shape \[1, 3\]"),
     "None": (None, {}, "a prompt is None"),
-    "an iterator": (iter([1, 2]), {}, "a prompt is no sequence"),
-    "a generator": ((each for each in [1]), {}, "a prompt is no sequence"),
-    "a number": (7, {}, "a prompt is no sequence"),
-    "a string": ("words", {}, "a prompt is no sequence"),
-    "nested": ([[1, 2]], {}, "a prompt has .* of type list"),
-    "floats": (torch.ones(3), {}, "a prompt has 1.0 of type float"),
-    "truths": ([True, False], {}, "a prompt has True of type bool"),
-    "an end that is a string": ([9], {"eos_token_id": "x"}, "eos_token_id is no sequence"),
-    "an end that is a fraction": ([9], {"eos_token_id": 2.5}, "eos_token_id is no sequence"),
-    "ends that are odd": ([9], {"eos_token_id": [1, None]}, "eos_token_id has None"),
-    "an end that is a dictionary": ([9], {"eos_token_id": {1: 2}}, "eos_token_id is no sequence"),
-    "a limit that is a list": ([9], {"max_new_tokens": [3]}, "max_new_tokens has"),
+    "an iterator": (iter([1, 2]), {}, "a prompt is not a sequence"),
+    "a generator": ((each for each in [1]), {}, "a prompt is not a sequence"),
+    "a number": (7, {}, "a prompt is not a sequence"),
+    "a string": ("words", {}, "a prompt is not a sequence"),
+    "nested": ([[1, 2]], {}, "a prompt contains .* of type list"),
+    "floats": (torch.ones(3), {}, "a prompt contains 1.0 of type float"),
+    "truths": ([True, False], {}, "a prompt contains True of type bool"),
+    "an end that is a string": ([9], {"eos_token_id": "x"}, "eos_token_id is not a sequence"),
+    "an end that is a fraction": ([9], {"eos_token_id": 2.5}, "eos_token_id is not a sequence"),
+    "ends that are odd": ([9], {"eos_token_id": [1, None]}, "eos_token_id contains None"),
+    "an end that is a dictionary": ([9], {"eos_token_id": {1: 2}}, "eos_token_id is not a sequence"),
+    "a limit that is a list": ([9], {"max_new_tokens": [3]}, "max_new_tokens contains"),
 }
 
 
@@ -628,7 +628,7 @@ def test_prompts_of_generate_batch_that_are_none(enabled):
     for bad, message in (
         (None, "a prompt is None"),
         (torch.ones(1, 3), "a prompt is of shape"),
-        (["x"], "has 'x' of"),
+        (["x"], "contains 'x' of"),
     ):
         with pytest.raises(errors.UnsupportedError, match=message):
             model.generate_batch([[9], bad], adapter_ids=["eight", "eight"], **options)

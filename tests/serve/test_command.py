@@ -105,7 +105,7 @@ def test_the_time_of_grace_is_an_end(base, folder):
         client, stream = stream_of(url, n=16)
         with client:
             running.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError, match="stopped before"):
+            with pytest.raises(openai.APIError, match="shut down before"):
                 list(stream)
         running.wait(20)
         assert 'code="stopping"' in log.read_text()

@@ -310,7 +310,7 @@ def test_a_stop_ends_what_is_left_with_an_error(tokenizer, folder):
             served.client().completions.create(model="red", prompt="x")
         assert caught.value.body["code"] == "stopping"
         asyncio.run_coroutine_threadsafe(_call(served.engine.cancel_all), served.loop).result()
-        with pytest.raises(openai.APIError, match="stopped before"):
+        with pytest.raises(openai.APIError, match="shut down before"):
             list(stream)
         wait_until(lambda: is_idle(served))
 

@@ -205,7 +205,7 @@ def test_a_grammar_that_can_not_be_followed_fails_its_request_alone(client, serv
         other = threads.submit(ask, client, "green", TEXTS[0], max_tokens=60)
         with monkeypatch.context() as patch:
             patch.setattr(Grammar, "start", start)
-            with pytest.raises(openai.BadRequestError, match="too long to follow"):
+            with pytest.raises(openai.BadRequestError, match="too long to apply"):
                 ask(client, "red", "Hi", response_format=FORMAT)
         text = text_alone(alone["green"], tokenizer, chat_ids(tokenizer, TEXTS[0]), 60)
         assert other.result().choices[0].message.content == text

@@ -253,11 +253,11 @@ def test_every_row_has_one_completion(tmp_path):
         ),
         ('{"prompt": "w1"}', "line 3: \"adapter\" is 'missing'"),
         ('{"prompt": "w1", "adapter": ["three"]}', r"line 3: \"adapter\" is \['three'\]"),
-        ('{"prompt": "w1", "adap', "line 3: expected JSON, one object a line, but Unterminated string"),
-        (r'{"prompt": "\ud800", "adapter": null}', "line 3: expected JSON, one object a line, but .*surrogates"),
+        ('{"prompt": "w1", "adap', "line 3: expected one JSON object per line, but Unterminated string"),
+        (r'{"prompt": "\ud800", "adapter": null}', "line 3: expected one JSON object per line, but .*surrogates"),
         ('["w1", "three"]', 'line 3: expected an object with a "prompt"'),
-        ('{"prompt": "", "adapter": null}', 'line 3: expected an object with a "prompt" that is a text, not empty'),
-        ('{"prompt": "w1", "adapter": null, "completion": "w2"}', 'line 3: has a "completion" already'),
+        ('{"prompt": "", "adapter": null}', 'line 3: expected an object with a non-empty string "prompt"'),
+        ('{"prompt": "w1", "adapter": null, "completion": "w2"}', 'line 3: has a "completion"'),
     ],
 )
 def test_a_line_that_can_not_be_run_is_named_before_anything_is(saved, tmp_path, monkeypatch, line, message):
@@ -271,7 +271,7 @@ def test_a_line_that_can_not_be_run_is_named_before_anything_is(saved, tmp_path,
 
 @pytest.mark.parametrize("adapter", ["path", "=path", "__base__=path", "three=path"])
 def test_adapters_need_names_of_their_own(saved, tmp_path, adapter):
-    with pytest.raises(SystemExit, match="expected NAME=PATH, with a name that no other adapter has"):
+    with pytest.raises(SystemExit, match="expected NAME=PATH, with a name that isn't used twice"):
         run(saved, tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter=["three=path", adapter])
 
 

@@ -88,7 +88,7 @@ def test_a_worker_that_dies_costs_no_row(tmp_path, arguments, environment):
     assert (tmp_path / "mark").exists()
     expected = [{**row, "completion": completed(row["adapter"], row["prompt"])} for row in rows]
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == expected
-    assert done.stdout.count("as PEFT says") == len(rows)
+    assert done.stdout.count("matches PEFT") == len(rows)
 
 
 @pytest.mark.xdist_group("ray")
@@ -118,8 +118,8 @@ def test_an_unknown_adapter_is_refused_before_anything_runs(tmp_path, example):
 @pytest.mark.parametrize(
     "row, out, message",
     [
-        ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion" already'),
-        ({"n": "\ud800"}, "answers.jsonl", "line 1: expected JSON, one object a line, but .*surrogates"),
+        ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion"'),
+        ({"n": "\ud800"}, "answers.jsonl", "line 1: expected one JSON object per line, but .*surrogates"),
         ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in a folder that is there"),
     ],
 )

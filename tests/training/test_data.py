@@ -115,7 +115,7 @@ def test_a_loader():
 
 @pytest.mark.parametrize("shares", [{"weights": {"a": 1, "b": 1}}, {"batch_size": {"a": 1, "b": 0, "c": 1}}], ids=str)
 def test_shares_that_lack_an_adapter(shares):
-    with pytest.raises((ValueError, KeyError), match="a positive number for every adapter"):
+    with pytest.raises((ValueError, KeyError), match="a positive share for every adapter"):
         AdapterBatchSampler(SIZES, **{"batch_size": 4, **shares})
 
 

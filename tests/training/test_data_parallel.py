@@ -137,7 +137,7 @@ def an_adapter_that_is_not_finite(_, device):
 def other_runs_are_refused(_, device):
     model = enabled(device)
     names = ADAPTERS[: 1 + dist.get_rank()]
-    with pytest.raises(errors.ModelStateError, match="processes began runs of different adapters"):
+    with pytest.raises(errors.ModelStateError, match="processes started runs of different adapters"):
         AdapterOptimizer(model, {name: Run() for name in names})
     groups = [dist.new_group([rank]) for rank in range(2)]  # each trains by itself
     AdapterOptimizer(model, {name: Run() for name in names}, groups[dist.get_rank()]).close()

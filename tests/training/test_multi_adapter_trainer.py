@@ -273,7 +273,7 @@ def test_other_heads(tmp_path, kind):
     ("options", "message"),
     [
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2.*Run\(accumulate=\.\.\.\)"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "best step of its own"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "its own best step"),
         ({"label_smoothing_factor": 0.1}, "loss_func"),
         ({"dataloader_drop_last": True}, "Drop rows"),
     ],
@@ -295,7 +295,7 @@ def test_what_else_is_refused(tmp_path):
     with pytest.raises(errors.UnsupportedError, match="'four' has no train_dataset"):
         MultiAdapterTrainer(model, args, {"four": Run()})
     some = {"three": Run(batch_size=1, train_dataset=dataset("three")), "four": Run(train_dataset=dataset("four"))}
-    with pytest.raises(errors.UnsupportedError, match="some runs have a batch_size and that of 'four' has none"):
+    with pytest.raises(errors.UnsupportedError, match="some runs have a batch_size, but that of 'four' doesn't"):
         MultiAdapterTrainer(model, args, some)
     rows = [{"input_ids": row["input_ids"]} for row in dataset("four")]
     with pytest.raises(errors.UnsupportedError, match=r"without labels.*loss_func"):

@@ -415,7 +415,7 @@ class TestRefused:
         optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
         losses, items = self.losses(model, ids)
         with pytest.raises(
-            errors.AdapterIdsLengthError, match=r"contrastive ones, would couple.*one adapter at a time"
+            errors.AdapterIdsLengthError, match=r"contrastive ones, would mix.*one adapter at a time"
         ):
             optimizer.loss(losses.mean(), items.sum(), ids)
 
@@ -447,14 +447,14 @@ class TestRefused:
     def test_a_parameter_that_all_would_train(self):
         model, _ = enabled()
         model.get_base_model().lm_head.weight.requires_grad_(True)
-        with pytest.raises(errors.UnsupportedError, match=r"lm_head\.weight has gradients and belongs to no adapter"):
+        with pytest.raises(errors.UnsupportedError, match=r"lm_head\.weight is trainable but belongs to no adapter"):
             AdapterOptimizer(model, adamw_runs())
 
     def test_a_loss_that_nobody_counted(self):
         model, _ = enabled()
         optimizer = AdapterOptimizer(model, adamw_runs())
         model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
-        with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' whose loss it doesn't know"):
+        with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' from an unknown loss"):
             optimizer.step()
 
     def test_a_loss_beside_those_that_were_counted(self):
@@ -462,7 +462,7 @@ class TestRefused:
         optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
         losses, items = self.losses(model, ids)
         (optimizer.loss(losses[:2], items[:2], ids[:2]) + losses[2]).backward()
-        with pytest.raises(errors.ModelStateError, match=r"gradients of 'eight' whose loss it doesn't know"):
+        with pytest.raises(errors.ModelStateError, match=r"gradients of 'eight' from an unknown loss"):
             optimizer.step()
 
     def test_an_adapter_that_was_frozen(self):
@@ -473,7 +473,7 @@ class TestRefused:
         losses, items = self.losses(model, ids)
         optimizer.loss(losses, items, ids).backward()
         with pytest.raises(
-            errors.ModelStateError, match=r"'four' had rows in a batch and got no gradients.*set_adapter"
+            errors.ModelStateError, match=r"'four' had rows in a batch but got no gradients.*set_adapter"
         ):
             optimizer.step()
 

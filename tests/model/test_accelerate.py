@@ -213,7 +213,7 @@ def test_another_job_is_not_mixed_with_what_is_there(saved, tmp_path, finished, 
     with pytest.raises(SystemExit, match=r"differs in: input\. Expected"):
         run(saved, write(tmp_path / "in.jsonl", ROWS[1:]), out)
     (tmp_path / "out.jsonl.job.json").unlink()
-    with pytest.raises(SystemExit, match="that says what made it: expected neither"):
+    with pytest.raises(SystemExit, match="with its settings doesn't: expected both or neither"):
         run(saved, input, out)
 
 
@@ -234,7 +234,7 @@ def test_files_beside_the_job_are_no_part_of_it(tmp_path, monkeypatch):
 
 def test_the_folder_of_the_output_is_there(saved, tmp_path):
     input = write(tmp_path / "in.jsonl", ROWS)
-    with pytest.raises(SystemExit, match=r"nowhere/out\.jsonl: expected a file in a folder that is there"):
+    with pytest.raises(SystemExit, match=r"nowhere/out\.jsonl: expected a file in an existing folder"):
         run(saved, input, tmp_path / "nowhere" / "out.jsonl")
 
 
@@ -289,7 +289,7 @@ def test_processes_that_stand_still_are_not_waited_for(tmp_path):
     with accelerate_generate.part_of(1, tmp_path) as part:
         progress = accelerate_generate.Progress(tmp_path, 3)
         accelerate_generate.append(part, [{"row": 0}], ["w1"])
-        with pytest.raises(SystemExit, match=r"2 rows of other processes are missing, and none came for 0\.1 seconds"):
+        with pytest.raises(SystemExit, match=r"2 rows of other processes are missing, and none was finished within 0\.1 seconds"):
             progress.wait(patience=0.1)
 
 

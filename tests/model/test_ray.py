@@ -120,7 +120,7 @@ def test_an_unknown_adapter_is_refused_before_anything_runs(tmp_path, example):
     [
         ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion"'),
         ({"n": "\ud800"}, "answers.jsonl", "line 1: expected one JSON object per line, but .*surrogates"),
-        ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in a folder that is there"),
+        ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in an existing folder"),
     ],
 )
 def test_what_could_not_be_written_at_the_end_is_refused(tmp_path, example, row, out, message):

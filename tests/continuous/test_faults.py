@@ -1,4 +1,4 @@
-"""What one adapter, request or caller of continuous batching gets wrong, and what all others get nevertheless."""
+"""Errors of one adapter, request or caller of continuous batching don't affect the others."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def serve(mb, tokens=8, blocks=48, number=1, **options):
 
 
 def cached_values(manager):
-    """Everything in the cache but the two sectors of padding, which nobody reads."""
+    """Return the whole cache except the two sectors of padding, which are never read."""
     cache = manager.batch_processor.cache
-    if not hasattr(cache, "cache_tensor"):  # older transformers' has what was in memory before
+    if not hasattr(cache, "cache_tensor"):  # older versions of transformers leave memory uninitialized
         return torch.zeros(1)
     return cache.cache_tensor[2 * cache.bytes_per_sector :].view(cache.dtype)
 
@@ -89,7 +89,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter(enabled, bad, shares
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("size", [60.0, 3e3, 6e4])
 def test_keys_that_are_too_large_for_float16(size, attention):
-    """The least number of float16, which masks are made of, is one that scores reach."""
+    """Scores can reach the lowest number of float16, which masks are made of."""
     model = peft_model(dtype=torch.float16, autocast_adapter_dtype=False).to(DEVICE)
     model.get_base_model().set_attn_implementation(attention)
     mb = peft_multibatch.enable(model)
@@ -112,7 +112,7 @@ def test_keys_that_are_too_large_for_float16(size, attention):
 @pytest.mark.parametrize("shares", [False, True], ids=["apart", "shared prefixes"])
 @pytest.mark.parametrize("bad", BAD)
 def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, asynchronous):
-    """The next step is under way when a step's tokens are seen, and takes them from the device."""
+    """The next step is already running when a step's tokens are read, and takes its input tokens from the device."""
     model, mb = enabled
     with torch.no_grad():
         BAD[bad](weights_of(model, "eight", ["lora_B"]))
@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, 
 
 
 def test_long_prompts_that_begin_alike_and_are_not_finite(enabled):
-    """A page of which there are two is let go of when the second is complete, which it is long before the logits."""
+    """The second copy of a page frees the first one when it is complete, long before there are logits."""
     model, mb = enabled
     with torch.no_grad():
         weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
@@ -219,14 +219,14 @@ def test_what_raises_in_an_asynchronous_step(enabled, asynchronous):
 
 
 def test_an_id_that_is_used_again_in_asynchronous_steps(enabled, asynchronous):
-    """What a cancelled request's last step gave isn't handed on to another one of the same id."""
+    """The output of a cancelled request's last step doesn't go to another request with the same id."""
     model, mb = enabled
     want = row_by_row(model, [[9] * 16], ["eight"], 20)[0]
     with serve(mb, 20, **asynchronous) as manager:
         for _ in range(5):
             manager.add_request([8] * 12, "it", adapter_id="eight", streaming=True, max_new_tokens=200)
             assert manager.get_result(timeout=60).error is None
-            with manager.changing():  # so that both come between the same two steps
+            with manager.changing():  # both must come between the same two steps
                 manager.cancel_request("it")
                 manager.add_request([9] * 16, "again", adapter_id="eight")
             found = results(manager, 2)
@@ -255,13 +255,13 @@ def test_a_prompt_in_many_steps_and_in_several_copies(enabled):
 
 
 def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
-    """Two prompts in a step that has none for either, and then one that isn't at fault in a step by itself."""
+    """Two prompts share a step without logits of either, followed by a step of only the innocent one."""
     model, mb = enabled
     with torch.no_grad():
         weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
     want = row_by_row(model, [[8] * 20], ["three"])[0]
     with serve(mb, number=2) as manager:
-        with manager.changing():  # so that both are waiting
+        with manager.changing():  # both must be waiting
             manager.add_request([9] * 20, "bad", adapter_id="eight")
             manager.add_request([8] * 20, "good", adapter_id="three")
             scheduler, steps = manager.batch_processor.scheduler, []
@@ -274,7 +274,7 @@ def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
 
             scheduler._process_candidates = offer
         found = results(manager, 4)
-    assert steps[:2] == [2, 4]  # before and after they were forked
+    assert steps[:2] == [2, 4]  # before and after the fork
     for name in ("", "__child#0"):
         assert found[f"good{name}"].generated_tokens == want
         assert "non-finite logits" in found[f"bad{name}"].error
@@ -319,7 +319,7 @@ def test_what_raises_in_a_step_is_its_own_requests_affair(enabled):
 
 
 def broken(model, how):
-    """Break adapter ``eight`` of a model in a way that its requests can't survive."""
+    """Break a model's adapter ``eight`` so that its requests fail."""
     weights = [each for each in model.modules() if "eight" in getattr(each, "lora_A", ())]
     layer = weights[3]
     if how == "a tensor on the meta device":
@@ -380,7 +380,7 @@ def test_adapters_on_fused_experts():
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_layers_that_run_per_segment_and_get_tokens_without_a_batch():
-    """Of Qwen2-MoE, whose shared experts see them so."""
+    """As in Qwen2-MoE's shared experts."""
     torch.manual_seed(0)
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     base = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=24))
@@ -417,7 +417,7 @@ def test_ids_of_any_hashable_type(enabled):
 def test_several_copies_of_requests_whose_ids_look_alike(enabled):
     model, mb = enabled
     with serve(mb, number=2) as manager:
-        with manager.changing():  # so that all of them are waiting
+        with manager.changing():  # all of them must be waiting
             ids = [7, "7", "7__child#0"]
             for name in ids:
                 manager.add_request([9] * 20, name, adapter_id="eight")
@@ -433,7 +433,7 @@ def test_several_copies_of_a_prompt_of_which_one_token_is_left(enabled, length):
     prompt = [9] * length
     want = row_by_row(model, [prompt], ["eight"])[0]
     with serve(mb, number=3) as manager:
-        for _ in range(2):  # the second finds all but one token in the cache
+        for _ in range(2):  # the second one finds all tokens except one in the cache
             manager.add_request(prompt, "it", adapter_id="eight")
             found = results(manager, 3)
             assert manager.is_running()
@@ -443,13 +443,14 @@ def test_several_copies_of_a_prompt_of_which_one_token_is_left(enabled, length):
 
 
 def test_generate_on_other_threads(enabled):
-    """Packed steps aren't causal by themselves, and a model's configuration is one for all threads."""
+    """Packed steps aren't causal by themselves, and all threads share the model's configuration."""
     model, mb = enabled
     inputs, entries = prompts(8), ["three", "eight", "__base__", "four"] * 2
     want = row_by_row(model, inputs, entries)
     before = model.config.to_dict()
     with serve(mb, 100) as manager:
-        if model.config._attn_implementation == "paged|sdpa":  # older transformers, whose `generate` says why not
+        # `generate` of older versions of transformers explains why not
+        if model.config._attn_implementation == "paged|sdpa":
             pytest.skip("this version of transformers has no generate beside continuous batching")
         names = manager.add_requests(inputs * 4, adapter_ids=entries * 4)
         found, seen = [], set()
@@ -463,7 +464,7 @@ def test_generate_on_other_threads(enabled):
 
 
 def test_calls_beside_eager_attention_are_refused():
-    """transformers' eager attention for packed steps makes no masks for other calls."""
+    """transformers' eager attention for packed steps builds no masks for other calls."""
     model = peft_model().to(DEVICE)
     model.get_base_model().set_attn_implementation("eager")
     mb = peft_multibatch.enable(model)
@@ -546,7 +547,7 @@ def test_weights_that_are_written_in_a_pause(enabled):
 
 
 def test_pages_that_were_begun_under_other_weights_are_not_found(enabled):
-    """A request began with few tokens, its first page is complete when the weights are others."""
+    """A request starts with few tokens, and its first page is completed after the weights have changed."""
     model, mb = enabled
     prompt = [9] * 10
     with serve(mb, 60) as manager:
@@ -555,7 +556,7 @@ def test_pages_that_were_begun_under_other_weights_are_not_found(enabled):
         with torch.no_grad():
             for weight in weights_of(model, "eight", ["lora_B"]):
                 weight.mul_(1.01)
-        manager.add_request([8] * 40, adapter_id="eight", max_new_tokens=1)  # which notices it
+        manager.add_request([8] * 40, adapter_id="eight", max_new_tokens=1)  # this one notices it
         found = results(manager, 2)
         long = next(output for output in found.values() if len(output.generated_tokens) == 60)
         tokens = prompt + long.generated_tokens[:40]

@@ -126,8 +126,8 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
         mixed = model(**inputs, adapter_ids=NAMES).logits
     assert mixed.dtype == dtype
     real = inputs["attention_mask"].bool()
-    # two roundings of the same number are apart by more than each is from the number; PEFT rounds more often than we
-    # do
+    # two roundings of the same number can differ from each other by more than each differs from the number; PEFT
+    # rounds more often than we do
     ours, peft = (relative_error(logits[real], reference[real]) for logits in (mixed, alone))
     assert ours <= 1.05 * peft, (ours, peft)
     if autocast_adapter_dtype:
@@ -138,7 +138,7 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_on_a_gpu(architecture, options):
-    """Through the kernels, in float32: the tokens of PEFT one adapter at a time."""
+    """With the kernels in float32, tokens match PEFT's, one adapter at a time."""
     model = peft_model(architecture).cuda()
     inputs = {key: value.cuda() for key, value in left_padded().items()}
     expected = torch.cat(row_by_row(model, NAMES, inputs, tokens(model, **options)))

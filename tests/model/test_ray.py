@@ -1,4 +1,4 @@
-"""The example for Ray Data on a local Ray: every row is right and in its place, also where a worker died."""
+"""The example for Ray Data on a local Ray: every row is right and in its place, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ typer.run(example.main)
 
 @pytest.fixture
 def environment():
-    """A short path for Ray's sockets, and nothing of it left behind."""
+    """A short path for Ray's sockets, removed afterwards."""
     folder = tempfile.mkdtemp(prefix="ray")
     yield {
         **os.environ,
@@ -93,7 +93,7 @@ def test_a_worker_that_dies_costs_no_row(tmp_path, arguments, environment):
 
 @pytest.mark.xdist_group("ray")
 def test_a_batch_that_no_worker_survives_ends_the_job(tmp_path, arguments, environment):
-    """Ray by itself would begin it again for ever."""
+    """By default Ray would retry it forever."""
     write(tmp_path, NAMES)
     environment.update(MARK=str(tmp_path / "mark"), RETRIES="1")
     command = [sys.executable, "-c", DYING, *arguments]

@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 PEFT_TESTS := .venv/peft-tests
 PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo serve test test-oldest test-peft sweep lint types docs bench check release-check clean help
+.PHONY: demo serve test test-oldest test-peft sweep prose lint types docs bench check release-check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
@@ -37,7 +37,13 @@ test-peft: $(PEFT_TESTS)/ready
 		-c tests/peft_suites/pytest.ini --rootdir $(PEFT_TESTS)/source \
 		$(PEFT_SUITES:%=$(PEFT_TESTS)/source/tests/test_%.py) $(ARGS)
 
-lint: .venv/dev
+# Spelling, phrases that don't read as English (.codespell-phrases.txt), and style (.proselintrc.json).
+prose: .venv/dev
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary .codespell-phrases.txt --regex "(?i)\b($$(cut -d- -f1 .codespell-phrases.txt | paste -sd'|' -))\b"
+	$(BIN)/proselint check README.md CHANGELOG.md CONTRIBUTING.md docs
+
+lint: prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -66,7 +72,7 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | serve | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | release-check | clean"
+	@echo "make demo | serve | test | test-oldest | test-peft | sweep | prose | lint | types | docs | bench | check (lint, types, test, docs) | release-check | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

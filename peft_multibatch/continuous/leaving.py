@@ -90,7 +90,7 @@ class Leaving:
     def _tell(self, error: Exception, state: RequestState) -> None:
         router = self._processor.output_router
         router.fail_and_deliver(state, error)
-        for name in children_of(state.request_id, state.num_children):  # somebody may be waiting for them
+        for name in children_of(state.request_id, state.num_children):  # a caller may be waiting for them
             router.fail_and_deliver(RequestState(name, state.initial_tokens), error)
 
     def restart(self, states: Iterable[RequestState]) -> None:

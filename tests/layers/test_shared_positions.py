@@ -177,7 +177,7 @@ class Positions(nn.Module):
         return self.linear(x) + self.positions(table).mean(0)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["of the model", "made anew"])
+@pytest.mark.parametrize("shared", [True, False], ids=["of the model", "created again"])
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (5, 3)], ids=str)
 def test_other_models_are_refused_by_the_layers_name_unless_all_samples_have_one_adapter(shape, shared):
     config = {"target_modules": ["linear", "positions"], "init_lora_weights": False}

@@ -403,7 +403,7 @@ def held(model: PeftModel, mb: Any, kind: str, monkeypatch: pytest.MonkeyPatch) 
         with mb.batch(NAMES):
             return generated(model, logits_processor=[pause])
 
-    window = Window(call, "the call under way")
+    window = Window(call, "the running call")
     if kind == "forward":
         norm = model.base_model.model.model.layers[0].self_attn.q_norm  # its input is q_proj's output
         forward = norm.forward
@@ -497,7 +497,7 @@ def test_disabling_while_a_call_is_under_way(served, kind, monkeypatch):
         assert_close(logits(model, adapter_ids=NAMES), one_at_a_time(model, NAMES))
         mb.disable()
     else:
-        assert not was_done, "disable returned while a call was under way"
+        assert not was_done, "disable returned while a call was running"
     assert torch.equal(logits(model), plain)
     assert "forward" not in model.__dict__
     peft_multibatch.enable(model)
@@ -541,9 +541,9 @@ def test_calls_while_a_change_is_under_way(served, kind, step, tmp_path, monkeyp
     if step == "deletion":
         add(kind)(model, tmp_path, None)
         logits(model, adapter_ids=NAMES)
-        window = Window(lambda: model.delete_adapter("new"), "the change under way")
+        window = Window(lambda: model.delete_adapter("new"), "the running change")
     else:
-        window = Window(lambda: add(kind)(model, tmp_path, None), "the change under way")
+        window = Window(lambda: add(kind)(model, tmp_path, None), "the running change")
     owner, method, nth = STEPS[step]
     for cls in kinds_of(owner):
         if method in cls.__dict__:

@@ -110,7 +110,7 @@ def test_adapters_that_do_nothing_show_nothing():
     assert [each.note for each in found.outputs] == [
         "it is the same under all of these adapters: nothing could be seen"
     ]
-    assert not found  # otherwise the model would count as tested
+    assert not found  # or a model would count as tried
 
 
 def test_what_cannot_run_is_raised_and_one_sample_shows_nothing():

@@ -67,7 +67,7 @@ def enable_at(kind: type, method: str) -> None:
 
 
 def enable_around(kind: type) -> None:
-    """Activate the names around a call, for a test that calls a single layer with names."""
+    """One test calls a layer by itself with names: here the names are active around the call."""
     original = kind.forward
 
     @functools.wraps(original)

@@ -255,7 +255,7 @@ def test_every_row_has_one_completion(tmp_path):
         ('{"prompt": "w1", "adapter": ["three"]}', r"line 3: \"adapter\" is \['three'\]"),
         ('{"prompt": "w1", "adap', "line 3: expected one JSON object per line, but Unterminated string"),
         (r'{"prompt": "\ud800", "adapter": null}', "line 3: expected one JSON object per line, but .*surrogates"),
-        ('["w1", "three"]', 'line 3: expected an object with a "prompt"'),
+        ('["w1", "three"]', 'line 3: expected an object with a non-empty string "prompt"'),
         ('{"prompt": "", "adapter": null}', 'line 3: expected an object with a non-empty string "prompt"'),
         ('{"prompt": "w1", "adapter": null, "completion": "w2"}', 'line 3: has a "completion"'),
     ],

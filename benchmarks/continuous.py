@@ -1,12 +1,12 @@
-"""Continuous batching on a GPU: requests over many adapters, against the base model and one adapter at a time.
+"""Benchmark continuous batching on a GPU: requests for many adapters, against the base model and one at a time.
 
     python benchmarks/continuous.py                    # results/continuous.csv and .png beside this script
 
-Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all seven projections;
-prompts of 16 to 256 tokens, 64 new ones each. Stock continuous batching of transformers runs the base model, and the
-model with one adapter at a time; every way has the same settings, among them a cache of the size that it needs, and
-runs the same requests until a round captures no CUDA graph. That round and those after it are timed. With
-``--attention flash_attention_3`` the base model is as fast as users have it.
+The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
+seven projections; prompts have 16 to 256 tokens, answers 64. transformers' own continuous batching runs the base
+model, and the model with one adapter at a time. All methods have the same settings, including a cache of the size they
+need, and run the same requests until a round captures no CUDA graph; that round and later ones are timed. With
+``--attention flash_attention_3`` the base model is as fast as users get it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ console = Console(width=130)
 
 
 def finish(manager: Any, names: list[str]) -> list[list[int]]:
-    """Wait for all requests; their tokens."""
+    """Wait for all requests and return their tokens."""
     found = {}
     while len(found) < len(names):
         output = manager.get_result(timeout=5)
         if output is None and not manager.is_running():
-            raise SystemExit("the loop ended before the requests did")
+            raise SystemExit("the loop ended before all requests had finished")
         if output is not None and output.is_finished():
             if output.error:
                 raise SystemExit(output.error)
@@ -54,7 +54,7 @@ def finish(manager: Any, names: list[str]) -> list[list[int]]:
     return [found[name] for name in names]
 
 
-captured: list[bool] = []  # one for each CUDA graph
+captured: list[bool] = []  # one entry per CUDA graph
 begin_capture = torch.cuda.CUDAGraph.capture_begin
 
 
@@ -69,12 +69,12 @@ def set_attention(model: Any, name: str) -> None:
 
 
 def without_block_table(attention: str) -> dict[str, int]:
-    """Builds of flash attention without a paged cache can't decode through a block table."""
+    """Turn off the block table for builds of flash attention without a paged cache."""
     return {"max_blocks_per_request": 0} if attention.startswith("flash") else {}
 
 
 def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: Any) -> tuple[dict[str, Any], list]:
-    """Seconds of the first round and of timed ones, how many graphs these captured, and the tokens of the last."""
+    """Return the times of the first and the timed rounds in seconds, the number of graphs captured, and tokens."""
     first, times, tokens, late = 0.0, [], [], 0
     with session as manager:
         while len(times) < rounds:
@@ -89,7 +89,7 @@ def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: An
 
 
 def one_at_a_time(model: Any, prompts: list, names: list[str], options: Any) -> tuple[dict[str, Any], list]:
-    """Every adapter's requests in a session of their own; what sessions take to begin isn't counted."""
+    """Run every adapter's requests in a separate session; starting sessions isn't timed."""
     sums: Counter[str] = Counter()
     tokens = {}
     for name in track(list(dict.fromkeys(names)), description="one at a time", console=console):
@@ -136,7 +136,7 @@ def main(
     out: Path = RESULTS / "continuous.csv",
     commit: str = "",
 ) -> None:
-    """Measure the throughput over every number of adapters; FUSE="weights" is handed to ``enable``."""
+    """Measure throughput for every number of adapters; FUSE="weights" is passed to ``enable``."""
     torch.cuda.CUDAGraph.capture_begin = counted
     counts = [int(each) for each in adapters.split(",")]
     base, model = build(max(counts), rank, layers)
@@ -162,7 +162,7 @@ def main(
     known = versions(commit)
     records = []
     for count in track(counts, description="adapters", console=console):
-        # beside every other one, because hosts aren't equally fast all the time
+        # measured again for every number of adapters, because a host's speed varies
         baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
         names = [f"adapter{index % count}" for index in range(requests)]
         mb = peft_multibatch.enable(model, fuse=fuse or True)
@@ -177,8 +177,8 @@ def main(
                 for length in (new_tokens, 1)
             )
             console.print(f"{count} adapters: {same:.0%} of requests, {first:.0%} of first tokens as one at a time")
-            if first < 0.9:  # what differs are ties, which bfloat16 breaks otherwise in batches of another size
-                raise SystemExit("nothing is reported")
+            if first < 0.9:  # only ties may differ, which bfloat16 breaks differently in batches of other sizes
+                raise SystemExit("too many tokens differ from one adapter at a time, so nothing is reported")
         for way, result in ways.items():
             records.append(
                 {"requests": requests, "new_tokens": new_tokens, "blocks": blocks, "adapters": count, "way": way}

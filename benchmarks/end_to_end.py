@@ -1,10 +1,10 @@
-"""A whole model on a GPU: decode step, ``generate``, prefill; mixed batches against the base model and PEFT.
+"""Benchmark a whole model on a GPU (decode step, ``generate``, prefill), mixed against the base model and PEFT.
 
     python benchmarks/end_to_end.py                    # results/end_to_end.csv and .png beside this script
 
-Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all seven projections. Before
-anything is timed, the logits of the mixed batch must be as near to PEFT's as bfloat16 allows. Every way is timed in
-turn with the base model in the same round, and ratios are medians of the ratios of a round.
+The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
+seven projections. Before anything is timed, the logits of the mixed batch must match PEFT's to the precision of
+bfloat16. Every round times each method and the base model once, and ratios are medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ console = Console(width=150)
 def build(
     num_adapters: int, rank: int, layers: int, device: str | torch.device = "cuda", **sizes: int
 ) -> tuple[LlamaForCausalLM, peft.PeftModel]:
-    """The base model and a model of its own with adapters, both on the device: an 8B Llama's sizes, or given ones."""
+    """Build the base model and a separate model with adapters, both on the device; by default with Llama 8B's
+    sizes."""
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -68,7 +69,7 @@ def build(
             model.add_adapter(f"adapter{index}", lora, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(0.1)  # of the size of a trained adapter's, so that logits stay in range
+            parameter.data.mul_(0.1)  # the scale of trained adapters, so that logits stay in range
     return models[0], model.eval()
 
 
@@ -81,7 +82,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def calls(target, prompt: torch.Tensor, wide: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
-    """What is measured of one way: a decode step after 128 tokens, `generate` of 32 tokens, prefill of 512."""
+    """Return the measurements of one method: a decode step after 128 tokens, `generate` of 32, prefill of 512."""
     cache = DynamicCache(config=target.config)
     target(input_ids=prompt, past_key_values=cache, **ids)
 
@@ -102,7 +103,7 @@ def calls(target, prompt: torch.Tensor, wide: torch.Tensor, **ids) -> dict[str, 
 
 
 def compiled_calls(target, prompt: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
-    """The same with a static cache, for which transformers compiles the decode step; the step is a mean of 64."""
+    """The same with a static cache, for which transformers compiles the decode step, which is a mean over 64 steps."""
 
     def generate(tokens: int) -> float:
         options = {"max_new_tokens": tokens, "do_sample": False, "cache_implementation": "static"}
@@ -112,7 +113,7 @@ def compiled_calls(target, prompt: torch.Tensor, **ids) -> dict[str, Callable[[]
 
 
 def alone_calls(model, names: list[str], prompt: torch.Tensor, wide: torch.Tensor) -> dict[str, Callable[[], float]]:
-    """One adapter at a time: every adapter's rows in a batch of their own."""
+    """One adapter at a time: every adapter's rows in a separate batch."""
     adapters = list(dict.fromkeys(names))
     rows = {name: [row for row, each in enumerate(names) if each == name] for name in adapters}
     own = {}
@@ -134,14 +135,14 @@ def alone_calls(model, names: list[str], prompt: torch.Tensor, wide: torch.Tenso
 
 
 class Timings:
-    """Rounds of measurements: within one, every way runs once."""
+    """Rounds of measurements, each of which runs every method once."""
 
     def __init__(self, batch: int, adapters: int) -> None:
         self.batch, self.adapters = batch, adapters
         self.records: list[dict] = []
 
     def measure(self, ways: dict[str, dict[str, Callable[[], float]]], rounds: int, warm_up: bool = True) -> None:
-        """Time ways, of which the first is what the others are compared with; what has a record gets no other."""
+        """Time methods and compare them with the first one; methods that already have a record get no second one."""
         base, measures = next(iter(ways)), list(next(iter(ways.values())))
         times = {(way, measure): [] for way in ways for measure in measures}
         what = f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]
@@ -163,7 +164,7 @@ class Timings:
 
 
 def correct(base, model, prompt: torch.Tensor, names: list[str]) -> tuple[float, float]:
-    """Relative distance of our logits from PEFT's, and of the base model's."""
+    """Return the relative distances of our logits and of the base model's from PEFT's."""
     theirs = model(input_ids=prompt, adapter_names=names).logits[:, -1].float()
     plain = base(input_ids=prompt).logits[:, -1].float()
     peft_multibatch.enable(model)
@@ -173,7 +174,7 @@ def correct(base, model, prompt: torch.Tensor, names: list[str]) -> tuple[float,
 
 
 def memory(base, model, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """GB at the peak of `generate`, and what the package keeps between calls, relative to the adapters' own bytes."""
+    """Return peak memory of `generate` in GB, and memory kept between calls relative to the adapters' size."""
 
     def peak(target, **ids) -> float:
         gc.collect()
@@ -195,7 +196,7 @@ def memory(base, model, prompt: torch.Tensor, names: list[str]) -> dict[str, flo
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Multiples of the base model's time, of the compiled base's for compiled ways."""
+    """Plot multiples of the base model's time; compiled methods are compared with the compiled base model."""
     shown = [record for record in records if not record["way"].startswith(BASE)]
     labels = [f"{record['way']}; {record['batch']} prompts, adapters: {record['adapters']}" for record in shown]
     size = (8.4, 0.24 * len(shown) + 1.2)
@@ -219,7 +220,7 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def versions(commit: str) -> dict[str, str]:
-    """What was measured, and with what: the commit that was named, or the checkout's."""
+    """Return the measured commit (by default the checkout's) and the versions of the libraries."""
     if not commit:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     return {
@@ -233,7 +234,7 @@ def versions(commit: str) -> dict[str, str]:
 
 
 def write(records: list[dict], out: Path, plot: Callable[[list[dict], Path], None] | None = None) -> None:
-    """A CSV of all columns that any record has, and a plot beside it where there is one."""
+    """Write a CSV with the columns of all records, and a plot next to it if ``plot`` is given."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
@@ -255,7 +256,7 @@ def main(
     out: Path = RESULTS / "end_to_end.csv",
     commit: str = "",
 ) -> None:
-    """Measure every point BATCH:ADAPTERS; PEFT's mixed batch, one adapter at a time and compiled ways only at some."""
+    """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     base, model = build(max(adapters for _, adapters in pairs), rank, layers)
     known = versions(commit)
@@ -270,7 +271,7 @@ def main(
         error, effect = correct(base, model, prompt, names)
         console.print(f"{point}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
         if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
-            raise SystemExit("nothing is timed")
+            raise SystemExit("results differ from PEFT, so nothing is timed")
         timings = Timings(batch, adapters)
         found.append(timings)
         batches.append((point, names, prompt, wide))

@@ -1,10 +1,10 @@
-"""Mixed ``generate`` on a CPU against the base model and PEFT's own mixed batch, in one run.
+"""Benchmark mixed ``generate`` on a CPU against the base model and PEFT's own mixed batch.
 
     python benchmarks/generate_cpu.py                      # results/generate_cpu.csv and .png beside this script
     python benchmarks/generate_cpu.py --interleaved        # ids 0, 1, 2, 0, 1, 2 instead of 0, 0, 1, 1, 2, 2
     OMP_NUM_THREADS=1 python benchmarks/generate_cpu.py    # on one thread, by the CPU time of the process
 
-Before anything is timed, every row's tokens must equal those of the same row under its adapter alone through PEFT.
+Before anything is timed, every row's tokens must equal those that PEFT generates for it, one adapter at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ console = Console()
 
 
 def build(num_adapters: int, rank: int, targets: list[str]) -> tuple[LlamaForCausalLM, peft.PeftModel]:
-    """The base model, without PEFT, and a model of the same weights with adapters."""
+    """Build the base model, without PEFT, and a model of the same weights with adapters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512,
@@ -70,7 +70,7 @@ def main(
     interleaved: bool = False,
     out: Path = RESULTS / "generate_cpu.csv",
 ) -> None:
-    """Time base, ours and PEFT in turn, REPEATS times, and report medians and ratios."""
+    """Time the base model, ours and PEFT alternately, REPEATS times, and report medians and ratios."""
     rows = []
     for label, targets in TARGETS.items():
         for count in [int(value) for value in adapters.split(",")]:
@@ -128,7 +128,7 @@ def measure(
 
         return run
 
-    # enabling and disabling is inside the measured time, which makes ours look slower than it is in use, never faster
+    # the measured time includes enabling and disabling, so ours can only look slower than it is in use
     runs = {"base": base, "ours": enabled(ours), "peft": peft_mixed}
     if not torch.equal(enabled(ours)(), one_adapter_at_a_time()):
         raise SystemExit(

@@ -1,14 +1,14 @@
-"""The kernels alone, with weights cold in cache, timed as CUDA graphs.
+"""Benchmark the kernels alone, with weights cold in the cache, as CUDA graphs.
 
     python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
-    python benchmarks/lora_kernels.py --sweep               # also tries other launches than the chosen one
+    python benchmarks/lora_kernels.py --sweep               # also tries launches other than the chosen one
     python benchmarks/lora_kernels.py --grid                # results/lora_kernels_grid.csv: many more points
     python benchmarks/lora_kernels.py --graphs              # results/lora_kernels_graphs.csv: launches for any plan
 
-Every point is compared with float64 before it is timed. One graph runs the point over as many copies of the weights as
-fill the cache twice, so that every reading of a weight is a reading of memory; x and y stay hot, as they are in a
-model. The floor is the bytes that must move (each live adapter once, x and y) at the bandwidth of a device-to-device
-copy in the same run.
+Every point is compared with float64 before it is timed. One graph runs the point on as many copies of the weights as
+fill the cache twice, so that weights are always read from memory; x and y stay in the cache, as in a model. The floor
+is the time to move the necessary bytes (each adapter in use once, x and y) at the bandwidth of a device-to-device copy
+in the same run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 
 
 RESULTS = Path(__file__).parent / "results"
-PROCESSES = 12  # that compile at once
+PROCESSES = 12  # compile in parallel
 console = Console(width=170)
 
 
@@ -90,7 +90,7 @@ GRID = [
     for adapters in (1, 8, 64)
     if adapters <= rows
 ]
-# A Llama-8B layer in a graph that has to serve any plan, as compiled decoding and continuous batching have it.
+# A Llama-8B layer in a graph that must serve any plan, as in compiled decoding and continuous batching.
 GRAPHS = [
     Point(rows, adapters, inputs, widths, 16, None)
     for rows in (64, 256, 1024)
@@ -100,7 +100,7 @@ GRAPHS = [
 
 
 def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[LayerWeights]]:
-    """Random adapters, by slot."""
+    """Create random adapters, by slot."""
     return {
         slot: [
             LayerWeights(
@@ -115,7 +115,8 @@ def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[LayerWeight
 
 
 class Case:
-    """Random adapters, copies of them that fill the cache, and a plan; with ``for_any_plan`` at a fixed place."""
+    """Random adapters, enough copies of them to fill the cache, and a plan; with ``for_any_plan`` at a fixed
+    address."""
 
     def __init__(
         self,
@@ -168,7 +169,7 @@ class Case:
         return max(float((y.double() - e).norm() / e.norm()) for y, e in zip(ys, expected))
 
     def time(self, launch=None, repeats: int = 15) -> list[float]:
-        """Microseconds of one product, of each of `repeats` replays."""
+        """Return the time of one product in microseconds, for each of `repeats` replays."""
         scratch = [y.clone() for y in self.ys]
         self.run(self.tables[0], scratch, launch)
         graph = torch.cuda.CUDAGraph()
@@ -190,7 +191,7 @@ class Case:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per microsecond of a large copy, counting bytes read and bytes written."""
+    """Measure bytes per microsecond of a large copy, counting bytes read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
@@ -198,7 +199,7 @@ def copy_bandwidth() -> float:
 
 
 def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch]:
-    """Other ways to cut K and rows."""
+    """Return launches that divide K and rows differently."""
     per_adapter = triton.cdiv(point.rows, point.adapters)
     tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (32, 64, 128)}
     blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
@@ -213,14 +214,14 @@ def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch
 
 
 def expand_launches(chosen: cutting.Launch) -> list[cutting.Launch]:
-    """Other ways to cut columns."""
+    """Return launches that divide columns differently."""
     return [
         chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512, 1024) for warps in (1, 2, 4, 8)
     ]
 
 
 def compile_all(job: tuple[Point, list[cutting.Launch]]) -> None:
-    """Run launches once, in a process of its own, so that their kernels are in Triton's cache."""
+    """Run launches once in a separate process, so that their kernels are in Triton's cache."""
     point, candidates = job
     case = Case(point, copies=1)
     for launch in candidates:
@@ -244,14 +245,14 @@ def best_of(
 
 
 def words(point: str) -> str:
-    """``M32 L8 r16 4096→4096`` for those who don't know the letters."""
+    """Spell out a point such as ``M32 L8 r16 4096→4096``."""
     rows, adapters, rank, shape = point.split(" ")
     plural = "" if adapters == "L1" else "s"
     return f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]},\n{shape}"
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Bars for the floor, this version and the aim of every point."""
+    """Plot the floor, the measured time and the target of every point."""
     figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(records) + 1))
     series = {"bytes floor": "floor_us", "peft_multibatch": "p50_us", "aim": "target_us"}
     for index, (label, key) in enumerate(series.items()):
@@ -281,9 +282,9 @@ def main(
     out: Path | None = None,
     commit: str = "",
 ) -> None:
-    """Check and time every point; with --sweep, look for better launches as well."""
+    """Check and time every point; with --sweep, also search for better launches."""
     if graphs and (sweep or grid):
-        raise typer.BadParameter("launches of graphs are what they are: expected --graphs alone")
+        raise typer.BadParameter("launches of graphs can't be chosen: expected --graphs without --sweep and --grid")
     out = out or RESULTS / f"lora_kernels{'_graphs' if graphs else '_grid' if grid else ''}.csv"
     points = [point for point in (GRAPHS if graphs else GRID if grid else POINTS + REST) if only in str(point)]
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()

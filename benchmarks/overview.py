@@ -1,11 +1,10 @@
-"""Draws the chart of the README and of the documentation's first page from committed CSVs; measures nothing.
+"""Draw the chart of the README and the documentation's home page from committed CSVs.
 
     python benchmarks/overview.py
 
-Left, requests in continuous batching (results/continuous_vllm.csv): new tokens per second over the number of
-adapters, beside vLLM. Right, one batch of 32 prompts with 32 adapters (results/end_to_end.csv, the commit below): how
-long `generate` takes, in multiples of the base model's time. Both halves are drawn once side by side, and once one
-below the other for narrow screens.
+Left: new tokens per second in continuous batching, by number of adapters, next to vLLM (results/continuous_vllm.csv).
+Right: time of `generate` for a batch of 32 prompts with 32 adapters, in multiples of the base model's time
+(results/end_to_end.csv, the commit below). The halves are drawn side by side, and stacked for narrow screens.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ WAYS = {
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """The rows of one CSV under ``results``."""
+    """Read the rows of a CSV in ``results``."""
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def throughput(layers: int = 32) -> dict[str, dict[int, float]]:
-    """New tokens per second of each way, by the number of adapters."""
+    """Return new tokens per second of each method, by number of adapters."""
     found: dict[str, dict[int, float]] = {way: {} for way in SERVED}
     for row in read("continuous_vllm.csv"):
         if int(row["layers"]) == layers:
@@ -50,7 +49,7 @@ def throughput(layers: int = 32) -> dict[str, dict[int, float]]:
 
 
 def times() -> dict[str, float]:
-    """How long ``generate`` takes with 32 adapters in a batch of 32, in multiples of the base model."""
+    """Return the time of ``generate`` with 32 adapters in a batch of 32, in multiples of the base model's."""
     return {
         row["way"]: float(row["generate32_s × base"])
         for row in read("end_to_end.csv")
@@ -59,7 +58,7 @@ def times() -> dict[str, float]:
 
 
 def draw(path: Path, is_narrow: bool = False) -> None:
-    """Write the chart; a narrow one, for phones, has its halves one below the other."""
+    """Write the chart; the narrow version, for phones, stacks its halves."""
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 10 if is_narrow else 12, "axes.titleweight": "bold"})
     rows, columns, size = (2, 1, (5.6, 8.4)) if is_narrow else (1, 2, (12, 4.4))
     figure, (left, right) = plt.subplots(rows, columns, figsize=size, layout="constrained")
@@ -92,7 +91,7 @@ def draw(path: Path, is_narrow: bool = False) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder of the images")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder for the images")
     folder = parser.parse_args().out
     draw(folder / "throughput.png")
     draw(folder / "throughput-narrow.png", is_narrow=True)

@@ -1,13 +1,13 @@
-"""Host time of a call against the number of adapters that are registered, in a model too small to matter. CPU only.
+"""Benchmark the host time of a call by number of registered adapters, in a tiny model on a CPU.
 
     python benchmarks/registry.py                              # results/registry.csv and .png beside this script
     python benchmarks/registry.py --counts 1,10,100 --names 0 --only enter,forward     # well under a minute
 
-A batch of eight rows uses the same eight adapters throughout (the only one there is, at a count of 1), while 1 to
-1,000 are registered. What is timed:
+A batch of eight rows always uses the same eight adapters (or one, if only one is registered), while 1 to 1,000 are
+registered. Measurements:
 
 - ``enter``: entering and leaving ``mb.batch(ids)``, without gradients.
-- ``enter_grad``: the same with gradients enabled, as for a caller who doesn't write ``torch.no_grad()``.
+- ``enter_grad``: the same with gradients enabled, as without ``torch.no_grad()``.
 - ``forward``: an eager forward with ``adapter_ids``, without gradients.
 - ``step``: forward and backward. Only the adapters of the batch are trainable, and the model is in eval mode.
 - ``compiled``: a warm call of a model compiled with ``fullgraph=True``, under ``mb.batch(ids)``, without gradients.
@@ -15,19 +15,19 @@ A batch of eight rows uses the same eight adapters throughout (the only one ther
   ``add_adapter`` nor ``delete_adapter``, which follows, is timed. Each new adapter has a new name.
 
 The model is a Llama with four layers and a hidden size of 48, in float32. All adapters have rank 8 on all seven
-projections of every layer. The one exception is the point with 10,000 names (``--names``), at which only ``enter`` is
-timed: there, all adapters but eight have rank 1 on one projection of one layer.
+projections of every layer, except at the point with 10,000 names (``--names``), where only ``enter`` is timed: there,
+all adapters except eight have rank 1 on one projection of one layer.
 
-PEFT's ``add_adapter`` walks through every module of the model: 3 s for the thousandth adapter. The adapters that the
-batch uses are added by it, and so is the first of the others. The rest are added by ``update_layer``, which
-``add_adapter`` calls for every layer, without two steps that visit all adapters of the layer: ``set_adapter``, which
-runs once at the end, and the move to the device and dtype of the base layer, which every new adapter has already. The
-layers and ``peft_config`` hold the same afterwards. The models are enabled when that is done.
+PEFT's ``add_adapter`` walks through every module of the model, which takes 3 s for the thousandth adapter. It adds the
+adapters of the batch and the first of the others. The rest are added by ``update_layer``, which ``add_adapter`` calls
+for every layer, without two steps that visit all adapters of the layer: ``set_adapter``, which runs once at the end,
+and the move to the base layer's device and dtype, which new adapters already have. The result is the same. The models
+are enabled afterwards.
 
-Before anything is timed, the logits of the mixed batch, and the gradients for ``step``, must equal those of PEFT run
-with one adapter at a time. There is one model for every count and all models are alive at the same time. In each round
-every count has its turn, one after the other, and ratios are medians over the ratios of a round. Python's garbage
-collector does not visit registered adapters while times are taken (``gc.freeze``).
+Before anything is timed, the logits of the mixed batch, and the gradients for ``step``, must equal PEFT's with one
+adapter at a time. There is one model per count, and all models exist at the same time. Every round measures each count
+once, and ratios are medians of the ratios within rounds. Python's garbage collector doesn't visit registered adapters
+during measurements (``gc.freeze``).
 """
 
 from __future__ import annotations
@@ -80,24 +80,24 @@ SIZES = {
 }
 CALLS = ("enter", "enter_grad", "forward", "step")
 ROWS, TOKENS = 8, 4
-REFERENCE = 10  # the count to which the others are compared
+REFERENCE = 10  # the count that others are compared with
 TOLERANCE = 1e-5  # relative, of logits and gradients in float32
-MOST_SAMPLES, FEWEST_SAMPLES, SECONDS = 40, 3, 0.15  # of one measurement in one round
+MOST_SAMPLES, FEWEST_SAMPLES, SECONDS = 40, 3, 0.15  # limits per measurement and round
 EVERYWHERE, ONE_LAYER = "all layers", "one layer"
 console = Console(width=130)
 
 
 class Point:
-    """A model with a number of registered adapters, the batch that runs on it, and what PEFT computes for that batch.
+    """A model with a number of registered adapters, its batch, and PEFT's results for that batch.
 
     Args:
-        registered: how many adapters the model has.
-        reach: EVERYWHERE, or ONE_LAYER where the adapters that the batch doesn't use have rank 1 on one projection.
+        registered: number of adapters of the model.
+        reach: EVERYWHERE, or ONE_LAYER if adapters outside the batch have rank 1 on one projection.
     """
 
     def __init__(self, registered: int, reach: str = EVERYWHERE) -> None:
         self.registered, self.reach = registered, reach
-        self.times: dict[str, list[list[float]]] = defaultdict(list)  # by what is measured: for every round, µs
+        self.times: dict[str, list[list[float]]] = defaultdict(list)  # by measurement: µs of every round
         self.lora = LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(eos_token_id=None, pad_token_id=0, **SIZES)).eval()
@@ -122,7 +122,7 @@ class Point:
         self.enable()
 
     def enable(self) -> None:
-        """Enable the model, or do so anew: what one part of the benchmark left behind does not reach the next one."""
+        """Enable the model again, so that no state of one part of the benchmark affects the next."""
         peft_multibatch.disable(self.model)
         self.mb = peft_multibatch.enable(self.model, backend="torch")
 
@@ -141,7 +141,7 @@ class Point:
             pass
 
     def compiled(self) -> Callable[[], Tensor]:
-        """The compiled model; the first call of what this returns compiles."""
+        """Return a function that runs the compiled model; its first call compiles."""
         fast = torch.compile(self.model.get_base_model(), fullgraph=True)
 
         def run() -> Tensor:
@@ -151,11 +151,11 @@ class Point:
         return run
 
     def check(self, logits: Tensor, what: str) -> None:
-        """Stop the benchmark where logits are not those of PEFT."""
+        """Stop the benchmark if logits differ from PEFT's."""
         self._compare(logits, self.logits, f"logits of {what}")
 
     def check_step(self) -> None:
-        """Stop the benchmark where gradients are not those of PEFT."""
+        """Stop the benchmark if gradients differ from PEFT's."""
         self.step()
         for parameter, theirs in zip(self.trainable, self.gradients, strict=True):
             self._compare(parameter.grad, theirs, "a gradient")
@@ -164,10 +164,12 @@ class Point:
     def _compare(self, ours: Tensor, theirs: Tensor, what: str) -> None:
         error = distance(ours, theirs)
         if not error <= TOLERANCE:
-            raise SystemExit(f"{self.registered} adapters: {what} is {error:.1e} off PEFT's. Nothing more is timed.")
+            raise SystemExit(
+                f"{self.registered} adapters: {what} differs from PEFT by {error:.1e}. Nothing more is timed."
+            )
 
     def _by_peft(self) -> tuple[Tensor, list[Tensor]]:
-        """Logits and gradients of the batch, row by row under its own adapter."""
+        """Compute PEFT's logits and gradients of the batch, one row at a time."""
         rows = []
         for row, name in enumerate(self.names):
             self.model.set_adapter(name)
@@ -181,12 +183,12 @@ class Point:
         with self.model.disable_adapter(), torch.no_grad():
             plain = self.model(input_ids=self.input_ids, use_cache=False).logits
         if not distance(plain, logits) > 0.01:
-            raise SystemExit("the adapters change nothing, so that equality means nothing. Nothing is timed.")
+            raise SystemExit("the adapters change nothing, so the comparison proves nothing. Nothing is timed.")
         return logits, gradients
 
 
 def loss_of(logits: Tensor) -> Tensor:
-    """A loss that is a sum over rows, so that rows may be run one at a time."""
+    """A loss that is a sum over rows, so that rows can run one at a time."""
     return logits.square().sum()
 
 
@@ -195,7 +197,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def register(model: PeftModel, names: list[str], lora: LoraConfig) -> None:
-    """Add adapters of one configuration, the quick way that the top of this file describes."""
+    """Add adapters of one configuration, in the quick way described at the top of this file."""
     if not names:
         return
     model.add_adapter(names[0], lora)
@@ -210,7 +212,7 @@ def register(model: PeftModel, names: list[str], lora: LoraConfig) -> None:
 
 
 def microseconds(run: Callable[[], object], between: Callable[[], object] = lambda: None) -> list[float]:
-    """Times of a call after one that isn't counted: as many as fit into SECONDS, within bounds."""
+    """Time a call after a warmup, as often as fits into SECONDS, within bounds."""
     run()
     between()
     took: list[float] = []
@@ -224,7 +226,7 @@ def microseconds(run: Callable[[], object], between: Callable[[], object] = lamb
 
 
 class TooLongError(BaseException):
-    """Compiling takes longer than allowed; not an Exception, of which torch.compile catches some."""
+    """Compiling takes longer than allowed; not an Exception, because torch.compile catches some of those."""
 
 
 @contextmanager
@@ -242,7 +244,7 @@ def limit(seconds: int) -> Iterator[None]:
 
 
 def measure_calls(points: list[Point], parts: list[str], rounds: int) -> None:
-    """Entering, forward and step: within a round, one of them at every count, then the next."""
+    """Measure entering, forward and step; every round runs each of them at every count."""
     everywhere = [point for point in points if point.reach == EVERYWHERE]
     for point in points:
         with torch.no_grad():
@@ -259,7 +261,7 @@ def measure_calls(points: list[Point], parts: list[str], rounds: int) -> None:
 
 @torch.no_grad()
 def measure_compiled(points: list[Point], rounds: int, most: int, seconds: int) -> None:
-    """Compile for counts up to the largest allowed, or up to one that takes too long, then time warm calls in turn."""
+    """Compile for counts up to a maximum, or up to one that takes too long, then time warm calls alternately."""
     runs: list[tuple[Point, Callable[[], Tensor]]] = []
     for point in sorted(points, key=lambda point: point.registered):
         if point.registered > most:
@@ -298,7 +300,7 @@ def measure_added(points: list[Point], rounds: int) -> None:
 
 
 def summarize(points: list[Point], known: dict[str, str]) -> list[dict[str, object]]:
-    """Percentiles over all samples of a point, and the median over rounds of the ratio to REFERENCE adapters."""
+    """Compute percentiles over all samples of a point, and the median ratio to REFERENCE adapters within rounds."""
     reference = next((each for each in points if (each.registered, each.reach) == (REFERENCE, EVERYWHERE)), None)
     records: list[dict[str, object]] = []
     for what in LABELS:
@@ -364,10 +366,10 @@ def main(
     out: Path = RESULTS / "registry.csv",
     commit: str = "",
 ) -> None:
-    """Time what is named in ONLY at every count of registered adapters.
+    """Run the measurements named in ONLY at every count of registered adapters.
 
-    With --names 0 there is no point for names. Compiling is tried for counts up to --compile-up-to, and no longer than
-    --compile-limit seconds for each.
+    --names 0 leaves out the point for names. Models are compiled for counts up to --compile-up-to, for at most
+    --compile-limit seconds each.
     """
     parts = only.split(",")
     unknown = [part for part in parts if part not in LABELS]

@@ -1,14 +1,14 @@
-"""Mixed `generate` on several GPUs: data-parallel efficiency, and what grouping rows by adapter gains.
+"""Benchmark mixed `generate` on several GPUs: data-parallel efficiency, and the gain of grouping rows by adapter.
 
     python benchmarks/scaling_out.py                   # results/scaling_out.csv and .png beside this script
     python benchmarks/scaling_out.py --processes 1 --tiny    # the same on a CPU in seconds, to see it run
 
-For every number of processes it starts itself with `accelerate launch`. Every process has a copy of the model of
-end_to_end.py and as many rows as in any other run. In a mixed batch as many adapters meet as there are; grouped, rows
-are sorted by adapter before they are put into batches, as `accelerate_generate.py --group-by-adapter` does. Eager, the
-host decides how fast it goes; with a static cache transformers compiles the decode step, and the GPU does. Before
-anything is timed, tokens of a mixed batch must be those of PEFT one adapter at a time, in float32. A round begins when
-all processes are ready and ends with the slowest.
+For every number of processes, it starts itself with `accelerate launch`. Every process has a copy of the model of
+end_to_end.py and the same number of rows. Mixed batches contain all adapters; grouped, rows are sorted by adapter
+before they are batched, as in `accelerate_generate.py --group-by-adapter`. Eager runs are bound by the host; with a
+static cache, transformers compiles the decode step, and the GPU is the bottleneck. Before anything is timed, tokens of
+a mixed batch must equal PEFT's, one adapter at a time, in float32. A round starts when all processes are ready and
+ends with the slowest one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ console = Console(width=130)
 
 
 def check(model: Any, prompts: torch.Tensor, names: list[str], new_tokens: int = 8) -> None:
-    """Hold tokens of a mixed batch to those of PEFT, one adapter at a time, in float32."""
+    """Compare tokens of a mixed batch with PEFT's, one adapter at a time, in float32."""
     dtype = model.dtype
     model.float()
     options = {"max_new_tokens": new_tokens, "do_sample": False}
@@ -64,14 +64,14 @@ def check(model: Any, prompts: torch.Tensor, names: list[str], new_tokens: int =
     for row, name in enumerate(names):
         model.set_adapter(name)
         if not torch.equal(model.generate(input_ids=prompts[row : row + 1], **options)[0], mixed[row]):
-            raise SystemExit(f"row {row}, {name}: other tokens than PEFT's. Nothing is timed.")
+            raise SystemExit(f"row {row}, {name}: tokens differ from PEFT's. Nothing is timed.")
     if len({tuple(row) for row in mixed[:, prompts.shape[1] :].tolist()}) == 1:
-        raise SystemExit("all rows have the same tokens, so that equality means nothing. Nothing is timed.")
+        raise SystemExit("all rows have the same tokens, so the comparison proves nothing. Nothing is timed.")
     model.to(dtype)
 
 
 def seconds(state: PartialState, model: Any, batches: list[tuple[torch.Tensor, Any]], **options: Any) -> float:
-    """From when all processes are ready to when the slowest has finished."""
+    """Measure the time from when all processes are ready to when the slowest has finished."""
     state.wait_for_everyone()
     begin = time.perf_counter()
     for prompts, ids in batches:
@@ -83,7 +83,7 @@ def seconds(state: PartialState, model: Any, batches: list[tuple[torch.Tensor, A
 
 @torch.inference_mode()
 def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """What one process of a run does; all return the same records."""
+    """Run the measurements of one process; all return the same records."""
     state = PartialState(cpu=not torch.cuda.is_available())
     sizes = TINY if job["tiny"] else {}
     counts = job["adapters"]
@@ -127,7 +127,7 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a run of its own with so many processes."""
+    """Return the records of a separate run with a number of processes."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "records.json"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
@@ -173,7 +173,7 @@ def main(
     out: Path = RESULTS / "scaling_out.csv",
     commit: str = "",
 ) -> None:
-    """Measure every number of PROCESSES, the first of which is what the others are compared with."""
+    """Measure every number of PROCESSES and compare them with the first one."""
     job = {
         "adapters": [int(count) for count in adapters.split(",")],
         "caches": caches.split(","),

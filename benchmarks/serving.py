@@ -1,13 +1,13 @@
-"""The server over HTTP on loopback, against its manager without HTTP, and how it does over time.
+"""Benchmark the server over HTTP on loopback, against its manager without HTTP, and its memory over time.
 
     python benchmarks/serving.py                     # on a GPU; results/serving.csv and .png beside this script
     python benchmarks/serving.py --tiny              # a tiny model on a CPU in a minute, to see it run
     python benchmarks/serving.py --soak 10           # minutes; results/serving_soak.csv and .png
 
-Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16, 32 adapters of rank 16 on all seven projections;
-prompts of 16 to 256 tokens, 64 new ones each, 64 requests at a time, greedy, streamed, over 1, 8 and 32 adapters. In
-one process: plain continuous batching (`mb.continuous_batching`), the server's own manager, and the server, whose
-clients are in another process. Nothing is downloaded; the tokenizer is made up, with as many tokens as the model has.
+The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and 32 adapters of rank 16 on
+all seven projections. 64 concurrent requests are greedy and streamed, with prompts of 16 to 256 tokens and answers of
+64, for 1, 8 and 32 adapters. One process runs plain continuous batching (`mb.continuous_batching`), the server's own
+manager, and the server; the clients run in another process. Nothing is downloaded; the tokenizer is synthetic.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PLAIN, MANAGER, SERVER = "continuous batching", "manager", "server"
 
 
 def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are bytes, and words that stand for nothing."""
+    """Build a tokenizer of bytes and meaningless words."""
     known = {each: number for number, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     known |= {f"Ġw{number}": number for number in range(len(known), vocabulary)}
     tokenizer = Tokenizer(models.BPE(known, []))
@@ -62,14 +62,14 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 class Run:
-    """What is measured.
+    """The workload.
 
     Args:
-        is_tiny: in a minute on a CPU instead.
-        clients: requests at a time.
-        requests: in all.
+        is_tiny: whether to use a tiny version for a CPU.
+        clients: number of concurrent requests.
+        requests: total number of requests.
         attention: as in transformers.
-        batching: for transformers' ``ContinuousBatchingConfig``, beside what the server gives it.
+        batching: further options of transformers' ``ContinuousBatchingConfig``.
     """
 
     def __init__(self, is_tiny: bool, clients: int, requests: int, attention: str, batching: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Run:
 
 
 def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
-    """Tokens, seconds to the first of them, and seconds in all; a request is added when another one ended."""
+    """Run the requests with the manager; returns tokens, times to the first token and the total time in seconds."""
     left, added, found, firsts = iter(range(run.requests)), {}, {}, {}
 
     def add() -> None:
@@ -135,7 +135,7 @@ def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]
 
 @contextmanager
 def served(engine: Any) -> Iterator[int]:
-    """A server's port."""
+    """Run a server and yield its port."""
     server = uvicorn.Server(configuration(build_app(engine), 0, "127.0.0.1", 0))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -149,7 +149,7 @@ def served(engine: Any) -> Iterator[int]:
 
 
 def clients(port: int, requests: list[dict], count: int, seconds: float = 0) -> subprocess.Popen:
-    """Clients, in a process of their own."""
+    """Start clients in a separate process."""
     job = {"host": "127.0.0.1", "port": port, "requests": requests, "clients": count, "seconds": seconds}
     process = subprocess.Popen([sys.executable, HERE / "serving_load.py"], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
@@ -160,19 +160,19 @@ def clients(port: int, requests: list[dict], count: int, seconds: float = 0) -> 
 
 
 def by_server(run: Run, port: int, names: list[str]) -> tuple[list[str], list[float], float]:
-    """Texts, seconds to the first chunk, and seconds in all."""
+    """Run the requests over HTTP; returns texts, times to the first chunk and the total time in seconds."""
     requests = [{"body": run.body(number, name)} for number, name in enumerate(names)]
     lines = [json.loads(line) for line in clients(port, requests, run.clients).stdout or ()]
     found = {line["request"]: line for line in lines[:-1]}
     bad = [line for line in found.values() if line["status"] != 200 or not line["whole"]]
     if bad or len(found) != run.requests:
-        raise SystemExit(f"{len(found)} of {run.requests} answers, of which are no answers: {bad[:2]}")
+        raise SystemExit(f"{len(found)} of {run.requests} answers came; not successful: {bad[:2]}")
     ordered = [found[number] for number in range(run.requests)]
     return [line["text"] for line in ordered], [line["first"] for line in ordered], lines[-1]["took"]
 
 
 def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, Any]]:
-    """A row for each way and number of adapters: the median of some rounds."""
+    """Return a row per method and number of adapters, with the median over rounds."""
     counts, records = (1, 8, 32), []
     expected: dict[tuple[int, str], list[str]] = {}
 
@@ -191,9 +191,9 @@ def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, 
         print({name: round(each, 4) if isinstance(each, float) else each for name, each in records[-1].items()},
               flush=True)  # fmt: skip
         if not run.sizes.is_tiny and model.dtype != torch.float32:
-            return  # sums of other batches round otherwise, and random models have no clear favourites
+            return  # sums in other batches round differently, and random models have many near-ties
         if same < 1:
-            raise SystemExit(f"{way} gave other texts than continuous batching for {count} adapters")
+            raise SystemExit(f"texts of {way} differ from those of continuous batching for {count} adapters")
 
     settings = run.settings(root)
     mb = peft_multibatch.enable(model)
@@ -218,13 +218,13 @@ def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, 
 
 
 def resident() -> float:
-    """MB of this process in memory."""
+    """Return the resident memory of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
 
 
 def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any]]:
-    """Streams, plain calls and clients that leave, for so long; a row for every few seconds."""
+    """Run streams, plain calls and clients that disconnect for some minutes; returns a row every few seconds."""
     engine = engines.Engine(model, run.tokenizer, run.settings(root))
     engine.start()
     requests = []
@@ -259,20 +259,20 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
                 note(seconds)
         note(time.monotonic() - begin)
         if process.wait():
-            raise SystemExit("the clients ended before their time, see above")
+            raise SystemExit("the clients ended early, see above")
         end = time.monotonic() + 5
         while engine.running and time.monotonic() < end:
             time.sleep(0.05)
         scheduler, router = engine.manager.batch_processor.scheduler, engine.manager.output_router
         held = [engine.running, engine._jobs, scheduler.active_requests, scheduler.waiting_requests,
                 router.result_handlers, router.causes, list(router.output_queue.queue)]  # fmt: skip
-    half = records[len(records) // 2 :]  # the first half fills caches
+    half = records[len(records) // 2 :]  # caches fill during the first half
     growth = {
         name: half[-1][name] / half[0][name] - 1 for name in ("resident_mb", "cuda_allocated_mb") if half[0][name]
     }
     print(dict(counts), {name: f"{each:+.2%}" for name, each in growth.items()}, "in the second half", flush=True)
     if counts["lost"] or any(held):
-        raise SystemExit(f"something was lost, or is held on to: {counts}, {[len(each) for each in held]}")
+        raise SystemExit(f"requests were lost, or state is left over: {counts}, {[len(each) for each in held]}")
     if any(each > 0.05 for each in growth.values()):
         raise SystemExit(f"memory grows: {growth}")
     return records
@@ -306,7 +306,7 @@ def plot_soak(records: list[dict], path: Path) -> None:
     axis.set_xlabel("minutes")
     axis.set_ylabel("MB")
     last = records[-1]
-    axis.set_title(f"{last['sent']} requests: {last['answered']} answered, {last['left']} left by their clients, "
+    axis.set_title(f"{last['sent']} requests: {last['answered']} answered, {last['left']} left by clients, "
                    f"{last['lost']} lost; GPU: {last['gpu']}, commit {last['commit']}", fontsize=9)  # fmt: skip
     axis.legend()
     figure.tight_layout()
@@ -315,16 +315,16 @@ def plot_soak(records: list[dict], path: Path) -> None:
 
 def main(
     tiny: Annotated[bool, typer.Option("--tiny")] = False,
-    soak_minutes: Annotated[float, typer.Option("--soak", help="minutes of load instead")] = 0,
-    at_a_time: Annotated[int, typer.Option("--clients", help="requests at a time")] = 0,
+    soak_minutes: Annotated[float, typer.Option("--soak", help="minutes of load, instead of throughput")] = 0,
+    at_a_time: Annotated[int, typer.Option("--clients", help="number of concurrent requests")] = 0,
     requests: int = 0,
     rounds: int = 3,
     attention: Annotated[str, typer.Option(help="as in transformers, such as flash_attention_3")] = "",
     batching: Annotated[str, typer.Option(help="JSON for transformers' ContinuousBatchingConfig")] = "{}",
-    out: Annotated[Path | None, typer.Option(help="the CSV; the plot lies beside it")] = None,
+    out: Annotated[Path | None, typer.Option(help="the CSV; the plot is written next to it")] = None,
     commit: str = "",
 ) -> None:
-    """Measure requests per second and first tokens, or memory over time."""
+    """Measure requests per second and time to the first token, or memory over time."""
     run = Run(tiny, at_a_time, requests, attention, json.loads(batching))
     root = Path(tempfile.mkdtemp())
     try:

@@ -1,7 +1,7 @@
-"""Clients of a server in a process of their own: what they cost isn't the server's. Used by benchmarks/serving.py.
+"""Run clients of a server in a separate process, so that they don't slow it down. Used by benchmarks/serving.py.
 
-Reads a job from stdin as JSON, and writes an object for every request to stdout, as it ends. No library of HTTP: a
-client that takes as long for a chunk as the server does would measure itself.
+It reads a job from stdin as JSON, and writes an object to stdout for every finished request. It uses no HTTP library:
+a client that takes as long per chunk as the server would measure itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 async def ask(address: tuple[str, int], body: dict[str, Any], leave_after: int | None = None) -> dict[str, Any]:
-    """Send a completion's body, and read the answer, or so many chunks of it."""
+    """Send a completion request, and read the answer, or its first ``leave_after`` chunks."""
     begin, first, text, chunks, status = time.perf_counter(), 0.0, "", 0, 0
     reader, writer = await asyncio.open_connection(*address, limit=1 << 20)
     data = json.dumps(body).encode()
@@ -46,7 +46,7 @@ async def ask(address: tuple[str, int], body: dict[str, Any], leave_after: int |
 
 
 async def play(job: dict[str, Any]) -> None:
-    """Ask, with so many clients at a time, each of which asks again when it has its answer."""
+    """Run a job's clients concurrently, each of which sends its next request after an answer."""
     address, requests = (job["host"], job["port"]), job["requests"]
     end = time.monotonic() + job["seconds"] if job.get("seconds") else None
     numbers = itertools.count() if end is not None else iter(range(len(requests)))

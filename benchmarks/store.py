@@ -1,23 +1,25 @@
-"""An adapter store on a CPU: registering thousands, what they cost a call, and the first use of one. Some minutes.
+"""Benchmark an adapter store on a CPU: registering thousands, entering a call, and the first use of an adapter.
+
+It takes some minutes.
 
     python benchmarks/store.py                                  # results/store.csv and .png beside this script
     python benchmarks/store.py --count 1000 --present 1,10      # in seconds
 
-The model is a Llama of four layers with a hidden size of 192, in float32; adapters have rank 8 on all seven
-projections (0.6 MB). Their folders are hard links to 50 different ones. What is timed:
+The model is a Llama with four layers and a hidden size of 192, in float32; adapters have rank 8 on all seven
+projections (0.6 MB). Their folders are hard links to 50 different ones. Measurements:
 
-- ``register``: ``store.register_folder`` of all of them, per adapter, and the memory that Python has for them
-  afterwards (``tracemalloc``, in a run of its own).
-- ``enter``: entering and leaving ``mb.batch(ids)`` with eight adapters that are in memory, at 10 and at all
-  registered, in turns; the ratio is the median over rounds.
-- ``cold``: the first use of an adapter that isn't in memory, in memory that was touched before: until its weights are
-  there.
-- ``load_adapter``: the same for PEFT's, of the same files, into a model with as many other adapters as ``--present``
-  says; these were added the quick way of registry.py, because PEFT takes an hour for the last of them. Both are timed
-  in turns, on the clock and by what the CPU spends on all threads, and ratios are medians over rounds.
+- ``register``: ``store.register_folder`` of all of them, per adapter, and Python's memory for them afterwards
+  (``tracemalloc``, in a separate run).
+- ``enter``: entering and leaving ``mb.batch(ids)`` with eight adapters in memory, with 10 and with all registered,
+  alternately; the ratio is the median over rounds.
+- ``cold``: the first use of an adapter that isn't in memory, until its weights are loaded, into memory that was used
+  before.
+- ``load_adapter``: the same for PEFT's ``load_adapter``, with the same files, in a model with ``--present`` other
+  adapters; these are added in the quick way of registry.py, because PEFT would take an hour. Both are timed
+  alternately, by wall-clock and by CPU time of all threads, and ratios are medians over rounds.
 
 Before anything is timed, rows of a mixed batch must equal those of PEFT's ``load_adapter``, one adapter at a time.
-benchmarks/store_serving.py is the same for requests on a GPU.
+benchmarks/store_serving.py does the same for requests on a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def base_model() -> LlamaForCausalLM:
 
 
 def make_folder(root: Path, count: int) -> None:
-    """Folders of adapters, most of them hard links."""
+    """Write the folders of adapters, most of them as hard links."""
     config = LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base_model(), config).save_pretrained(str(root / "0"))
     tensors = load_file(root / "0" / WEIGHTS)
@@ -92,7 +94,7 @@ def make_store(max_host_memory: str = "1GB"):
 
 @torch.no_grad()
 def check(root: Path) -> None:
-    """Rows of a mixed batch, beside PEFT's."""
+    """Compare rows of a mixed batch with PEFT's."""
     model, _, store = make_store()
     store.register_folder(root)
     names = ["3", "__base__", "7", "3"]
@@ -154,12 +156,12 @@ def enter(root: Path, count: int, rounds: int, samples: int) -> list[dict]:
 
 
 def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) -> list[dict]:
-    _, mb, store = make_store("10MB")  # a few adapters
+    _, mb, store = make_store("10MB")  # room for a few adapters
     store.register_folder(root)
     ids = iter(random.Random(0).sample(range(count), min(count, samples + 20 + rounds * len(present) * 20)))
 
     def timed(run: Callable[[], object]) -> tuple[float, float]:
-        """Seconds on the clock, and of the CPU on all threads."""
+        """Measure wall-clock time and CPU time of all threads, in seconds."""
         begin, cpu = time.perf_counter(), time.process_time()
         run()
         return time.perf_counter() - begin, time.process_time() - cpu
@@ -195,7 +197,7 @@ def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) 
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Time over the number of adapters."""
+    """Plot times by number of adapters."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for what, label in (
         ("load_adapter", "PEFT's load_adapter, by adapters present"),
@@ -219,9 +221,9 @@ def main(
     count: int = 10_000,
     rounds: int = 5,
     samples: int = 200,
-    present: str = typer.Option("1,100,1000", help="adapters beside which PEFT loads another one"),
-    loads: int = typer.Option(5, help="how often it does"),
-    commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
+    present: str = typer.Option("1,100,1000", help="numbers of adapters in the model when PEFT loads another one"),
+    loads: int = typer.Option(5, help="how often PEFT loads one"),
+    commit: str = typer.Option("", help="the measured commit; by default the checkout's"),
     out: Path = RESULTS / "store.csv",
 ):
     torch.set_num_threads(1)

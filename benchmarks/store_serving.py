@@ -1,27 +1,29 @@
-"""An adapter store under continuous batching on a GPU: 10,000 adapters registered, 64 on the device. Some minutes.
+"""Benchmark an adapter store in continuous batching on a GPU: 10,000 adapters registered, 64 on the device.
+
+It takes some minutes.
 
     python benchmarks/store_serving.py               # results/store_serving.csv and .png beside this script
     python benchmarks/store_serving.py --tiny        # the same on a CPU in a minute, to see it run
 
-Llama-8B-shaped with 8 of its 32 layers, random weights, bfloat16; adapters of rank 16 on all seven projections, 21 MB
-in bfloat16, which the store keeps as they are (``dtype="file"``). Of the 10,000 folders, 1,000 have weights of their
-own and the others are hard links to them; every folder is an adapter with memory of its own. Host memory has room for
-512 of them, device memory for 16, 64 or 128.
+The model has the shape of Llama 8B with 8 of its 32 layers and random weights in bfloat16; adapters have rank 16 on
+all seven projections, 21 MB in bfloat16, which the store keeps as they are (``dtype="file"``). Of the 10,000 folders,
+1,000 have different weights and the others are hard links to them; every folder is an adapter with its own memory.
+Host memory has room for 512 of them, device memory for 16, 64 or 128.
 
-- ``throughput``: streams of requests for adapters under Zipf's law with the exponent 1 over 10,000, evenly over 1,000,
-  and evenly over 10,000; all requests are there at once, prompts of 16 to 128 tokens and 64 new ones. Every round has
-  requests of its own. ``of resident`` compares with a session in which device memory has room for all adapters of a
-  round, all of which were loaded before it began: the same requests, the same adapters, the same settings. ``64 in
-  use`` is another baseline: the same requests under 64 adapters (the name's number modulo 64), all resident.
-- ``first token``: time until the first token of one request at a time, beside 16 that run, whose adapter is on the
-  device, in host memory, in a file that the operating system has in memory, or in one that it hasn't (written out and
-  dropped with ``posix_fadvise``).
-- ``step``: time between tokens of 16 requests under pinned adapters, while nothing is loaded, while adapters come from
-  host memory to the device one after the other, and while they come from files; nobody asks for these.
+- ``throughput``: streams of requests whose adapters follow Zipf's law with exponent 1 over 10,000, or are uniform over
+  1,000 or 10,000; all requests are queued at the start, with prompts of 16 to 128 tokens and answers of 64. Every
+  round has different requests. ``of resident`` compares with a session with device memory for all adapters of a round,
+  loaded before it starts, with the same requests, adapters and settings. ``64 in use`` is another baseline: the same
+  requests for 64 adapters (the name's number modulo 64), all resident.
+- ``first token``: time to the first token of one request at a time, next to 16 running ones, with its adapter on the
+  device, in host memory, in a file in the page cache, or in a file that isn't (written out and dropped with
+  ``posix_fadvise``).
+- ``step``: time between tokens of 16 requests for pinned adapters, while nothing is loaded, while adapters are copied
+  from host memory to the device one after the other, and while they are read from files; no request uses these.
 
-CUDA graphs are counted as they are captured: sessions begin with rounds that aren't timed, until one captures none.
-Before anything is timed, rows of a mixed batch must be as near to those of PEFT's ``load_adapter`` as bfloat16 allows,
-and first tokens of continuous batching among its most likely ones.
+Sessions start with rounds that aren't timed, until a round captures no CUDA graph. Before anything is timed, rows of a
+mixed batch must match those of PEFT's ``load_adapter`` to the precision of bfloat16, and first tokens of continuous
+batching must be among PEFT's most likely ones.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ console = Console(width=130)
 
 
 class Sizes:
-    """What is measured: as the top of this file says, or a tiny version of it."""
+    """The workload described at the top of this file, or a tiny version of it."""
 
     def __init__(self, is_tiny: bool, attention: str) -> None:
         self.is_tiny = is_tiny
@@ -90,7 +92,7 @@ class Sizes:
         self.running_tokens = 150 if is_tiny else 1500
         self.step_seconds = 0.4 if is_tiny else 1.5
         self.attention = attention
-        self.bytes = 0  # of an adapter in memory
+        self.bytes = 0  # size of an adapter in memory
 
 
 # Adapters.
@@ -104,7 +106,7 @@ def build(sizes: Sizes) -> LlamaForCausalLM:
 
 
 def write_adapters(sizes: Sizes, root: Path) -> None:
-    """Files of the same header and configuration, each with random weights of its own, and links to them."""
+    """Write files with the same header and configuration and different random weights, and links to them."""
     config = LoraConfig(r=sizes.rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=sizes.layers, **sizes.model))
@@ -117,7 +119,7 @@ def write_adapters(sizes: Sizes, root: Path) -> None:
     factors = torch.empty((len(raw) - end) // 2, device=sizes.device)
     for key, entry in entries.items():
         start, stop = (each // 2 for each in entry["data_offsets"])
-        # logits have to stay in the range in which bfloat16 tells adapters apart
+        # keeps logits in a range in which bfloat16 can distinguish adapters
         factors[start:stop] = 0.02 if ".lora_B." in key else entry["shape"][1] ** -0.5
     text = (root / "0" / CONFIG).read_bytes()
     lock = threading.Lock()
@@ -145,7 +147,7 @@ def write_adapters(sizes: Sizes, root: Path) -> None:
 
 @torch.no_grad()
 def check(sizes: Sizes, model: Any, root: Path) -> None:
-    """Hold a mixed batch, and first tokens of continuous batching, to what PEFT gives."""
+    """Compare a mixed batch, and first tokens of continuous batching, with PEFT."""
     prompts = torch.randint(1, sizes.model["vocab_size"] - 1, (8, 24), generator=torch.Generator().manual_seed(3))
     prompts = prompts.to(sizes.device)
     plain = model(prompts).logits[:, -1].float()
@@ -156,7 +158,7 @@ def check(sizes: Sizes, model: Any, root: Path) -> None:
         peft.unload()
     wanted = torch.cat(theirs)
     names = [str(number) for number in range(8)]
-    mb = peft_multibatch.enable(model)  # in older transformers, a model that is served can't be called
+    mb = peft_multibatch.enable(model)  # older versions of transformers can't call a model during continuous batching
     stored(sizes, mb, root, 8)
     ours = model(prompts, adapter_ids=names).logits[:, -1].float()
     mb.disable()
@@ -164,7 +166,7 @@ def check(sizes: Sizes, model: Any, root: Path) -> None:
         tokens = finish(manager, manager.add_requests(prompts.tolist(), adapter_ids=names))
         assert len(store) == sizes.registered
     error, effect = (float((each - wanted).norm() / wanted.norm()) for each in (ours, plain))
-    # in bfloat16 the most likely tokens may change places; those of other weights are far below
+    # bfloat16 may swap the most likely tokens; with wrong weights, tokens would be far less likely
     behind, others = (
         float(((wanted.max(-1).values - wanted[range(8), first]) / wanted.std(-1)).max())
         for first in ([each[0] for each in tokens], plain.argmax(-1).tolist())
@@ -174,17 +176,17 @@ def check(sizes: Sizes, model: Any, root: Path) -> None:
         f"first tokens are up to {behind:.3f} deviations behind PEFT's, those of the base model {others:.3f}"
     )
     if not (error < 0.03 < 0.1 < effect and behind < 0.1 < others):  # two roundings of bfloat16 are this far apart
-        raise SystemExit("nothing is timed")
+        raise SystemExit("results differ from PEFT, so nothing is timed")
 
 
 # Sessions.
 
 
 def stored(sizes: Sizes, mb: Any, root: Path, room: int) -> Any:
-    """A store with room for so many adapters where the model computes."""
+    """Create a store with device memory for ``room`` adapters."""
     block = sizes.bytes * 9 // 8 + 4096  # size classes are at most an eighth larger
     host = room if sizes.device == "cpu" else sizes.host
-    # whoever ends and whoever begins in a step have a slot each
+    # requests that end and requests that start in the same step need separate slots
     store = mb.adapter_store(host * block, room * block, dtype="file", slots=4 * sizes.places, timeout=300)
     begin = time.perf_counter()
     registered = store.register_folder(root)
@@ -194,7 +196,7 @@ def stored(sizes: Sizes, mb: Any, root: Path, room: int) -> Any:
 
 @contextmanager
 def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[Any, Any]]:
-    """A store with room for so many adapters where the model computes, and a manager."""
+    """Create a store with device memory for ``room`` adapters, and a manager."""
     mb = peft_multibatch.enable(model)
     store = stored(sizes, mb, root, room)
     config = ContinuousBatchingConfig(
@@ -215,7 +217,7 @@ def serving(sizes: Sizes, model: Any, root: Path, room: int) -> Iterator[tuple[A
 
 
 def streams(sizes: Sizes) -> dict[str, Callable[[int], list[int]]]:
-    """Numbers of adapters for the requests of a round."""
+    """Return the streams, which draw the adapters of a round's requests."""
     cumulative = list(itertools.accumulate(1 / rank for rank in range(1, sizes.registered + 1)))
     order = list(range(sizes.registered))
     random.Random(7).shuffle(order)
@@ -243,7 +245,7 @@ def prompts_of(sizes: Sizes, seed: int) -> list[list[int]]:
 
 
 def play(sizes: Sizes, manager: Any, numbers: list[int], seed: int) -> float:
-    """Seconds that a round takes."""
+    """Run a round and return its time in seconds."""
     prompts = prompts_of(sizes, seed)
     begin = time.perf_counter()
     finish(manager, manager.add_requests(prompts, adapter_ids=[str(number) for number in numbers]))
@@ -251,7 +253,7 @@ def play(sizes: Sizes, manager: Any, numbers: list[int], seed: int) -> float:
 
 
 def make_resident(store: Any, numbers: list[int]) -> None:
-    """Load adapters, and wait until they are there."""
+    """Load adapters and wait for them."""
     ids = [store._names.ids[str(number)] for number in dict.fromkeys(numbers)]
     while not all(map(store.is_loaded, ids)):
         store.prefetch(*(str(number) for number in numbers))
@@ -265,14 +267,14 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
     for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
         with serving(sizes, model, root, room) as (store, manager):
             quiet = 0
-            for number in range(10):  # until two rounds have captured nothing
+            for number in range(10):  # until two rounds capture nothing
                 before = len(captured)
                 draw = list(kinds.values())[number % len(kinds)]
                 play(sizes, manager, draw(1000 + number), 1000 + number)
                 quiet = quiet + 1 if len(captured) == before else 0
                 if number >= len(kinds) - 1 and quiet == 2:
                     break
-            console.print(f"{way}: {len(captured)} graphs captured before anything is timed")
+            console.print(f"{way}: {len(captured)} graphs captured before timing")
             for name, draw in kinds.items():
                 for label, change in ((way, lambda each: each), (IN_USE, lambda each: each % sizes.in_use)):
                     if label == IN_USE and way != RESIDENT:
@@ -309,7 +311,7 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
 
 
 class Running:
-    """Requests under pinned adapters that run for as long as they are needed; when each of their tokens came."""
+    """Requests for pinned adapters that run as long as needed, with the times of their tokens."""
 
     def __init__(self, sizes: Sizes, store: Any, manager: Any) -> None:
         self.sizes, self.manager = sizes, manager
@@ -379,13 +381,13 @@ def percentile(values: list[float], part: float) -> float:
 
 def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
     records = []
-    fresh = iter(range(sizes.running, sizes.different))  # files that nobody has read
+    fresh = iter(range(sizes.running, sizes.different))  # files that haven't been read yet
 
     def some(count: int) -> list[int]:
         return list(itertools.islice(fresh, count))
 
     with serving(sizes, model, root, room) as (store, manager):
-        play(sizes, manager, [each % sizes.running for each in range(sizes.requests)], 0)  # captures its graphs
+        play(sizes, manager, [each % sizes.running for each in range(sizes.requests)], 0)  # captures graphs
         places = {"device": some(sizes.probes), "host": some(sizes.probes), "file": [], "file, dropped": []}
         places["file"], places["file, dropped"] = some(sizes.probes), some(sizes.probes)
         if sizes.device == "cpu":
@@ -395,7 +397,7 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
         found: dict[str, list[float]] = {place: [] for place in places}
         for each in places.get("host", []):
             make_resident(store, [each])
-        make_resident(store, fillers[: room - sizes.running])  # which drive them out of the device's memory
+        make_resident(store, fillers[: room - sizes.running])  # evicts the others from device memory
         for each in places["file"]:
             (root / str(each) / WEIGHTS).read_bytes()
         for each in places["file, dropped"]:
@@ -406,7 +408,7 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
                 if index == 0:
                     warm_up = len(captured)
                 for place, numbers in places.items():
-                    number = numbers[index]  # the first two aren't counted, and are where they were put no more
+                    number = numbers[index]  # the first two are warmup
                     if index < 0:
                         number = sizes.registered - 1 - index
                     if place == "device" or index < 0:
@@ -421,7 +423,7 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
                     if index >= 0:
                         found[place].append(output.timestamps[0] - output.created_time)
                 if running.has_ended:
-                    raise SystemExit("the requests beside which first tokens are timed ended too early")
+                    raise SystemExit("the background requests ended before all first tokens were timed")
         for place, values in found.items():
             records.append({
                 "what": "first token", "way": place, "room": room, "requests": len(values),
@@ -436,7 +438,7 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
 
 
 def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
-    """Time between tokens of those that run, while adapters are loaded that nobody asks for."""
+    """Measure the time between tokens of running requests while unrelated adapters are loaded."""
     in_host = list(range(sizes.running, sizes.running + min(sizes.host - sizes.running, 3 * room)))
     if sizes.device == "cuda":
         for start in range(0, len(in_host), 8):
@@ -484,7 +486,7 @@ def plot(records: list[dict], path: Path) -> None:
         rates.plot([each["room"] for each in mine], [each["of resident"] for each in mine], "o-", label=stream)
     rates.axhline(1, color="gray", linestyle=":")
     rates.set(
-        xlabel="adapters for which the device has room", ylabel="tokens per second, of all resident", ylim=(0, None)
+        xlabel="adapters that fit on the device", ylabel="tokens per second, relative to all resident", ylim=(0, None)
     )
     rates.legend(fontsize=8)
     for axis, what, label in ((firsts, "first token", "ms to the first token"), (gaps, "step", "ms between tokens")):
@@ -505,12 +507,12 @@ def main(
     rounds: int = 2,
     tiny: bool = typer.Option(False, "--tiny"),
     attention: str = "",
-    only: Annotated[str, typer.Option(help="how the names of the streams begin that are measured")] = "",
-    folder: Annotated[Path | None, typer.Option(help="where adapters are written; temporary files by default")] = None,
+    only: Annotated[str, typer.Option(help="measure only streams whose names start with this")] = "",
+    folder: Annotated[Path | None, typer.Option(help="folder for the adapters; by default a temporary one")] = None,
     out: Path = RESULTS / "store_serving.csv",
-    commit: str = typer.Option("", help="the commit that is measured; that of the checkout where it isn't given"),
+    commit: str = typer.Option("", help="the measured commit; by default the checkout's"),
 ) -> None:
-    """Measure throughput for each of ROOMS, then first tokens and steps with room for 64."""
+    """Measure throughput for each of ROOMS, then times to the first token and of steps with room for 64."""
     if torch.cuda.is_available():
         torch.cuda.CUDAGraph.capture_begin = counted
     sizes = Sizes(tiny, attention)

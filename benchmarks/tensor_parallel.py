@@ -1,10 +1,11 @@
-"""Tensor parallelism over GPUs: decode step and ``generate``, a mixed batch against the base model, both split alike.
+"""Benchmark tensor parallelism: decode step and ``generate`` of a mixed batch against the base model on the same GPUs.
 
     torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py    # results/tensor_parallel.csv beside this script
 
-The model of end_to_end.py: Llama-8B-shaped, 8 of its 32 layers, random weights, bfloat16, adapters of rank 16 on all
-seven projections. Before anything is timed, the logits of the mixed batch must be as near to PEFT's, one adapter at a
-time on the same split model, as bfloat16 allows. Rounds alternate between the base model and the mixed batch.
+The model is that of end_to_end.py: the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and
+adapters of rank 16 on all seven projections. Before anything is timed, the logits of the mixed batch must match
+PEFT's, one adapter at a time on the same split model, to the precision of bfloat16. Rounds alternate between the base
+model and the mixed batch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def load(folder: Path) -> LlamaForCausalLM:
 
 
 def build(num_adapters: int, rank: int, layers: int, sizes: dict[str, int]) -> tuple[LlamaForCausalLM, PeftModel]:
-    """The base model and a model of its own with adapters, both split over the ranks."""
+    """Build the base model and a separate model with adapters, both split over the ranks."""
     shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(shared)
     folder = Path(shared[0])
@@ -52,18 +53,18 @@ def build(num_adapters: int, rank: int, layers: int, sizes: dict[str, int]) -> t
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
     lora = LoraConfig(r=rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
-    torch.manual_seed(0)  # PEFT makes every rank alike only where it initialises adapters itself
+    torch.manual_seed(0)  # PEFT synchronizes ranks only for adapters that it initializes itself
     model = get_peft_model(other, lora, adapter_name="adapter0", autocast_adapter_dtype=False)
     for index in range(1, num_adapters):
         model.add_adapter(f"adapter{index}", lora, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(0.1)  # of the size of a trained adapter's, so that logits stay in range
+            parameter.data.mul_(0.1)  # the scale of trained adapters, so that logits stay in range
     return base, model.eval()
 
 
 def correct(base: LlamaForCausalLM, model: PeftModel, prompt: torch.Tensor, names: list[str]) -> tuple[float, float]:
-    """Relative distance of our logits from PEFT's, one adapter at a time, and of the base model's; of a few rows."""
+    """Return the relative distances of our logits and of the base model's from PEFT's, on a few rows."""
     found = []
     rows = range(0, len(names), max(1, len(names) // 4))
     for row in rows:
@@ -89,7 +90,7 @@ def main(
     out: Path = RESULTS / "tensor_parallel.csv",
     commit: str = "",
 ) -> None:
-    """Time a decode step, `generate` and prefill of both."""
+    """Time a decode step, `generate` and prefill of the mixed batch and the base model."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
@@ -103,12 +104,12 @@ def main(
     if dist.get_rank() == 0:
         console.print(f"{batch}:{adapters}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
     if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
-        raise SystemExit("nothing is timed")
+        raise SystemExit("results differ from PEFT, so nothing is timed")
     peft_multibatch.enable(model)
     ways = {BASE: calls(base, prompt, wide), OURS: calls(model, prompt, wide, adapter_ids=names)}
     measures = list(ways[BASE])
     times: dict[tuple[str, str], list[float]] = {(way, measure): [] for way in ways for measure in measures}
-    for index in range(rounds + 1):  # the first warms up
+    for index in range(rounds + 1):  # the first is warmup
         for measure in measures:
             for way, runs in ways.items():
                 dist.barrier()

@@ -1,13 +1,13 @@
-"""A training step of many adapters against PEFT: one adapter over the whole batch, and one adapter at a time.
+"""Benchmark a training step of many adapters against PEFT, with one adapter for the whole batch and one at a time.
 
     python benchmarks/training.py                      # on a GPU: results/training.csv and .png beside this script
     python benchmarks/training.py --device cpu         # results/training_cpu.csv; with OMP_NUM_THREADS=1 by CPU time
     python benchmarks/training.py --dropout 0.1 --out benchmarks/results/training_dropout.csv
 
-Llama-8B-shaped with 8 of its 32 layers, random weights in bfloat16 (on a CPU: hidden size 512, float32), adapters of
-rank 16 on all seven projections, in float32, which is PEFT's default, or as the base model. A step is forward, loss
-and backward; what the optimizer does is the same work however gradients were made. Before anything is timed, the
-gradients of the mixed step must be those of PEFT, one adapter at a time; with dropout, in eval mode.
+The model has the shape of Llama 8B with 8 of its 32 layers and random weights in bfloat16 (on a CPU: hidden size 512,
+float32). Adapters have rank 16 on all seven projections, in float32, PEFT's default, or in the base model's dtype. A
+step is forward, loss and backward; the optimizer's work is the same for all methods. Before anything is timed, the
+gradients of the mixed step must match PEFT's, one adapter at a time; with dropout, in eval mode.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ POINTS = {"cuda": "8:1:512,32:1:256,8:4:512", "cpu": "8:1:64,8:2:32,16:1:32,4:4:
 
 
 class Steps:
-    """The ways in which a batch of several adapters is trained.
+    """The methods of training a batch with several adapters.
 
     Args:
-        model: with at least this many adapters, ``adapter0`` and on.
-        adapters: how many the batch has.
-        rows: samples of each.
-        tokens: of each sample.
+        model: a model with at least this many adapters, ``adapter0`` and so on.
+        adapters: number of adapters in the batch.
+        rows: number of samples per adapter.
+        tokens: number of tokens per sample.
     """
 
     def __init__(self, model: PeftModel, adapters: int, rows: int, tokens: int) -> None:
@@ -63,7 +63,7 @@ class Steps:
         self._rows = rows
 
     def loss(self, ids: Tensor, **options: list[str]) -> Tensor:
-        """Summed over tokens, so that one adapter's gradients don't depend on who else is there."""
+        """Compute the loss, summed over tokens so that an adapter's gradients don't depend on the others."""
         logits = self.model(input_ids=ids, use_cache=False, **options).logits
         labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
@@ -82,7 +82,7 @@ class Steps:
         self.model.set_adapter("adapter0")
 
     def ready(self, way: str) -> Callable[[], None]:
-        """Make the model ready for a way, and give its step."""
+        """Prepare the model for a method, and return the method's step."""
         peft_multibatch.disable(self.model)
         if way == OURS:
             peft_multibatch.enable(self.model)
@@ -114,7 +114,7 @@ class Steps:
         return clock() - begin
 
     def peak(self, step: Callable[[], None]) -> float:
-        """GB beside what is there before the step."""
+        """Measure the memory that a step adds, in GB."""
         self.clear()
         gc.collect()
         torch.cuda.empty_cache()
@@ -126,7 +126,7 @@ class Steps:
         return found
 
     def launches(self, names: list[str]) -> int:
-        """Kernels and copies of a mixed step, which like one that is timed begins without gradients."""
+        """Count kernels and copies of a mixed step, which starts without gradients, like timed steps."""
         self.mixed(names)
         self.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -143,7 +143,7 @@ class Steps:
 def build(
     num_adapters: int, rank: int, layers: int, device: str, dtype: torch.dtype, is_float32: bool, dropout: float
 ) -> PeftModel:
-    """A model with adapters of the size that trained ones have, in float32 or in the dtype of the base model."""
+    """Build a model with adapters at the scale of trained ones, in float32 or in the base model's dtype."""
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, eos_token_id=None, pad_token_id=0, **SIZES[device])
     with torch.device(device):
@@ -163,7 +163,7 @@ def build(
 
 
 def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float | str]:
-    """Times in milliseconds, and ratios as medians of those of a round; within one every way has its turn."""
+    """Return times in milliseconds and median ratios within rounds; every round runs each method once."""
     times: dict[str, list[float]] = {way: [] for way in (OURS, ONE, ALONE)}
     found: dict[str, float | str] = {}
     for number in track(range(rounds + 1), description="rounds", console=console):
@@ -231,7 +231,7 @@ def main(
             point = f"{adapters}:{rows}:{tokens}"
             console.print(f"{point}, adapters in {dtype}: error of the gradients against PEFT {error:.2e}")
             if not error < (0.05 if device == "cuda" else 1e-4):
-                raise SystemExit("nothing is timed")
+                raise SystemExit("results differ from PEFT, so nothing is timed")
             record = {"point": point, "adapter dtype": dtype} | measure(steps, rounds, repeats)
             if device == "cuda":
                 steps.ready(OURS)

@@ -1,16 +1,16 @@
-"""A file of prompts, each with its adapter, completed by as many processes as there are GPUs.
+"""Complete a file of prompts, each with its adapter, with one process per GPU.
 
     accelerate launch --num_processes 2 examples/accelerate_generate.py --input prompts.jsonl --out answers.jsonl \\
         --model path/to/model --adapter sql=path/to/sql --adapter poet=path/to/poet
     python examples/accelerate_generate.py    # a trial: the demo's model and prompts, compared with PEFT
 
 A line of the input is `{"prompt": "LOVE, n.", "adapter": "devil"}`, where null stands for the base model; other keys
-are kept. Without `--model` it is SmolLM2-135M with the three adapters of the demo. On a machine without GPUs, start
+are kept. Without `--model`, it uses SmolLM2-135M with the demo's three adapters. On a machine without GPUs, start
 processes with `accelerate launch --multi_gpu --num_processes 2`: given `--cpu`, accelerate starts only one.
 
-Every process appends the rows that it finished to a file of its own in OUT.partial. After an interruption the same
-command, with any number of processes, does what is missing. At the end the first process writes OUT, in the order of
-the input; OUT.job.json says what made it. All processes must see these files, on several machines as well.
+Every process appends its finished rows to its own file in OUT.partial. After an interruption, run the same command
+again, with any number of processes, to complete the missing rows. At the end the first process writes OUT, in the
+order of the input; OUT.job.json records the settings. All processes, even on different machines, must see these files.
 """
 
 import fcntl
@@ -38,42 +38,42 @@ from peft_multibatch.demo.run import ADAPTERS, PROMPTS
 
 
 def state_of(path: str) -> Any:
-    """What shows that a model or adapter on the disk was changed."""
-    if not path or not Path(path).is_dir():  # nothing stands for the demo's model, not for this folder
+    """Return a value that changes when a model or adapter on disk is modified."""
+    if not path or not Path(path).is_dir():  # an empty path stands for the demo's model, not the current folder
         return path
     stats = {file.name: file.stat() for file in sorted(Path(path).iterdir()) if file.is_file()}
     return [path, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())]
 
 
 def begin(job: dict[str, Any], out: Path) -> Path:
-    """Write down what the job is, or check that what is there belongs to the same one. The folder for its parts."""
+    """Record the job's settings, or check that existing files belong to the same job; returns the folder for parts."""
     if not out.parent.is_dir():
-        raise SystemExit(f"--out {out}: expected a file in a folder that is there.")
+        raise SystemExit(f"--out {out}: expected a file in an existing folder.")
     note, parts = (out.with_name(out.name + ending) for ending in (".job.json", ".partial"))
     if note.exists():
         before = json.loads(note.read_text())
         differ = [key for key in job if before.get(key) != job[key]]
         if differ:
             raise SystemExit(
-                f"{note} is of a job that differs in: {', '.join(differ)}. Expected the same job, because its rows "
-                f"and new ones would be mixed. Choose another --out, or remove {note}, {parts} and {out}."
+                f"{note} belongs to a job that differs in: {', '.join(differ)}. Expected the same job, because old "
+                f"and new rows would be mixed. Choose another --out, or remove {note}, {parts} and {out}."
             )
     elif out.exists() or parts.exists():
         raise SystemExit(
-            f"{out if out.exists() else parts} is there, and no {note} that says what made it: expected neither. "
-            "Choose another --out, or remove it."
+            f"{out if out.exists() else parts} exists, but {note} with its settings doesn't: expected both or "
+            "neither. Choose another --out, or remove it."
         )
     else:
         replace(note, json.dumps(job, indent=1))
     if out.exists():
-        shutil.rmtree(parts, ignore_errors=True)  # where it was interrupted between the last two steps
+        shutil.rmtree(parts, ignore_errors=True)  # left if a run was interrupted between the last two steps
     else:
         parts.mkdir(exist_ok=True)
     return parts
 
 
 def finished(parts: Path) -> dict[int, str]:
-    """Completions by row, of all processes of all runs. A line that was cut off is no row."""
+    """Read the completions of all processes and runs, by row; incomplete lines are ignored."""
     found: dict[int, str] = {}
     for path in sorted(parts.glob("rank-*.jsonl")):
         for line in path.read_bytes().splitlines(keepends=True):
@@ -92,10 +92,10 @@ def missing_rows(requests: list[dict[str, Any]], found: dict[int, str]) -> list[
 
 
 def merge(requests: list[dict[str, Any]], parts: Path, out: Path) -> None:
-    """Write the output in the order of the input, and remove what it was put together from."""
+    """Write the output in the order of the input, and remove the parts."""
     found = finished(parts)
-    if missing := missing_rows(requests, found):  # where processes of an earlier run were still writing, too
-        raise SystemExit(f"{len(missing)} rows are missing. Start the same command again for them.")
+    if missing := missing_rows(requests, found):  # processes of an earlier run may still be writing
+        raise SystemExit(f"{len(missing)} rows are missing. Run the same command again to complete them.")
     answers = ({**row, "completion": found[index]} for index, row in enumerate(requests))
     replace(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     shutil.rmtree(parts, ignore_errors=True)
@@ -104,15 +104,15 @@ def merge(requests: list[dict[str, Any]], parts: Path, out: Path) -> None:
 
 @contextmanager
 def part_of(rank: int, parts: Path) -> Iterator[BinaryIO]:
-    """The file of one process, locked, without the line in which it was interrupted."""
+    """Open and lock the file of one process, after removing an incomplete last line."""
     path = parts / f"rank-{rank}.jsonl"
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(
-                f"{path} is being written by another process: expected one run of a job at a time. Wait until it has "
-                "ended."
+                f"{path} is being written by another process: expected one run of a job at a time. Wait until the "
+                "other one has finished."
             ) from None
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -127,7 +127,7 @@ def append(part: BinaryIO, rows: list[dict[str, Any]], completions: list[str]) -
 
 
 class Progress:
-    """Rows that all processes have finished, for the bar of the main process; reads only what is new."""
+    """The main process's progress bar over the rows of all processes; reads only new lines."""
 
     def __init__(self, parts: Path, total: int) -> None:
         self.parts, self.read = parts, dict[Path, int]()
@@ -146,7 +146,7 @@ class Progress:
         return new
 
     def wait(self, patience: float) -> None:
-        """Until all rows are there. Other processes may be slower, but not stand still."""
+        """Wait until all rows are finished, as long as the other processes make progress."""
         last = time.monotonic()
         while self.bar.n < self.bar.total:
             time.sleep(0.2)
@@ -154,23 +154,23 @@ class Progress:
                 last = time.monotonic()
             elif time.monotonic() - last > patience:
                 raise SystemExit(
-                    f"{self.bar.total - self.bar.n} rows of other processes are missing, and none came for "
-                    f"{patience:g} seconds. Start the same command again for them, with a larger --patience if a "
-                    "batch takes longer."
+                    f"{self.bar.total - self.bar.n} rows of other processes are missing, and none was finished within "
+                    f"{patience:g} seconds. Run the same command again to complete them, with a larger --patience if "
+                    "a batch takes longer."
                 )
         self.bar.close()
 
 
 def in_shares(rows: list[dict[str, Any]], processes: int, group_by_adapter: bool) -> list[dict[str, Any]]:
-    """Rows in an order whose equal parts are the processes' shares: long prompts first, or adapter by adapter."""
-    rows = sorted(rows, key=lambda row: -len(row["prompt"]))  # memory that doesn't suffice shows at once
+    """Sort rows so that equal slices are the processes' shares: long prompts first, or grouped by adapter."""
+    rows = sorted(rows, key=lambda row: -len(row["prompt"]))  # longest first, to run out of memory early if at all
     if group_by_adapter:
         return sorted(rows, key=lambda row: row["adapter"])
     return [row for rank in range(processes) for row in rows[rank::processes]]
 
 
 def trial_files() -> tuple[Path, Path]:
-    """The demo's prompts as an input, and a place for the output."""
+    """Write the demo's prompts to an input file; returns its path and one for the output."""
     folder = Path(tempfile.mkdtemp())
     rows = ({"prompt": prompt, "adapter": None if name == "__base__" else name} for name, prompt in PROMPTS)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -181,12 +181,12 @@ def main(
     input: Path | None = None,
     out: Path | None = None,
     model: str = "",
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH, once for every adapter")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH; repeatable")] = None,
     dtype: str = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    group_by_adapter: Annotated[bool, typer.Option("--group-by-adapter", help="fewer adapters in a batch")] = False,
-    patience: Annotated[float, typer.Option(help="seconds to wait for a sign of other processes")] = 1800,
+    group_by_adapter: Annotated[bool, typer.Option("--group-by-adapter", help="fewer adapters per batch")] = False,
+    patience: Annotated[float, typer.Option(help="seconds to wait for progress of other processes")] = 1800,
     cpu: Annotated[bool, typer.Option("--cpu")] = False,
 ) -> None:
     """Complete the prompts of INPUT, each with its adapter, into OUT."""
@@ -197,7 +197,7 @@ def main(
     adapters = named_paths(adapter or [f"{name}={ADAPTERS_DIR / name}" for name in ADAPTERS])
     state = PartialState(cpu=cpu or not torch.cuda.is_available())
 
-    # What is missing is decided once, by one process. From then on none waits in a collective for a peer that died.
+    # One process decides which rows are missing. After that, no collective could hang because a process died.
     plan: list[Any] = [None]
     if state.is_main_process:
         if input is None or out is None:
@@ -212,7 +212,7 @@ def main(
         }
         parts = begin(job, out)
         if out.exists():
-            print(f"{out} is finished: nothing to do")
+            print(f"{out} is complete: nothing to do")
         else:
             missing = missing_rows(requests, finished(parts))
             plan = [(parts, in_shares(missing, state.num_processes, group_by_adapter))]

@@ -1,10 +1,10 @@
-"""A stream of requests, most of them for the same few adapters, served by one model as they come.
+"""Serve a stream of requests, most of them for the same few adapters, with one model.
 
     python examples/continuous_batching.py --requests 64 --per-second 8 --new-tokens 32
 
-SmolLM2-135M and the three adapters of the demo. How often an adapter is asked for follows Zipf's law, requests come at
-random times, and all of them run in transformers' continuous batching. At the end three of the answers are compared
-with PEFT's own.
+It uses SmolLM2-135M and the demo's three adapters. Requests arrive at random times, the adapters' popularity follows
+Zipf's law, and all requests run in transformers' continuous batching. At the end, three answers are compared with
+PEFT.
 """
 
 import random
@@ -82,7 +82,7 @@ def main(requests: int = 18, per_second: float = 20, new_tokens: int = 8, seed: 
     produced = sum(len(output.generated_tokens) for output in outputs)
     console.print(f"{produced / seconds:.1f} new tokens per second on {device}")
     console.print(f"first token after {statistics.median(waits):.2f} s (median), {waits[-1]:.2f} s (slowest)")
-    table = Table("adapter", "requests", "tokens that ran, prompts included")
+    table = Table("adapter", "requests", "tokens processed, including prompts")
     for name, number in asked.most_common():
         table.add_row(name, str(number), str(served[name]))
     console.print(table)
@@ -100,7 +100,7 @@ def main(requests: int = 18, per_second: float = 20, new_tokens: int = 8, seed: 
             alone = model.generate(**call)
         assert alone[0, inputs["input_ids"].shape[1] :].tolist() == output.generated_tokens
         answer = tokenizer.decode(output.generated_tokens)
-        console.print(f"{texts[index]!r}, adapter {wanted[index]}: {answer!r}, as PEFT says", soft_wrap=True)
+        console.print(f"{texts[index]!r}, adapter {wanted[index]}: {answer!r} (matches PEFT)", soft_wrap=True)
 
 
 if __name__ == "__main__":

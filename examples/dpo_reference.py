@@ -1,10 +1,10 @@
-"""Direct preference optimization of two policies in one batch, with their references as rows of the same batch.
+"""Direct preference optimization (DPO) of two policies, with their references as rows of the same batch.
 
     python examples/dpo_reference.py
 
-A small Llama with random weights stands for yours. Each policy has its own preferences, and begins as a copy of its
-reference, which is another adapter and stays as it is: one forward runs a policy's chosen and rejected answers, and
-the same answers under its reference.
+A small Llama with random weights stands for yours. Each policy has its own preferences and starts as a copy of its
+reference, a separate adapter that isn't trained. One forward pass runs each policy's chosen and rejected answers, and
+the same answers with its reference.
 """
 
 import copy
@@ -36,7 +36,7 @@ for policy, reference in POLICIES.items():
         if f".{policy}." in name:
             parameters[name.replace(f".{policy}.", f".{reference}.")].data.copy_(parameter)
 
-# a prompt of four tokens and an answer; formal answers begin with tokens above 100, casual ones with tokens below
+# prompts of four tokens; answers of the formal style use tokens above 100, those of the casual style tokens below
 prompts = torch.randint(0, 200, (PAIRS, 4))
 high, low = torch.randint(100, 200, (PAIRS, LENGTH - 4)), torch.randint(0, 100, (PAIRS, LENGTH - 4))
 preferences = {"formal": (high, low), "casual": (low, high)}
@@ -44,13 +44,13 @@ answers = {name: [torch.cat([prompts, answer], 1) for answer in pair] for name, 
 
 
 def dpo_losses(policy_log_probs, reference_log_probs):
-    """The loss of every pair, of log-probabilities ``[chosen and rejected, pairs]``."""
+    """Compute the loss of every pair from log-probabilities ``[chosen and rejected, pairs]``."""
     ratios = policy_log_probs - reference_log_probs
     return -logsigmoid(BETA * (ratios[0] - ratios[1]))
 
 
 def log_probs(rows, **ids):
-    """Of the answers, without the prompts."""
+    """Compute the log-probabilities of the answers, without the prompts."""
     labels = rows.clone()
     labels[:, :4] = -100
     return -sample_losses(model(rows, **ids).logits, labels)[0]
@@ -67,15 +67,16 @@ for policy, reference in POLICIES.items():
 rows = torch.cat(rows)
 
 runs = {name: Run(lr=1e-3, max_grad_norm=1.0) for name in POLICIES}
-with AdapterOptimizer(model, runs) as optimizer:  # only the policies have gradients
+with AdapterOptimizer(model, runs) as optimizer:  # only the policies are trainable
     for _ in range(STEPS):
-        found = log_probs(rows, adapter_ids=ids).view(len(POLICIES), 2, 2, PAIRS)  # policy and reference, the pair
+        # policy or reference, chosen or rejected
+        found = log_probs(rows, adapter_ids=ids).view(len(POLICIES), 2, 2, PAIRS)
         losses = torch.cat([dpo_losses(one[0], one[1].detach()) for one in found])
         optimizer.loss(losses, torch.ones_like(losses), owners).backward()
         metrics = optimizer.step()
 
 model, trained = plain, model
-for policy, reference in POLICIES.items():  # PEFT and torch alone, one policy
+for policy, reference in POLICIES.items():  # the same with PEFT and torch, one policy at a time
     model.set_adapter(policy)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(own, lr=1e-3)
@@ -90,4 +91,4 @@ for policy, reference in POLICIES.items():  # PEFT and torch alone, one policy
         adamw.step()
         adamw.zero_grad()
     assert abs(metrics[policy]["loss"] - loss.item()) < 1e-4
-    print(f"{policy}: loss {metrics[policy]['loss']:.4f} after {STEPS} steps, from 0.6931 on, as PEFT says")
+    print(f"{policy}: loss {metrics[policy]['loss']:.4f} after {STEPS} steps, from 0.6931 (matches PEFT)")

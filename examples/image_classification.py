@@ -1,4 +1,4 @@
-"""A vision transformer: every image of a batch has its own adapter.
+"""Classify images with a vision transformer and an adapter per image.
 
     python examples/image_classification.py
 
@@ -41,4 +41,4 @@ with torch.no_grad():
             model.set_adapter(name)
             alone = model(pixel_values=images[row : row + 1]).logits[0]
         assert torch.allclose(alone, scores[row], atol=1e-5)
-        print(f"image {row}, adapter {name}: class {int(scores[row].argmax())}, as PEFT says for this image alone")
+        print(f"image {row}, adapter {name}: class {int(scores[row].argmax())} (matches PEFT)")

@@ -1,9 +1,9 @@
-"""Experts with adapters: every token meets its own sample's adapter inside the expert that it is routed to.
+"""Run adapters inside experts: every token uses its sample's adapter in the expert that it is routed to.
 
     python examples/mixture_of_experts.py
 
-A small Mixtral with random weights stands for yours. Experts keep their weights in one parameter, which PEFT adapts
-through `target_parameters`.
+A small Mixtral with random weights stands for yours. The experts' weights are one parameter, which PEFT adapts through
+`target_parameters`.
 """
 
 import torch
@@ -45,4 +45,4 @@ for row, name in enumerate(adapters):
     model.set_adapter(name)
     alone = model.generate(input_ids=prompts[row : row + 1], **options)[0, 8:]
     assert torch.equal(alone, answers[row])
-    print(f"prompt {row}, adapter {name}: {answers[row].tolist()}, as PEFT says for this prompt alone")
+    print(f"prompt {row}, adapter {name}: {answers[row].tolist()} (matches PEFT)")

@@ -1,8 +1,8 @@
-"""A data set says which adapter each of its prompts wants, and a pipeline answers them batch by batch.
+"""Run a pipeline over a dataset with a column for the adapter of each prompt.
 
     python examples/pipeline_with_dataset.py
 
-A small Llama with random weights and a tokenizer of 200 words stand for yours, a list of dictionaries for a
+A small Llama with random weights and a tokenizer of 200 words stand for yours, and a list of dictionaries stands for a
 `datasets.Dataset` with the same columns. The last batch is shorter than the others.
 """
 
@@ -47,7 +47,7 @@ mb = peft_multibatch.enable(model)
 answers = []
 for batch in DataLoader(requests, batch_size=2, collate_fn=list):
     with mb.batch([request["adapter"] for request in batch]):
-        # one batch of the pipeline is one call of the model, whose samples are those of the block
+        # a batch size equal to the number of ids makes the pipeline call the model once, with all samples
         found = generator([request["prompt"] for request in batch], batch_size=len(batch), **options)
     answers += [answer[0]["generated_text"] for answer in found]
 mb.disable()
@@ -60,4 +60,4 @@ for request, answer in zip(requests, answers):
         model.set_adapter(request["adapter"])
         alone = generator(request["prompt"], **options)[0]["generated_text"]
     assert alone == answer
-    print(f"{request['prompt']!r}, adapter {request['adapter']}: {answer!r}, as PEFT says for this prompt alone")
+    print(f"{request['prompt']!r}, adapter {request['adapter']}: {answer!r} (matches PEFT)")

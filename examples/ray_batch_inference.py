@@ -1,15 +1,15 @@
-"""A file of prompts, each with its adapter, completed by the workers of a Ray cluster.
+"""Complete a file of prompts, each with its adapter, on a Ray cluster.
 
     python examples/ray_batch_inference.py --input prompts.jsonl --out answers.jsonl --workers 8 --gpus-per-worker 1 \\
         --model path/to/model --adapter sql=path/to/sql --adapter poet=path/to/poet
     python examples/ray_batch_inference.py    # a trial: the demo's model and prompts, compared with PEFT
 
 A line of the input is `{"prompt": "LOVE, n.", "adapter": "devil"}`, where null stands for the base model; other keys
-are kept. Without `--model` it is SmolLM2-135M with the three adapters of the demo. The output is in the order of the
+are kept. Without `--model`, it uses SmolLM2-135M with the demo's three adapters. The output is in the order of the
 input and written at the end.
 
-Where RAY_ADDRESS names a cluster, or one runs on this machine, its workers do the work, and must see the model and
-the adapters; otherwise Ray begins one here. A worker that dies is started again by Ray, and so are its batches.
+If RAY_ADDRESS names a cluster, or one runs on this machine, it is used, and its workers must be able to read the model
+and the adapters; otherwise Ray starts one here. If a worker dies, Ray restarts it and its batches.
 """
 
 import json
@@ -28,11 +28,11 @@ from peft_multibatch.demo.run import ADAPTERS, PROMPTS
 
 
 RETRIES = 3
-"""Ray's own default is to begin again for ever, also with a batch for which the memory never suffices."""
+"""By default Ray retries forever, even a batch that never fits into memory."""
 
 
 class Writer:
-    """What every worker keeps: the model, its adapters and the tokenizer."""
+    """A worker, which keeps the model, its adapters and the tokenizer."""
 
     def __init__(self, model: str, adapters: dict[str, str], dtype: str, max_new_tokens: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a worker its own GPUs
@@ -49,7 +49,7 @@ class Writer:
 def answer(
     requests: list[dict[str, Any]], writer: dict[str, Any], workers: int, gpus_per_worker: float, batch_size: int
 ) -> list[dict[str, Any]]:
-    """The requests with their completions, in the same order."""
+    """Return the requests with their completions, in the same order."""
     rows = [
         {"row": index, "prompt": request["prompt"], "adapter": request["adapter"] or "__base__"}
         for index, request in enumerate(requests)
@@ -62,7 +62,7 @@ def answer(
         num_gpus=gpus_per_worker,
         max_task_retries=RETRIES,
     )
-    found = {row["row"]: row["completion"] for row in dataset.iter_rows()}  # in the order in which they are ready
+    found = {row["row"]: row["completion"] for row in dataset.iter_rows()}  # rows arrive in order of completion
     return [{**request, "completion": found[index]} for index, request in enumerate(requests)]
 
 
@@ -70,20 +70,20 @@ def main(
     input: Path | None = None,
     out: Path | None = None,
     model: str = "",
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH, once for every adapter")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH; repeatable")] = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_worker: Annotated[float, typer.Option(min=0)] = 0,
     dtype: str = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    compare: Annotated[bool, typer.Option("--compare", help="with PEFT, row by row, on this machine")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="compare with PEFT, row by row, on this machine")] = False,
 ) -> None:
     """Complete the prompts of INPUT, each with its adapter, into OUT."""
     trial = out is None
     if (input is None) != trial or bool(model) != bool(adapter) or (trial and model):
         raise SystemExit("expected --input with --out, and --model with --adapter, or none of them for a trial.")
     if out is not None and not out.parent.is_dir():
-        raise SystemExit(f"--out {out}: expected a file in a folder that is there.")
+        raise SystemExit(f"--out {out}: expected a file in an existing folder.")
     adapters = named_paths(adapter or [f"{name}={ADAPTERS_DIR / name}" for name in ADAPTERS])
     if input is None:
         requests = [{"prompt": text, "adapter": None if name == "__base__" else name} for name, text in PROMPTS[:4]]

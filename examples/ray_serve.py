@@ -1,14 +1,14 @@
-"""The server of `peft-multibatch serve` on a Ray cluster: requests go to a replica that has their adapter.
+"""Run the server of `peft-multibatch serve` on a Ray cluster, routing requests to replicas that have their adapter.
 
     python examples/ray_serve.py --model path/to/model --adapters path/to/adapters --replicas 4 --gpus-per-replica 1
-    python examples/ray_serve.py --trial    # two replicas of the demo's model on this machine, asked in turns
+    python examples/ray_serve.py --trial    # two replicas of the demo's model on this machine, and a few requests
 
-Every replica is a whole server: the base model, and whichever adapters it was asked for. Before them stands an ingress
-that reads a request's `model` and lets Ray Serve's router choose, which knows the adapters that replicas have loaded
-(Ray calls it multiplexing). A stream, an error or a client that leaves is what it is without Ray.
+Every replica is a complete server, with the base model and the adapters that it has been asked for. In front of them,
+an ingress reads a request's `model` and passes it to Ray Serve's router, which knows the adapters that each replica
+has loaded (Ray calls this multiplexing). Streams, errors and disconnects behave as without Ray.
 
-Where RAY_ADDRESS names a cluster, or one runs on this machine, that is where it runs, and its machines must see the
-model and the adapters; otherwise Ray begins one here. PEFT_MULTIBATCH_API_KEY is the key that clients need.
+If RAY_ADDRESS names a cluster, or one runs on this machine, it is used, and its machines must be able to read the
+model and the adapters; otherwise Ray starts one here. PEFT_MULTIBATCH_API_KEY is the key that clients need.
 """
 
 import asyncio
@@ -39,15 +39,15 @@ from peft_multibatch.serve.settings import Settings
 
 
 ADAPTERS_PER_REPLICA = 64
-"""That Ray's router remembers of a replica; what is in memory there is up to the adapter store."""
+"""Number of adapters that Ray's router remembers per replica; the adapter store decides which are in memory."""
 
 KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "root_path")
-"""Of ASGI's description of a request, what can be sent to another process."""
+"""Keys of the ASGI scope that can be sent to another process."""
 
 
-@serve.deployment(max_ongoing_requests=1000)  # the server has limits of its own, and says 429
+@serve.deployment(max_ongoing_requests=1000)  # the server has its own limits, and answers 429
 class Replica:
-    """A server without a socket: requests come, and answers go, as ASGI's messages."""
+    """A server without a socket, called with ASGI messages."""
 
     def __init__(self, model: str, dtype: str, settings: Settings) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a replica its own GPUs
@@ -65,11 +65,11 @@ class Replica:
 
     @serve.multiplexed(max_num_models_per_replica=ADAPTERS_PER_REPLICA)
     async def known(self, adapter: str) -> str:
-        """Called for adapters that are new to this replica, which Ray's router hears of."""
+        """Called for adapters that are new to this replica; tells Ray's router about them."""
         return adapter
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncGenerator[dict[str, Any], None]:
-        """ASGI's messages of a response. Closing the generator is a client that leaves."""
+        """Yield the ASGI messages of a response. Closing the generator counts as a disconnect."""
         adapter = serve.get_multiplexed_model_id()
         if adapter and await self._is_there(adapter):
             await self.known(adapter)
@@ -98,11 +98,11 @@ class Replica:
     async def _is_there(self, adapter: str) -> bool:
         try:
             return bool((await self.engine.catalog.find(adapter)).names)
-        except ApiError:  # whose answer is the server's
+        except ApiError:  # the server answers with this error
             return False
 
     def check_health(self) -> None:
-        """Ray starts a replica again when this raises."""
+        """Raise if the server is unhealthy, so that Ray restarts the replica."""
         problem = self.engine.problem()
         if problem is not None:
             raise RuntimeError(problem)
@@ -113,14 +113,14 @@ class Replica:
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class Ingress:
-    """Reads which adapter a request is about, and hands it to a replica."""
+    """Reads the adapter of a request, and passes it to a replica."""
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
         self.replicas = replicas.options(method_name="answer", stream=True)
         self.limit, self.base = int(settings.max_body_mb * 1e6), settings.model_names
 
     async def __call__(self, request: Request) -> Response:
-        """A replica's response, as it comes."""
+        """Stream a replica's response."""
         body = bytearray()
         async for part in request.stream():
             body += part
@@ -128,7 +128,7 @@ class Ingress:
                 return respond(ApiError(413, "The request's body is too large.", "body_too_large"))
         scope = {name: request.scope[name] for name in KEPT if name in request.scope}
         name = _model_of(body)
-        adapter = "" if name in self.base else name  # which every replica has
+        adapter = "" if name in self.base else name  # every replica has the base model
         messages = self.replicas.options(multiplexed_model_id=adapter).remote(scope, bytes(body))
         start = await anext(messages)
 
@@ -142,7 +142,7 @@ class Ingress:
 
 
 def _model_of(body: bytes | bytearray) -> str:
-    """What a request names as its model; nothing where it isn't one about a model."""
+    """Return the model that a request names, or an empty string."""
     try:
         found = json.loads(body)["model"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -159,7 +159,7 @@ def begin(
     cpus_per_replica: float,
     port: int,
 ) -> str:
-    """Start the server on the cluster, and return its URL when all replicas are ready."""
+    """Start the server on the cluster, and return its URL once all replicas are ready."""
     options = {"num_gpus": gpus_per_replica, "num_cpus": cpus_per_replica}
     behind = Replica.options(num_replicas=replicas, ray_actor_options=options).bind(model, dtype, settings)
     serve.start(http_options={"host": "127.0.0.1" if not settings.api_keys else "0.0.0.0", "port": port})
@@ -168,7 +168,7 @@ def begin(
 
 
 def try_it(url: str, adapters: list[str]) -> None:
-    """Ask every adapter twice, and print which replica answered."""
+    """Send two requests to every adapter, and print which replica answered."""
     for name in [MODEL_ID, *adapters, *adapters]:
         body = {"model": name, "prompt": "The night is long, and", "max_tokens": 12, "temperature": 0}
         headers = {"content-type": "application/json"}
@@ -176,19 +176,21 @@ def try_it(url: str, adapters: list[str]) -> None:
         with urllib.request.urlopen(request) as response:
             text = json.load(response)["choices"][0]["text"]
             print(f"{name}, by replica {response.headers['x-replica']}: {text!r}", flush=True)
-        time.sleep(1)  # the router hears of new adapters a moment later
+        time.sleep(1)  # the router learns about new adapters with a delay
 
 
 def main(
     model: str = "",
-    adapters: Annotated[Path | None, typer.Option(help="a folder whose folders are adapters")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="folder with one subfolder per adapter")] = None,
     replicas: Annotated[int, typer.Option(min=1)] = 2,
     gpus_per_replica: Annotated[float, typer.Option(min=0)] = 0,
     cpus_per_replica: Annotated[float, typer.Option(min=0)] = 1,
     dtype: str = "auto",
-    max_cache_tokens: Annotated[int | None, typer.Option(help="of each replica; found out where not given")] = None,
+    max_cache_tokens: Annotated[
+        int | None, typer.Option(help="per replica; by default determined by transformers")
+    ] = None,
     port: int = 8000,
-    trial: Annotated[bool, typer.Option("--trial", help="the demo's model, asked by this script")] = False,
+    trial: Annotated[bool, typer.Option("--trial", help="send requests to the demo's model")] = False,
 ) -> None:
     """Serve MODEL and ADAPTERS on a Ray cluster until Ctrl-C or SIGTERM."""
     if trial != (not model) or trial != (adapters is None):
@@ -198,7 +200,7 @@ def main(
     keys = tuple(filter(None, [os.environ.get("PEFT_MULTIBATCH_API_KEY")]))
     settings = Settings(adapters_dir=folder, model_names=names, api_keys=keys, max_cache_tokens=max_cache_tokens)
     path = os.path.abspath(model) if model and Path(model).exists() else model
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     ray.init()
     try:
         url = begin(path, dtype, settings, replicas, gpus_per_replica, cpus_per_replica, port)

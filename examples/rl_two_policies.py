@@ -1,11 +1,11 @@
-"""Reinforcement learning of two policies in one process: rollouts of both in one batch, then one step of both.
+"""Reinforcement learning of two policies in one process: rollouts of both in one batch, then a step for both.
 
     python examples/rl_two_policies.py
 
 A small Llama with random weights stands for yours. One policy is rewarded for even tokens, the other for odd ones.
-Rollouts come from continuous batching under the adapters that are being trained: a step changes the weights in place,
-and the next requests use them, without a copy or a reload. The loss is REINFORCE with the mean of a group of rollouts
-as the baseline, as in GRPO.
+Rollouts come from continuous batching with the adapters that are being trained: a step updates the weights in place,
+and the next requests use them, without copying or reloading. The loss is REINFORCE with the mean of a group of
+rollouts as the baseline, as in GRPO.
 """
 
 import torch
@@ -40,7 +40,7 @@ settings = GenerationConfig(max_new_tokens=NEW, do_sample=True, pad_token_id=0)
 history = {name: [] for name in REWARDS}
 
 runs = {"even": Run(lr=1e-2), "odd": Run(lr=2e-2)}
-cache = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)  # small, because the model is
+cache = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)  # enough for this small model
 batching = {"generation_config": settings, "continuous_batching_config": cache}
 with AdapterOptimizer(model, runs) as optimizer, mb.continuous_batching(**batching) as manager:
     for _ in range(STEPS):
@@ -73,4 +73,4 @@ for row, (name, rewards) in enumerate(history.items()):
     assert torch.equal(mixed[row : row + 1], alone)
     assert sum(rewards[-3:]) > sum(rewards[:3])
     tokens = alone[0, len(prompt) :].tolist()
-    print(f"{name}: reward {rewards[0]:.2f} → {rewards[-1]:.2f}, greedy tokens {tokens}, as PEFT says")
+    print(f"{name}: reward {rewards[0]:.2f} → {rewards[-1]:.2f}, greedy tokens {tokens} (matches PEFT)")

@@ -1,8 +1,8 @@
-"""A classification head per adapter: every text of a batch is judged by its own task.
+"""Classify texts with several tasks in one batch; every adapter has its own head.
 
     python examples/sequence_classification.py
 
-A small BERT with random weights stands for yours. Each adapter brings LoRA weights and a head (`modules_to_save`).
+A small BERT with random weights stands for yours. Each adapter has LoRA weights and a head (`modules_to_save`).
 """
 
 import torch
@@ -21,7 +21,7 @@ model = get_peft_model(BertForSequenceClassification(config), task, adapter_name
 model.add_adapter("mood", task)
 for name, parameter in model.named_parameters():
     if "modules_to_save.mood" in name:
-        torch.nn.init.normal_(parameter, std=0.1)  # as if it had been trained for something else
+        torch.nn.init.normal_(parameter, std=0.1)  # as if trained for another task
 model.eval()
 
 peft_multibatch.enable(model)
@@ -33,4 +33,4 @@ with torch.no_grad():
         model.set_adapter(name)
         alone = model(input_ids=texts[row : row + 1]).logits.argmax(-1)
         assert alone == label
-        print(f"text {row}, adapter {name}: label {int(label)}, as PEFT says for this text alone")
+        print(f"text {row}, adapter {name}: label {int(label)} (matches PEFT)")

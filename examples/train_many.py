@@ -1,11 +1,11 @@
-"""Three adapters of SmolLM2-135M trained in one run, each as if it had been trained alone.
+"""Train three adapters of SmolLM2-135M in one run, each with the same result as if trained alone.
 
     python examples/train_many.py --steps 200
     accelerate launch --num_processes 2 examples/train_many.py --steps 200
 
-Shakespeare, a dictionary and the Bible, of which tests/data/held_out has the beginnings; `examples/train_adapters.py
-prepare texts` fetches the whole texts. The adapters differ in rank, modules, learning rate and accumulation. OUT gets
-a folder for each of them, and checkpoints of all from which the run goes on if it is started again.
+The texts are Shakespeare, a dictionary and the Bible; tests/data/held_out has excerpts, and
+`examples/train_adapters.py prepare texts` fetches the whole texts. The adapters differ in rank, modules, learning rate
+and accumulation. OUT gets a folder per adapter, and checkpoints from which the run resumes if it is started again.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ SETTINGS = {
 def main(
     texts: Path = TEXTS, out: Path = Path("adapters"), steps: int = 100, rows: int = 2, length: int = 128
 ) -> None:
-    """Train on the files in TEXTS, ROWS rows of LENGTH tokens of every text in a batch."""
+    """Train on the files in TEXTS, with ROWS rows of LENGTH tokens of every text in a batch."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_model(device=device)
@@ -63,7 +63,7 @@ def main(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.exists() else None)
     trainer.save_model()
 
-    # what the mixed batches of evaluation say of an adapter is what PEFT says of it alone
+    # mixed batches in evaluation give each adapter the same loss as PEFT alone
     metrics = trainer.evaluate()
     for name, run in runs.items():
         model.set_adapter(name)
@@ -72,7 +72,7 @@ def main(
             alone = float(model(labels, labels=labels).loss)
         assert abs(metrics[f"eval_{name}_loss"] - alone) < 1e-3
         moved = trainer.optimizer.steps[name]
-        print(f"{name}: {moved} steps, held-out loss {alone:.3f}, as PEFT says, in {out / name}")
+        print(f"{name}: {moved} steps, held-out loss {alone:.3f} (matches PEFT), saved in {out / name}")
 
 
 if __name__ == "__main__":

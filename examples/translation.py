@@ -1,8 +1,8 @@
-"""An encoder-decoder: every sentence of a batch has its own adapter, beams included.
+"""Translate with an encoder-decoder, beam search and an adapter per sentence.
 
     python examples/translation.py
 
-A small T5 with random weights stands for yours. The encoder sees one row a sample, the decoder one a beam.
+A small T5 with random weights stands for yours. The encoder sees one row per sample, the decoder one per beam.
 """
 
 import torch
@@ -37,4 +37,4 @@ for row, name in enumerate(adapters):
     model.set_adapter(name)
     alone = model.generate(input_ids=sentences[row : row + 1], **options)[0]
     assert torch.equal(alone, translations[row])
-    print(f"sentence {row}, adapter {name}: {translations[row].tolist()}, as PEFT says for this sentence alone")
+    print(f"sentence {row}, adapter {name}: {translations[row].tolist()} (matches PEFT)")

@@ -1,4 +1,4 @@
-"""Asynchronous batching where there is no GPU: the order in which steps are prepared, run and seen is the host's."""
+"""Asynchronous batching on a CPU, with the order of a GPU: steps are prepared, run and read as there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 
 class NoStream:
-    """A stream, or an event, of a device that does everything at once."""
+    """A fake stream or event, for a device that runs everything immediately."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -18,7 +18,7 @@ class NoStream:
 
 @pytest.fixture
 def asynchronous(monkeypatch):
-    """Options with which the manager batches asynchronously."""
+    """Options that make the manager batch asynchronously."""
     if not torch.cuda.is_available():
         from transformers.generation.continuous_batching import input_outputs
 

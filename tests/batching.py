@@ -1,4 +1,4 @@
-"""Continuous batching in tests: its settings, prompts, what `generate` gives row by row, and what comes out."""
+"""Helpers for tests of continuous batching: settings, prompts, expected tokens and results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def settings(blocks=48, **options):
-    """A cache of blocks of 16 tokens; the field has another name in newer transformers."""
+    """A cache with blocks of 16 tokens; newer versions of transformers name the field differently."""
     fields = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     size = {"page_size" if "page_size" in fields else "block_size": 16}
     if "auto_switch_to_flash" in fields:
@@ -37,7 +37,7 @@ def prompts(number, longest=40):
 
 
 def row_by_row(model, inputs, entries, tokens=8):
-    """What `generate` gives every prompt by itself; tests/model/test_generate.py compares that with PEFT."""
+    """Generate for every prompt by itself; tests/model/test_generate.py compares this with PEFT."""
     return [
         model.generate(
             input_ids=torch.tensor([prompt], device=DEVICE),
@@ -50,7 +50,7 @@ def row_by_row(model, inputs, entries, tokens=8):
 
 
 def results(manager, number, timeout=60):
-    """The last output of each of that many requests."""
+    """Return the last output of each of ``number`` requests."""
     found, end = {}, time.monotonic() + timeout
     while len(found) < number and time.monotonic() < end:
         output = manager.get_result(timeout=1)

@@ -1,4 +1,4 @@
-"""A browser for tests of pages, where there is one."""
+"""Chromium for tests of web pages, if installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 
 @contextmanager
 def started() -> Iterator[Any]:
-    """Chromium without a window; the test is skipped where it isn't installed."""
+    """Start headless Chromium; skips the test if it isn't installed."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if BROWSER is None:
         pytest.skip("needs Chromium")
@@ -26,7 +26,7 @@ def started() -> Iterator[Any]:
 
 
 def listen(page: Any) -> list[str]:
-    """What goes wrong in a page from now on."""
+    """Return a list to which errors of a page are added."""
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

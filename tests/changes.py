@@ -1,4 +1,4 @@
-"""Adapters of all kinds, and what users do to their weights: change them, and spoil them."""
+"""Adapters of all kinds, and changes to their weights, valid and invalid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layers_of(model: PeftModel, name: str) -> list[LoraLayer]:
 
 
 def add(model: PeftModel | None, name: str, kind: str, seed: int) -> PeftModel:
-    """Add an adapter whose weights follow from the seed alone."""
+    """Add an adapter whose weights depend only on the seed."""
     if model is None:
         model = get_peft_model(base_model(), config(kind), name)
     else:
@@ -53,13 +53,13 @@ def add(model: PeftModel | None, name: str, kind: str, seed: int) -> PeftModel:
 
 @functools.cache
 def saved(kind: str, seed: int, folder: str) -> str:
-    """Folder of an adapter that was saved from another model."""
+    """Return the folder of an adapter saved from another model."""
     path = f"{folder}/{kind}-{seed}"
     add(None, "stored", kind, seed).save_pretrained(path)
     return f"{path}/stored"
 
 
-# What users do to the weights of one adapter in one layer.
+# Changes by users to the weights of one adapter in one layer.
 
 
 def write_in_place(layer, name, factor):
@@ -81,7 +81,7 @@ def replace_as_accelerate_does(layer, name, factor):
 
 
 def replace_modules(layer, name, factor):
-    """By modules of another rank."""
+    """Replace modules by ones of another rank."""
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     rank = a.shape[0] % 5 + 2
     layer.lora_A[name] = nn.Linear(a.shape[1], rank, bias=False, dtype=a.dtype)
@@ -118,7 +118,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-# What makes an adapter one that can't run.
+# Changes that make an adapter unable to run.
 
 
 def other_rank(layer, name):

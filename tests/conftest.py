@@ -1,4 +1,4 @@
-"""What every test starts from: fixed seeds, poisoned memory, no network."""
+"""Settings for all tests: fixed seeds, poisoned memory, no network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # xdist runs as many workers as there are cores, and tests start other processes
+os.environ["OMP_NUM_THREADS"] = "1"  # xdist runs one worker per core, and tests start other processes
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # where torch was imported before
+torch.set_num_threads(1)  # in case torch was imported before
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +29,13 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
-    """`torch.empty` and its relatives return NaN, so that an element nobody wrote can't pass for a zero."""
+    """Make `torch.empty` and its relatives return NaN, so that unwritten elements can't pass for zeros."""
 
     def poison(function):
         def poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
             if tensor.is_floating_point() and not tensor.is_meta:
-                with torch.no_grad():  # of a parameter as well
+                with torch.no_grad():  # the tensor may be a parameter
                     tensor.fill_(float("nan"))
             return tensor
 
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call():
-    """From transformers 5.24 on, adapters of models without a `PeftModel` ask for peft 0.22, which isn't released."""
+    """From transformers 5.24 on, adapters of models without a `PeftModel` need peft 0.22, which isn't released."""
     try:
         return (yield)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A model whose adapters come, change and go in random order: half of the machine in ``model/test_stateful.py``."""
+"""A model whose adapters are added, changed and removed in random order, for ``model/test_stateful.py``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peft.utils.hotswap import hotswap_adapter
 
 
 NAMES = ["amber", "blue", "coral", "denim", "ebony", "fawn"]  # hotswap_adapter looks for names anywhere in the keys
-NO_MIXTURE = ("dora", "head")  # which mixtures refuse, and hotswap_adapter, too
+NO_MIXTURE = ("dora", "head")  # refused by mixtures and by hotswap_adapter
 
 
-# What the rules choose from, as the model is at that moment.
+# Choices for the rules, according to the model's current state.
 
 
 def sound_names(machine):
@@ -42,15 +42,15 @@ change_names, factors = st.sampled_from(sorted(CHANGES)), st.sampled_from([0.5, 
 
 
 class Life(RuleBasedStateMachine):
-    """One model, and what is known of it.
+    """A model, and its expected state.
 
     Attributes:
-        ids: names of the adapters and their integer ids: the n-th name that was ever added is n, whoever looked when.
-        ever: these of all names that there ever were.
-        kinds: what each was added as.
-        faults: of those that can't run.
-        resized: those of which a layer has another rank than its configuration says.
-        hooks: what removes them.
+        ids: names of the adapters and their integer ids: the n-th name that was ever added has id n.
+        ever: the same for all names so far.
+        kinds: the kind of each adapter.
+        faults: reasons of those that can't run.
+        resized: adapters with a layer whose rank differs from their configuration.
+        hooks: functions that remove them.
     """
 
     def __init__(self, folder):
@@ -63,7 +63,7 @@ class Life(RuleBasedStateMachine):
         adapters = [f"{self.ids[name]} {name}: {self.faults.get(name, kind)}" for name, kind in self.kinds.items()]
         return f"[{', '.join(adapters)}; {self.model.active_adapter} active{'' if self.mb else '; disabled'}]"
 
-    # Adapters come and go.
+    # Adding and removing adapters.
 
     def came(self, name, kind):
         self.kinds[name], self.ids[name] = kind, self.ever.setdefault(name, len(self.ever))
@@ -77,7 +77,7 @@ class Life(RuleBasedStateMachine):
     def remove(self, name):
         self.model.delete_adapter(name)
         kind = self.went(name)
-        if self.model.active_adapter == name:  # PEFT leaves it there if the first layer has no other adapter
+        if self.model.active_adapter == name:  # PEFT keeps it if the first layer has no other adapter
             self.model.set_adapter(sound_names(self)[0])
         return kind
 
@@ -108,7 +108,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: has_room(self) and can_lose_one(self))
     @rule(old=sound, new=free, moves=st.booleans())
     def rename(self, old, new, moves):
-        """By its state dict, or by moving what PEFT has of it."""
+        """Rename an adapter, through its state dict or in PEFT's own dictionaries."""
         is_resized, kind = old in self.resized, self.kinds[old]
         if (moves or is_resized) and kind != "head":
             self.model.set_adapter(next(name for name in sound_names(self) if name != old))
@@ -128,7 +128,7 @@ class Life(RuleBasedStateMachine):
             return
         self.came(new, kind)
 
-    # Weights change.
+    # Changing weights.
 
     @rule(name=sound, seed=seeds, hot=st.booleans())
     def load_over(self, name, seed, hot):

@@ -1,4 +1,4 @@
-"""Mixtures of adapters, and PEFT with several adapters active as their oracle."""
+"""Mixtures of adapters, with PEFT's several active adapters as the reference."""
 
 from __future__ import annotations
 

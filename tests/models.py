@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that users have, with adapters that differ in all that they can."""
+"""Tiny random models of common architectures, with adapters that differ in every respect."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BLOOM_SIZES = {"hidden_size": 48, "n_layer": 2, "n_head": 4, "vocab_size": 160, 
 MIXTRAL_SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK_SIZES = {**LATENT_SIZES, **EXPERT_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 24}
 NO_END = {"eos_token_id": None, "pad_token_id": 0}
-# of the modes of generation, in test_generation_modes.py
+# for the generation modes in test_generation_modes.py
 MORE_ARCHITECTURES = {
     "gemma3": (
         "Gemma3TextConfig", SIZES | {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 3,
@@ -85,7 +85,7 @@ def base_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) 
 
 
 def lora_configs(architecture: str = "llama") -> dict[str, LoraConfig]:
-    """Ranks 3, 4 and 8, rslora, rank_pattern and alpha_pattern, and no two adapters with the same target modules."""
+    """Ranks 3, 4 and 8, rslora, rank_pattern and alpha_pattern, and different target modules for each adapter."""
     targets = EVERY_ARCHITECTURE[architecture][2]
     task = "SEQ_2_SEQ_LM" if architecture in ("t5", "bart") else "CAUSAL_LM"
     shared = {"init_lora_weights": False, "task_type": task, "fan_in_fan_out": architecture == "gpt2"}
@@ -106,7 +106,7 @@ def lora_configs(architecture: str = "llama") -> dict[str, LoraConfig]:
 def peft_model(
     architecture: str = "llama", dtype: torch.dtype = torch.float32, autocast_adapter_dtype: bool = True
 ) -> PeftModel:
-    """The architecture with three adapters, in eval mode."""
+    """Build the architecture with three adapters, in eval mode."""
     model = None
     for name, config in lora_configs(architecture).items():
         options = {"adapter_name": name, "autocast_adapter_dtype": autocast_adapter_dtype}
@@ -129,13 +129,14 @@ def left_padded(rows: int = 6, length: int = 9) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def draws_by_row(copies: int) -> Iterator[None]:
-    """`torch.multinomial` with noise that depends on the step and the copy of a sample, not on the batch around it."""
+    """`torch.multinomial` with noise that depends on the step and the copy of a sample, not on the rest of the
+    batch."""
     steps = iter(range(10**6))
 
     def multinomial(probs: Tensor, num_samples: int, **_: Any) -> Tensor:
         generator = torch.Generator().manual_seed(next(steps))
         uniform = torch.rand(copies, probs.shape[-1], generator=generator)
-        noise = -(-uniform.log()).log()  # the largest of log p + Gumbel noise is a draw from p
+        noise = -(-uniform.log()).log()  # argmax of log p + Gumbel noise is a draw from p
         return (probs.log() + noise.repeat(len(probs) // copies, 1)).topk(num_samples).indices
 
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +145,7 @@ def draws_by_row(copies: int) -> Iterator[None]:
 
 
 def alone(model: PeftModel, name: str | None, call):
-    """Run `call` under one adapter, or under none, the way PEFT's users do."""
+    """Run `call` with one adapter, or with none, as PEFT's users do."""
     if name is None or name == "__base__":
         with model.disable_adapter():
             return call()
@@ -157,7 +158,7 @@ def alone(model: PeftModel, name: str | None, call):
 
 
 def row_by_row(model: PeftModel, names: list[str], inputs: dict[str, Tensor], call) -> list:
-    """The oracle: every row by itself, under its own adapter, through PEFT."""
+    """The reference: every row by itself, with its own adapter, through PEFT."""
     return [
         alone(model, name, lambda row=row: call({key: value[row : row + 1] for key, value in inputs.items()}))
         for row, name in enumerate(names)

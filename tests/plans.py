@@ -1,4 +1,4 @@
-"""Plans as eager code and as captured graphs read them."""
+"""Plans as eager code and captured graphs read them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def eager(slots, lens=None):
 
 
 def graph(slots, lens=None):
-    """The plan as it reads back from a buffer that held another, larger plan before."""
+    """Return the plan read from a buffer that contained a larger one before."""
     plan = Segments.from_ids(slots, lens)
     buffer = SegmentBuffer(capacity=2 * max(plan.num_entries, 1) + 8)
-    buffer.packed.fill_(1_234_567)  # whatever the last call left behind the new plan must never be read
+    buffer.packed.fill_(1_234_567)  # leftovers of the last call must never be read
     address = buffer.packed.data_ptr()
     buffer.update(Segments.from_ids(list(range(buffer.capacity))))
     buffer.update(plan)

@@ -1,4 +1,4 @@
-"""Products of training as tests run them: a projection group, its adapters, its batch and the gradients it gets."""
+"""Cases for tests of training products: a projection group, its adapters, its batch and its output gradients."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ MIXES = {
     "mixtures": [[0, 1, 0, -1, 2], [1, -1, 2, -1, 0]],
 }
 WEIGHTS = {"mixtures": [[0.5, 1.0, 0.25, 1.0, -2.0], [0.125, 1.0, 3.0, 1.0, 0.5]]}
-RANKS = [[3, 8, 1], [0, 4, 16], [5, 0, 12], [0, 0, 0]]  # slot 3 has no adapter here, others lack a slice
+RANKS = [[3, 8, 1], [0, 4, 16], [5, 0, 12], [0, 0, 0]]  # slot 3 has no adapter here, and others lack a slice
 
 
 def dropped_by(mask, rows, per_entry, columns, device="cpu"):
-    """What one mask drops of one adapter's rows."""
+    """Apply one mask to an adapter's rows."""
     return dropped([(rows, [mask])], per_entry, columns, torch.device(device))[:, 0]
 
 
 class Case:
-    """A projection group, the batch that it gets and the gradients of its outputs.
+    """A projection group, its batch and the gradients of its outputs.
 
-    `mix` has a row for each component, `ranks` one for each slot, `masks` what is dropped in a slot and slice.
+    `mix` has a row per component, `ranks` one per slot, and `masks` the dropout of each slot and slice.
     """
 
     def __init__(self, mix, ranks, inputs, widths, dtype, weights=None, rows=2, scales=None, frozen=(), masks=None):
@@ -117,7 +117,7 @@ class Case:
         return outputs, list(found)
 
     def exact(self):
-        """The same in float64; what goes in is rounded to the weights' dtype first, as PEFT does."""
+        """The same in float64; inputs are first rounded to the weights' dtype, as in PEFT."""
         other = Case.__new__(Case)
         other.__dict__ |= self.__dict__
         other.dtype = other.weights_dtype = torch.float64
@@ -133,7 +133,7 @@ class Case:
         return other
 
     def by_autograd(self):
-        """Outputs and gradients, one sample and adapter at a time, by autograd's own formulas."""
+        """Compute outputs and gradients with autograd, one sample and adapter at a time."""
         outputs = []
         per_entry, inputs = self.x.shape[1:]
         for i, y in enumerate(self.ys):
@@ -144,7 +144,7 @@ class Case:
                     part = self.parts[slot][i] if slot >= 0 else None
                     for sample, entry in enumerate(torch.arange(len(rows))[entries].tolist() if part else ()):
                         (a, b), x, mask = part.parameters, self.x[entry], self.masks.get((slot, i))
-                        if mask is not None:  # of as many samples as are there by now
+                        if mask is not None:  # the number of samples may have changed
                             dropped = dropped_by(mask, (sample + 1) * per_entry, per_entry, inputs, x.device)
                             x = x.masked_fill(dropped[-per_entry:], 0) * mask.scale
                         rows[entry] = rows[entry] + (x @ a.t() @ b.t()) * (part.scaling * weight)
@@ -161,7 +161,7 @@ def make(mix, slices=3, **options):
 
 
 def check(case):
-    """The kernels against float64, twice: the same input gives the same bits."""
+    """Compare the kernels with float64, twice: the same input gives the same bits."""
     outputs, gradients = case.gradients(TritonProduct)
     again, gradients_again = case.gradients(TritonProduct)
     wanted, expected = case.exact().gradients(TorchProduct)

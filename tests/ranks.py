@@ -21,11 +21,11 @@ HERE = Path(__file__).parent
 
 
 def launch(file: str, backend: str, folder: Path, ranks: int = 2) -> dict[str, str]:
-    """Run a file on several ranks, and give for each of its cases what went wrong, or the empty string."""
+    """Run a file on several ranks; returns the error of each case, or the empty string."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if backend == "gloo":
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # transformers splits models over GPUs wherever there are any
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # transformers splits models over GPUs if there are any
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
         [*command, file, backend, str(folder)], env=environment, capture_output=True, text=True, timeout=300
@@ -37,7 +37,7 @@ def launch(file: str, backend: str, folder: Path, ranks: int = 2) -> dict[str, s
 
 
 def launched(file: str, backend: str) -> Any:
-    """A fixture: what `launch` gives, once for all tests of a file."""
+    """Return a fixture with the results of `launch`, once for all tests of a file."""
 
     @pytest.fixture(scope="module")
     def found(tmp_path_factory):
@@ -47,13 +47,13 @@ def launched(file: str, backend: str) -> Any:
 
 
 def report(error: str) -> None:
-    """Fail with what went wrong on the ranks."""
+    """Fail with the errors of the ranks."""
     if error:
         pytest.fail(error, pytrace=False)
 
 
 def main(cases: list[Callable[[Path, torch.device], None]]) -> None:
-    """What every rank runs: all cases one after the other, even where some fail."""
+    """Run all cases on every rank, even if some fail."""
     backend, folder = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
@@ -61,7 +61,7 @@ def main(cases: list[Callable[[Path, torch.device], None]]) -> None:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))  # a rank that waits for nothing fails its case
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))  # a rank that waits in vain fails its case
     found = {}
     for case in cases:
         try:

@@ -1,4 +1,4 @@
-"""A server over HTTP in this process, with a tiny random model or the demo's, and a client of OpenAI's."""
+"""A server over HTTP in this process, with a tiny random model or the demo's, and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = {
 
 
 def tiny_model(tokenizer: Any) -> LlamaForCausalLM:
-    """A random model of the tokenizer's vocabulary that doesn't stop by itself soon."""
+    """Build a random model with the tokenizer's vocabulary that rarely ends by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model = LlamaForCausalLM(config).eval()
@@ -41,17 +41,17 @@ def tiny_model(tokenizer: Any) -> LlamaForCausalLM:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.3)
-        model.lm_head.weight[tokenizer.eos_token_id] *= 1.5  # so that it ends now and then
+        model.lm_head.weight[tokenizer.eos_token_id] *= 1.5  # makes it end occasionally
     return model
 
 
 class Served:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        url: where.
+        url: its URL.
         engine: its engine.
-        records: of the requests that have ended.
+        records: records of the finished requests.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
@@ -80,13 +80,13 @@ class Served:
         asyncio.run(serve())
 
     def client(self, key: str = "none", **options: Any) -> OpenAI:
-        """A client, which tries once."""
+        """Return a client that doesn't retry."""
         options = {"max_retries": 0, "timeout": 60} | options
         self._clients.append(OpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
         return self._clients[-1]
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         for client in self._clients:
             client.close()
         self.server.should_exit = True
@@ -95,7 +95,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(model: Any, tokenizer: Any, folder: Path | None = None, **options: Any):
-    """A server for as long as a block lasts."""
+    """Run a server inside a block."""
     limits = {"max_cache_tokens": 2048, "max_batch_tokens": 64, "max_batch": 16} | options
     served = Served(model, tokenizer, Settings(adapters_dir=folder, **limits))
     try:
@@ -105,7 +105,7 @@ def serving(model: Any, tokenizer: Any, folder: Path | None = None, **options: A
 
 
 def save_tokenizer(folder: Path) -> Any:
-    """The demo's tokenizer, which takes long to read from its own file."""
+    """Save the demo's tokenizer, which takes long to read from its own file."""
     from peft_multibatch.demo.model import gguf_path
 
     path = gguf_path()
@@ -114,7 +114,7 @@ def save_tokenizer(folder: Path) -> Any:
 
 
 def save_adapters(folder: Path, tokenizer: Any, names: tuple[str, ...] = ("red", "green", "blue")) -> Path:
-    """Adapters of the tiny model that all differ, as PEFT writes them."""
+    """Save different adapters of the tiny model with PEFT."""
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -129,13 +129,13 @@ def save_adapters(folder: Path, tokenizer: Any, names: tuple[str, ...] = ("red",
 
 
 def chat_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a chat of one message."""
+    """Return the tokens of a chat with one message."""
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def tokens_alone(model: Any, prompt: list[int], count: int) -> list[int]:
-    """What a model generates greedily by itself, its end included."""
+    """Generate greedily with a model alone, including the end token."""
     inputs = torch.tensor([prompt])
     found = model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False,

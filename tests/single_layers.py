@@ -1,4 +1,4 @@
-"""A model of single layers, one of each kind, with two adapters on one of them."""
+"""A model with one layer of each kind, and two adapters on one of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Tiny(nn.Module):
-    """One layer of each kind that PEFT adapts, each with an input of its own."""
+    """One layer of each kind that PEFT adapts, each with its own input."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def build(layer="linear", dtype=torch.float32, adapter_dtype=None, second=None, 
         if "lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype or dtype)
             if layer == "embedding":
-                nn.init.normal_(parameter)  # PEFT leaves one of an embedding's two matrices at zero
+                nn.init.normal_(parameter)  # PEFT initializes one of an embedding's two matrices with zeros
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Adapters in files, and what PEFT makes of the same files, one adapter at a time."""
+"""Adapters in files, and PEFT's results for the same files, one adapter at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save(folder: Path, config: LoraConfig, architecture: str = "llama", seed: int = 0) -> Path:
-    """Write an adapter with random weights as PEFT does."""
+    """Write an adapter with random weights, using PEFT."""
     torch.manual_seed(seed)
     model = get_peft_model(base_model(architecture), config)
     torch.manual_seed(seed)
@@ -33,14 +33,14 @@ def save(folder: Path, config: LoraConfig, architecture: str = "llama", seed: in
 
 
 def save_all(folder: Path, architecture: str = "llama") -> Path:
-    """`lora_configs` as folders."""
+    """Save `lora_configs` as folders."""
     for seed, (name, config) in enumerate(lora_configs(architecture).items()):
         save(folder / name, config, architecture, seed)
     return folder
 
 
 def save_many(folder: Path, count: int, rank: int = 4, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> list[str]:
-    """Adapters `a0`, `a1`, ... of one shape, all different."""
+    """Save different adapters `a0`, `a1`, ... of the same shape."""
     config = LoraConfig(r=rank, target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM")
     first = save(folder / "a0", config)
     tensors = load_file(first / WEIGHTS)
@@ -65,7 +65,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, T
 
 @contextlib.contextmanager
 def by_peft(base: Any, folder: Path, **options: Any) -> Iterator[PeftModel]:
-    """A model to which PEFT's `load_adapter` loaded an adapter."""
+    """Return a model with an adapter loaded by PEFT's `load_adapter`."""
     model = PeftModel.from_pretrained(base, str(folder), **options).eval()
     yield model
     model.unload()
@@ -75,7 +75,7 @@ def expected(
     names: list[str], folders: dict[str, Path] | Path, call: Callable[[Any, dict[str, Tensor]], Tensor],
     inputs: dict[str, Tensor] | None = None, architecture: str = "llama", dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Each row by itself, under its own adapter as PEFT loads it."""
+    """Run each row by itself with its own adapter, loaded by PEFT."""
     inputs = left_padded(len(names)) if inputs is None else inputs
     found: dict[int, Tensor] = {}
     base = base_model(architecture, dtype)

@@ -1,4 +1,4 @@
-"""What importing costs, what it loads, what it offers."""
+"""Imports: their cost, what they load, their direction, and the public names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_public_names():
         "LayerReport", "Multibatch", "OutputCheck", "Registered", "Report", "SegmentBuffer", "Segments", "StoreStats",
         "Verification", "disable", "enable",
     }  # fmt: skip
-    for name in {*peft_multibatch.__all__} - {"AdapterId", "AdapterIds"}:  # aliases can't have any
+    for name in {*peft_multibatch.__all__} - {"AdapterId", "AdapterIds"}:  # type aliases have no docstrings
         assert getattr(peft_multibatch, name).__doc__
 
 
@@ -151,7 +151,7 @@ WINGS = [
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Modules of the package that a module imports anywhere, names for type checkers included."""
+    """Return the package's modules that a module imports anywhere, including for type checkers."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_multibatch."):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -180,11 +180,11 @@ def test_no_import_circles():
         for path in ROOT.rglob("*.py")
     }
 
-    def module_of(imported: str) -> str:  # of an attribute the module that has it
+    def module_of(imported: str) -> str:  # maps an attribute to its module
         return imported if imported in paths else imported.rpartition(".")[0]
 
     edges = {name: set(map(module_of, imports_of(path))) for name, path in paths.items()}
-    while edges:  # what imports nothing that is left goes first
+    while edges:  # removes modules without remaining imports
         free = {name for name, found in edges.items() if not (found - {name}) & edges.keys()}
         assert free, f"these import each other in a circle: {sorted(edges)}"
         edges = {name: found for name, found in edges.items() if name not in free}

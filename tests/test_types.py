@@ -1,4 +1,4 @@
-"""What type checkers say of a user's script outside of the package, and what signatures, docstrings and reprs show."""
+"""Type checkers on a user's script outside the package, and signatures, docstrings and reprs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_signatures_and_help_say_what_adapter_ids_are():
 
 
 def test_checks_of_signatures_in_transformers_still_work(tmp_path):
-    """Trainer keeps the column, and drops others; generate refuses what the model doesn't read."""
+    """Trainer keeps the column and drops others; generate rejects arguments that the model doesn't read."""
     model = peft_model()
     peft_multibatch.enable(model)
     trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
@@ -105,7 +105,7 @@ def test_reprs_are_short_and_read_nothing(tmp_path, monkeypatch):
     store = mb.adapter_store(max_host_memory="8MB")
     store.register_folder(tmp_path)
     report, verified = mb.report(), mb.verify([0, 1], input_ids=torch.randint(3, 100, (2, 4)))
-    with monkeypatch.context() as patch:  # nothing looks at the model or its weights, or waits
+    with monkeypatch.context() as patch:  # avoids reading the model and its weights, and waiting
         patch.setattr(type(mb), "_refresh", None)
         patch.setattr(torch.Tensor, "tolist", None)
         with store._lock:

@@ -1,4 +1,4 @@
-"""The same work on several threads at once."""
+"""Run the same work on several threads at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def in_threads(work: Callable[[random.Random], None], count: int = 4, seconds: float = 120) -> None:
-    """Run it on each of them, with a generator of its own; fails where one does, or doesn't end."""
+    """Run a function on each thread with its own generator; fails if one fails or doesn't end."""
     failures: list[BaseException] = []
 
     def run(seed: int) -> None:

@@ -1,6 +1,6 @@
-"""The one table of tolerances, and the one comparison that uses it.
+"""The table of tolerances, and the comparison that uses it.
 
-The error of a tensor is ‖actual - expected‖ / ‖expected‖. Every entry is below 1 %, the size of mistake that
+The error of a tensor is ‖actual - expected‖ / ‖expected‖. Every entry is below 1 %, the size of an error that
 `test_tolerances.py` proves to be caught in every dtype.
 """
 
@@ -24,7 +24,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Compare by relative error; NaN never passes. ``dtype``: of the computation, where it isn't the result's own."""
+    """Compare by relative error; NaN never passes. ``dtype`` is that of the computation, if it differs from the
+    result's."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     allowed = RELATIVE_ERROR[dtype or actual.dtype]
     error = relative_error(actual, expected)

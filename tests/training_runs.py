@@ -1,4 +1,4 @@
-"""Runs that differ in all that they can, and the same ones by plain PyTorch and PEFT, one adapter at a time."""
+"""Runs that differ in every respect, and the same ones with plain PyTorch and PEFT, one adapter at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = {"three": 2, "four": 1, "eight": 3}
 
 
 def adamw_runs() -> dict[str, Run]:
-    """Different learning rates, schedules, clips, accumulation, decay and moments."""
+    """Return runs with different learning rates, schedules, clipping, accumulation, decay and moments."""
     return {
         "three": Run(lr=1e-3, schedule="cosine", warmup_steps=3, steps=20, max_grad_norm=0.5),
         "four": Run(lr=3e-4, weight_decay=0.1, accumulate=3, schedule="linear", steps=40, max_grad_norm=1e-3),
@@ -30,7 +30,7 @@ def adamw_runs() -> dict[str, Run]:
 
 
 def sgd_runs() -> dict[str, Run]:
-    """As ``adamw_runs``, where a wrong normalization can't hide."""
+    """Like ``adamw_runs``, with SGD, which doesn't hide a wrong normalization."""
     return {
         "three": Run(lr=0.01, optimizer=torch.optim.SGD, options={"momentum": 0.9}, schedule="linear", steps=30),
         "four": Run(lr=0.03, optimizer=torch.optim.SGD, weight_decay=0.1, accumulate=2, max_grad_norm=0.5),
@@ -39,12 +39,12 @@ def sgd_runs() -> dict[str, Run]:
 
 
 def has_rows(name: str, step: int) -> bool:
-    """Adapter four skips every third batch, and the data of adapter eight are shorter than the others'."""
+    """Adapter four skips every third batch, and adapter eight has less data than the others."""
     return not (name == "four" and step % 3 == 1) and not (name == "eight" and step >= 14)
 
 
 def batch_of(name: str, step: int) -> dict[str, torch.Tensor]:
-    """Rows of one adapter at one step, of different lengths, and with different numbers of labels."""
+    """Return the rows of one adapter at one step, with different lengths and numbers of labels."""
     generator = torch.Generator().manual_seed(1000 * ADAPTERS.index(name) + step)
     rows, length = ROWS[name], 9
     input_ids = torch.randint(2, SIZES["vocab_size"], (rows, length), generator=generator)
@@ -56,7 +56,7 @@ def batch_of(name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 def mixed_batch(step: int, names: tuple[str, ...] = ADAPTERS) -> tuple[dict[str, torch.Tensor], list[str]] | None:
-    """The rows of all adapters at one step, interleaved."""
+    """Return the rows of all adapters at one step, interleaved."""
     batches = {name: batch_of(name, step) for name in names if has_rows(name, step)}
     if not batches:
         return None
@@ -69,7 +69,7 @@ def mixed_batch(step: int, names: tuple[str, ...] = ADAPTERS) -> tuple[dict[str,
 def alone(
     model: PeftModel, name: str, run: Run, steps: int = STEPS, batch: Callable[[str, int], Any] = batch_of
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """PEFT's model with this adapter only, and torch's loop: parameters afterwards, and the loss of every step."""
+    """Train this adapter alone with PEFT and a torch loop; returns parameters and the loss of every step."""
     model = copy.deepcopy(model)
     model.set_adapter(name)
     for other in ADAPTERS:

@@ -1,1 +1,1 @@
-"""The command line. Torch and transformers are imported by the commands that need them, once they run."""
+"""The command line. Commands import torch and transformers only when they run."""

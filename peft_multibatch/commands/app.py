@@ -1,4 +1,4 @@
-"""``peft-multibatch``: its commands, and ``--version``."""
+"""The ``peft-multibatch`` command and its subcommands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from peft_multibatch.serve.cli import serve
 
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Many LoRA adapters in one batch."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Run many LoRA adapters in one batch.",
 )
 for command in (demo, verify, inspect, serve):
     app.command()(command)

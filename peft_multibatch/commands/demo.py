@@ -1,4 +1,4 @@
-"""``peft-multibatch demo``: its options, and what it prints."""
+"""``peft-multibatch demo``: its options and its output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def demo(
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for every prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which each way is timed once.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, each of which times every method once.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto uses a GPU if there is one.")] = "auto",
 ) -> None:
-    """Generate one batch in which every sample uses another adapter, check every row against PEFT, time it."""
+    """Generate a batch with several adapters, compare every row with PEFT, and time it."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -46,9 +46,9 @@ def demo(
     console.print(_times(outcome))
     wrong = [row.prompt for row in outcome.rows if not row.equal]
     if wrong:
-        console.print(f"[red]{len(wrong)} rows differ from PEFT one adapter at a time: {wrong}[/red]")
+        console.print(f"[red]{len(wrong)} rows differ from PEFT, one adapter at a time: {wrong}[/red]")
         raise typer.Exit(1)
-    console.print(f"All {len(outcome.rows)} rows equal what PEFT generates for them, one adapter at a time.")
+    console.print(f"All {len(outcome.rows)} rows match what PEFT generates, one adapter at a time.")
 
 
 def _rows(outcome: Outcome) -> Table:
@@ -64,7 +64,7 @@ def _rows(outcome: Outcome) -> Table:
 
 
 def _times(outcome: Outcome) -> Table:
-    title = f"Time of the whole batch, {outcome.num_tokens} new tokens a row, {outcome.device}"
+    title = f"Time of the whole batch, {outcome.num_tokens} new tokens per row, {outcome.device}"
     rounds = "1 round" if outcome.rounds == 1 else f"medians of {outcome.rounds} rounds"
     table = Table("", "seconds", "× base model", title=f"{title}, {rounds}", box=box.SIMPLE, title_justify="left")
     for name, seconds in outcome.seconds.items():

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model, of which the configuration alone is read."""
+"""Check whether an adapter fits a model, reading only the model's configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_multibatch.serve.cli import DEMO
 
 
 LARGEST_RANK = 1 << 20
-MEMORY = "1TB"  # none of which is taken before a call needs it
+MEMORY = "1TB"  # not allocated until a call needs it
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -29,15 +29,15 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""PEFT's task types, and which of transformers' classes makes a model for each."""
+"""transformers' auto class for each of PEFT's task types."""
 
 
 class Fitting:
-    """One model, without weights, and whether adapters fit it.
+    """Checks adapters against a model without weights.
 
     Args:
         model: a folder, a name on the hub, or ``"demo"``.
-        may_download: whether its configuration may be fetched from the hub.
+        may_download: whether its configuration may be downloaded from the hub.
     """
 
     def __init__(self, model: str, may_download: bool = False) -> None:
@@ -49,10 +49,10 @@ class Fitting:
         self._stores: dict[str, Any] = {}  # by task
 
     def check(self, contents: Contents) -> tuple[str, str]:
-        """Look whether an adapter fits.
+        """Check whether an adapter fits.
 
         Returns:
-            Why it doesn't fit, and why an adapter store doesn't take one that does; or empty strings.
+            The reason why it doesn't fit, and the reason why an adapter store can't hold it; empty strings if it can.
         """
         refusal = contents.refusal
         if not refusal:
@@ -68,7 +68,7 @@ class Fitting:
     def _store(self, task: str) -> Any:
         if task not in self._stores:
             model = self._model(task).requires_grad_(False)
-            with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where stores look for layers
+            with FakeTensorMode(allow_non_fake_inputs=True):  # stores look for layers on the CPU
                 model = model.to_empty(device="cpu")
             self._stores[task] = enable(model).adapter_store(
                 max_host_memory=MEMORY, max_device_memory=MEMORY, max_rank=LARGEST_RANK
@@ -76,7 +76,7 @@ class Fitting:
         return self._stores[task]
 
     def _check_with_peft(self, contents: Contents) -> str:
-        """Compare an adapter's tensors with those that PEFT would make for its configuration."""
+        """Compare an adapter's tensors with those that PEFT creates for its configuration."""
         name = contents.name
         try:
             config = PeftConfig.from_pretrained(contents.folder)
@@ -90,14 +90,14 @@ class Fitting:
             if key in expected and expected[key] != tensor.shape:
                 return (
                     f"adapter {name!r} has {key} of shape {[*tensor.shape]}: expected {[*expected[key]]} in this "
-                    "model. Use the base model for which it was trained."
+                    "model. Use the base model that it was trained with."
                 )
         missing, extra = expected.keys() - contents.tensors.keys(), contents.tensors.keys() - expected.keys()
         for what, keys in (("has no", missing), ("has", extra)):
             if keys:
                 return (
                     f"adapter {name!r} {what} {min(keys)}, and {len(keys) - 1} more like it: expected the tensors "
-                    "that its configuration asks for in this model. Use the base model for which it was trained."
+                    "that its configuration creates in this model. Use the base model that it was trained with."
                 )
         try:
             enable(model)
@@ -106,7 +106,7 @@ class Fitting:
         return ""
 
     def _model(self, task: str) -> PreTrainedModel:
-        """The model, with parameters that have shapes and dtypes but no memory."""
+        """Build the model with parameters on the meta device."""
         names = [] if task in CLASSES else self._config.architectures or []
         own: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
         by_task: Any = getattr(transformers, CLASSES.get(task, "AutoModelForCausalLM"))

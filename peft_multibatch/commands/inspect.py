@@ -1,4 +1,4 @@
-"""``peft-multibatch inspect``: what is in adapters' folders, and whether they fit a model."""
+"""``peft-multibatch inspect``: show the contents of adapters, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folders that PEFT's save_pretrained wrote.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A folder, a name on the hub, or 'demo': say whether the adapters fit this model."),
+        typer.Option(help="Model to check the adapters against: a folder, a name on the hub, or 'demo'."),
     ] = None,
     allow_download: Annotated[
-        bool, typer.Option("--allow-download", help="Fetch the model's configuration from the hub.")
+        bool, typer.Option("--allow-download", help="Download the model's configuration from the hub.")
     ] = False,
 ) -> None:
-    """Show what is in adapters, and with --model whether they fit it. Reads no weights.
+    """Show the contents of adapters, and with --model whether they fit that model. Reads no weights.
 
     Exits with 1 if an adapter can't be read, or doesn't fit the model.
     """

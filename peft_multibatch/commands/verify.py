@@ -1,4 +1,4 @@
-"""``peft-multibatch verify``: a mixed batch of a model and its adapters, compared with PEFT."""
+"""``peft-multibatch verify``: compare a mixed batch of a model and its adapters with PEFT."""
 
 from __future__ import annotations
 
@@ -24,21 +24,25 @@ PROMPTS = (
     "In physics, energy is",
     "Q: What is a prime number? A:",
 )
-"""What samples say, in turns, each with a number before it so that no two are equal."""
+"""Default prompts, used in rotation, each with a number before it so that no two are equal."""
 
 
 def verify(
     model: Annotated[str, typer.Argument(help="Base model: a folder, a name on the hub, or 'demo'.")],
-    adapters: Annotated[list[str], typer.Argument(help="Folders of adapters, or NAME=FOLDER.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Use these prompts, in turns; repeatable.")] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest relative error that counts as equal; by default the dtype's.")
+    adapters: Annotated[list[str], typer.Argument(help="Adapters' folders, or NAME=FOLDER.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt to use, in rotation with others; repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the files' own.")] = "auto",
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch the base from the hub.")] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Maximum relative error; by default depends on the dtype.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device for the model.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as in the files).")] = "auto",
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Download the base model from the hub.")
+    ] = False,
 ) -> None:
-    """Run one batch with a sample for every adapter and one for the base model, and compare each with PEFT alone.
+    """Run a batch with one sample per adapter and one for the base model, and compare each with PEFT.
 
     Exits with 1 if a sample differs, or nothing could be compared.
     """

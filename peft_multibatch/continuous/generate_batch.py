@@ -1,4 +1,4 @@
-"""transformers' entry points to continuous batching, with an adapter for every request."""
+"""transformers' entry points to continuous batching, with an adapter per request."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 UNREAD = ("stop_strings", "max_time")
-"""Settings that end ``generate``, and that continuous batching doesn't look at."""
+"""Stopping criteria of ``generate`` that continuous batching ignores."""
 
 LIMIT = "max_new_tokens"
-"""What ``generate_batch`` reads among its ``**kwargs``."""
+"""The only keyword that ``generate_batch`` reads from its ``**kwargs``."""
 
 
 class BatchingOptions(TypedDict, total=False):
@@ -41,10 +41,10 @@ class BatchingOptions(TypedDict, total=False):
 
     Attributes:
         generation_config: how tokens are chosen, and how many; by default the model's own.
-        continuous_batching_config: pages of the cache, tokens of a step and more.
-        warmup: whether CUDA graphs are captured before the first request.
-        block: whether leaving the block waits for the manager's thread to end.
-        timeout: seconds that it waits at most.
+        continuous_batching_config: cache size, tokens per step and more.
+        warmup: whether to capture CUDA graphs before the first request.
+        block: whether leaving the context waits for the manager's thread to end.
+        timeout: how long to wait at most, in seconds.
         workload_hints: what transformers may assume about requests; not in its older versions.
     """
 
@@ -57,7 +57,7 @@ class BatchingOptions(TypedDict, total=False):
 
 
 def with_requests(module: nn.Module) -> Callable[[], None]:
-    """Let ``generate_batch``, continuous batching, take an adapter for every request, and return what undoes it."""
+    """Add ``adapter_ids`` to ``generate_batch`` (continuous batching); returns a function that undoes it."""
     function: Any = getattr(type(module), "generate_batch", None)
     if function is None:
         return lambda: None
@@ -67,13 +67,13 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
         adapter_ids = pop_ids(kwargs)
         check_keywords("generate_batch", kwargs)
         call = None
-        if handle is not None:  # ids of its own are all that a task needs that outlived its block
+        if handle is not None:  # a task that outlived its block may still call this with ids of its own
             call = handle._router.active() if adapter_ids is None else handle._router.live()
         if call is not None and not call.ended:
             raise UnsupportedError(
-                "generate_batch was called while ids of samples are in force, inside mb.batch(...) or by generate "
-                "with cache_implementation='paged': expected ids of requests. Call generate_batch(inputs, "
-                "adapter_ids=[...]) by itself."
+                "generate_batch was called while adapter ids per sample are active, inside mb.batch(...) or by "
+                "generate with cache_implementation='paged': expected adapter ids per request. Call "
+                "generate_batch(inputs, adapter_ids=[...]) outside."
             )
         _check_read(function, kwargs)
         if adapter_ids is None:
@@ -92,7 +92,7 @@ def with_requests(module: nn.Module) -> Callable[[], None]:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """All that ``generate_batch`` takes, with ``max_new_tokens`` in the place of transformers' ``**kwargs``."""
+    """The signature of ``generate_batch``, with ``max_new_tokens`` instead of transformers' ``**kwargs``."""
     signature = inspect.signature(function)
     named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     limit = inspect.Parameter(LIMIT, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
@@ -100,39 +100,39 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def _check_read(function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Raise where transformers' ``generate_batch`` would swallow an argument: it takes any, and reads one more.
+    """Reject arguments that transformers' ``generate_batch`` would silently ignore.
 
     Raises:
-        UnsupportedError: it would.
+        UnsupportedError: there is such an argument.
     """
     names = {*inspect.signature(function).parameters}
     swallowed = sorted(kwargs.keys() - names - {LIMIT})
     if swallowed:
         raise UnsupportedError(
-            f"generate_batch got {', '.join(swallowed)}, which continuous batching doesn't read: expected "
+            f"generate_batch got {', '.join(swallowed)}, which continuous batching ignores: expected "
             f"{', '.join(sorted(names - {'self', 'kwargs'}))}, max_new_tokens or adapter_ids. Put settings such as "
             "temperature into a GenerationConfig, and call generate for what continuous batching can't do."
         )
 
 
 def _check_settings(config: GenerationConfig) -> None:
-    """Raise where continuous batching would leave out settings, and give other tokens than ``generate``.
+    """Reject generation settings that continuous batching ignores, so that tokens would differ from ``generate``.
 
     Raises:
-        UnsupportedError: it would.
+        UnsupportedError: there is such a setting.
     """
     mode = config.get_generation_mode()
     asked = [] if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) else [mode.value]
     asked += [f"{name}={getattr(config, name)!r}" for name in UNREAD if getattr(config, name) is not None]
     if asked:
         raise UnsupportedError(
-            f"a GenerationConfig for continuous batching asks for {', '.join(asked)}, which it doesn't read: expected "
-            "greedy search or sampling, which end by tokens. Leave it out, or call generate."
+            f"a GenerationConfig for continuous batching sets {', '.join(asked)}, which continuous batching ignores: "
+            "expected greedy search or sampling that stops at tokens. Leave the setting out, or call generate."
         )
 
 
 class Batching(ContinuousMixin):
-    """transformers' own entry points to continuous batching, for one enabled model and with its manager."""
+    """transformers' own entry points to continuous batching, using this package's manager for an enabled model."""
 
     def __init__(self, handle: Handle, waiting_ids: Sequence[Entry] = (), mixtures: int = 1) -> None:
         self._model = handle._inner
@@ -148,8 +148,8 @@ class Batching(ContinuousMixin):
     ) -> AbstractContextManager[AdapterBatchingManager]:
         if persistent_manager:
             raise UnsupportedError(
-                "continuous batching with an adapter for every request got persistent_manager=True, which would give "
-                "its manager to calls without ids as well: expected False. Keep mb.continuous_batching(...) open."
+                "continuous batching with an adapter per request got persistent_manager=True, which would share "
+                "its manager with calls without ids: expected False. Keep mb.continuous_batching(...) open instead."
             )
         return super().continuous_batching_context_manager(*args, **kwargs)
 
@@ -160,7 +160,7 @@ class Batching(ContinuousMixin):
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         **options: Any,
     ) -> AdapterBatchingManager:
-        from peft_multibatch.continuous.manager import AdapterBatchingManager  # needs much of transformers
+        from peft_multibatch.continuous.manager import AdapterBatchingManager  # imports much of transformers
 
         config: Any = copy.copy(generation_config or self._model.generation_config)
         _check_settings(config)

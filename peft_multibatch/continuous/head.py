@@ -1,4 +1,4 @@
-"""Whose rows the layer gets that gives logits: a step hands it the last token of every request alone."""
+"""Route the LM head, which gets only the last token of every request in a step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class HeadRouter:
-    """The router that this one layer asks: the same but for steps of continuous batching, which have a call for it.
+    """The LM head's router, which returns a separate call for it during steps of continuous batching.
 
     Args:
-        router: of the model.
+        router: the model's router.
     """
 
     def __init__(self, router: Router) -> None:

@@ -1,4 +1,4 @@
-"""Requests that leave before their time: those that fail or are cancelled, and those that begin again."""
+"""Take requests out of the loop early: those that fail, are cancelled or restart."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from peft_multibatch.plan.ids import ids_of
 
 
 LEFT = RequestStatus.FINISHED, RequestStatus.PENDING
-"""States in which a request of a batch that is still under way isn't part of it any more."""
+"""States of a request that no longer belongs to the batch that is still running."""
 
 CANCELLED = "_multibatch_cancelled"
-"""Attribute of a request that was cancelled before the loop had it."""
+"""Attribute of a request that was cancelled before the loop received it."""
 
 
 def children_of(name: Any, number: int) -> list[str]:
@@ -30,14 +30,14 @@ def children_of(name: Any, number: int) -> list[str]:
 
 
 def on_stream(stream: Any) -> AbstractContextManager:
-    """A block on a stream, or on none."""
+    """Return a context that runs on ``stream``, or a null context if it is None."""
     return torch.cuda.stream(stream) if stream is not None else nullcontext()
 
 
 def cancel_in(requests: queue.Queue[RequestState], name: Any) -> None:
-    """Let those who wait for the loop be cancelled when it takes them.
+    """Mark queued requests as cancelled, so that the loop cancels them when it takes them from the queue.
 
-    It takes requests first, and cancellations afterwards: those of a request that came in between would find nobody.
+    The loop reads requests first and cancellations afterwards, so it would miss a request queued in between.
     """
     with requests.mutex:
         for state in requests.queue:
@@ -46,11 +46,11 @@ def cancel_in(requests: queue.Queue[RequestState], name: Any) -> None:
 
 
 class Leaving:
-    """Takes requests out of the loop, between two steps, wherever they are in it.
+    """Takes requests out of the loop between two steps, whatever their state.
 
     Args:
         processor: transformers' batch processor.
-        copies: sequences for every prompt.
+        copies: number of sequences per prompt.
     """
 
     def __init__(self, processor: Any, copies: int) -> None:
@@ -62,39 +62,39 @@ class Leaving:
         self._scheduler.clear_cancelled_requests = self._with_outputs(self._scheduler.clear_cancelled_requests)
 
     def states(self) -> Iterator[RequestState]:
-        """All requests that are under way or wait."""
+        """All running and waiting requests."""
         return itertools.chain(self._scheduler.active_requests.values(), self._scheduler.waiting_requests.values())
 
     def has_begun(self, ids: set[int]) -> bool:
-        """Whether a request that has begun needs one of these adapters."""
+        """Whether a request that has started uses one of these adapters."""
         active, waiting = self._scheduler.active_requests, self._scheduler.waiting_requests
         begun = itertools.chain(active.values(), filter(has_begun, waiting.values()))
         return any(ids & {*ids_of(entry_of(state))} for state in begun)
 
     def find(self, name: Any) -> RequestState | None:
-        """The request of this id."""
+        """The request with this id."""
         return self._scheduler.active_requests.get(name) or self._scheduler.waiting_requests.get(name)
 
     def fail(self, state: RequestState, error: Exception, clears: bool = False) -> None:
-        """End a request with an error, and the sequences that it would have been forked into.
+        """End a request, and the sequences it would have been forked into, with an error.
 
         Args:
             state: the request.
-            error: what its output tells.
-            clears: whether its pages may hold what isn't finite.
+            error: the error of its output.
+            clears: whether its cache pages may contain non-finite values and must be cleared.
         """
         self._take_out([state], clears)
         self._tell(error, state)
-        state._status = RequestStatus.FINISHED  # which every batch under way skips
+        state._status = RequestStatus.FINISHED  # batches that are still running skip it
 
     def _tell(self, error: Exception, state: RequestState) -> None:
         router = self._processor.output_router
         router.fail_and_deliver(state, error)
-        for name in children_of(state.request_id, state.num_children):  # somebody may be waiting for them
+        for name in children_of(state.request_id, state.num_children):  # a caller may be waiting for them
             router.fail_and_deliver(RequestState(name, state.initial_tokens), error)
 
     def restart(self, states: Iterable[RequestState]) -> None:
-        """Compute requests anew from their prompts and the tokens that they have, in other pages."""
+        """Recompute requests from their prompts and the tokens generated so far, in other pages."""
         states = list(states)
         again = [state.create_equivalent_initial_request() for state in states]
         self._take_out(states, clears=True)
@@ -106,7 +106,7 @@ class Leaving:
         scheduler, processor = self._scheduler, self._processor
         names = [state.request_id for state in states]
         for state, name in zip(states, names):
-            state._status = RequestStatus.FINISHED  # for a batch that is still under way
+            state._status = RequestStatus.FINISHED  # a batch that is still running skips it
             if hasattr(processor, "offloading_manager"):
                 processor.offloading_manager.free_request_cpu_cache(state)
             scheduler.active_requests.pop(name, None)
@@ -115,22 +115,22 @@ class Leaving:
             if not clears:
                 processor.cache.free_blocks(name)
         if clears:
-            with on_stream(self._io.compute_stream):  # behind the steps that still write there
+            with on_stream(self._io.compute_stream):  # after the steps that still write there
                 clear_pages(processor.cache, names)
         scheduler._requests_to_fork = [
             each for each in scheduler._requests_to_fork if not any(each is state for state in states)
         ]
-        # a later request of the same id isn't the one whose token a batch under way is about to hand on
+        # a token of the running batch must not go to a later request with the same id
         for pair in getattr(self._io, "io_pairs", ()):
             known = pair.host_io.req_id_to_new_token_position
             pair.host_io.req_id_to_new_token_position = {
                 object() if name in names else name: position for name, position in known.items()
             }
         if not scheduler.active_requests:
-            scheduler.block_new_requests = False  # until somebody ends, of whom there is none
+            scheduler.block_new_requests = False  # it would wait for a request to finish, but none is running
 
     def _with_outputs(self, clear: Callable[[], list[RequestState]]) -> Callable[[], list[RequestState]]:
-        """What lets go of cancelled requests, with a last output for each, and for the children of each."""
+        """Wrap the clearing of cancelled requests so that they and their children get a final output."""
 
         def clear_cancelled_requests() -> list[RequestState]:
             with self._scheduler._cancellation_lock:
@@ -140,8 +140,8 @@ class Leaving:
                     state = self.find(each)
                     if state is not None:
                         error = ModelStateError(
-                            f"request {each!r} was cancelled, by cancel_request({name!r}): expected it to be left "
-                            "alone until its end. Add it again to have all of its tokens."
+                            f"request {each!r} was cancelled by cancel_request({name!r}): expected it to run until "
+                            "its end. Add it again to get all of its tokens."
                         )
                         self.fail(state, error)
             return clear()

@@ -1,4 +1,4 @@
-"""Where the outputs of requests go: to whoever listens, whenever they began to, or into the queue."""
+"""Deliver outputs to the handlers of their requests, even if registered late, or to the queue."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 
 class Outputs(OutputRouter):
-    """transformers' own router, which keeps what comes before somebody listens, and survives whoever stopped."""
+    """transformers' router that also keeps outputs until a handler is registered, and survives closed event loops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.RLock()  # held from when a handler comes until it has what came before
+        self._lock = threading.RLock()  # held while a new handler gets its earlier outputs
 
     def deliver(self, output: GenerationOutput) -> None:
-        """Hand an output on."""
+        """Deliver an output."""
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Hand outputs on, those for one event loop together."""
+        """Deliver outputs, with one call per event loop."""
         with self._lock:
             calls: defaultdict[Any, list[tuple[Callable, GenerationOutput]]] = defaultdict(list)
             for output in outputs:
@@ -36,7 +36,7 @@ class Outputs(OutputRouter):
                 self._call(loop, found)
 
     def hand_over(self, request_id: Any) -> None:
-        """Give a handler what came for its request before there was one."""
+        """Give a newly registered handler the outputs that arrived before it."""
         with self._lock:
             callback, loop = self.result_handlers[request_id]
             waiting = self.output_queue
@@ -51,7 +51,7 @@ class Outputs(OutputRouter):
     def _call(self, loop: Any, calls: list[tuple[Callable, GenerationOutput]]) -> None:
         try:
             loop.call_soon_threadsafe(_call_all, calls)
-        except RuntimeError:  # the event loop was closed, and with it went who listened
+        except RuntimeError:  # the handler's event loop was closed
             for _, output in calls:
                 self.result_handlers.pop(output.request_id, None)
                 self.output_queue.put(output)

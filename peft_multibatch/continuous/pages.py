@@ -1,4 +1,4 @@
-"""Pages of the cache that may hold what isn't finite: nobody finds them again, and nobody gets them as they are."""
+"""Free and clear cache pages that may contain non-finite values, so that no other request reads them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def clear_pages(cache: Any, names: Iterable[Any]) -> None:
-    """Let go of requests' blocks, of the hashes by which others find them, and of what stands in them.
+    """Free requests' blocks, remove their hashes so that no prefix matches them, and fill them with zeros.
 
-    Blocks that other requests read as well stay as they are: zeros there would be wrong tokens without a word, and
-    values that aren't finite are noticed in the next step that reads them.
+    Blocks that other requests share aren't changed: zeros would silently give those wrong tokens, while non-finite
+    values are noticed in the next step that reads them.
 
     Args:
         cache: transformers' cache.
-        names: ids of the requests.
+        names: the requests' ids.
     """
     names = list(names)
     if hasattr(cache, "cache_allocators"):
@@ -29,7 +29,7 @@ def clear_pages(cache: Any, names: Iterable[Any]) -> None:
                 allocator.free_blocks(name, True)
             _write_zeros([allocator._copy_view], blocks - _blocks_of(tables, tables))
         return
-    manager = cache._block_manager  # older transformers
+    manager = cache._block_manager  # older versions of transformers
     for group in cache.group_cache_managers:
         blocks = _blocks_of(group.block_table, names)
         for block in map(manager._id_to_block.get, blocks):

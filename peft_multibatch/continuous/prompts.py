@@ -1,4 +1,4 @@
-"""What users pass for a request → integers that the loop can run, or an error."""
+"""Convert and validate what users pass for a request."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from peft_multibatch.errors import UnsupportedError
 
 
 def tokens_of(input_ids: Any, vocabulary: int) -> list[int]:
-    """A prompt as a list of tokens.
+    """Convert a prompt to a list of tokens.
 
     Args:
         input_ids: a sequence of integers, or a 1-D tensor or array of them.
-        vocabulary: how many tokens the model knows.
+        vocabulary: size of the model's vocabulary.
 
     Raises:
-        UnsupportedError: it is something else, is empty, or has tokens that the model doesn't know.
+        UnsupportedError: it is something else, is empty, or has tokens outside the vocabulary.
     """
     found = integers_of("a prompt", input_ids)
     wrong = [token for token in found if not 0 <= token < vocabulary]
     if wrong or not found:
         raise UnsupportedError(
-            f"a prompt has {len(found)} tokens, {f'among them {wrong[0]}' if wrong else 'that is none'}: "
+            f"a prompt has {len(found)} tokens{f', including {wrong[0]}' if wrong else ''}: "
             f"expected at least one, all from 0 to {vocabulary - 1}. Check the tokenizer."
         )
     return found
 
 
 def ends_of(eos_token_id: Any) -> int | list[int] | None:
-    """The tokens with which a request ends: one, several, or None where the generation configuration tells.
+    """Convert the tokens that end a request: one, several, or None to use the generation configuration's.
 
     Raises:
         UnsupportedError: they are something else.
@@ -49,7 +49,7 @@ def ends_of(eos_token_id: Any) -> int | list[int] | None:
 
 
 def limit_of(max_new_tokens: Any) -> int | None:
-    """How many tokens a request asks for.
+    """Convert ``max_new_tokens``.
 
     Raises:
         UnsupportedError: it is neither an integer nor None.
@@ -58,7 +58,7 @@ def limit_of(max_new_tokens: Any) -> int | None:
 
 
 def prefix_of(input_ids: Any) -> list[int]:
-    """A prompt by which others are sorted; of what is none, nothing."""
+    """Return a prompt as a sort key; an invalid prompt gives an empty list."""
     try:
         return integers_of("a prompt", input_ids)
     except UnsupportedError:
@@ -66,10 +66,10 @@ def prefix_of(input_ids: Any) -> list[int]:
 
 
 def check_options(processors: Any, options: dict[str, Any]) -> None:
-    """Raise where a request's arguments for logits processors can't be used.
+    """Check a request's arguments for logits processors.
 
     Raises:
-        UnsupportedError: transformers doesn't know them, or can't put them into its tensors.
+        UnsupportedError: transformers doesn't know them, or can't convert them to tensors.
     """
     if not options:
         return
@@ -81,13 +81,13 @@ def check_options(processors: Any, options: dict[str, Any]) -> None:
                 each.prepare_tensor_args([FutureRequestState(state, True, {}, 1)])
     except Exception as caught:
         raise UnsupportedError(
-            f"a request has the arguments {options}, with which transformers raises {type(caught).__name__} "
-            f"({caught}): expected those that its logits processors take. Leave them out."
+            f"a request was added with the arguments {options}, for which transformers raises "
+            f"{type(caught).__name__} ({caught}): expected arguments of its logits processors. Leave out the others."
         ) from caught
 
 
 def check_name(request_id: Any) -> None:
-    """Raise where a request can't be told from others by an id.
+    """Check a request's id.
 
     Raises:
         UnsupportedError: it isn't hashable.
@@ -97,15 +97,15 @@ def check_name(request_id: Any) -> None:
     except TypeError:
         raise UnsupportedError(
             f"a request's id is {request_id!r} of type {type(request_id).__name__}: expected something hashable, "
-            "such as a string. Leave request_id out to have one made up."
+            "such as a string. Leave request_id out to have one generated."
         ) from None
 
 
 def integers_of(what: str, values: Any) -> list[int]:
-    """A sequence of integers as a list.
+    """Convert a sequence of integers to a list.
 
     Args:
-        what: what it is, for messages.
+        what: how error messages refer to it.
         values: a sequence, or a 1-D tensor or array.
 
     Raises:
@@ -115,18 +115,18 @@ def integers_of(what: str, values: Any) -> list[int]:
     if len(shape) == 1 and hasattr(values, "tolist"):
         values = values.tolist()
     if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
-        told = f"of shape {shape}" if shape else f"{values!r}" if values is None else "no sequence of tokens"
+        told = f"of shape {shape}" if shape else f"{values!r}" if values is None else "not a sequence of tokens"
         raise UnsupportedError(
-            f"{what} is {told}, of type {type(values).__name__}: expected a list of integers, or a 1-D tensor of "
-            "them. Pass requests one by one."
+            f"{what} is {told}, of type {type(values).__name__}: expected a list of integers or a 1-D integer "
+            "tensor. Pass requests one by one."
         )
     try:
         if not any(isinstance(value, bool) for value in values):
             return list(map(operator.index, values))
-    except (TypeError, ValueError, RuntimeError):  # a tensor's own, of something that is no number
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor that isn't a single number
         pass
     odd = next(each for each in values if isinstance(each, bool) or not _is_integer(each))
-    raise UnsupportedError(f"{what} has {odd!r} of type {type(odd).__name__}: expected integers. Convert it.")
+    raise UnsupportedError(f"{what} contains {odd!r} of type {type(odd).__name__}: expected integers. Convert it.")
 
 
 def _is_integer(value: Any) -> bool:

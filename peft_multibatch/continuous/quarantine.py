@@ -1,12 +1,13 @@
-"""What one request does to a step is that request's fault alone: whoever was in a step that went wrong runs it again.
+"""Find the request that broke a step, fail it alone, and run the others again.
 
-A step runs the tokens of all requests as one row, in which attention masks by adding. A value that isn't finite in one
-request's keys is none anywhere in the row, so nobody can tell afterwards whose it was. So every request whose logits
-aren't finite, and every one that had none yet, begins again in other pages, in a step of its own: there the one at
-fault has them again, and fails; all others have the tokens that they have alone. The same goes for exceptions.
+A step runs the tokens of all requests as one row, in which attention masks by adding. A non-finite value in one
+request's keys therefore spreads over the whole row, and its origin can't be determined afterwards. So every request
+with non-finite logits, and every request that had no logits yet, starts again in other pages and in a step of its own.
+The one at fault has non-finite logits again and fails; all others get the tokens that they would get alone. Exceptions
+are handled in the same way.
 
-Whether logits are finite travels to the host in one more row of the tensor that holds the tokens, so that nobody waits
-for it, in captured graphs and asynchronous steps as well.
+Whether logits are finite is sent to the host in an extra row of the tensor that holds the tokens, which needs no
+additional synchronization, and works in captured graphs and asynchronous steps.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
 
 
 APART = 64
-"""Steps that an adapter's requests run by themselves after one of them failed."""
+"""Number of steps for which an adapter's requests run separately after one of them failed."""
 
 
 class Quarantine:
-    """Finds the requests on account of which steps go wrong.
+    """Finds the requests that make steps fail.
 
     Args:
         processor: transformers' batch processor.
         leaving: takes requests out of the loop.
         registry: the model's adapters.
-        key_of: what a request has in common with others that may have the same fault.
+        key_of: returns the key that a request shares with others that may have the same fault.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class Quarantine:
         registry: Registry,
         key_of: Callable[[RequestState], Hashable],
     ) -> None:
-        # ids of requests all of whose steps they run alone until they have a token, and when each did last
+        # ids of requests that run alone until they have a token → when each ran last
         self.suspects: dict[Any, int] = {}
-        self._apart: dict[Hashable, int] = {}  # whose requests run alone, and for how many steps more
+        self._apart: dict[Hashable, int] = {}  # keys whose requests run separately → number of steps left
         self._turns = itertools.count(1)
         self._others_are_next = True
         self._leaving, self._registry, self._key_of = leaving, registry, key_of
@@ -74,7 +75,7 @@ class Quarantine:
         self._scheduler._process_candidates = self._in_groups(self._scheduler._process_candidates)
 
     def step_failed(self, futures: Sequence[FutureRequestState], error: Exception) -> None:
-        """A step raised an exception: it is the only request's, or all of them begin again."""
+        """Handle a step's exception: fail its request if there is only one, otherwise restart all of them."""
         if len(futures) == 1:
             self._fail(futures[0].state, error)
         else:
@@ -82,17 +83,17 @@ class Quarantine:
 
     def _sample_with_flags(self, sample: Callable[..., None], do_sample: bool) -> Callable[..., None]:
         def sample_with_flags(scores: Tensor, output_ids: Tensor) -> None:
-            most = scores[0].amax(-1)  # [requests]; NaN where there is any
+            most = scores[0].amax(-1)  # [requests]; NaN if any logit is
             is_bad = most - most != 0
             output_ids[-1, : len(most)].copy_(is_bad)
-            if do_sample:  # from what isn't finite nothing can be drawn
+            if do_sample:  # sampling from non-finite scores would raise
                 scores = scores.masked_fill(is_bad[None, :, None], 0)
             sample(scores, output_ids)
 
         return sample_with_flags
 
     def _judged(self, update: Callable[[], tuple]) -> Callable[[], tuple]:
-        """What reads a step's tokens, without the requests that don't get any."""
+        """Wrap the reading of a step's tokens to leave out requests with non-finite logits."""
 
         def judged() -> tuple:
             futures, tokens, logprobs = update()
@@ -104,7 +105,8 @@ class Quarantine:
             if any(flags[: next(places)]):
                 bad = [is_there and (row is None or flags[row]) for is_there, row in zip(stays, rows)]
                 states = [future.state for future, is_bad in zip(futures, bad) if is_bad]
-                if len(futures) == 1 and states and states[0].request_id in self.suspects:  # alone from the beginning
+                # it ran alone from the start
+                if len(futures) == 1 and states and states[0].request_id in self.suspects:
                     self._fail(states[0], self._why(states[0]))
                 else:
                     self._suspect(states)
@@ -141,7 +143,7 @@ class Quarantine:
             self._apart[key] = left
 
     def _in_groups(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
-        """What puts a step together, out of requests that run with each other, or out of one."""
+        """Wrap the scheduling of a step so that suspects run alone and separated adapters run by themselves."""
 
         def process_candidates(candidates: list[RequestState], *args: Any) -> tuple:
             if not self.suspects and not self._apart:
@@ -160,38 +162,38 @@ class Quarantine:
             starved: list[tuple] = []
             for group in groups:
                 if group is not others and not has_begun(group[0]):
-                    self.suspects.setdefault(group[0].request_id, 0)  # nothing in its pages will be others' doing
+                    self.suspects.setdefault(group[0].request_id, 0)  # no other request can affect its pages
                 found = process(group, *args)
                 if found[0]:
                     self._others_are_next = group is not others
                     if self._others_are_next and group[0].request_id in self.suspects:
                         self.suspects[group[0].request_id] = next(self._turns)
                     return found
-                starved += self._scheduler.starved_requests  # all who lack blocks, of whom some have to give theirs
+                starved += self._scheduler.starved_requests  # transformers evicts some of them to free blocks
             self._scheduler.starved_requests = starved
             return found
 
         return process_candidates
 
     def _why(self, state: RequestState) -> MultibatchError:
-        """What to tell about a request whose logits aren't finite."""
+        """The error for a request with non-finite logits."""
         entry = entry_of(state)
         known = filter(None, map(self._registry.current, ids_of(entry)))
         weights = [each for adapter in known for each in adapter.tensors() if not each.is_meta]
         is_finite = all(bool(each.isfinite().all()) for each in weights)
-        reason = f"values overflowed in {self._dtype}" if is_finite else "some of the adapter's weights aren't, either"
+        reason = f"values overflowed in {self._dtype}" if is_finite else "the adapter has non-finite weights"
         return ModelStateError(
-            f"request {state.request_id!r} under {label_of(entry, self._registry.names)!r} has logits that aren't "
-            f"finite, because {reason}: expected finite ones. Load the adapter again, or run the model in another "
-            "dtype; other requests are not affected."
+            f"request {state.request_id!r} under {label_of(entry, self._registry.names)!r} has non-finite logits, "
+            f"because {reason}: expected finite ones. Load the adapter again, or run the model in another dtype; "
+            "other requests aren't affected."
         )
 
 
 def as_error(caught: Exception) -> MultibatchError:
-    """An exception that a step raised, as an error that tells a request's owner what it was about."""
+    """Wrap an exception that a step raised in an error that a request's owner can understand."""
     if isinstance(caught, MultibatchError):
         return caught
     return MultibatchError(
-        f"the model raised {type(caught).__name__} ({caught}) in a step with this request alone: expected it to run. "
-        "Try the adapter with generate; other requests are not affected."
+        f"the model raised {type(caught).__name__} ({caught}) in a step with only this request: expected it to run. "
+        "Try the adapter with generate; other requests aren't affected."
     )

@@ -1,4 +1,4 @@
-"""Whose request begins next in continuous batching."""
+"""Decide which request starts next, fairly between adapters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peft_multibatch.plan.segments import BASE
 
 
 KEY = "adapter_id"
-"""Where a request's entry travels: among its arguments for logits processors, which forks and evictions copy."""
+"""Key of a request's entry in its arguments for logits processors, which forks and evictions copy."""
 
 
 def entry_of(state: RequestState) -> Entry:
-    """What a request runs under."""
+    """The adapter entry of a request."""
     return state.logit_processor_kwargs.get(KEY, BASE)
 
 
 def has_begun(state: RequestState) -> bool:
-    """Whether a request ran before: it is under way, or was evicted."""
+    """Whether a request has run: it is running, or was evicted."""
     return bool(
         state.status not in (RequestStatus.PENDING,)
         or state.generated_tokens
@@ -32,34 +32,34 @@ def has_begun(state: RequestState) -> bool:
 
 
 class FairScheduler:
-    """Whose request begins next: that of the adapter which was served least, among those that have requests.
+    """Picks the adapter that has been served least, among those with waiting requests.
 
     Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
-    One that had no requests for a while doesn't accumulate credit: it begins with what each of the others would have
-    had if all had been served alike, and at least with the count of the least served one. With that count alone, new
-    adapters that come without end would always go before one that was served. Within an adapter, requests begin in
-    the order in which they came.
+    An adapter without requests doesn't accumulate credit: when it returns, it starts at the count that equal service
+    would have given each adapter, and at least at the lowest count. With the lowest count alone, an endless stream of
+    new adapters would always go before one that was already served. Requests of the same adapter start in order of
+    arrival.
 
     Source:
-        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. Where new ones
-        begin: virtual time, Parekh and Gallager, A Generalized Processor Sharing Approach to Flow Control, 1993.
+        Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. Initial counts:
+        virtual time, Parekh and Gallager, A Generalized Processor Sharing Approach to Flow Control, 1993.
     """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[int, ...], float] = {}
-        self._now = 0.0  # what each had been served if all had been served alike
+        self._now = 0.0  # the count of each adapter if all had been served equally
 
     def charge(self, entry: Entry, tokens: int) -> None:
-        """Count tokens that run for an entry."""
+        """Add tokens to the count of an entry's adapters."""
         self._counts[ids_of(entry)] = self._counts.get(ids_of(entry), self._now) + tokens
         self._now += tokens / len(self._counts)
 
     def order(self, waiting: Sequence[RequestState], running: set[Entry]) -> list[RequestState]:
-        """Requests in the order in which they should begin; those that have begun already come first.
+        """Sort requests by the order in which they should start; those that have already started come first.
 
         Args:
-            waiting: requests in the order in which they came.
-            running: entries of the requests that are under way.
+            waiting: requests in order of arrival.
+            running: entries of the running requests.
         """
         begun = [state for state in waiting if has_begun(state)]
         queues: dict[tuple[int, ...], deque[RequestState]] = {}

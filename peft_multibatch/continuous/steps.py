@@ -1,4 +1,4 @@
-"""A step of the loop: the packed row runs under one entry per token, and the head under one per request."""
+"""Run a step of the loop with one adapter entry per token, and one per request in the LM head."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 CHECKS = 1
-"""Adapters that a step compares with what PEFT holds, in turns: to compare dozens takes a millisecond."""
+"""Number of adapters compared with PEFT's state per step, in rotation: comparing dozens takes a millisecond."""
 
 
 class Steps:
     """Runs steps under the entries of their requests.
 
     Attributes:
-        served: tokens that ran for each adapter, by name; for a mixture, the names and their weights.
-        holds: whether a request has to wait until its last token is known; none has to, where nobody says otherwise.
+        served: number of tokens that ran for each adapter, by name; for a mixture, by its names and weights.
+        holds: whether a request has to wait until its last token is known; by default none has to.
 
     Args:
-        handle: of the enabled model.
+        handle: the handle of the enabled model.
         admission: knows how layers run.
-        queue: is told what ran.
+        queue: counts the tokens that ran.
     """
 
     def __init__(self, handle: Handle, admission: Admission, queue: FairScheduler) -> None:
@@ -46,11 +46,12 @@ class Steps:
         self.holds: Callable[[RequestState], bool] = lambda _: False
         self._registry, self._router = handle._registry, handle._router
         self._admission, self._queue = admission, queue
-        self._is_contended = False  # whether the step runs without graphs, as long as others read their place
-        self._banks: list[Bank] = []  # that there were before graphs were captured
+        # whether another thread's call uses the graphs' plan, so the step must run without graphs
+        self._is_contended = False
+        self._banks: list[Bank] = []  # banks at the time graphs were captured
 
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
-        """Let a batch processor run its steps through here."""
+        """Make a batch processor run its steps through this object."""
         runner, io = processor.model_runner, processor.inputs_and_outputs
         self._io, self._runner, self._scheduler = io, runner, processor.scheduler
         runner._get_forward_fn = self._eager_beside_others(runner._get_forward_fn)
@@ -58,22 +59,22 @@ class Steps:
         self._scheduler._process_candidates = self._without_held(self._scheduler._process_candidates)
 
     def _without_held(self, process: Callable[..., tuple]) -> Callable[..., tuple]:
-        """What puts a step together, without requests that wait for the step under way to be seen: to be forked, or
-        to know which token they have.
+        """Wrap the scheduling of a step to leave out requests that wait for the result of the running step: those to
+        be forked, and those that need to know their last token.
 
-        Until then they have no tokens to run, and need no blocks. Where nobody else can run, they are a step without
-        tokens: the one before it is seen when the next one has begun.
+        Until then they have no tokens to run, and need no blocks. If no other request can run, they form a step
+        without tokens, because the result of a step is read once the next one has started.
         """
 
         def process_candidates(candidates: list[RequestState], *args: Any) -> tuple:
-            held = list(self._scheduler._requests_to_fork)  # of asynchronous steps; others were seen
+            held = list(self._scheduler._requests_to_fork)  # only asynchronous steps leave any
             held += [each for each in candidates if self.holds(each)]
             found = process([each for each in candidates if not any(each is state for state in held)], *args)
             if found[0] or not held:
                 return found
             for state in held:
                 state.tokens_to_process = []
-            # blocks that become complete; older transformers have one number for all kinds of attention
+            # number of blocks that become complete; older versions of transformers have one for all kinds of attention
             none: Any = {} if hasattr(self._scheduler.cache, "count_new_complete_blocks") else 0
             return [FutureRequestState(state, False, none, 0) for state in held], False, False, 0, 0
 
@@ -86,8 +87,8 @@ class Steps:
                 return
             known = self._scheduler.active_requests
             is_warmup = not any(known.get(future.state.request_id) is future.state for future in futures)
-            # transformers would write it to the configuration, where calls on other threads find it. It says what
-            # every decoder does anyway: masks come with the step, and without one attention is causal
+            # transformers would write it to the configuration, where other threads would see it. Decoders don't need
+            # it: masks are passed with the step, and without a mask attention is causal
             batch_data.pop("is_causal", None)
             try:
                 self._run(compute, model, batch_data, futures, is_warmup)
@@ -115,33 +116,33 @@ class Steps:
             served[entry] += tokens
             if future.state.position_offset == tokens:
                 begin.update(ids_of(entry))
-        if not is_warmup:  # transformers' own, to capture graphs
+        if not is_warmup:  # warmup steps only capture graphs
             for entry, tokens in served.items():
                 self._queue.charge(entry, tokens)
                 self.served[label_of(entry, self._registry.names)] += tokens
         entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
-        self._registry.adapters(sorted(begin), len(begin))  # whoever's turn it is, because a prompt is read once
+        self._registry.adapters(sorted(begin), len(begin))  # all of them, because a prompt is read only once
         plan = self._router.plan(entries, checks=0)
         if self._has_new_layers(plan) or self._router.graph.outgrown_by(plan):
             self.forget_graphs()
-        del plan  # what waits for room below must not keep what may have to go
+        del plan  # waiting for memory below must not keep adapters that may have to be evicted
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
-        # plans are copied in the order of the stream that computes
+        # plans must be copied on the stream that computes
         routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
         with on_stream(self._io.compute_stream), routing as call:
             self._is_contended = self._router.graph.contended
             call.begin_model()
             call.for_graphs = for_graphs and not self._is_contended
-            if call.for_graphs and self._router.kernels is not None:  # for those that are captured already
+            if call.for_graphs and self._router.kernels is not None:  # graphs that are already captured read it
                 self._router.graph.prepare(call, batch_data["input_ids"].device)
             self._mask_wholly(batch_data)
             call.head = self._head(model, batch_data, futures, entries)
             compute(model, batch_data)
 
     def _eager_beside_others(self, forward_of: Callable[..., tuple]) -> Callable[..., tuple]:
-        """What gives a step's forward pass, and whether it is a CUDA graph: never beside calls of other threads.
+        """Wrap the choice of a step's forward pass so that no CUDA graph is used while other threads run calls.
 
-        Graphs and compiled code read their plan at one place, which such a call has for as long as ``generate`` takes.
+        Graphs and compiled code read their plan from one location, which such a call occupies until ``generate`` ends.
         """
 
         def forward_beside_others(*args: Any, **kwargs: Any) -> tuple:
@@ -154,30 +155,30 @@ class Steps:
     def _head(
         self, model: Any, batch_data: dict, futures: Sequence[FutureRequestState], entries: list[Entry]
     ) -> Call | None:
-        """The call that the head sees, where it has adapters and gets the last tokens alone; None where it doesn't."""
-        slices = getattr(self._runner, "supports_logits_to_keep", None)  # not in older transformers
+        """The call for the LM head if it has adapters and gets only the last tokens, otherwise None."""
+        slices = getattr(self._runner, "supports_logits_to_keep", None)  # not in older versions of transformers
         if not (self._admission.has_head and slices is not None and slices(model)):
             return None
         last = [entry_of(future.state) for future in futures if future.has_new_token]
-        last += entries[:1] * (len(batch_data["logits_indices"]) - len(last))  # the first token again, as padding
+        last += entries[:1] * (len(batch_data["logits_indices"]) - len(last))  # padding repeats the first token
         call = Call(self._router.plan(last, checks=0), False, True, self._admission.left_out)
         call.begin_model()
         return call
 
     def _mask_wholly(self, batch_data: dict) -> None:
-        """Let no request see another one in float16, the least number of which is one that scores reach."""
+        """Use -inf to mask requests from each other in float16, whose lowest finite number scores can reach."""
         masks = batch_data["attention_mask"]
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
             if mask is not None and mask.dtype == torch.float16:
-                rows = mask[..., : self._packed().total_seqlen_q, :]  # padding sees what it saw: no row sees nothing
+                rows = mask[..., : self._packed().total_seqlen_q, :]  # padding rows stay: a fully masked row gives NaN
                 rows.masked_fill_(rows < 0, -torch.inf)
 
     def _packed(self) -> Any:
-        """transformers' description of the step that is prepared or about to run."""
+        """transformers' description of the step that is being prepared or about to run."""
         return self._io.io_pairs[self._io.current_pair].host_io if hasattr(self._io, "io_pairs") else self._io
 
     def _has_new_layers(self, plan: BatchPlan) -> bool:
-        """Whether adapters have weights in layers that weren't there when graphs were captured."""
+        """Whether adapters have weights in layers that were added after graphs were captured."""
         graph, before = self._router.graph, self._banks
         new: set[Any] = set()
         if graph.is_captured and graph.banks is not before:
@@ -185,11 +186,11 @@ class Steps:
             new.difference_update(layer for bank in before for layer in bank.layers)
             if new and not any(adapter.has(layer) for adapter in plan.adapters.values() for layer in new):
                 return False
-        self._banks = graph.banks  # graphs have these, or will
+        self._banks = graph.banks  # captured graphs include these, or will
         return bool(new)
 
     def forget_graphs(self) -> None:
-        """Have CUDA graphs captured anew: they have constants that depend on what the adapters look like."""
+        """Discard CUDA graphs so that they are captured again: their constants depend on the adapters' shapes."""
         if not self._router.graph.is_captured:
             return
         pairs = [pair.device_io for pair in self._io.io_pairs] if hasattr(self._io, "io_pairs") else [self._io]

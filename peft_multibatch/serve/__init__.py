@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over one base model and its adapters: ``peft-multibatch serve``."""
+"""An OpenAI-compatible server for one base model and its adapters: ``peft-multibatch serve``."""

@@ -1,6 +1,7 @@
-"""What a job generated → what OpenAI's API answers, whole or chunk by chunk.
+"""Convert generated text to OpenAI's response format, whole or in chunks.
 
-Plain dictionaries: a chunk is made for every token of every client, on the thread that Python shares with the model's.
+Responses are plain dictionaries, because a chunk is built for every token of every client, in competition with the
+model's thread for the GIL.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ class Answer:
     """The answers of one job.
 
     Args:
-        job: what runs.
-        model: what the client called the model.
-        tokenizer: of the model.
-        with_usage: whether a stream ends with the count of tokens.
+        job: the job.
+        model: the model's name in the request.
+        tokenizer: the model's tokenizer.
+        with_usage: whether a stream ends with the token counts.
     """
 
     prefix: str
@@ -34,7 +35,7 @@ class Answer:
         self._length: dict[int, int] = {}  # characters of each answer so far
 
     async def whole(self, deltas: AsyncIterator[Delta]) -> dict[str, Any]:
-        """The response that isn't streamed."""
+        """Build the response of a request that isn't streamed."""
         found: dict[int, list[Delta]] = {}
         async for delta in deltas:
             found.setdefault(delta.choice, []).append(delta)
@@ -42,7 +43,7 @@ class Answer:
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._job.usage()}
 
     async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
-        """The parts of a stream."""
+        """Build the chunks of a stream."""
         head = {**self._head, "object": self.chunk_kind}
         if self._with_usage:
             head["usage"] = None
@@ -135,5 +136,5 @@ def _joined(deltas: list[Delta]) -> Delta:
 
 
 def _finite(logprob: float) -> float:
-    """What JSON can hold, of minus infinity as well; OpenAI writes it so."""
+    """Replace minus infinity, which JSON doesn't have, by -9999, as OpenAI does."""
     return max(logprob, -9999.0)

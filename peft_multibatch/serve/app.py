@@ -1,4 +1,4 @@
-"""The application: endpoints, and errors that look like OpenAI's wherever they come from."""
+"""The ASGI application: endpoints, and error handlers that answer in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ logger = logging.get_logger(__name__)
 STATIC = Path(__file__).parent / "static"
 
 POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
-"""What browsers may load and run for the page: nothing from elsewhere, nothing inline."""
+"""Content security policy of the page: nothing from other origins, nothing inline."""
 
 generating, admin, status = APIRouter(), APIRouter(), APIRouter()
 
 
 def build_app(engine: Engine, on_end: Sequence[Callable[[Record], None]] = ()) -> Any:
-    """The application of a server.
+    """Build the application.
 
     Args:
-        engine: that was started; the application stops it when it ends.
-        on_end: called with the record of each request that has ended.
+        engine: a started engine; the application stops it on shutdown.
+        on_end: called with the record of each finished request.
 
     Returns:
         An ASGI application.
@@ -77,20 +77,20 @@ def build_app(engine: Engine, on_end: Sequence[Callable[[Record], None]] = ()) -
 
 @generating.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    """Answer a chat."""
+    """Create a chat completion."""
     return await _generate(request, chat_job(_engine(request), body, _record(request).request_id), body, ChatAnswer)
 
 
 @generating.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Go on behind a text."""
+    """Create a text completion."""
     job = completion_job(_engine(request), body, _record(request).request_id)
     return await _generate(request, job, body, CompletionAnswer)
 
 
 @generating.post("/v1/responses")
 async def responses(body: ResponseRequest, request: Request) -> Response:
-    """Answer, in the newer of OpenAI's two ways to ask for it."""
+    """Create a response, in OpenAI's newer API."""
     engine, record = _engine(request), _record(request)
     job, deltas = await _begin(request, response_job(engine, body, record.request_id), body)
     answer = ResponseAnswer(job, body)
@@ -101,7 +101,7 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
 
 @generating.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The base model and its adapters."""
+    """List the base model and its adapters."""
     engine = _engine(request)
     base = engine.settings.model_names[0]
     adapters = [_model(name, written, base) for name, written in await engine.catalog.names()]
@@ -110,7 +110,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 @generating.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
-    """One of them."""
+    """Describe one model."""
     for each in (await models(request))["data"]:
         if each["id"] == name:
             return each
@@ -119,14 +119,14 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 @admin.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, request: Request) -> Response:
-    """Make an adapter known, or replace it while requests run."""
+    """Register an adapter, or replace it while requests run."""
     await _engine(request).catalog.load(body.lora_name, body.lora_path, body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @admin.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, request: Request) -> Response:
-    """Forget an adapter; requests under way end with it."""
+    """Unregister an adapter; running requests still finish with it."""
     await _engine(request).catalog.unload(body.lora_name)
     request.app.state.metrics.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -149,25 +149,25 @@ async def ready(request: Request) -> Response:
 
 @status.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Everything that is counted, for Prometheus."""
+    """Metrics for Prometheus."""
     return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @status.get("/", include_in_schema=False)
 async def page() -> Response:
-    """A page on which to ask several adapters the same."""
+    """A page for comparing the answers of several adapters."""
     return _file("index.html")
 
 
 @status.get("/page.css", include_in_schema=False)
 async def style() -> Response:
-    """How it looks."""
+    """The page's style sheet."""
     return _file("page.css")
 
 
 @status.get("/page.js", include_in_schema=False)
 async def script() -> Response:
-    """What it does."""
+    """The page's script."""
     return _file("page.js")
 
 
@@ -187,7 +187,7 @@ async def _generate(request: Request, preparing: Coroutine, body: Generated, kin
 
 
 async def _begin(request: Request, preparing: Coroutine, body: Sampled) -> tuple[Job, AsyncGenerator[Delta, None]]:
-    """A job, and what it generates, once there is some of it."""
+    """Start a job; returns it and its output once there is some."""
     engine, record = _engine(request), _record(request)
     record.user = body.user
     if engine.settings.log_prompts:
@@ -198,7 +198,7 @@ async def _begin(request: Request, preparing: Coroutine, body: Sampled) -> tuple
             with engine.preparing():
                 record.job = job = await preparing
         finally:
-            preparing.close()  # which may not have begun
+            preparing.close()  # in case it was never awaited
         return job, await begun(engine.run(job))
 
     return await unless_left(request, first())
@@ -229,17 +229,17 @@ async def _told(request: Request, error: Any) -> Response:
 
 
 async def _not_valid(request: Request, error: Any) -> Response:
-    """pydantic's errors, of which the first one is told; a parameter that isn't known comes before all others."""
+    """Report the first of pydantic's errors; unknown parameters come before all others."""
     found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
     place = [str(each) for each in found["loc"][1:]]
-    place = [each for each in place if each != "str" and "[" not in each]  # which of several types was tried
+    place = [each for each in place if each != "str" and "[" not in each]  # drops the branches of unions
     if found["type"] == "json_invalid":
-        told = invalid("The body is no JSON.", code="invalid_json")
+        told = invalid("The body is not valid JSON.", code="invalid_json")
     elif found["type"] == "extra_forbidden":
         told = unsupported(".".join(place))
     else:
         where = f"'{place[0]}'" if place else "the body"
-        told = invalid(f"{where} can't be used: {found['msg']}.", place[0] if place else None)
+        told = invalid(f"{where} is invalid: {found['msg']}.", place[0] if place else None)
     return await _told(request, told)
 
 

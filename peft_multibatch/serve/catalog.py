@@ -1,7 +1,7 @@
-"""Which adapters there are, and what ``model=`` names: an adapter costs nothing until somebody asks for it.
+"""Find the adapters that ``model=`` names, and register each when it is first requested.
 
-Everything that reads files runs in threads, one at a time for each adapter, so that no two requests register the same
-one; nobody waits for another adapter's files, or for the requests after which another one can be replaced.
+Files are read on threads, one at a time per adapter, so that no two requests register the same adapter. No request
+waits for the files of another adapter, or for another adapter to be replaced.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ THREADS, LOCKS = 32, 1024
 
 
 class Target(NamedTuple):
-    """What a request runs under.
+    """The adapters of a request.
 
     Attributes:
-        entry: as continuous batching takes it.
+        entry: the ``adapter_id`` for continuous batching.
         label: an adapter's name, the base model's, or ``"mixture"``; for logs and metrics.
-        names: of its adapters.
+        names: the names of its adapters.
     """
 
     entry: Any
@@ -41,11 +41,11 @@ class Target(NamedTuple):
 
 
 class Catalog:
-    """The adapters that clients may name.
+    """The adapters that clients may use.
 
     Args:
-        store: of the model.
-        settings: where adapters lie, and how many and how large they may be.
+        store: the model's adapter store.
+        settings: where adapters are, and how many and how large they may be.
         on_refused: called with an adapter's name and the error that registering it raised.
     """
 
@@ -53,21 +53,21 @@ class Catalog:
         self, store: AdapterStore, settings: Settings, on_refused: Callable[[str, Exception], None] = lambda *_: None
     ) -> None:
         self._store, self._settings, self._on_refused = store, settings, on_refused
-        self._folders = dict(settings.adapters)  # of adapters that don't have the name of their folder
-        self._unloaded: set[str] = set()  # on purpose, though their folders are there
-        self._stamps: dict[str, tuple] = {}  # of the files of adapters that are registered
+        self._folders = dict(settings.adapters)  # of adapters not named after their folder
+        self._unloaded: set[str] = set()  # unloaded by an administrator; their folders may still exist
+        self._stamps: dict[str, tuple] = {}  # file stamps of registered adapters
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapters")
-        self._locks = [threading.Lock() for _ in range(LOCKS)]  # each for a part of all names
+        self._locks = [threading.Lock() for _ in range(LOCKS)]  # each covers a part of all names
 
     async def find(self, model: str, mixture: dict[str, float] | None = None) -> Target:
-        """What a request names; its adapters are registered from now on.
+        """Look up the model that a request names, and register its adapters.
 
         Args:
             model: the base model's name, or an adapter's.
-            mixture: weights of adapters by name, for the base model alone.
+            mixture: weights of adapters by name; only with the base model's name.
 
         Raises:
-            ApiError: 404 where there is no such model, 400 where it can't be used.
+            ApiError: 404 if there is no such model, 400 if it can't be used.
         """
         is_base = model in self._settings.model_names
         if not mixture:
@@ -81,42 +81,42 @@ class Catalog:
             raise invalid("'adapter' was given together with an adapter as 'model': expected the base model's name.",
                           "adapter")  # fmt: skip
         if len(mixture) > self._settings.max_mixture:
-            raise invalid(f"'adapter' has {len(mixture)} adapters: expected {self._settings.max_mixture} at most.",
+            raise invalid(f"'adapter' has {len(mixture)} adapters: expected at most {self._settings.max_mixture}.",
                           "adapter")  # fmt: skip
         for name in mixture:
             await self._provide(name)
         return Target(mixture, "mixture", tuple(mixture))
 
     async def load(self, name: str, folder: str, in_place: bool) -> None:
-        """Register an adapter from a folder inside of ``--adapters``, checked before anything changes.
+        """Register an adapter from a folder inside ``--adapters``, which is checked before anything changes.
 
         Raises:
             ApiError: the name or the folder can't be used, or the name is taken.
         """
         if not NAME.fullmatch(name) or name == BASE_NAME or name in self._settings.model_names:
             raise invalid(
-                "'lora_name' is none that an adapter may have: expected letters, digits, '.', '_' and '-', 64 at "
-                "most, the first one a letter or digit, and not the base model's name.",
+                "'lora_name' is not a valid adapter name: expected at most 64 letters, digits, '.', '_' and '-', "
+                "starting with a letter or digit, and not the base model's name.",
                 "lora_name",
             )
         if "\0" in folder:
-            raise invalid("'lora_path' has a null character: expected a path.", "lora_path")
+            raise invalid("'lora_path' contains a null character: expected a path.", "lora_path")
         await self._run(name, self._load, name, folder, in_place)
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter, also one that ``--adapters`` has; requests under way end with it.
+        """Unregister an adapter, even if its folder is in ``--adapters``; running requests still finish with it.
 
         Raises:
-            ApiError: there is none of this name.
+            ApiError: there is no adapter with this name.
         """
         await self._run(name, self._unload, name)
 
     async def names(self) -> list[tuple[str, int]]:
-        """Adapters, and when their weights were written, in seconds since 1970."""
+        """The names of all adapters, with the modification times of their weights in seconds since 1970."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: sorted(self._list()))
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Shut down the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, name: str, function: Callable[..., None], *args: Any) -> None:
@@ -134,7 +134,7 @@ class Catalog:
         await self._run(name, self._register_known, name)
 
     def _folder(self, name: str) -> Path | None:
-        """Where an adapter of this name should lie."""
+        """The folder in which an adapter with this name should be."""
         if name in self._unloaded:
             return None
         root = self._settings.adapters_dir
@@ -142,7 +142,7 @@ class Catalog:
         return folder if folder is not None and os.path.exists(folder / CONFIG) else None
 
     def _stamp(self, name: str) -> tuple | None:
-        """What changes when an adapter's files are replaced; None where they aren't there."""
+        """A value that changes when an adapter's files are replaced; None if they don't exist."""
         root = self._settings.adapters_dir
         folder = self._folders.get(name, root / name if root is not None else None)
         if folder is None:
@@ -156,7 +156,7 @@ class Catalog:
     def _register_known(self, name: str) -> None:
         folder = self._folder(name)
         if folder is None:
-            if name in self._store:  # its files are gone; in memory it may still be
+            if name in self._store:  # its files are gone, but it may still be in memory
                 return
             raise unknown_model(name)
         stamp = self._stamp(name)
@@ -167,12 +167,12 @@ class Catalog:
     def _register(self, name: str, folder: Path) -> None:
         settings = self._settings
         if name not in self._store and len(self._store) >= settings.max_adapters:
-            raise unavailable(f"The server knows {len(self._store)} adapters, as many as it may.", "too_many_adapters")
+            raise unavailable(f"The server has {len(self._store)} adapters, which is its limit.", "too_many_adapters")
         try:
             size = _size_of(folder)
             if size > settings.max_adapter_mb * 1e6:
                 raise AdapterFileError(
-                    f"adapter {name!r} has weights of {size} bytes: expected {settings.max_adapter_mb:g} MB at most. "
+                    f"adapter {name!r} has weights of {size} bytes: expected at most {settings.max_adapter_mb:g} MB. "
                     "Raise --max-adapter-mb."
                 )
             self._store.register(name, folder)
@@ -202,7 +202,7 @@ class Catalog:
         self._unloaded.add(name)
         self._folders.pop(name, None)
         self._stamps.pop(name, None)
-        with contextlib.suppress(UnknownAdapterError):  # nobody had asked for it
+        with contextlib.suppress(UnknownAdapterError):  # it was never requested
             self._store.unregister(name)
 
     def _list(self) -> Iterator[tuple[str, int]]:
@@ -221,7 +221,7 @@ class Catalog:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of an adapter's weights; 0 where they aren't there, which registering finds out."""
+    """The size of an adapter's weights in bytes; 0 if they don't exist, which registering reports."""
     try:
         return os.stat(folder / WEIGHTS).st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""``peft-multibatch serve``: its options."""
+"""The command line of ``peft-multibatch serve``."""
 
 from __future__ import annotations
 
@@ -14,51 +14,53 @@ import typer
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 DEMO = "demo"
-"""Instead of a path: the demo's model, with its adapters."""
+"""Stands for the demo's model and its adapters, instead of a path."""
 
 
 def serve(
     base: Annotated[str, typer.Argument(help="Base model: a folder, a name on the hub, or 'demo'.")],
-    adapters: Annotated[Path | None, typer.Option(help="Folder whose folders are adapters.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH of one adapter more; repeatable.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder with one subfolder per adapter.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="An additional adapter as NAME=PATH; repeatable.")] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the base model; repeatable.")
+        list[str] | None, typer.Option(help="Name of the base model in requests; repeatable.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; others than loopback need a key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; needs an API key unless loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="PEFT_MULTIBATCH_API_KEY", show_default=False, help="Clients must send one; repeatable."),
+        typer.Option(envvar="PEFT_MULTIBATCH_API_KEY", show_default=False, help="Key for clients; repeatable."),
     ] = None,
     admin_key: Annotated[
         str | None,
-        typer.Option(envvar="PEFT_MULTIBATCH_ADMIN_KEY", show_default=False, help="For loading and unloading."),
+        typer.Option(envvar="PEFT_MULTIBATCH_ADMIN_KEY", show_default=False, help="Key for (un)loading adapters."),
     ] = None,
-    allow_load: Annotated[bool, typer.Option("--allow-load", help="Open /v1/load_lora_adapter and its twin.")] = False,
-    max_adapters: Annotated[int, typer.Option(min=1, help="Adapters that may be known at a time.")] = 100_000,
-    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank of any adapter.")] = 64,
-    max_adapter_mb: Annotated[float, typer.Option(min=0, help="Largest file of an adapter's weights.")] = 1024,
+    allow_load: Annotated[bool, typer.Option("--allow-load", help="Enable loading and unloading by request.")] = False,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Maximum number of registered adapters.")] = 100_000,
+    max_rank: Annotated[int, typer.Option(min=1, help="Maximum rank of an adapter.")] = 64,
+    max_adapter_mb: Annotated[float, typer.Option(min=0, help="Maximum size of an adapter's weights.")] = 1024,
     adapter_memory: Annotated[str, typer.Option(help="Host memory for adapters.")] = "8GB",
-    max_mixture: Annotated[int, typer.Option(min=1, help="Adapters in a mixture.")] = 4,
-    max_model_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at a time.")] = 64,
-    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in a step.")] = None,
-    max_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the cache holds.")] = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; more get 429.")] = 256,
+    max_mixture: Annotated[int, typer.Option(min=1, help="Maximum number of adapters in a mixture.")] = 4,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Maximum tokens of prompt and answer.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of running sequences.")] = 64,
+    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per step.")] = None,
+    max_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV cache in tokens.")] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Maximum number of waiting sequences; more get 429.")] = 256,
     max_requests_per_adapter: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that run or wait for one adapter.")
+        int | None, typer.Option(min=1, help="Maximum running and waiting sequences per adapter.")
     ] = None,
-    max_body_mb: Annotated[float, typer.Option(min=0, help="Largest body of a request.")] = 4,
-    request_timeout: Annotated[float, typer.Option(min=0, help="Seconds that a request may take.")] = 600,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the files' own.")] = "auto",
+    max_body_mb: Annotated[float, typer.Option(min=0, help="Maximum size of a request body.")] = 4,
+    request_timeout: Annotated[float, typer.Option(min=0, help="Maximum duration of a request in seconds.")] = 600,
+    device: Annotated[str, typer.Option(help="Device for the model.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as in the files).")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="As in transformers.")] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it stops.")] = 30,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for requests to finish on shutdown.")] = 30,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch the base from the hub.")] = False,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Download the base model from the hub.")
+    ] = False,
 ) -> None:
-    """Serve one base model and its adapters, as OpenAI's API: `model` picks the adapter."""
+    """Serve a base model and its adapters through OpenAI's API: `model` selects the adapter."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"serve needs {', '.join(missing)}: install them with pip install 'peft-multibatch[serve]'")
@@ -74,7 +76,7 @@ def serve(
 
         adapters = ADAPTERS_DIR
     if adapters is not None and not adapters.is_dir():
-        raise typer.BadParameter(f"{adapters} is no folder", param_hint="--adapters")
+        raise typer.BadParameter(f"{adapters} is not a folder", param_hint="--adapters")
     try:
         settings = Settings(
             adapters_dir=adapters,
@@ -117,7 +119,7 @@ def _named(adapters: list[str]) -> dict[str, Path]:
     for each in adapters:
         name, _, path = each.partition("=")
         if not path or name in found:
-            raise ValueError(f"--adapter {each}: expected NAME=PATH, with a name that no other adapter has.")
+            raise ValueError(f"--adapter {each}: expected NAME=PATH, with a name that isn't used twice.")
         found[name] = Path(path).resolve()
     return found
 
@@ -131,14 +133,14 @@ def _name_of(base: str) -> str:
 
 
 def load_base(base: str, device: str, dtype: str, attention: str | None, may_download: bool) -> tuple[Any, Any]:
-    """A causal language model in eval mode, and its tokenizer.
+    """Load a causal language model in eval mode, and its tokenizer.
 
     Args:
         base: a folder, a name on the hub, or ``"demo"``.
-        device: where it runs.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the files' own.
+        device: the device to load it on.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the dtype of the files.
         attention: ``attn_implementation``, as in transformers.
-        may_download: whether it may be fetched from the hub.
+        may_download: whether it may be downloaded from the hub.
     """
     if base == DEMO:
         import torch

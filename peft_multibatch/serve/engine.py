@@ -1,4 +1,4 @@
-"""The model, its adapters and continuous batching, as the endpoints use them: jobs in, pieces of text out."""
+"""Run the endpoints' jobs with continuous batching and stream back the text that they generate."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ from peft_multibatch.serve.settings import Settings
 logger = logging.get_logger(__name__)
 
 STALLED = 120.0
-"""Seconds without a step, while requests wait for one, after which the server counts as broken."""
+"""Seconds without a step, while requests are waiting, after which the server reports itself as unhealthy."""
 
 CPU_CACHE, CPU_STEP = 8192, 256
-"""Tokens that the cache and a step hold on a CPU, where transformers would take what there is of memory."""
+"""Sizes in tokens of the cache and of a step on a CPU, where transformers would use all available memory."""
 
 
 class Engine:
     """Runs jobs.
 
     Args:
-        model: in eval mode, not enabled yet.
-        tokenizer: the model's.
-        settings: limits.
+        model: a model in eval mode, not enabled yet.
+        tokenizer: the model's tokenizer.
+        settings: the server's limits.
 
     Attributes:
-        max_model_len: most tokens of a prompt and its answer.
-        running: sequences that were accepted and haven't ended, by what they run under.
-        is_stopping: whether no job is accepted any more.
+        max_model_len: maximum number of tokens of a prompt and its answer.
+        running: number of accepted sequences that haven't finished, by adapter label.
+        is_stopping: whether new jobs are rejected because the server is shutting down.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
@@ -66,8 +66,8 @@ class Engine:
         self.running: Counter[str] = Counter()
         self._ids = itertools.count()
         self._jobs: dict[int, Inbox] = {}
-        self._prepared = 0  # requests that aren't jobs yet
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # which isn't safe in several
+        self._prepared = 0  # number of requests that aren't jobs yet
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # tokenizers aren't thread-safe
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
         self._mb = peft_multibatch.enable(model)
         roots = [each for each in (settings.adapters_dir, *settings.adapters.values()) if each is not None]
@@ -95,31 +95,31 @@ class Engine:
         self._progress = 0, time.monotonic()
 
     def start(self) -> None:
-        """Begin to run; returns when jobs can be.
+        """Start the loop; returns once it can run jobs.
 
         Raises:
-            RuntimeError: the loop ended before it began.
-            ValueError: requests of the length that was asked for don't fit.
+            RuntimeError: the loop ended before it started to run requests.
+            ValueError: requests of ``--max-model-len`` tokens don't fit.
         """
         self.manager.warmup()
         self.manager.start()
         while self.manager.batch_processor is None:
             if not self.manager.is_running():
-                raise RuntimeError("continuous batching did not start: expected a loop that runs. The log says why.")
+                raise RuntimeError("continuous batching did not start: expected a running loop. See the log.")
             time.sleep(0.01)
         longest = min(self.manager.longest, self._positions or self.manager.longest)
         if self.max_model_len > longest:
             self.stop()
             raise ValueError(
-                f"--max-model-len is {self.max_model_len}, and the model and its cache have room for {longest}: "
-                "expected no more. Raise --max-cache-tokens, or leave it out."
+                f"--max-model-len is {self.max_model_len}, but the model and its cache have room for {longest} "
+                "tokens: expected no more. Raise --max-cache-tokens, or leave out --max-model-len."
             )
         self.max_model_len = self.max_model_len or longest
         gc.collect()
-        gc.freeze()  # a model and its libraries are a million objects: to look through them takes half a second
+        gc.freeze()  # a collection of the million objects of model and libraries would take half a second
 
     def stop(self) -> None:
-        """End what runs, and put the model back as it was."""
+        """Stop the loop and restore the model."""
         self.is_stopping = True
         gc.unfreeze()
         if self.manager.is_running():
@@ -131,7 +131,7 @@ class Engine:
         self._mb.disable()
 
     def problem(self) -> str | None:
-        """Why no request can run, None where they can."""
+        """Return the reason why requests can't run, or None if they can."""
         status = self.manager.background_thread_status
         if status.fatal_error is not None or not self.manager.is_running():
             return "the loop that runs requests has ended"
@@ -139,43 +139,43 @@ class Engine:
         if steps != self._progress[0] or not self.running:
             self._progress = steps, now
         if now - self._progress[1] > STALLED:
-            return f"no step ended for {now - self._progress[1]:.0f} s"
+            return f"no step has finished for {now - self._progress[1]:.0f} s"
         return None
 
     def check(self) -> None:
-        """Raise where no job is accepted.
+        """Check that jobs are accepted.
 
         Raises:
-            ApiError: 503.
+            ApiError: 503 if they aren't.
         """
         if self.is_stopping:
-            raise unavailable("The server is about to stop: try again, elsewhere or later.", "stopping")
+            raise unavailable("The server is shutting down: try again later, or on another server.", "stopping")
         if self.manager.background_thread_status.fatal_error is not None or not self.manager.is_running():
-            raise unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+            raise unavailable("The server can't run requests: its operator should check the log.", "broken")
 
     async def tokenize(self, function: Any, *args: Any) -> Any:
-        """Call something that needs the tokenizer, beside the event loop."""
+        """Run a function that needs the tokenizer outside the event loop's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
 
     async def grammar(self, schema: dict[str, Any]) -> Grammar:
-        """Compile a JSON schema, beside the event loop.
+        """Compile a JSON schema outside the event loop's thread.
 
         Raises:
-            ApiError: 400.
+            ApiError: 400 if it can't be compiled.
         """
         return await self.grammars.compile(schema, self._compiling)
 
     def cancel_all(self) -> None:
-        """End all jobs with an error that says that the server stops."""
-        error = unavailable("The server stopped before this request had ended: send it again.", "stopping")
+        """End all jobs with an error that says that the server is shutting down."""
+        error = unavailable("The server shut down before this request had finished: send it again.", "stopping")
         for inbox in list(self._jobs.values()):
             inbox.fail(error)
 
     async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
-        """What a job generates, as it comes. Closing the generator ends the job.
+        """Run a job and yield its output as it is generated. Closing the generator cancels the job.
 
         Raises:
-            ApiError: it can't be run, or couldn't be until its end.
+            ApiError: the job can't run, or failed before its end.
         """
         self.check()
         inbox = Inbox()
@@ -194,7 +194,7 @@ class Engine:
                     for output, cause in await inbox.take():
                         found = under_way.get(output.request_id)
                         if found is None:
-                            continue  # it had a stop string already
+                            continue  # it already ended at a stop string
                         if output.error is not None:
                             raise self._as_api_error(cause, job)
                         delta = found.take(output, [] if job.ignore_eos else self.ends)
@@ -212,13 +212,13 @@ class Engine:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """For as long as a request is made into a job; as many may be as may run or wait.
+        """Count a request while it is converted to a job; the limit is that of running and waiting sequences.
 
         Raises:
-            ApiError: 429.
+            ApiError: 429 if there are too many.
         """
         if self._prepared >= self.settings.max_batch + self.settings.max_queue:
-            raise busy("The server has as many requests as it takes: try again later.", "queue_full")
+            raise busy("The server has reached its limit of requests: try again later.", "queue_full")
         self._prepared += 1
         try:
             yield
@@ -229,9 +229,9 @@ class Engine:
     def _place(self, label: str, count: int) -> Iterator[None]:
         limit, own = self.settings.max_batch + self.settings.max_queue, self.settings.max_requests_per_adapter
         if self.running.total() + count > limit:
-            raise busy("The server has as many requests as it takes: try again later.", "queue_full")
+            raise busy("The server has reached its limit of requests: try again later.", "queue_full")
         if own is not None and self.running[label] + count > own:
-            raise busy(f"The model `{label}` has as many requests as it may have: try again later.", "adapter_busy")
+            raise busy(f"The model `{label}` has reached its limit of requests: try again later.", "adapter_busy")
         self.running[label] += count
         try:
             yield
@@ -257,7 +257,7 @@ class Engine:
             **sequence.options,
         )
         if added is None:
-            raise unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+            raise unavailable("The server can't run requests: its operator should check the log.", "broken")
         self.manager.register_result_handler(name, hand_on)
 
     def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
@@ -265,7 +265,7 @@ class Engine:
             return cause
         logger.error(f"request {job.request_id} under {job.target.label!r} failed: {cause!r}")
         if self.manager.background_thread_status.fatal_error is not None:
-            return unavailable("The server can't run requests: ask whoever runs it to look at its log.", "broken")
+            return unavailable("The server can't run requests: its operator should check the log.", "broken")
         gone = [name for name in job.target.names if name not in self.store]
         if gone:
             return unknown_model(gone[0])
@@ -282,7 +282,7 @@ def _batching(settings: Settings, device: torch.device) -> ContinuousBatchingCon
         cache, step = cache or CPU_CACHE, step or CPU_STEP
         options |= {"page_size": 32, "use_cuda_graph": False}
     else:
-        options["max_memory_percent"] = 0.8  # as transformers does where tokens are sampled
+        options["max_memory_percent"] = 0.8  # transformers' default for sampling
     if cache is not None:
         options["num_blocks"] = -(-cache // options.get("page_size", 256))
     if step is not None:

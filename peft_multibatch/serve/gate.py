@@ -1,6 +1,6 @@
-"""What every request passes before an endpoint sees it: its id, who may come in, how large it may be; and its record.
+"""Middleware for every request: request ids, authentication, size limits and the record for logs and metrics.
 
-Plain ASGI: Starlette's BaseHTTPMiddleware would hide from endpoints that a client has left.
+It is plain ASGI, because Starlette's BaseHTTPMiddleware hides disconnects from the endpoints.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from peft_multibatch.serve.settings import Settings
 
 
 OPEN = ("/", "/page.css", "/page.js", "/health", "/ready")
-"""Paths for which nobody needs a key: what load balancers ask, and a page without data."""
+"""Paths that need no key: health checks, and a page without data."""
 
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Paths for which the API's key isn't enough."""
+"""Paths that need the admin key."""
 
 SHARED = ("/metrics",)
-"""Paths that either key opens."""
+"""Paths that accept either key."""
 
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 LEFT = 499
-"""Status, in logs and metrics, of requests whose client didn't wait for the end."""
+"""Status in logs and metrics of requests whose client disconnected."""
 
 
 @dataclass
 class Record:
-    """What is known of a request when it has ended, for logs and metrics.
+    """The record of a request, for logs and metrics.
 
     Attributes:
-        request_id: which the client gave, or was made up.
-        method: of HTTP.
-        path: without the query.
-        status: of HTTP; what went wrong later than that counts as well.
-        job: what it asked the engine for, if it got that far.
-        user: whom the client says it asks for.
-        error: what the client was told.
-        prompt: what was asked, only where prompts are logged.
-        began: by ``time.perf_counter``.
-        seconds: how long it took.
+        request_id: given by the client, or generated.
+        method: the HTTP method.
+        path: the path without the query.
+        status: the HTTP status; also set by errors after the response has started.
+        job: the job, if the request got that far.
+        user: the ``user`` of the request.
+        error: the error sent to the client.
+        prompt: the prompt, only if prompts are logged.
+        began: start time, by ``time.perf_counter``.
+        seconds: duration.
     """
 
     request_id: str
@@ -68,19 +68,19 @@ class Record:
 
 
 class Gate:
-    """ASGI middleware around everything.
+    """ASGI middleware around the whole application.
 
     Args:
-        app: what is behind it.
+        app: the application.
         settings: keys and limits.
-        on_end: called with each request's record when it has ended.
+        on_end: called with the record of each finished request.
     """
 
     def __init__(self, app: Any, settings: Settings, on_end: Sequence[Callable[[Record], None]] = ()) -> None:
         self._app, self._settings, self._on_end = app, settings, on_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Let a request in, or answer it here."""
+        """Pass a request on, or reject it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
@@ -117,7 +117,7 @@ class Gate:
             return
         keys: tuple[str, ...] = settings.api_keys
         if path in ADMIN:
-            keys = (settings.admin_key or "",)  # an empty one is nobody's
+            keys = (settings.admin_key or "",)  # an empty key never matches
         elif path in SHARED and keys and settings.admin_key:
             keys = (*keys, settings.admin_key)
         elif not keys:
@@ -125,15 +125,16 @@ class Gate:
         scheme, _, sent = headers.get("authorization", "").partition(" ")
         if not keys and path in SHARED:
             return
-        matches = [hmac.compare_digest(sent.encode(), key.encode()) for key in keys]  # all of them, whichever it is
+        # compares all, so that timing reveals nothing
+        matches = [hmac.compare_digest(sent.encode(), key.encode()) for key in keys]
         if scheme.lower() != "bearer" or not sent or not any(matches):
             which = "the admin key" if path in ADMIN else "an API key"
-            message = f"The request has no key that is known: expected {which} as 'Authorization: Bearer ...'."
+            message = f"The request has no valid key: expected {which} as 'Authorization: Bearer ...'."
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _body(self, receive: Any, headers: Headers) -> bytes:
         limit = int(self._settings.max_body_mb * 1e6)
-        large = ApiError(413, f"The request's body is too large: expected {self._settings.max_body_mb:g} MB at most.",
+        large = ApiError(413, f"The request's body is too large: expected at most {self._settings.max_body_mb:g} MB.",
                          "body_too_large")  # fmt: skip
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
@@ -144,24 +145,24 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(LEFT, "The client left.", "client_left")
+                        raise ApiError(LEFT, "The client disconnected.", "client_left")
                     body += message.get("body", b"")
                     if len(body) > limit:
                         raise large
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(408, f"The request's body took longer than {self._settings.body_timeout:g} s.",
+            raise ApiError(408, f"The request's body took longer than {self._settings.body_timeout:g} s to arrive.",
                            "body_timeout", headers={"Connection": "close"}) from None  # fmt: skip
 
 
 def respond(error: ApiError) -> Response:
-    """An error as a response; what clients wrote may be no text that UTF-8 has."""
+    """Convert an error to a response; JSON escapes quoted input that UTF-8 can't encode."""
     return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
 
 
 def _replayed(body: bytes, receive: Any) -> Any:
-    """What gives a body that was read already, and afterwards what else there is to hear from the client."""
+    """A ``receive`` that replays a body already read, followed by the client's further messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Any:

@@ -1,8 +1,8 @@
-"""Structured output: a JSON schema → a grammar, which says after every token which ones may come next.
+"""Structured output: compile a JSON schema to a grammar, which determines the tokens allowed next.
 
-llguidance does it, which the extra ``serve`` installs; without it requests that ask for structure are refused. What a
-schema costs is bounded: its size, the time and memory that compiling takes (in a process of its own, see
-``schema_check.py``), and the work for each token.
+This uses llguidance, which the extra ``serve`` installs; without it, requests for structured output are rejected. A
+schema's cost is bounded: its size, the time and memory to compile it (tried in a separate process, see
+``schema_check.py``), and the work per token.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from peft_multibatch.serve.errors import ApiError, invalid, unsupported
 PARAM = "response_format"
 
 MAX_BYTES = 64_000
-"""Largest schema, as JSON."""
+"""Maximum size of a schema as JSON."""
 
 SECONDS = 10.0
-"""In which a schema has to be compiled, on a machine that does much else; see ``schema_check.py`` for its own."""
+"""Wall-clock limit for compiling a schema, on a busy machine; ``schema_check.py`` limits its CPU time."""
 
 KEPT = 256
-"""Schemas that aren't compiled again."""
+"""Number of compiled schemas that are cached."""
 
 PER_TOKEN = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 20_000}
-"""What one request may cost: some milliseconds for each token, and some tens of megabytes."""
+"""Limits per request: some milliseconds per token, and tens of megabytes."""
 
 
 class Grammar:
     """A compiled schema. Requests carry it as an option, and copies of a request share it.
 
     Args:
-        matcher: llguidance's, at the beginning of the text.
+        matcher: llguidance's matcher, at the beginning of the text.
     """
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def start(self) -> Any:
-        """A matcher for one answer."""
+        """Create a matcher for one answer."""
         return self._matcher.deep_copy()
 
     def __deepcopy__(self, memo: Any) -> Grammar:
@@ -58,35 +58,35 @@ class Grammars:
     """Compiles schemas for one model.
 
     Args:
-        tokenizer: of the model.
-        ends: tokens that end its text.
-        vocabulary: how many logits it gives.
+        tokenizer: the model's tokenizer.
+        ends: tokens that end a text.
+        vocabulary: number of logits that the model returns.
     """
 
     def __init__(self, tokenizer: Any, ends: list[int], vocabulary: int) -> None:
         self._tokenizer, self._ends, self._vocabulary = tokenizer, ends, vocabulary
         self._lock = threading.Lock()
-        self._prepared: Any = None  # llguidance's own tokenizer, which takes up to a second to make
+        self._prepared: Any = None  # llguidance's tokenizer, which takes up to a second to build
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._checks = asyncio.Semaphore(2)
 
     async def compile(self, schema: dict[str, Any], threads: Executor) -> Grammar:
-        """The grammar of a JSON schema.
+        """Compile a JSON schema to a grammar.
 
         Args:
-            schema: as OpenAI's API takes it; keywords that llguidance doesn't know are errors.
-            threads: where to compile.
+            schema: as in OpenAI's API; keywords that llguidance doesn't know are errors.
+            threads: compiles it.
 
         Raises:
-            ApiError: there is no llguidance, the model can't have a grammar, or the schema can't be compiled.
+            ApiError: llguidance isn't installed, doesn't support the model, or can't compile the schema.
         """
         self._check_possible()
         try:
             text = json.dumps(schema, allow_nan=False)
         except ValueError:
-            raise invalid(f"'{PARAM}' has a number that JSON doesn't have: expected finite ones.", PARAM) from None
+            raise invalid(f"'{PARAM}' contains a non-finite number: expected finite ones.", PARAM) from None
         if len(text) > MAX_BYTES:
-            raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected {MAX_BYTES} at most.", PARAM)
+            raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected at most {MAX_BYTES}.", PARAM)
         if text in self._kept:
             self._kept.move_to_end(text)
             return self._kept[text]
@@ -102,11 +102,13 @@ class Grammars:
         try:
             import llguidance  # noqa: F401
         except ImportError:
-            raise unsupported(PARAM, "the server runs without llguidance, which whoever runs it may install with pip "
+            raise unsupported(PARAM, "the server runs without llguidance, which its operator can install with pip "
                               "install 'peft-multibatch[serve]'") from None  # fmt: skip
         is_fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
         if not (is_fast and self._ends and len(self._tokenizer) <= self._vocabulary):
-            raise unsupported(PARAM, "it needs a fast tokenizer whose tokens the model knows, one of which is the end")
+            raise unsupported(
+                PARAM, "it needs a fast tokenizer with an end token, whose tokens are all in the model's vocabulary"
+            )
 
     async def _check(self, text: str) -> None:
         worker = await asyncio.create_subprocess_exec(
@@ -137,15 +139,15 @@ class Grammars:
         limits = llguidance.LLParserLimits(verbose_errors=False, **PER_TOKEN)
         grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"lenient": False})
         matcher = llguidance.LLMatcher(self._prepared, grammar, log_level=0, limits=limits)
-        matcher.compute_bitmask()  # a schema that nothing fits is found here
+        matcher.compute_bitmask()  # fails for schemas that nothing matches
         if matcher.is_error():
             raise _unfit(_first_line(matcher.get_error()))
         return Grammar(matcher)
 
 
 def too_complex() -> ApiError:
-    """A schema that was compiled, and is too much to follow."""
-    return _unfit("it takes too long to follow")
+    """An error for a schema that was compiled, but is too expensive to apply."""
+    return _unfit("it takes too long to apply")
 
 
 def _unfit(why: str) -> ApiError:
@@ -153,8 +155,8 @@ def _unfit(why: str) -> ApiError:
 
 
 def _first_line(error: str) -> str:
-    """What llguidance says, of which panics have nothing to tell a client."""
+    """Shorten llguidance's error message; details of panics don't help a client."""
     first = error.strip().splitlines()[0] if error.strip() else ""
     if first.startswith("panic") or not first:
         return "it is too complex"
-    return "nothing fits it" if first.startswith("NoExtension") else f"of this: {first:.200}"
+    return "no text matches it" if first.startswith("NoExtension") else f"of this: {first:.200}"

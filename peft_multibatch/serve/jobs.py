@@ -1,4 +1,4 @@
-"""What a client asked for, without HTTP: prompts, how many answers to each, and how to choose tokens."""
+"""A job: what a request asks for, independent of HTTP, and the answers generated so far."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peft_multibatch.serve.text import Text
 
 
 class Delta(NamedTuple):
-    """What came since the last one.
+    """New output of an answer since the previous delta.
 
     Attributes:
         choice: index of the answer.
-        text: that may be shown.
-        tokens: that came, with their log-probabilities where they were asked for.
-        reason: why the answer ended, None where it goes on: ``"stop"`` or ``"length"``.
+        text: text that can be sent to the client.
+        tokens: new tokens, with their log-probabilities if requested.
+        reason: why the answer ended, ``"stop"`` or ``"length"``; None while it continues.
     """
 
     choice: int
@@ -32,13 +32,13 @@ class Delta(NamedTuple):
 
 
 class Sequence:
-    """One answer as it grows.
+    """An answer that is being generated.
 
     Args:
-        index: of the answer.
-        prompt: its tokens.
-        options: for the manager's ``add_request``.
-        text: an empty one.
+        index: the answer's index.
+        prompt: tokens of the prompt.
+        options: options for the manager's ``add_request``.
+        text: an empty text.
     """
 
     def __init__(self, index: int, prompt: list[int], options: dict[str, Any], text: Text) -> None:
@@ -46,11 +46,11 @@ class Sequence:
         self._text, self._known = text, 0
 
     def take(self, output: Any, ends: list[int]) -> Delta:
-        """Read an output of the manager's, of which the beginning is known.
+        """Return what is new in one of the manager's outputs.
 
         Args:
-            output: of all tokens so far.
-            ends: tokens behind which nothing comes.
+            output: the output, with all tokens so far.
+            ends: tokens that end the text.
         """
         ids, logprobs = output.generated_tokens[self._known :], output.logprobs[self._known :]
         tokens = list(zip(ids, logprobs or [None] * len(ids)))
@@ -71,7 +71,7 @@ class Sequence:
 
 
 class Inbox:
-    """What came for a job, of which only the newest output of each answer is kept: it has all that came before."""
+    """The newest output of each answer of a job, which includes all previous ones."""
 
     def __init__(self) -> None:
         self._found: dict[Any, tuple[Any, Exception | None]] = {}
@@ -79,20 +79,20 @@ class Inbox:
         self._is_new = asyncio.Event()
 
     def put(self, output: Any, cause: Exception | None) -> None:
-        """An output of the manager's, and the exception behind its error."""
+        """Add one of the manager's outputs, and the exception behind its error."""
         self._found[output.request_id] = output, cause
         self._is_new.set()
 
     def fail(self, error: ApiError) -> None:
-        """End the job, whatever else came."""
+        """End the job with an error."""
         self._error = error
         self._is_new.set()
 
     async def take(self) -> list[tuple[Any, Exception | None]]:
-        """What is new, once there is something.
+        """Wait for new outputs and return them.
 
         Raises:
-            ApiError: the job was ended.
+            ApiError: the job was ended with an error.
         """
         await self._is_new.wait()
         self._is_new.clear()
@@ -104,23 +104,23 @@ class Inbox:
 
 @dataclass
 class Job:
-    """What one HTTP request asks the engine for.
+    """The work of one HTTP request.
 
     Attributes:
-        request_id: of the HTTP request.
-        target: what it runs under.
-        prompts: tokens of each.
-        param: of the request, that has the prompt.
-        n: answers to each prompt.
-        max_tokens: of each answer; as many as there is room for where not given.
-        stops: strings at which answers end.
-        options: for choosing tokens, as the manager's ``add_request`` takes them, without a seed.
-        seed: of what is sampled; each answer's is one higher than the last one's.
-        ignore_eos: whether answers go on behind the model's own end.
-        is_streamed: whether the client gets text as it comes.
-        arrived: when, by ``time.perf_counter``.
-        first_token: when the first token came, in seconds behind ``arrived``.
-        completion_tokens: generated so far.
+        request_id: the id of the HTTP request.
+        target: the adapters that it uses.
+        prompts: the tokens of each prompt.
+        param: the request parameter that contains the prompt.
+        n: number of answers per prompt.
+        max_tokens: maximum number of tokens per answer; by default as many as fit.
+        stops: stop strings.
+        options: sampling options for the manager's ``add_request``, without the seed.
+        seed: seed of the first answer; each further answer's is one higher.
+        ignore_eos: whether to continue after the model's end token.
+        is_streamed: whether the answer is streamed.
+        arrived: time of arrival, by ``time.perf_counter``.
+        first_token: time of the first token, in seconds after ``arrived``.
+        completion_tokens: number of tokens generated so far.
     """
 
     request_id: str
@@ -140,11 +140,11 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens of all prompts."""
         return sum(map(len, self.prompts))
 
     def usage(self) -> dict[str, int]:
-        """OpenAI's count of tokens."""
+        """Token counts in OpenAI's format."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -152,10 +152,10 @@ class Job:
         }
 
     def max_tokens_of(self, prompt: list[int], limit: int) -> int:
-        """How many tokens the answer to a prompt may have.
+        """Return the maximum number of tokens of the answer to a prompt.
 
         Raises:
-            ApiError: there is no room for it.
+            ApiError: prompt and answer exceed the limit.
         """
         asked = 1 if self.max_tokens is None else self.max_tokens
         if len(prompt) + asked > limit:
@@ -172,7 +172,7 @@ class Job:
             yield Sequence(index, self.prompts[index // self.n], options, Text(tokenizer, self.stops))
 
     def count(self, delta: Delta, output: Any) -> None:
-        """Note what came."""
+        """Update the token counts and times."""
         self.completion_tokens += len(delta.tokens)
         if self.first_token is None and delta.tokens:
             came = output.timestamps[0] if output.timestamps else time.perf_counter()

@@ -1,7 +1,7 @@
-"""Log-probabilities of the model's own distribution, before temperature, penalties and whatever else chooses tokens.
+"""Log-probabilities of the model's own distribution, before temperature, penalties and other processing.
 
-They travel to the host beside the tokens, as rows of the same tensor, and to users in the place of transformers' own,
-which are of the distribution after it was processed.
+They are copied to the host with the tokens, as rows of the same tensor, and replace transformers' log-probabilities,
+which are those of the processed distribution.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position.
 
     Attributes:
-        chosen: of the token that was generated.
-        top: the likeliest tokens and theirs, the likeliest first; as many as the request asked for.
+        chosen: log-probability of the generated token.
+        top: the most likely tokens and their log-probabilities, in descending order; as many as requested.
     """
 
     chosen: float
@@ -26,13 +26,13 @@ class TokenLogprobs(NamedTuple):
 
 
 class Logprobs:
-    """Computes them in steps in which somebody wants them.
+    """Computes log-probabilities in steps with a request that needs them.
 
     Args:
-        most: tokens that a request may ask for at each position; with 0 nothing is computed at all.
+        most: maximum number of top tokens per position; 0 turns them off.
 
     Attributes:
-        rows: how many rows of the tensor of outputs they take.
+        rows: number of rows that they take in the output tensor.
     """
 
     def __init__(self, most: int) -> None:
@@ -42,20 +42,20 @@ class Logprobs:
         self._logits: Tensor | None = None
 
     def prepare(self, options: Sequence[dict[str, Any]]) -> None:
-        """The next step has requests with these options."""
+        """Set the options of the next step's requests."""
         self._wanted = [each.get("logprobs") for each in options]
 
     @property
     def are_wanted(self) -> bool:
-        """Whether a request of the step wants them."""
+        """Whether a request of the step needs them."""
         return bool(self.most) and any(each is not None for each in self._wanted)
 
     def look_at(self, logits: Tensor) -> None:
-        """Keep a step's logits until its tokens are chosen, if somebody wants them."""
+        """Keep a step's logits until its tokens are chosen, if a request needs them."""
         self._logits = logits if self.are_wanted else None
 
     def wrap_sample(self, sample: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-        """What chooses tokens, and then writes their log-probabilities behind them."""
+        """Wrap the choice of tokens so that their log-probabilities are written after them."""
 
         def sample_with_logprobs(scores: Tensor, output_ids: Tensor) -> None:
             sample(scores, output_ids)
@@ -73,7 +73,7 @@ class Logprobs:
         return sample_with_logprobs
 
     def wrap_update(self, io: Any, update: Callable[[], tuple]) -> Callable[[], tuple]:
-        """What reads a step's tokens, with their log-probabilities where they were asked for."""
+        """Wrap the reading of a step's tokens to include the log-probabilities that were requested."""
 
         def update_with_logprobs() -> tuple:
             futures, tokens, _ = update()

@@ -1,4 +1,4 @@
-"""A line for every request, as text or JSON: never a prompt unless it was asked for, never a key."""
+"""Log a line per request, as text or JSON, without keys, and without prompts unless enabled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peft_multibatch.serve.gate import Record
 logger = logging.getLogger("peft_multibatch.serve")
 
 FIELDS = "fields"
-"""Attribute of a log record with what else there is to say."""
+"""Attribute of a log record with additional fields."""
 
 QUIET = ("/health", "/ready", "/metrics")
-"""Paths that are asked for every few seconds, and logged only when something is wrong."""
+"""Paths that are polled every few seconds, and logged only if they fail."""
 
 
 def set_up(kind: str) -> None:
-    """Write this package's lines, transformers' and uvicorn's, and warnings, to stderr, in one format.
+    """Log this package, transformers, uvicorn and warnings to stderr in one format.
 
     Args:
         kind: ``"text"`` or ``"json"``.
@@ -35,7 +35,7 @@ def set_up(kind: str) -> None:
 
 
 def log_request(record: Record) -> None:
-    """A request has ended."""
+    """Log a finished request."""
     if record.path in QUIET and record.status < 400:
         return
     job = record.job
@@ -63,19 +63,19 @@ def log_request(record: Record) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """``name=value`` behind the message; what clients wrote is quoted, so that no line can be made up."""
+    """Appends ``name=value`` to the message; clients' input is quoted, so that it can't forge lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and a traceback where there is one."""
+        """Format a record as one line, followed by its traceback if it has one."""
         fields = getattr(record, FIELDS, {})
         return " ".join([super().format(record), *(f"{name}={json.dumps(value)}" for name, value in fields.items())])
 
 
 class JsonFormatter(logging.Formatter):
-    """An object for every line."""
+    """Formats each record as a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Format a record as one line."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),

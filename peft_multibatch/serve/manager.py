@@ -1,4 +1,4 @@
-"""The manager of continuous batching that the server runs: every request samples in its own way."""
+"""The server's continuous batching manager, with sampling options per request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from peft_multibatch.serve.sampling import Sampling
 
 
 MAX_LOGPROBS = 20
-"""Likeliest tokens that OpenAI's API gives at each position, at most."""
+"""OpenAI's limit for the top tokens per position."""
 
 
 class SamplingManager(ContinuousBatchingManager):
-    """transformers' manager, with arguments for sampling per request; see ``Sampling``."""
+    """transformers' manager with sampling options per request; see ``Sampling``."""
 
     logit_processor: Any
 
@@ -49,10 +49,10 @@ class SamplingManager(ContinuousBatchingManager):
 
 
 class Causes(Outputs):
-    """The router of outputs, which keeps errors as they were raised: an output has their text alone.
+    """An output router that keeps exceptions, because an output contains only their text.
 
     Attributes:
-        causes: errors by request; whoever reads one takes it out.
+        causes: exceptions by request; readers remove them.
     """
 
     def __init__(self) -> None:
@@ -66,16 +66,16 @@ class Causes(Outputs):
 
 
 class ServingManager(AdapterBatchingManager, SamplingManager):
-    """An adapter and ways to sample of its own for every request.
+    """A manager with an adapter and sampling options per request.
 
-    ``add_request`` takes ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``, ``frequency_penalty``,
-    ``logprobs`` and ``grammar`` as well. Requests without a seed and a temperature are greedy.
+    ``add_request`` also accepts ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``,
+    ``frequency_penalty``, ``logprobs`` and ``grammar``. Requests without a seed and a temperature are greedy.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.output_router = Causes()
-        self.current_batch = 0  # steps so far; transformers counts them from when the loop begins
+        self.current_batch = 0  # transformers sets it only when the loop starts
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
@@ -92,21 +92,21 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """Size of the model's vocabulary."""
         return vocabulary_of(self.model)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request that the cache has room for."""
+        """Length in tokens of the longest request that fits into the cache."""
         return self._admission._longest
 
 
 def _with_kind(key: Callable[[], tuple], sampling: Sampling) -> Callable[[], tuple]:
-    """What tells captured graphs apart, with what they do to choose tokens."""
+    """Extend the key of captured graphs by the kind of sampling."""
     return lambda: (*key(), *sampling.kind)
 
 
 def logits_of(model: Any) -> int:
-    """How many logits a model gives."""
+    """Return the number of logits that a model returns."""
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else vocabulary_of(model)

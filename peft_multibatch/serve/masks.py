@@ -1,7 +1,7 @@
-"""Which tokens the grammars of requests allow next, a bit for each, from the host to where tokens are chosen.
+"""Bit masks of the tokens that the requests' grammars allow next, computed on the host and applied on the device.
 
-A mask follows from all tokens so far, so a request with a grammar can't be in a step that is prepared before the token
-of the last one is known. With asynchronous batching it runs in every other step; all others run in each.
+A mask depends on all tokens so far, so a request with a grammar can't take part in a step that is prepared before its
+last token is known. With asynchronous batching it runs in every other step; other requests run in every step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from peft_multibatch.serve.grammars import too_complex
 
 
 MATCHER = "peft_multibatch_matcher"
-"""Attribute of a request with its matcher, and how many tokens that has seen."""
+"""Attribute of a request: its matcher, and the number of tokens that this has consumed."""
 
 
 class Masks:
     """The masks of a step.
 
     Args:
-        vocabulary: how many logits the model gives.
+        vocabulary: number of logits that the model returns.
 
     Attributes:
-        failed: requests whose grammar can't be followed any more, and why; whoever ends them takes them out.
-        rows: of the step, those that have a grammar.
+        failed: requests whose grammar can no longer be applied, with their errors; the caller that ends them removes
+            them.
+        rows: rows of the step that have a grammar.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -40,32 +41,33 @@ class Masks:
         self._masks = torch.full((1, -(-vocabulary // 32)), -1, dtype=torch.int32, device="cpu")
         self._stream: Any = None
         self._hosts: Iterator[Tensor] = iter(())
-        self._under_way: dict[Any, tuple[RequestState, int]] = {}  # of the last step, and tokens known then
+        self._under_way: dict[Any, tuple[RequestState, int]] = {}  # requests of the last step → tokens known then
         self._executor: Any = None
 
     def allocate(self, slots: int, device: torch.device, stream: Any) -> None:
-        """Make room for as many requests as there may be in a step.
+        """Allocate masks for the requests of a step.
 
         Args:
-            slots: how many.
-            device: where the model computes.
-            stream: on which it does, or None.
+            slots: maximum number of requests per step.
+            device: the model's device.
+            stream: the stream that it computes on, or None.
         """
         words = self._masks.shape[1]
-        # row 0, of all requests without a grammar, allows everything
+        # row 0 allows everything, for all requests without a grammar
         self._masks = torch.full((slots + 1, words), -1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        # two: the copy from one may be under way while the next step is prepared
+        # two, because one may still be copied while the next step is prepared
         hosts = [torch.zeros(slots, words, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._hosts, self._stream = itertools.cycle(hosts), stream
 
     def holds(self, state: RequestState) -> bool:
-        """Whether the token on which a request's mask depends is still on its way."""
+        """Whether the token that a request's mask depends on isn't known yet."""
         last = self._under_way.get(state.request_id)
         return last is not None and last[0] is state and last[1] == len(state.generated_tokens)
 
     def prepare(self, states: Sequence[RequestState]) -> list[int]:
-        """Where the masks of the requests are that get a token in the next step; 0 for those without."""
+        """Compute the masks for the next step; returns the slot of each request that gets a token, 0 without a
+        mask."""
         self.rows = [row for row, state in enumerate(states) if "grammar" in state.logit_processor_kwargs]
         chosen = [states[row] for row in self.rows]
         self._under_way = {state.request_id: (state, len(state.generated_tokens)) for state in chosen}
@@ -78,18 +80,18 @@ class Masks:
         for place, (row, matcher) in enumerate(zip(self.rows, matchers)):
             slots[row] = place + 1
             if matcher.is_error():
-                host[place] = -1  # what comes of this step is thrown away
+                host[place] = -1  # this step's token is discarded
                 self.failed.append((states[row], too_complex()))
         with on_stream(self._stream):
             self._masks[1 : len(chosen) + 1].copy_(host[: len(chosen)], non_blocking=True)
         return slots
 
     def apply(self, scores: Tensor, slots: Tensor) -> Tensor:
-        """Scores, of which those of tokens that may not come are minus infinity.
+        """Set the scores of tokens that aren't allowed to minus infinity.
 
         Args:
             scores: [requests, vocabulary].
-            slots: what ``prepare`` gave, [at least requests], int32.
+            slots: the slots from ``prepare``, [at least requests], int32.
         """
         words = self._masks[slots[: len(scores)].long()]
         bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
@@ -105,13 +107,13 @@ class Masks:
 
 
 def tokens_of(state: RequestState) -> list[int]:
-    """All tokens that a request has generated, before it was evicted as well."""
+    """All tokens that a request has generated, including those before an eviction."""
     before = state.initial_tokens[state._true_initial_tokens :] if state._true_initial_tokens else []
     return [*before, *state.generated_tokens]
 
 
 def _advanced(state: RequestState) -> Any:
-    """A request's matcher, behind all of its tokens."""
+    """Return a request's matcher, advanced past all of its tokens."""
     held = state.__dict__.get(MATCHER)
     if held is None:
         held = state.__dict__[MATCHER] = [state.logit_processor_kwargs["grammar"].start(), 0]

@@ -1,4 +1,4 @@
-"""What Prometheus reads at ``/metrics``; every series has a label for its adapter, and goes with it."""
+"""Prometheus metrics at ``/metrics``; series are labelled by adapter, and removed when it is unloaded."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics(Collector):
-    """Counts what happens, and asks the engine for what is.
+    """Counts finished requests, and reads the current state from the engine.
 
     Args:
-        engine: of the server.
+        engine: the server's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(f"{PREFIX}requests", "Requests that have ended.", ("adapter", "status"),
+        self._requests = Counter(f"{PREFIX}requests", "Finished requests.", ("adapter", "status"),
                                  registry=registry)  # fmt: skip
-        self._prompt = Counter(f"{PREFIX}prompt_tokens", "Tokens of prompts.", ("adapter",), registry=registry)
-        self._generated = Counter(f"{PREFIX}generated_tokens", "Tokens generated.", ("adapter",), registry=registry)
-        self._first = Histogram(f"{PREFIX}time_to_first_token_seconds", "From a request's arrival to its first token.",
+        self._prompt = Counter(f"{PREFIX}prompt_tokens", "Prompt tokens.", ("adapter",), registry=registry)
+        self._generated = Counter(f"{PREFIX}generated_tokens", "Generated tokens.", ("adapter",), registry=registry)
+        self._first = Histogram(f"{PREFIX}time_to_first_token_seconds", "Time from arrival to the first token.",
                                 ("adapter",), registry=registry, buckets=SECONDS)  # fmt: skip
-        self._whole = Histogram(f"{PREFIX}request_seconds", "From a request's arrival to its end.", ("adapter",),
+        self._whole = Histogram(f"{PREFIX}request_seconds", "Time from arrival to the end.", ("adapter",),
                                 registry=registry, buckets=SECONDS)  # fmt: skip
         registry.register(self)
 
     def observe(self, record: Record) -> None:
-        """A request has ended."""
+        """Count a finished request."""
         job = record.job
         label = job.target.label if job is not None and self._is_known(job.target) else ""
         self._requests.labels(label, record.status).inc()
@@ -51,34 +51,34 @@ class Metrics(Collector):
                 self._first.labels(label).observe(job.first_token)
 
     def forget(self, adapter: str) -> None:
-        """Drop the series of an adapter that was unloaded."""
+        """Remove the series of an unloaded adapter."""
         for each in (self._requests, self._prompt, self._generated, self._first, self._whole):
             each.remove_by_labels({"adapter": adapter})
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Any]:
-        """What the engine and its store tell."""
+        """Metrics of the engine and its store."""
         engine, stats = self._engine, self._engine.store.stats()
         processor = engine.manager.batch_processor
         active = len(processor.scheduler.active_requests) if processor is not None else 0
         accepted = engine.running.total()
-        yield _gauge("running", "Sequences that run.", active)
-        yield _gauge("waiting", "Sequences that wait to run.", max(accepted - active, 0))
-        by_adapter = GaugeMetricFamily(f"{PREFIX}accepted", "Sequences that run or wait.", labels=("adapter",))
+        yield _gauge("running", "Running sequences.", active)
+        yield _gauge("waiting", "Waiting sequences.", max(accepted - active, 0))
+        by_adapter = GaugeMetricFamily(f"{PREFIX}accepted", "Running and waiting sequences.", labels=("adapter",))
         for label, count in list(engine.running.items()):
             by_adapter.add_metric((label,), count)
         yield by_adapter
-        yield _gauge("adapters_known", "Adapters that were asked for and are registered.", stats.registered)
+        yield _gauge("adapters_known", "Registered adapters.", stats.registered)
         yield _gauge("adapters_loaded", "Adapters in memory.", stats.host_adapters)
-        yield _gauge("adapter_bytes", "Memory that adapters take.", stats.host_bytes)
-        yield _counter("adapter_loads", "Adapters that were read from files.", stats.loads)
-        yield _counter("adapter_load_seconds", "Seconds that reading them took.", stats.load_seconds)
-        yield _counter("adapter_evictions", "Adapters that had to make room.", stats.evictions)
-        yield _counter("prefix_hit_tokens", "Tokens whose cache was found.", engine.manager.prefix_hits)
-        yield _gauge("healthy", "1 where requests can run.", int(engine.problem() is None))
+        yield _gauge("adapter_bytes", "Memory used by adapters.", stats.host_bytes)
+        yield _counter("adapter_loads", "Adapters read from files.", stats.loads)
+        yield _counter("adapter_load_seconds", "Seconds spent reading adapters from files.", stats.load_seconds)
+        yield _counter("adapter_evictions", "Adapters evicted from memory.", stats.evictions)
+        yield _counter("prefix_hit_tokens", "Tokens found in the prefix cache.", engine.manager.prefix_hits)
+        yield _gauge("healthy", "1 if requests can run.", int(engine.problem() is None))
 
     def _is_known(self, target: Any) -> bool:
         return all(name in self._engine.store for name in target.names)

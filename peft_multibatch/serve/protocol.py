@@ -1,6 +1,6 @@
-"""What clients may send: OpenAI's parameters that are supported, and a few of vLLM's. All others are refused by name.
+"""Request schemas: the supported parameters of OpenAI's API and a few of vLLM's. All others are rejected by name.
 
-Parameters that are null count as not given. Values are taken as they are: "3" is no number.
+Null parameters count as not given. Values aren't converted: "3" is not a number.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pydantic import (
 
 
 MOST_PROMPTS = 128
-"""Prompts in one request, and answers to one prompt, at most."""
+"""Maximum number of prompts per request, and of answers per prompt."""
 
 
 def _encodable(text: str) -> str:
-    text.encode()  # which half of a surrogate pair isn't
+    text.encode()  # raises for lone surrogates
     return text
 
 
@@ -34,7 +34,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Strict(BaseModel):
-    """Something whose fields are all known."""
+    """A model that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -45,30 +45,30 @@ class Strict(BaseModel):
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
         unknown = next((name for name, value in values.items() if value is not None and name not in known), None)
-        # one of them is told: a body has room for half a million, and each would be an error of its own
+        # only one is reported: a body may have half a million, each of which would be a separate error
         kept = known if unknown is None else {*known, unknown}
         return {name: values[name] for name in values if name in kept and values[name] is not None}
 
 
 class Sampled(Strict):
-    """What all endpoints that generate have in common."""
+    """Parameters of all endpoints that generate text."""
 
     model: Str
-    adapter: dict[Str, float] | None = Field(None, description="weights of adapters by name, for the base model")
-    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy; 1 where it isn't given")
+    adapter: dict[Str, float] | None = Field(None, description="a mixture: weights by name; needs the base model")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default")
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
     user: Str | None = Field(None, max_length=256, description="written to the log")
 
 
 class StreamOptions(Strict):
-    """How a stream is."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class Generated(Sampled):
-    """What chat and completions have in common."""
+    """Parameters of chat completions and completions."""
 
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
@@ -77,33 +77,33 @@ class Generated(Sampled):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=1, description="of vLLM")
-    ignore_eos: bool | None = Field(None, description="of vLLM: go on behind the model's own end")
+    top_k: int | None = Field(None, ge=1, description="from vLLM's API")
+    ignore_eos: bool | None = Field(None, description="from vLLM's API: continue after the end token")
 
 
 class TextFormat(Strict):
-    """An answer of any text."""
+    """Free text."""
 
     type: Literal["text"]
 
 
 class JsonObjectFormat(Strict):
-    """An answer that is a JSON object."""
+    """A JSON object."""
 
     type: Literal["json_object"]
 
 
 class JsonSchema(Strict):
-    """A schema, with a name that isn't used."""
+    """A JSON schema; the name is ignored."""
 
     name: Str
     description: Str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="answers fit the schema in any case")
+    strict: bool | None = Field(None, description="ignored: answers always match the schema")
 
 
 class JsonSchemaFormat(Strict):
-    """An answer that fits a schema."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -137,7 +137,7 @@ class ChatRequest(Generated):
 
 
 def _kind_of_prompt(given: Any) -> str:
-    """By its first element, so that a long list isn't tried as everything that it may be."""
+    """Determine a prompt's kind by its first element, so that a long list isn't validated as every possible kind."""
     if not isinstance(given, list):
         return "text"
     first = given[0] if given else ""
@@ -171,7 +171,7 @@ class InputPart(Strict):
 
 
 class InputMessage(Strict):
-    """A message of ``/v1/responses``; those that it answered may be sent back as they came."""
+    """A message of ``/v1/responses``; its output messages can be sent back unchanged."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -190,14 +190,14 @@ class ResponseRequest(Sampled):
 
 
 class LoadRequest(Strict):
-    """Body of ``/v1/load_lora_adapter``, as vLLM has it."""
+    """Body of ``/v1/load_lora_adapter``, as in vLLM."""
 
     lora_name: Str
-    lora_path: Str = Field(min_length=1, max_length=4096, description="inside of the folder of adapters")
-    load_inplace: bool = Field(False, description="replace an adapter of this name")
+    lora_path: Str = Field(min_length=1, max_length=4096, description="a folder inside --adapters")
+    load_inplace: bool = Field(False, description="replace the adapter with this name")
 
 
 class UnloadRequest(Strict):
-    """Body of ``/v1/unload_lora_adapter``, as vLLM has it."""
+    """Body of ``/v1/unload_lora_adapter``, as in vLLM."""
 
     lora_name: Str

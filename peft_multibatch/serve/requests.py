@@ -1,4 +1,4 @@
-"""What a client sent → a job for the engine."""
+"""Convert a client's request to a job for the engine."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from peft_multibatch.serve.protocol import (
 
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's, for completions; a chat's answer may be as long as there is room."""
+"""OpenAI's default for completions; chat answers may be as long as the context allows."""
 
 
 CHARACTERS = 8
-"""For each token that there is room for, that are read of a long text before it is known whether it is too long."""
+"""Characters per allowed token that are tokenized first, to find out whether a long text is too long."""
 
 
 async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
-    """The job of a chat.
+    """Convert a chat completion request.
 
     Raises:
-        ApiError: it can't be one.
+        ApiError: the request is invalid.
     """
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise unsupported("max_tokens", "'max_completion_tokens' as well")
@@ -46,31 +46,31 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     schema = _schema_of(body.response_format)
     if schema is not None:
         if body.ignore_eos:
-            raise unsupported("ignore_eos", "'response_format' as well, whose answers end by themselves")
+            raise unsupported("ignore_eos", "'response_format' as well, whose answers must end")
         job.options["grammar"] = await engine.grammar(schema)
     return job
 
 
 async def completion_job(engine: Engine, body: CompletionRequest, request_id: str) -> Job:
-    """The job of a completion.
+    """Convert a completion request.
 
     Raises:
-        ApiError: it can't be one.
+        ApiError: the request is invalid.
     """
     target = await engine.catalog.find(body.model, body.adapter)
     prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt, engine.max_model_len)
     known = engine.manager.vocabulary
     if any(token >= known for prompt in prompts for token in prompt):
-        raise invalid(f"'prompt' has tokens that the model doesn't know: expected 0 to {known - 1}.", "prompt")
+        raise invalid(f"'prompt' has tokens outside the vocabulary: expected 0 to {known - 1}.", "prompt")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     return _job(engine, body, Job(request_id, target, prompts, "prompt", max_tokens=limit), body.logprobs)
 
 
 async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -> Job:
-    """The job of a response.
+    """Convert a request of ``/v1/responses``.
 
     Raises:
-        ApiError: it can't be one.
+        ApiError: the request is invalid.
     """
     target = await engine.catalog.find(body.model, body.adapter)
     messages = [Message(role="system", content=body.instructions)] if body.instructions else []
@@ -90,16 +90,16 @@ async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -
 
 
 def tokens_of(tokenizer: Any, text: str, limit: int, param: str, **options: Any) -> list[int]:
-    """The tokens of a text, of which a part is enough where it is too long.
+    """Tokenize a text, or only a part of it if that is already too long.
 
-    Four megabytes take seconds, in which everybody else waits for the tokenizer.
+    Four megabytes would take seconds, during which all other requests wait for the tokenizer.
 
     Args:
-        tokenizer: of the model.
-        text: to be read.
-        limit: tokens that a prompt may have.
-        param: of the request, that has the text.
-        **options: for the tokenizer.
+        tokenizer: the model's tokenizer.
+        text: the text.
+        limit: maximum number of tokens of a prompt.
+        param: the request parameter that contains the text.
+        **options: options for the tokenizer.
 
     Raises:
         ApiError: the text is too long.
@@ -107,30 +107,30 @@ def tokens_of(tokenizer: Any, text: str, limit: int, param: str, **options: Any)
     length = CHARACTERS * limit
     while length < len(text):
         found = len(tokenizer(text[:length], **options).input_ids)
-        if found > limit + 64:  # at the cut there may be some that the text doesn't have
+        if found > limit + 64:  # tokenization differs at the cut
             raise too_long(found, 1, limit, param)
         length *= 2
     return tokenizer(text, **options).input_ids
 
 
 def chat_tokens(tokenizer: Any, messages: list[Message], limit: int, param: str = "messages") -> list[int]:
-    """A chat as the model's template writes it.
+    """Tokenize a chat with the model's template.
 
     Raises:
-        ApiError: the model has no template, or its template doesn't take these messages.
+        ApiError: the model has no template, or its template rejects the messages.
     """
     if not tokenizer.chat_template:
         raise invalid("The model has no chat template: use /v1/completions.", "messages", "no_chat_template")
     chat = [_plain(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template may raise whatever it likes about what it gets
-        raise invalid(f"The model's chat template doesn't take these messages: {error}", "messages") from error
+    except Exception as error:  # templates may raise anything
+        raise invalid(f"The model's chat template rejects these messages: {error}", "messages") from error
     return tokens_of(tokenizer, text, limit, param, add_special_tokens=False)
 
 
 def _schema_of(given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
-    """The schema that an answer has to fit, None where it is any text."""
+    """Return the schema that an answer must match, or None for free text."""
     if isinstance(given, JsonSchemaFormat):
         return given.json_schema.schema_
     return {"type": "object"} if isinstance(given, JsonObjectFormat) else None
@@ -155,7 +155,7 @@ def _completion_tokens(tokenizer: Any, prompt: Any, limit: int) -> list[list[int
         return found
     start = tokenizer.bos_token_id
     if start is None:
-        raise invalid("'prompt' is empty: expected text, because the model has no token to begin with.", "prompt")
+        raise invalid("'prompt' is empty: expected text, because the model has no start token.", "prompt")
     return [each or [start] for each in found]
 
 
@@ -174,7 +174,7 @@ def _job(engine: Engine, body: Generated, job: Job, logprobs: int | None) -> Job
         job.options["logprobs"] = logprobs
     limit = engine.settings.max_batch + engine.settings.max_queue
     if len(job.prompts) * job.n > limit:
-        raise ApiError(400, f"The request asks for {len(job.prompts) * job.n} answers: expected {limit} at most.",
+        raise ApiError(400, f"The request asks for {len(job.prompts) * job.n} answers: expected at most {limit}.",
                        "invalid_value", "n")  # fmt: skip
     for prompt in job.prompts:
         job.max_tokens_of(prompt, engine.max_model_len)
@@ -182,7 +182,7 @@ def _job(engine: Engine, body: Generated, job: Job, logprobs: int | None) -> Job
 
 
 def sampling_options(temperature: float, top_p: float | None, top_k: int | None = None) -> dict[str, Any]:
-    """How tokens are chosen; greedily where the temperature is 0."""
+    """Build the manager's sampling options; a temperature of 0 is greedy."""
     if temperature < 1e-5:
         return {}
     options: dict[str, Any] = {"temperature": float(temperature)}

@@ -1,4 +1,4 @@
-"""Answers of ``/v1/responses``: one message of text, whole or as the events of its making."""
+"""Answers of ``/v1/responses``: one text message, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ResponseAnswer:
     """The answer of one job.
 
     Args:
-        job: what runs.
-        body: what was asked for, parts of which are told back.
+        job: the job.
+        body: the request, parts of which are returned.
     """
 
     def __init__(self, job: Job, body: ResponseRequest) -> None:
@@ -46,12 +46,12 @@ class ResponseAnswer:
         }
 
     async def whole(self, deltas: AsyncIterator[Delta]) -> dict[str, Any]:
-        """The response that isn't streamed."""
+        """Build the response of a request that isn't streamed."""
         found = [delta async for delta in deltas]
         return self._response("".join(delta.text for delta in found), found[-1].reason)
 
     async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Event]:
-        """The events of a stream, each with its name."""
+        """Build the events of a stream, each with its name."""
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         begun = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
         yield self._event("response.created", response=begun)

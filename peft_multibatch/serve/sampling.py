@@ -1,9 +1,9 @@
-"""How each request of continuous batching chooses its next token: transformers' processors, and what they lack.
+"""Sampling options per request in continuous batching, on top of transformers' logits processors.
 
-transformers draws with one global generator, so that nobody's seed means anything, and takes one decision between
-greedy search and sampling for all requests. Here every step ends in an argmax. What is sampled has noise of the Gumbel
-distribution added first, which makes the argmax a draw from the softmax; the noise is a function of the request's seed
-and of the token's position alone, so that a request gives the same tokens whoever runs beside it, evicted or not.
+transformers samples with one global generator, so that a seed per request has no effect, and uses either greedy search
+or sampling for all requests. Here every step ends in an argmax. To sample, Gumbel noise is added first, which makes
+the argmax a draw from the softmax. The noise depends only on the request's seed and the token's position, so a request
+gets the same tokens whatever else is in the batch, and even if it is evicted.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ OPTIONS = {
     "logprobs": int,
     "grammar": Grammar,
 }
-"""What a request may say, and of which type. One without a temperature is greedy."""
+"""Sampling options of a request, and their types. A request without a temperature is greedy."""
 
 WARPERS = ("temperature", "top_k", "top_p")
 KEY, SLOT, PRESENCE, FREQUENCY, MASK = range(len(WARPERS), len(WARPERS) + 5)
-"""Rows of the tensor in which arguments travel to the device, behind those of the warpers."""
+"""Rows of the tensor that carries the arguments to the device, after those of the warpers."""
 
 PLAIN, CHOSEN, SORTED = range(3)
-"""What captured steps do for all of their rows, because one wants it: an argmax; all but sorting; everything. Whether
-they compute log-probabilities as well is apart from it."""
+"""What a captured step does for all of its rows, because one row needs it: only an argmax; everything except sorting;
+everything. Log-probabilities are independent of it."""
 
 
 class Sampling(ContinuousBatchingLogitsProcessorList):
     """The processors of all requests, each with its own arguments.
 
-    Rows that want nothing are left alone, so that a greedy request pays for nobody else's sampling; where steps are
-    captured in CUDA graphs, every row goes through what any row of the step wants, and neutral arguments change
-    nothing.
+    Only the rows that need a processor pass through it, so that a greedy request doesn't pay for the sampling of
+    others. In steps captured in CUDA graphs, all rows pass through the processors that any row needs, and neutral
+    arguments leave the others unchanged.
 
     Args:
-        vocabulary: how many logits there are.
-        max_logprobs: most tokens whose log-probabilities a request may ask for at each position.
+        vocabulary: number of logits.
+        max_logprobs: maximum number of top log-probabilities per position.
 
     Attributes:
-        logprobs: of the model's own distribution.
-        masks: of requests with a grammar.
-        vocabulary: how many logits there are.
-        is_static: whether steps are captured, in which nothing but ``kind`` may depend on who is there.
-        level: of the step, how much its rows want: one of ``PLAIN``, ``CHOSEN`` and ``SORTED``.
+        logprobs: log-probabilities of the model's own distribution.
+        masks: masks of requests with a grammar.
+        vocabulary: number of logits.
+        is_static: whether steps are captured, so that only ``kind`` may depend on their requests.
+        level: what the step's rows need: one of ``PLAIN``, ``CHOSEN`` and ``SORTED``.
     """
 
     def __init__(self, vocabulary: int, max_logprobs: int) -> None:
@@ -85,20 +85,20 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         self.level = PLAIN
         self.vocabulary = vocabulary
         self._noise: Tensor | None = None
-        self._rows: dict[str, list[int]] = {}  # of the step, those that want something, by what
+        self._rows: dict[str, list[int]] = {}  # rows of the step that use an option, by option
 
     @property
     def kind(self) -> tuple[int, bool]:
-        """What steps have in common that one captured graph can run."""
+        """The kind of sampling of a step; steps of the same kind can use the same captured graph."""
         return self.level, self.logprobs.are_wanted
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Write the arguments that change nothing."""
+        """Write neutral arguments."""
         super().fill_defaults(int32_tensor)
         int32_tensor[KEY:] = 0
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        """Write the arguments of a step's requests to where the device finds them."""
+        """Write the arguments of a step's requests to the tensor that is copied to the device."""
         states = [future.state for future in requests_in_batch if future.has_new_token]
         super().prepare_tensor_args(requests_in_batch, arg_storage)
         options = [state.logit_processor_kwargs for state in states]
@@ -110,7 +110,7 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         sorts = self._rows["top_k"] or self._rows["top_p"]
         chooses = any(OPTIONS.keys() & each.keys() - {"logprobs"} for each in options)
         self.level = SORTED if sorts else CHOSEN if chooses else PLAIN
-        arg_storage[KEY:] = 0  # padding too, which must not count tokens in anybody's slot
+        arg_storage[KEY:] = 0  # padding must not count tokens in a request's slot
         written = [keys, slots, _bits(presence), _bits(frequency), self.masks.prepare(states)]
         arg_storage[KEY:, : len(states)] = torch.tensor(written, dtype=torch.int32, device="cpu").to(
             arg_storage.device
@@ -118,12 +118,12 @@ class Sampling(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Scores of which the highest is the next token.
+        """Process the scores; the highest one is the next token.
 
         Args:
             input_ids: the last token of every request, [requests].
             scores: the model's logits, [requests, vocabulary], float32.
-            logits_processor_args: what ``prepare_tensor_args`` wrote, [rows, at least requests], int32.
+            logits_processor_args: the tensor from ``prepare_tensor_args``, [rows, at least requests], int32.
         """
         args = logits_processor_args
         self.logprobs.look_at(scores)
@@ -164,12 +164,12 @@ def _rows_with(name: str, options: Sequence[dict]) -> list[int]:
 
 
 def _bits(values: Sequence[float]) -> list[int]:
-    """float32 numbers as the int32 that have their bits."""
+    """Reinterpret the bits of float32 numbers as int32."""
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
 
 
 def _key(seed: int, position: int) -> int:
-    """31 bits that look random, never 0, of a seed and a position (splitmix64)."""
+    """Hash a seed and a position to 31 bits, never 0 (splitmix64)."""
     x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -177,14 +177,14 @@ def _key(seed: int, position: int) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """32 bits that look random of 32 bits, in int64, the high half of whose products is cut off."""
+    """Hash 32 bits to 32 bits, computed in int64 with products truncated to 32 bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def _gumbel(keys: Tensor, noise: Tensor) -> Tensor:
-    """Noise of the standard Gumbel distribution, [keys, vocabulary]."""
+    """Noise from the standard Gumbel distribution, [keys, vocabulary]."""
     uniform = (_mixed(keys[:, None].long() ^ noise).float() + 0.5) / 2**32
-    # exponential: of what is small all bits are there, and what is large never wins
+    # log1p keeps all bits of small exponentials, which win the argmax; large ones may be inexact
     return -(-torch.log1p(-uniform.clamp(max=1 - 2**-24))).log()

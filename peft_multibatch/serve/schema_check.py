@@ -1,8 +1,8 @@
-"""Whether a JSON schema can be compiled, found out by a process of its own, which may be killed.
+"""Check in a separate process, which can be killed, whether a JSON schema can be compiled.
 
-Run as a script: a schema on stdin, what is wrong with it on stdout, and nothing where it is right. It imports
-llguidance alone, so that it starts in a moment. Some schemas of a few lines take minutes and gigabytes to compile (an
-``allOf`` of patterns, for one), and no thread that compiles one can be stopped.
+Run as a script, it reads a schema from stdin and writes what is wrong with it to stdout, or nothing if it is valid. It
+imports only llguidance, so that it starts quickly. Some schemas of a few lines (such as an ``allOf`` of patterns) take
+minutes and gigabytes to compile, and a thread that compiles one can't be stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CPU_SECONDS, BYTES = 3, 2 << 30
 
 
 def main() -> None:
-    """Compile what stdin has."""
+    """Compile the schema from stdin."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     from llguidance import LLMatcher

@@ -1,4 +1,4 @@
-"""The process: it listens, and when it is told to stop it lets requests end, for so long."""
+"""Run uvicorn, and let requests finish for a grace period on shutdown."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from peft_multibatch.serve.logs import log_request
 
 
 AFTER_GRACE = 5
-"""Seconds in which clients may read the errors of requests that had no more time."""
+"""Seconds for clients to read the errors of requests that were cut off after the grace period."""
 
 
 MAX_HEADERS = 64 * 1024
-"""Bytes of a request's line and headers."""
+"""Maximum size in bytes of a request's line and headers."""
 
 
 def configuration(app: Any, grace: float, host: str, port: int) -> uvicorn.Config:
-    """How uvicorn listens.
+    """Build uvicorn's configuration.
 
     Args:
-        app: of ``build_app``.
-        grace: seconds that requests have to end when the server stops.
-        host: address to listen at.
-        port: to listen at; 0 takes one that is free.
+        app: the application from ``build_app``.
+        grace: seconds for requests to finish on shutdown.
+        host: address to listen on.
+        port: port to listen on; 0 picks a free one.
     """
     return uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=int(grace) + AFTER_GRACE, timeout_keep_alive=30,
-        http="h11", h11_max_incomplete_event_size=MAX_HEADERS,  # httptools, where it is installed, has no such limit
+        http="h11", h11_max_incomplete_event_size=MAX_HEADERS,  # httptools has no such limit
     )  # fmt: skip
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells the engine when it is about to stop.
+    """uvicorn's server, which tells the engine when it is shutting down.
 
     Args:
-        engine: that was started; it is stopped at the end.
-        host: address to listen at.
-        port: to listen at; 0 takes one that is free.
+        engine: a started engine; it is stopped on shutdown.
+        host: address to listen on.
+        port: port to listen on; 0 picks a free one.
     """
 
     def __init__(self, engine: Engine, host: str, port: int) -> None:
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         super().__init__(configuration(build_app(engine, [log_request]), engine.settings.grace, host, port))
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal came: take no more requests, and after the time of grace end those that are left."""
+        """Handle a signal: accept no more requests, and cancel those left after the grace period."""
         engine = self._engine
         if not engine.is_stopping:
             engine.is_stopping = True
@@ -59,6 +59,6 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: Any = None) -> None:
-        """Listen."""
+        """Start listening."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)

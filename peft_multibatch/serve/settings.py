@@ -1,4 +1,4 @@
-"""What the server may be told when it starts, and what it refuses to start with."""
+"""The server's settings, and checks of unsafe ones."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from pathlib import Path
 
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
-"""Names that adapters may have."""
+"""Valid names of adapters."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and doors of a server; the defaults are safe on a machine of one's own.
+    """Limits and access control of a server; the defaults are safe on a personal machine.
 
     Attributes:
-        adapters_dir: folder whose folders are adapters, each by its name.
-        adapters: more adapters, folders by name.
-        model_names: what clients may call the base model; the first one is what it is listed as.
-        api_keys: of which clients must send one; any client may come where there are none.
-        admin_key: with which adapters may be loaded and unloaded.
-        allow_load: whether they may be at all.
-        max_adapters: most adapters that may be known at a time.
-        max_rank: largest rank of any adapter.
-        max_adapter_mb: size of the largest file of weights, in MB.
+        adapters_dir: folder with one subfolder per adapter, which gives the adapter its name.
+        adapters: folders of additional adapters, by name.
+        model_names: names of the base model in requests; the first one is listed.
+        api_keys: accepted API keys; without any, all clients have access.
+        admin_key: key for loading and unloading adapters.
+        allow_load: whether loading and unloading by request is enabled.
+        max_adapters: maximum number of registered adapters.
+        max_rank: maximum rank of an adapter.
+        max_adapter_mb: maximum size of an adapter's weights, in MB.
         adapter_memory: host memory for adapters, such as ``"8GB"``.
-        max_mixture: most adapters in a mixture.
-        max_model_len: most tokens of a prompt and its answer; as many as the model and its cache have where not given.
-        max_batch: most sequences that run at a time.
-        max_batch_tokens: most tokens in a step; found by transformers where not given.
-        max_cache_tokens: tokens that the cache holds; found by transformers where not given.
-        max_queue: most sequences that wait for a place in the batch.
-        max_requests_per_adapter: most sequences that run or wait for one adapter; as many as there is room for where
-            not given.
-        max_body_mb: size of the largest body, in MB.
-        request_timeout: seconds that a request may take.
-        body_timeout: seconds in which a request's body has to have come.
-        grace: seconds that requests have to end when the server stops.
+        max_mixture: maximum number of adapters in a mixture.
+        max_model_len: maximum number of tokens of a prompt and its answer; by default as many as the model and its
+            cache allow.
+        max_batch: maximum number of running sequences.
+        max_batch_tokens: maximum number of tokens per step; by default determined by transformers.
+        max_cache_tokens: size of the KV cache in tokens; by default determined by transformers.
+        max_queue: maximum number of waiting sequences.
+        max_requests_per_adapter: maximum number of running and waiting sequences per adapter; by default unlimited.
+        max_body_mb: maximum size of a request body, in MB.
+        request_timeout: maximum duration of a request, in seconds.
+        body_timeout: maximum time for a request body to arrive, in seconds.
+        grace: time for requests to finish on shutdown, in seconds.
         log_prompts: whether prompts are logged.
     """
 
@@ -69,28 +69,28 @@ class Settings:
     def __post_init__(self) -> None:
         if self.allow_load and not (self.admin_key and self.adapters_dir):
             raise ValueError(
-                "--allow-load was given without --admin-key or --adapters: expected a key, without which anybody "
-                "could change the adapters, and a folder, outside of which none are read. Pass both."
+                "--allow-load was given without --admin-key or --adapters: expected a key, because otherwise anyone "
+                "could change the adapters, and a folder that adapters are restricted to. Pass both."
             )
         if self.admin_key is not None and self.admin_key in self.api_keys:
-            raise ValueError("--admin-key is one of the --api-key: expected a key of its own. Make another one.")
+            raise ValueError("--admin-key is also an --api-key: expected different keys. Choose another one.")
         if any(not key for key in (*self.api_keys, self.admin_key or "-")):
             raise ValueError("a key is empty: expected text. Leave the option or its environment variable out.")
         for name in self.adapters:
             if not NAME.fullmatch(name) or name in self.model_names:
                 raise ValueError(
-                    f"--adapter was given the name {name!r}: expected one that the base model doesn't have, of "
-                    "letters, digits, '.', '_' and '-', 64 at most, the first one a letter or digit."
+                    f"--adapter was given the name {name!r}: expected at most 64 letters, digits, '.', '_' and '-', "
+                    "starting with a letter or digit, and not the base model's name."
                 )
 
     def check_host(self, host: str) -> None:
-        """Raise where everybody could reach a server that asks nobody for a key.
+        """Check that a server without keys is reachable only from its own machine.
 
         Raises:
-            ValueError: they could.
+            ValueError: other machines could reach it.
         """
         if host not in LOOPBACK and not self.api_keys:
             raise ValueError(
-                f"--host {host} lets other machines in, and there is no key: expected --api-key, or one of "
+                f"--host {host} gives other machines access without a key: expected --api-key, or one of "
                 f"{', '.join(LOOPBACK)}. Set PEFT_MULTIBATCH_API_KEY, or leave --host out."
             )

@@ -1,4 +1,4 @@
-"""Answering clients that may leave at any time: whole answers and streams of server-sent events."""
+"""Answer clients that may disconnect at any time, with whole answers or server-sent events."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ logger = logging.get_logger(__name__)
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns, which is cancelled as soon as the client has left.
+    """Await a coroutine, and cancel it as soon as the client disconnects.
 
     Raises:
-        ApiError: the client has left; nobody reads it.
+        ApiError: the client disconnected.
     """
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_has_left(request.receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(LEFT, "The client left.", "client_left")
+            raise ApiError(LEFT, "The client disconnected.", "client_left")
         return task.result()
     finally:
         await _end(task, watch)
 
 
 async def begun(deltas: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The same generator, once its first element is there: what goes wrong before has a status of its own."""
+    """Wait for a generator's first element, so that earlier errors still determine the response's status."""
     first = await anext(deltas)
 
     async def rest() -> AsyncGenerator[T, None]:
@@ -52,14 +52,14 @@ async def begun(deltas: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
 
 
 class EventStream(Response):
-    """Server-sent events, which end when the client leaves.
+    """Server-sent events, which end when the client disconnects.
 
     Args:
-        events: the data of each, to be written as JSON, or a name and the data.
-        source: what they are made from; it is closed at the end.
-        record: of the request.
-        timeout: seconds that all of it may take, for clients that don't read.
-        last: the data of the last event, if it isn't an error.
+        events: the data of each event, written as JSON, or its name and data.
+        source: the generator behind the events, which is closed at the end.
+        record: the request's record.
+        timeout: maximum duration in seconds, for clients that don't read.
+        last: the data of the last event, unless that is an error.
     """
 
     media_type = "text/event-stream"
@@ -77,13 +77,13 @@ class EventStream(Response):
         self._events, self._source, self._record, self._timeout, self._last = events, source, record, timeout, last
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send it."""
+        """Send the response."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         task, watch = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_has_left(receive))
         try:
             await asyncio.wait({task, watch}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                self._record.error = ApiError(LEFT, "The client left, or didn't read.", "client_left")
+                self._record.error = ApiError(LEFT, "The client disconnected, or didn't read.", "client_left")
         finally:
             await _end(task, watch)
             await self._source.aclose()

@@ -1,4 +1,4 @@
-"""Tokens → text that clients may see: as it grows, up to a stop string, and each token by itself."""
+"""Decode tokens to text, incrementally and up to a stop string."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tokenizers.decoders import DecodeStream
 
 
 class Stop:
-    """Looks for a stop string in a text that grows, at the same cost for each character whatever both are.
+    """Finds a stop string in a growing text, in constant time per character (Knuth-Morris-Pratt).
 
     Args:
-        string: to look for.
+        string: the stop string.
     """
 
     def __init__(self, string: str) -> None:
-        self.string, self.matched = string, 0  # characters of it with which the text ends
-        self._shorter = [0]  # of each beginning of it, the longest one with which that ends, too
+        self.string, self.matched = string, 0  # length of the prefix that the text ends with
+        self._shorter = [0]  # for each prefix, the length of the longest shorter prefix that it ends with
         for character in string[1:]:
             self._shorter.append(self._next(self._shorter[-1], character))
 
     def push(self, text: str) -> int | None:
-        """Read on; where the string ends in this text, if it does."""
+        """Read more text; returns the position in it at which the string ends, or None."""
         for end, character in enumerate(text, start=1):
             self.matched = self._next(self.matched, character)
             if self.matched == len(self.string):
@@ -40,12 +40,12 @@ class Text:
     """The text of one sequence.
 
     Args:
-        tokenizer: of the model.
-        stops: strings at which the text ends; none of them is part of it.
+        tokenizer: the model's tokenizer.
+        stops: stop strings, which aren't included in the text.
 
     Attributes:
-        has_stops: whether there are any.
-        is_stopped: whether one of them came.
+        has_stops: whether there are stop strings.
+        is_stopped: whether one was found.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
@@ -53,11 +53,11 @@ class Text:
         self._tokenizer, self._stops = tokenizer, [Stop(each) for each in stops]
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._decoded = ""  # what the stream gave so far
-        self._shown = 0  # characters of it that clients have
+        self._decoded = ""  # output of the stream so far
+        self._shown = 0  # number of characters already sent to the client
 
     def push(self, ids: Sequence[int]) -> str:
-        """Add tokens, and return what may be shown that wasn't: nothing that a stop string may begin with."""
+        """Add tokens and return new text, without an end that may be the start of a stop string."""
         self._ids += ids
         step, tokenizer = self._stream.step, self._tokenizer._tokenizer
         new = "".join([step(tokenizer, token) or "" for token in ids])
@@ -65,11 +65,11 @@ class Text:
         return self._show(new, held_back=True)
 
     def finish(self) -> str:
-        """The rest, when no token comes any more."""
+        """Return the remaining text after the last token."""
         new = ""
         if not self.is_stopped:
             whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            if whole.startswith(self._decoded):  # with a character that ends in the middle
+            if whole.startswith(self._decoded):  # includes an incomplete last character
                 self._decoded, new = whole, whole[len(self._decoded) :]
         return self._show(new, held_back=False)
 
@@ -86,9 +86,9 @@ class Text:
         return shown
 
 
-@functools.lru_cache(maxsize=1 << 18)  # twenty of them for each token that is generated with log-probabilities
+@functools.lru_cache(maxsize=1 << 18)  # up to twenty per generated token with log-probabilities
 def token_text(tokenizer: Any, token: int) -> tuple[str, list[int]]:
-    """A token by itself, as text and as the bytes that it stands for."""
+    """Decode a single token to its text and its bytes."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     if "\ufffd" not in text:
         return text, list(text.encode())
@@ -100,7 +100,7 @@ def token_text(tokenizer: Any, token: int) -> tuple[str, list[int]]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """Bytes by the characters that byte-level tokenizers write for them: printable ones stand for themselves."""
+    """Map the characters that byte-level tokenizers use to bytes: printable ones stand for themselves."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [each for each in range(256) if each not in plain]
     return {chr(each): each for each in plain} | {chr(256 + index): each for index, each in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Training many adapters in one run, each of which moves as it would in a run of its own."""
+"""Train many adapters in one run; each takes the same steps as in a run of its own."""
 
 from peft_multibatch.training.data import AdapterBatchSampler, AdapterCollator, MixedDataset
 from peft_multibatch.training.losses import sample_losses

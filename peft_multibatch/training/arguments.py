@@ -1,4 +1,4 @@
-"""What MultiAdapterTrainer takes from TrainingArguments, and what it refuses."""
+"""Apply TrainingArguments to the runs of MultiAdapterTrainer, and reject arguments that it can't support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_multibatch.training.runs import Run
 
 
 def filled_runs(runs: Mapping[str, Run], args: TrainingArguments, sampler: AdapterBatchSampler) -> dict[str, Run]:
-    """Runs with what they leave open from the arguments, and with the steps that their data give."""
+    """Fill in what runs leave open: settings from the arguments, and the number of steps from their data."""
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(sampler))
     batches = sampler.batches(total)
     made, defaults = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -41,41 +41,41 @@ def filled_runs(runs: Mapping[str, Run], args: TrainingArguments, sampler: Adapt
 
 
 def check_arguments(model: nn.Module, args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Raise where all adapters would share what should be each one's own.
+    """Reject arguments that would make adapters share what must be separate.
 
     Raises:
-        UnsupportedError: they would.
+        UnsupportedError: there is such an argument.
     """
     refused = {
-        "gradient_accumulation_steps": (args.gradient_accumulation_steps != 1, "Write Run(accumulate=...)."),
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps != 1, "Use Run(accumulate=...)."),
         "fp16": (args.fp16, "One adapter's overflow would skip the steps of all. Use bf16=True."),
         "label_smoothing_factor": (args.label_smoothing_factor, "Pass a loss_func that smooths labels."),
         "load_best_model_at_end": (
             args.load_best_model_at_end,
-            "Every adapter has a best step of its own: save at every evaluation, and load the folder of the adapter "
-            "from the checkpoint that trainer.early_stop.best names.",
+            "Every adapter has its own best step: save at every evaluation, and load the adapter's folder from the "
+            "checkpoint that trainer.early_stop.best names.",
         ),
         "fsdp": (
             args.fsdp,
-            "Every process has to hold the model whole. Leave it out; the base model may be in 4 bit.",
+            "Every process must hold the whole model. Leave it out; the base model may be quantized to 4 bits.",
         ),
-        "deepspeed": (args.deepspeed, "It knows one optimizer. Leave it out."),
+        "deepspeed": (args.deepspeed, "It supports only one optimizer. Leave it out."),
         "auto_find_batch_size": (args.auto_find_batch_size, "Choose batch sizes that fit."),
-        "use_liger_kernel": (args.use_liger_kernel, "It returns one loss for a batch. Leave it out."),
+        "use_liger_kernel": (args.use_liger_kernel, "It returns one loss per batch. Leave it out."),
         "dataloader_drop_last": (args.dataloader_drop_last, "Drop rows from the datasets."),
         "train_sampling_strategy": (
             getattr(args, "train_sampling_strategy", "random") != "random",
-            "Order the rows of each dataset, and pass data_seed.",
+            "Sort the rows of each dataset, and pass data_seed.",
         ),
-        "n_gpu": (args.n_gpu > 1, "Start one process for each GPU, with torchrun or accelerate launch."),
+        "n_gpu": (args.n_gpu > 1, "Start one process per GPU with torchrun or accelerate launch."),
         **{
             name: (options.get(name) is not None, instead)
             for name, instead in {
-                "train_dataset": "Write Run(train_dataset=...).",
-                "eval_dataset": "Write Run(eval_dataset=...).",
-                "compute_loss_func": "Write loss_func=..., which returns losses and numbers of items.",
-                "optimizers": "Write Run(optimizer=..., schedule=...).",
-                "optimizer_cls_and_kwargs": "Write Run(optimizer=..., options=...).",
+                "train_dataset": "Use Run(train_dataset=...).",
+                "eval_dataset": "Use Run(eval_dataset=...).",
+                "compute_loss_func": "Use loss_func=..., which returns losses and numbers of items.",
+                "optimizers": "Use Run(optimizer=..., schedule=...).",
+                "optimizer_cls_and_kwargs": "Use Run(optimizer=..., options=...).",
                 "model_init": "Pass an enabled model.",
             }.items()
         },
@@ -86,6 +86,6 @@ def check_arguments(model: nn.Module, args: TrainingArguments, options: Mapping[
             raise UnsupportedError(f"MultiAdapterTrainer got {name}={value!r}, which it doesn't support. {instead}")
     if not isinstance(model, PeftModel):
         raise UnsupportedError(
-            f"MultiAdapterTrainer got a {type(model).__name__}: expected a PeftModel, which can save one folder for "
-            "every adapter. Use get_peft_model or PeftModel.from_pretrained."
+            f"MultiAdapterTrainer got a {type(model).__name__}: expected a PeftModel, which can save one folder per "
+            "adapter. Use get_peft_model or PeftModel.from_pretrained."
         )

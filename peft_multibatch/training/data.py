@@ -1,4 +1,4 @@
-"""Whose every row is, from datasets to batches: a dataset of all, batches of rows of several, a collator."""
+"""Build batches with rows of several adapters: a dataset, a batch sampler and a collator."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from peft_multibatch.plan.ids import BASE_NAME
 
 
 COLUMN = "adapter_ids"
-"""The column, and the model's argument, that says whose a row is."""
+"""The column, and the model's argument, with the adapter of each row."""
 
 
 class MixedDataset(Dataset):
-    """Rows of several datasets, one after the other, each with its adapter's name in the column ``adapter_ids``.
+    """A concatenation of datasets, with the adapter's name in the column ``adapter_ids`` of each row.
 
     Args:
-        datasets: a dataset for every adapter, with a length, and dictionaries as rows.
+        datasets: a dataset per adapter, with a length and dictionaries as rows.
 
     Attributes:
-        sizes: rows of every adapter.
+        sizes: number of rows of each adapter.
     """
 
     def __init__(self, datasets: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class MixedDataset(Dataset):
         return sum(self.sizes.values())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row; with an index below zero, counted from the end, it runs under the base model and trains nothing."""
+        """Return a row; a negative index, counted from the end, gives a row of the base model that trains nothing."""
         is_filler, index = index < 0, index % len(self)
         for name, size in self.sizes.items():
             if index < size:
@@ -50,18 +50,20 @@ class MixedDataset(Dataset):
 class AdapterBatchSampler(Sampler[list[int]]):
     """Batches of rows of several datasets, for a ``MixedDataset``.
 
-    An epoch goes once through every dataset, each in an order of its own that depends on the seed, the epoch and its
-    name alone. Where a dataset has ended before the others, its part of a batch is empty. So which rows an adapter
-    sees, and in which of its batches, doesn't depend on the other adapters' stopping.
+    An epoch goes once through every dataset, each in its own order, which depends only on the seed, the epoch and the
+    adapter's name. Once a dataset has ended, its share of the batches stays empty. So an adapter sees the same rows in
+    the same batches even if other adapters stop.
 
     Args:
-        sizes: rows of every adapter's dataset, such as ``MixedDataset.sizes``.
-        batch_size: rows in a batch over all processes, shared among adapters by weight; or a number for each adapter.
-        weights: shares of adapters, with one number for all; by default the sizes, so that all datasets end together.
-        seed: of the orders; None leaves rows in order.
-        rank: which of the processes this is.
-        processes: how many there are, each of which gets its part of every batch. One that gets nothing has a row of
-            the base model. Leave both out where accelerate's ``prepare`` gives each process batches of its own.
+        sizes: number of rows of each adapter's dataset, such as ``MixedDataset.sizes``.
+        batch_size: number of rows in a batch over all processes, divided among adapters by weight; or a number per
+            adapter.
+        weights: the adapters' shares if ``batch_size`` is one number; by default the sizes, so that all datasets end
+            together.
+        seed: seed for shuffling; None keeps the rows in order.
+        rank: the rank of this process.
+        processes: number of processes, each of which gets a part of every batch, or a row of the base model if its
+            part is empty. Leave ``rank`` and ``processes`` out if accelerate's ``prepare`` distributes batches.
 
     Attributes:
         stopped: names of adapters whose rows are left out from now on.
@@ -93,8 +95,8 @@ class AdapterBatchSampler(Sampler[list[int]]):
             batch_size = sum(batch_size[name] for name in sizes)
         if not all(sizes.values()) or not all(shares.get(name, 0) > 0 for name in sizes):
             raise ValueError(
-                f"AdapterBatchSampler got datasets of {dict(sizes)} rows and shares of {dict(shares)}: expected rows "
-                "and a positive number for every adapter."
+                f"AdapterBatchSampler got datasets of {dict(sizes)} rows and shares of {dict(shares)}: expected at "
+                "least one row and a positive share for every adapter."
             )
         total = sum(shares[name] for name in sizes)
         self._shares = {name: batch_size * shares[name] / total for name in sizes}
@@ -103,11 +105,11 @@ class AdapterBatchSampler(Sampler[list[int]]):
         self._epoch = self._start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that is iterated next.
+        """Set the epoch to iterate next.
 
         Args:
-            epoch: its number, from which the orders follow.
-            start: how many of its batches to leave out, to go on where a run was interrupted.
+            epoch: its number, which determines the order of rows.
+            start: number of batches to skip, to resume an interrupted run.
         """
         self._epoch, self._start = epoch, start
 
@@ -115,10 +117,10 @@ class AdapterBatchSampler(Sampler[list[int]]):
         return sum(1 for _ in self._counts())
 
     def batches(self, total: int) -> dict[str, int]:
-        """In how many of a number of batches each adapter has rows."""
+        """Count the batches with rows of each adapter among the first ``total`` batches."""
         found, length = dict.fromkeys(self.sizes, 0), len(self)
         for place, counts in enumerate(self._counts()):
-            times = math.ceil((total - place) / length)  # epochs that get that far
+            times = math.ceil((total - place) / length)  # number of epochs that reach this batch
             for name in counts:
                 found[name] += max(times, 0)
         return found
@@ -143,7 +145,7 @@ class AdapterBatchSampler(Sampler[list[int]]):
                 yield rows[self.rank :: self.processes] or [(rows[0] if rows else 0) - offset]
 
     def _counts(self) -> Iterator[dict[str, int]]:
-        """For every batch of an epoch, how many rows of which adapters it has."""
+        """Yield the number of rows of each adapter for every batch of an epoch."""
         left, credit = dict(self.sizes), dict.fromkeys(self.sizes, 0.0)
         while any(left.values()):
             for name, share in self._shares.items():
@@ -162,10 +164,10 @@ class AdapterBatchSampler(Sampler[list[int]]):
 
 
 class AdapterCollator:
-    """A collator that puts the column ``adapter_ids`` into the batch, and leaves all else to another one.
+    """A collator that adds the column ``adapter_ids`` to the batch of another collator.
 
     Args:
-        inner: what makes batches of rows without that column; transformers' default collator if None.
+        inner: the collator for all other columns; transformers' default collator if None.
 
     Raises:
         AdapterIdsError: a row lacks the column.
@@ -185,13 +187,13 @@ class AdapterCollator:
         if missing:
             raise AdapterIdsError(
                 f"row {missing[0]} of a batch has no {COLUMN} (one of {len(missing)} such rows): expected an id or a "
-                f"name in every row. Add the column {COLUMN!r} to the dataset; with TRL's trainers pass "
-                "remove_unused_columns=False as well."
+                f"name in every row. Add the column {COLUMN!r} to the dataset; with TRL's trainers also pass "
+                "remove_unused_columns=False."
             )
         ids = [row[COLUMN] for row in rows]
         batch = self.inner([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
         try:
             batch[COLUMN] = torch.tensor([operator.index(each) for each in ids], dtype=torch.int64, device="cpu")
-        except TypeError:  # names, or what the model will refuse
+        except TypeError:  # names, or values that the model will reject
             batch[COLUMN] = ids
         return batch

@@ -1,4 +1,4 @@
-"""Sums over processes that train the same adapters."""
+"""Sum gradients and losses over the processes that train the same adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_multibatch.errors import ModelStateError
 
 
 class Ranks:
-    """Processes, each with rows of its own; or this one alone.
+    """The processes of a run, each with its own rows; or only this one.
 
     Args:
         group: a process group, or None for all processes.
@@ -24,10 +24,10 @@ class Ranks:
         self.size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
     def check_same(self, names: list[str]) -> None:
-        """Raise where processes train different adapters.
+        """Check that all processes train the same adapters.
 
         Raises:
-            ModelStateError: they do.
+            ModelStateError: they don't.
         """
         if self.size == 1:
             return
@@ -35,27 +35,27 @@ class Ranks:
         dist.all_gather_object(found, names, self._group)
         if any(each != found[0] for each in found):
             raise ModelStateError(
-                f"processes began runs of different adapters, {found}: expected the same ones in the same order, "
-                "whose gradients are added up. Pass process_group for processes that train by themselves."
+                f"processes started runs of different adapters, {found}: expected the same adapters in the same "
+                "order, because their gradients are summed. Pass process_group for processes that train independently."
             )
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Have everywhere what the first process has."""
+        """Copy tensors from the first process to all others."""
         if self.size > 1:
             first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
             for each in tensors:
                 dist.broadcast(each.detach(), first, self._group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of one tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def sum_gradients(self, adapters: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Add up gradients; a parameter that has one in any process has one in all.
+        """Sum gradients over all processes; a parameter with a gradient in one process gets one in all.
 
         Args:
-            adapters: the parameters of each adapter, of which some process has gradients.
+            adapters: the parameters of each adapter that has gradients in some process.
         """
         if self.size == 1 or not adapters:
             return
@@ -68,7 +68,7 @@ class Ranks:
             for each in wanted:
                 if each.grad is None:
                     each.grad = torch.zeros_like(each)
-            for dtype in dict.fromkeys(each.dtype for each in wanted):  # in the same order everywhere
+            for dtype in dict.fromkeys(each.dtype for each in wanted):  # the same order in all processes
                 some = [each for each in wanted if each.dtype == dtype]
                 flat = self.sum(torch.cat([each.grad.flatten() for each in some if each.grad is not None]))
                 for each, part in zip(some, flat.split([each.numel() for each in some])):

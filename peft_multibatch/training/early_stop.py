@@ -1,4 +1,4 @@
-"""Adapters stop one by one in MultiAdapterTrainer, and the run ends when all have."""
+"""Early stopping per adapter in MultiAdapterTrainer; the run ends when all adapters have stopped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transformers import TrainerCallback
 
 
 class EarlyStop(TrainerCallback):
-    """Adapters whose loss gets no smaller stop alone; what has been evaluated is kept where Trainer keeps schedules.
+    """Stops adapters whose evaluation loss doesn't improve. Its state is saved where Trainer saves the scheduler.
 
     Attributes:
-        best: of every adapter that was evaluated, the smallest loss and the step of the run at which it was found.
-        waited: evaluations of every adapter since then.
+        best: the smallest loss of each evaluated adapter, and the step of the run at which it was reached.
+        waited: number of evaluations of each adapter since then.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -21,7 +21,7 @@ class EarlyStop(TrainerCallback):
         self.waited: dict[str, int] = {}
 
     def on_epoch_begin(self, args, state, control, **_):
-        self._trainer._sampler.set_epoch(int(state.epoch + 1e-6))  # where it goes on, in the middle of one
+        self._trainer._sampler.set_epoch(int(state.epoch + 1e-6))  # resuming may start in the middle of an epoch
 
     def on_optimizer_step(self, args, state, control, **_):
         trainer = self._trainer
@@ -48,7 +48,7 @@ class EarlyStop(TrainerCallback):
                 step = self.best[name][1]
                 trainer.optimizer.stop(
                     name,
-                    f"its loss was smallest at step {step} of the run, {run.patience} evaluations ago",
+                    f"its loss was lowest at step {step} of the run, {run.patience} evaluations ago",
                 )
         self._stop(control)
 
@@ -58,7 +58,7 @@ class EarlyStop(TrainerCallback):
             self._trainer._sampler.stopped = set(optimizer.stopped)
             control.should_training_stop = control.should_training_stop or not optimizer.running
 
-    # what Trainer asks of a schedule
+    # Trainer's interface of a scheduler
     def step(self) -> None:
         pass
 

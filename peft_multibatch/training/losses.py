@@ -1,4 +1,4 @@
-"""Losses per sample, which can be added up per adapter."""
+"""Losses per sample, which can be summed per adapter."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from peft_multibatch.errors import UnsupportedError
 
 
 IGNORED = -100
-"""Label of what doesn't count, as in transformers."""
+"""The label that is ignored, as in transformers."""
 
 
 def sample_losses(logits: Tensor, labels: Tensor, shift: bool = True) -> tuple[Tensor, Tensor]:
-    """Cross entropy of every sample: the sum over its labels, and how many labels there are.
+    """Compute the cross entropy of every sample, summed over its labels, and its number of labels.
 
     Args:
         logits: ``[samples, tokens, classes]``, or ``[samples, classes]`` of a classifier.
-        labels: ``[samples, tokens]`` or ``[samples]``, integers; -100 doesn't count.
-        shift: logits at a token predict the next label, as in causal language models. Pass False for token
-            classification, masked language models and encoder-decoder models; of no account for a classifier.
+        labels: ``[samples, tokens]`` or ``[samples]``, integers; -100 is ignored.
+        shift: whether the logits at a token predict the next label, as in causal language models. Pass False for
+            token classification, masked language models and encoder-decoder models; ignored for classifiers.
 
     Returns:
         Losses ``[samples]``, in float32 or the logits' dtype if that is wider, and numbers of labels ``[samples]``.
 
     Raises:
-        UnsupportedError: shapes or dtypes that aren't those of a classification.
+        UnsupportedError: the shapes or dtypes don't fit a classification.
 
     Example:
         ```python
@@ -38,7 +38,7 @@ def sample_losses(logits: Tensor, labels: Tensor, shift: bool = True) -> tuple[T
         raise UnsupportedError(
             f"sample_losses got logits {list(logits.shape)} and labels {list(labels.shape)} of {labels.dtype}: "
             "expected logits [samples, tokens, classes] and integer labels [samples, tokens], or [samples, classes] "
-            "and [samples]. Compute a loss for every sample yourself and pass it to AdapterOptimizer.loss."
+            "and [samples]. Compute a loss per sample yourself and pass it to AdapterOptimizer.loss."
         )
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

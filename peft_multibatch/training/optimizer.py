@@ -1,4 +1,4 @@
-"""One optimizer for many adapters, each of which moves as it would in a run of its own."""
+"""An optimizer for many adapters; each takes the same steps as in a run of its own."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ logger = logging.get_logger(__name__)
 
 
 class AdapterOptimizer:
-    """Train several adapters of one model in the same batches, step by step as each in a run of its own.
+    """Trains several adapters of one model in the same batches, with the same steps as in separate runs.
 
-    Every adapter has its own optimizer, learning rate, schedule, clip, accumulation and step counter. An adapter
-    without rows in a batch doesn't move, nor does its schedule. One whose loss or gradient isn't finite stops alone,
-    before the step, and is named in a warning. The adapters of all runs get gradients, all others are frozen, until
-    ``close``.
+    Every adapter has its own optimizer, learning rate, schedule, clipping, accumulation and step counter. If a batch
+    has no rows of an adapter, neither its weights nor its schedule change. If an adapter's loss or gradient isn't
+    finite, only that adapter stops, before the step, and a warning names it. Until ``close``, the adapters of all runs
+    are trainable, and all others are frozen.
 
-    With several processes every one calls ``step`` equally often; gradients are added up over all of them and divided
-    by the items of all, so that a process may lack rows of an adapter. DistributedDataParallel isn't needed. Around
-    the model it does no harm if it was made after the optimizer, with ``find_unused_parameters=True``, and every
+    With several processes, each must call ``step`` equally often. Gradients are summed over all processes and divided
+    by the total number of items, so a process may have no rows of an adapter. DistributedDataParallel isn't needed,
+    but can wrap the model if it is created after the optimizer, with ``find_unused_parameters=True``, and if every
     process has rows of some adapter in every batch.
 
     Args:
         model: an enabled model.
         runs: the settings of each adapter, by its name.
-        process_group: processes that train the same adapters on rows of their own; all, by default.
+        process_group: processes that train the same adapters on different rows; by default all.
 
     Attributes:
-        steps: how many steps each adapter has made.
-        stopped: adapters that don't go on, and why.
-        running: adapters that do.
-        moved: what ``step`` or ``flush`` returned last.
+        steps: number of steps that each adapter has taken.
+        stopped: adapters that have stopped, with the reasons.
+        running: adapters that haven't stopped.
+        moved: the last result of ``step`` or ``flush``.
 
     Raises:
-        NotEnabledError: ``enable`` was not called on the model.
-        UnknownAdapterError: there is no adapter of this name.
-        UnsupportedError: something would couple the adapters, or the model is split over devices.
+        NotEnabledError: the model isn't enabled.
+        UnknownAdapterError: there is no adapter with this name.
+        UnsupportedError: gradients of different adapters would mix, or the model is split over devices.
 
     Example:
         ```python
@@ -107,38 +107,38 @@ class AdapterOptimizer:
         return {name: each.lr for name, each in self._runs.items()}
 
     def loss(self, losses: Tensor, items: Tensor, adapter_ids: AdapterIds) -> Tensor:
-        """Add up the losses of a batch, and note whose they are once backward runs.
+        """Sum the losses of a batch, and record whose they are when ``backward`` runs.
 
-        ``step`` divides each adapter's gradient by its items. A factor on the result, as gradient accumulation or a
-        gradient scaler puts it, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the base
-        model and of adapters that have stopped don't count.
+        ``step`` divides each adapter's gradient by its items. A factor on the result, such as that of gradient
+        accumulation or a gradient scaler, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the
+        base model and of stopped adapters are ignored.
 
         Args:
-            losses: the loss of every sample, summed over its items; ``[samples]``.
-            items: what to divide an adapter's losses by, such as numbers of labels; ``[samples]``.
-            adapter_ids: what was passed to the model.
+            losses: the loss of each sample, summed over its items; ``[samples]``.
+            items: number of items of each sample, such as labels, to divide an adapter's losses by; ``[samples]``.
+            adapter_ids: the ids that were passed to the model.
 
         Returns:
-            The sum, on which to call ``backward()``.
+            The sum, to call ``backward()`` on.
 
         Raises:
-            AdapterIdsLengthError: not one loss for every sample, such as a loss that compares samples with each other.
+            AdapterIdsLengthError: there isn't one loss per sample, as with losses that compare samples.
             UnknownAdapterError: a row has an adapter without a run.
-            UnsupportedError: a row has a mixture, or samples are normalized together.
-            ModelStateError: an adapter was frozen meanwhile.
+            UnsupportedError: a row has a mixture, or BatchNorm is in training mode.
+            ModelStateError: the losses have no gradients, for example because an adapter was frozen.
         """
         rows = self._rows(adapter_ids)
         if losses.shape != (len(rows),) or items.shape != losses.shape:
             raise AdapterIdsLengthError(
                 f"loss got losses of shape {list(losses.shape)}, items of shape {list(items.shape)} and "
-                f"{len(rows)} adapter ids: expected one loss and one number of items for every sample. Losses that "
-                "compare samples, such as contrastive ones, would couple the adapters of a batch: compute them for "
-                "one adapter at a time."
+                f"{len(rows)} adapter ids: expected one loss and one number of items per sample. Losses that compare "
+                "samples, such as contrastive ones, would mix the gradients of adapters: compute them for one adapter "
+                "at a time."
             )
         if any(each.training for each in self._norms):
             raise UnsupportedError(
                 "the model has BatchNorm in training mode, which normalizes the samples of all adapters together: "
-                "expected its running statistics. Call eval() on these modules."
+                "expected it to use running statistics. Call eval() on these modules."
             )
         kept = [row for row, place in enumerate(rows) if place is not None]
         if losses.dtype in (torch.float16, torch.bfloat16):
@@ -150,11 +150,11 @@ class AdapterOptimizer:
         if not torch.is_grad_enabled():
             return total
         if not kept:
-            return total.detach().requires_grad_()  # on which backward may be called, with nothing to find
+            return total.detach().requires_grad_()  # lets backward run without any gradients
         if not total.requires_grad:
             raise ModelStateError(
-                "loss got losses without a graph: expected what the model computed with gradients, of adapters that "
-                "are trained. Did set_adapter or torch.no_grad freeze them?"
+                "loss got losses without a graph: expected losses computed with gradients, from adapters that are "
+                "trained. Check whether set_adapter froze them, or torch.no_grad is active."
             )
         places = torch.tensor([rows[row] for row in kept], dtype=torch.long, device=losses.device)
         sums = torch.stack([losses.detach(), items.to(losses)])
@@ -163,16 +163,16 @@ class AdapterOptimizer:
         return total
 
     def step(self) -> dict[str, dict[str, float]]:
-        """Take the gradients of what went through backward, and move the adapters that are due.
+        """Collect the gradients of the backward passes since the last step, and update the adapters that are due.
 
-        Gradients are None afterwards; what is accumulated is kept elsewhere. While continuous batching runs on the
-        model, requests that have begun under an adapter end before it moves, with the weights they began with.
+        Gradients are None afterwards; accumulated ones are kept separately. While continuous batching runs on the
+        model, running requests of an adapter finish before it is updated, with the weights they started with.
 
         Returns:
-            For every adapter that moved: ``loss`` per item, ``grad_norm`` before it was clipped, ``lr``, ``items``.
+            For each updated adapter: ``loss`` per item, ``grad_norm`` before clipping, ``lr`` and ``items``.
 
         Raises:
-            ModelStateError: there are gradients whose losses didn't come from ``loss``, or an adapter had rows and got
+            ModelStateError: there are gradients of losses that didn't come from ``loss``, or an adapter with rows got
                 no gradients.
         """
         counted = self._count()
@@ -180,22 +180,22 @@ class AdapterOptimizer:
             if not math.isfinite(loss):
                 self.stop(name, f"its loss was {loss} at step {self._runs[name].steps + 1}")
         runs = {name: self._runs[name] for name in counted if not self._runs[name].stopped}
-        # also of those that aren't due, so that every process has the same state
+        # includes adapters that aren't due, so that every process has the same state
         self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
         for name, each in runs.items():
             each.take(*counted[name])
         return self._move([name for name, each in runs.items() if each.is_due])
 
     def flush(self) -> dict[str, dict[str, float]]:
-        """Move the adapters that have accumulated fewer batches than they want, at the end of a run."""
+        """Update the adapters with an incomplete accumulation, at the end of a run."""
         return self._move([name for name in self.running if self._runs[name].batches])
 
     def stop(self, name: str, reason: str) -> None:
-        """Train an adapter no further. Its weights stay as they are, and all others go on.
+        """Stop training an adapter. Its weights stay as they are, and all others continue.
 
         Args:
-            name: its name.
-            reason: what ``stopped`` says.
+            name: the adapter's name.
+            reason: the reason for ``stopped``.
         """
         progress = self._runs[name]
         if progress.stopped:
@@ -207,32 +207,32 @@ class AdapterOptimizer:
             logger.warning("all adapters have stopped.")
 
     def zero_grad(self) -> None:
-        """Drop gradients of which no step was made; what was accumulated in earlier steps stays."""
+        """Drop gradients since the last step; those accumulated in earlier steps are kept."""
         self._noted.clear()
         for each in self._runs.values():
             each.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, weights aside; plain types and tensors."""
+        """The state needed to resume, without the weights, in plain types and tensors."""
         return {name: each.state_dict() for name, each in self._runs.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another optimizer was, of the same adapters.
+        """Resume from the state of another optimizer for the same adapters.
 
         Raises:
-            ModelStateError: of other adapters.
+            ModelStateError: the state is that of other adapters.
         """
         if state.keys() != self._runs.keys():
             raise ModelStateError(
-                f"load_state_dict got the state of {sorted(state)}: expected that of {sorted(self._runs)}. Begin with "
-                "the same runs."
+                f"load_state_dict got the state of {sorted(state)}: expected that of {sorted(self._runs)}. Create the "
+                "optimizer with the same runs."
             )
         for name, each in self._runs.items():
             each.load_state_dict(state[name])
         self._noted.clear()
 
     def close(self) -> None:
-        """Drop gradients, and let parameters have gradients or none as before; does nothing the second time."""
+        """Drop gradients and restore ``requires_grad`` of all parameters; further calls do nothing."""
         self.zero_grad()
         self._restore()
         self._restore = lambda: None
@@ -244,27 +244,27 @@ class AdapterOptimizer:
         self.close()
 
     def _rows(self, adapter_ids: Any) -> list[int | None]:
-        """Whose every row is, as a place among the runs; None where it doesn't count."""
+        """Return the index of each row's run, or None for rows that are ignored."""
         self._handle._refresh()
         names = self._handle._registry.names
         rows: list[int | None] = []
         for entry in resolve(adapter_ids, names):
             if isinstance(entry, tuple):
                 raise UnsupportedError(
-                    f"loss got a row of the mixture {label_of(entry, names)}, through which its adapters would train "
-                    "together: expected one adapter for every row."
+                    f"loss got a row of the mixture {label_of(entry, names)}, which would train its adapters "
+                    "together: expected one adapter per row."
                 )
             name = None if entry == BASE else names.by_id[ids_of(entry)[0]]
             if name is not None and name not in self._runs:
                 raise UnknownAdapterError(
                     f"loss got a row of {name!r}, which has no run: expected rows of {', '.join(self._runs)}. Leave "
-                    "rows of frozen adapters out of the loss, or give it a run."
+                    "rows of frozen adapters out of the loss, or add a run for this one."
                 )
             rows.append(None if name is None or self._runs[name].stopped else self._places[name])
         return rows
 
     def _count(self) -> dict[str, tuple[float, float]]:
-        """Losses and items, over all processes, of the adapters that had any since the last step."""
+        """Losses and items over all processes, for adapters with rows since the last step."""
         device = next(iter(next(iter(self._runs.values())).parameters.values())).device
         noted = [each.to(device) for each in self._noted]
         none = torch.zeros(2, len(self._runs), dtype=torch.float32, device=device)
@@ -273,8 +273,8 @@ class AdapterOptimizer:
         for (name, each), items in zip(self._runs.items(), sums[1].tolist()):
             if items and not each.stopped and not each.has_gradients():
                 raise ModelStateError(
-                    f"{name!r} had rows in a batch and got no gradients: expected parameters that are trained. Was it "
-                    "frozen by set_adapter, or deleted and added again? Close the optimizer and begin another one."
+                    f"{name!r} had rows in a batch but got no gradients: expected trainable parameters. It may have "
+                    "been frozen by set_adapter, or deleted and added again. Close the optimizer and create a new one."
                 )
         losses, everywhere = (self._ranks.sum(sums) if self._ranks.size > 1 else sums).tolist()
         found = {}
@@ -284,15 +284,15 @@ class AdapterOptimizer:
                 continue
             if not each.stopped and each.has_gradients(other_than_zero=True):
                 raise ModelStateError(
-                    f"step found gradients of {name!r} whose loss it doesn't know, and which it can't divide by what "
-                    "is that adapter's own: expected losses through AdapterOptimizer.loss. Write "
+                    f"step found gradients of {name!r} from an unknown loss, which it can't divide by that adapter's "
+                    "number of items: expected losses from AdapterOptimizer.loss. Use "
                     "optimizer.loss(losses, items, adapter_ids).backward()."
                 )
             each.zero_grad()  # compiled code leaves zeros
         return found
 
     def _move(self, names: list[str]) -> dict[str, dict[str, float]]:
-        """A step of each of these adapters."""
+        """Take a step for each of these adapters."""
         runs = {name: self._runs[name] for name in names}
         for each in runs.values():
             each.gather()

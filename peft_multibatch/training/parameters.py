@@ -1,4 +1,4 @@
-"""Which parameters belong to which adapter, and training several adapters at once."""
+"""Find the parameters of each adapter, and make several adapters trainable at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peft_multibatch.plan.ids import BASE_NAME, resolve
 
 
 def handle_of(model: nn.Module) -> Handle:
-    """The handle of an enabled model, or of one that DistributedDataParallel or ``torch.compile`` wraps.
+    """Return the handle of an enabled model, which DistributedDataParallel or ``torch.compile`` may wrap.
 
     Raises:
-        NotEnabledError: ``enable`` was not called on it.
+        NotEnabledError: the model isn't enabled.
     """
     handle: Any = getattr(extract_model_from_parallel(model, keep_torch_compile=False), STATE, None)
     if handle is None:
         raise NotEnabledError(
-            f"a {type(model).__name__} was to be trained on which peft_multibatch.enable was not called: expected an "
+            f"training got a {type(model).__name__} on which peft_multibatch.enable was not called: expected an "
             "enabled model. Call enable(model) first."
         )
     handle._refresh()
@@ -34,18 +34,18 @@ def handle_of(model: nn.Module) -> Handle:
 def make_trainable(
     handle: Handle, names: Sequence[str]
 ) -> tuple[dict[str, dict[str, nn.Parameter]], Callable[[], None]]:
-    """Give exactly these adapters gradients. PEFT's ``set_adapter`` freezes all but one.
+    """Make exactly these adapters trainable; PEFT's ``set_adapter`` freezes all except one.
 
     Args:
-        handle: of the model.
-        names: of the adapters.
+        handle: the model's handle.
+        names: names of the adapters.
 
     Returns:
-        The parameters of every adapter by their names in the model, and what undoes it.
+        The parameters of every adapter by their names in the model, and a function that undoes it.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        UnsupportedError: gradients wouldn't be each adapter's own, or the model is split over devices.
+        UnsupportedError: gradients of different adapters would mix, or the model is split over devices.
     """
     _check(handle, names)
     inner = handle._inner
@@ -68,7 +68,7 @@ def make_trainable(
         others = [name for name, is_trained in before.items() if is_trained and name not in of_adapters]
         if others:
             raise UnsupportedError(
-                f"{others[0]} has gradients and belongs to no adapter, so that all adapters in a batch would train it "
+                f"{others[0]} is trainable but belongs to no adapter, so all adapters in a batch would train it "
                 f"(one of {len(others)} such parameters): expected a frozen base model. Call requires_grad_(False) on "
                 "it, or train with bias='none'."
             )
@@ -78,8 +78,8 @@ def make_trainable(
             for key, each in own.items():
                 if each in owners:
                     raise UnsupportedError(
-                        f"{key} is trained by {owners[each]!r} and by {name!r}: expected adapters that share no "
-                        "parameters. Train them in runs of their own."
+                        f"{key} belongs to both {owners[each]!r} and {name!r}: expected adapters that share no "
+                        "parameters. Train them in separate runs."
                     )
                 owners[each] = name
         trainable(names)
@@ -98,19 +98,19 @@ def _check(handle: Handle, names: Sequence[str]) -> None:
     if stored:
         raise UnsupportedError(
             f"a run was given for {stored[0]!r}, which is in an adapter store, and stored adapters can't be trained: "
-            "expected adapters in PEFT's modules. Load it with load_adapter by another name."
+            "expected adapters in PEFT's modules. Load it with load_adapter under another name."
         )
     router = handle._router
     if router.is_gathered or router.split is not None:
         how = "sharded by FSDP" if router.is_gathered else "split by tensor parallelism"
         raise UnsupportedError(
-            f"a model that is {how} was to be trained with several adapters in a batch: expected a model that every "
-            "process holds whole. Use DistributedDataParallel, or load the base model in 4 bit."
+            f"training several adapters in a batch got a model that is {how}: expected every process to hold the "
+            "whole model. Use DistributedDataParallel, or load the base model in 4 bits."
         )
     config = getattr(handle._inner, "config", None)
     for each in (config, getattr(config, "text_config", None)):
         if getattr(each, "output_router_logits", False):
             raise UnsupportedError(
-                "the model's configuration has output_router_logits=True, with which the load-balancing loss of a "
-                "batch is one for all of its adapters: expected none. Set model.config.output_router_logits = False."
+                "the model's configuration has output_router_logits=True, which adds one load-balancing loss for all "
+                "adapters of a batch: expected False. Set model.config.output_router_logits = False."
             )

@@ -1,4 +1,4 @@
-"""One adapter's run under way: its optimizer, its schedule, and what it has accumulated."""
+"""The state of one adapter's run: its optimizer, its schedule and its accumulated gradients."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from peft_multibatch.training.runs import Run
 
 
 class Progress:
-    """How far one adapter's run has come.
+    """The state of one adapter's run.
 
     Args:
-        run: its settings.
-        parameters: the adapter's, by their names in the model.
-        dropout: what its dropout masks follow from, which begins anew.
+        run: the run's settings.
+        parameters: the adapter's parameters, by their names in the model.
+        dropout: the state of its dropout masks, which is reset.
 
     Attributes:
         parameters: as above.
-        steps: steps of its optimizer so far.
-        stopped: why it doesn't go on, or the empty string.
-        batches: accumulated for the step to come.
-        loss: sum of losses in these.
-        items: what they are divided by.
+        steps: number of optimizer steps so far.
+        stopped: why the run has stopped, or the empty string.
+        batches: number of batches accumulated for the next step.
+        loss: sum of their losses.
+        items: number of items that the sum is divided by.
     """
 
     def __init__(self, run: Run, parameters: dict[str, nn.Parameter], dropout: DropoutState) -> None:
@@ -39,18 +39,18 @@ class Progress:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step to come."""
+        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def has_gradients(self, other_than_zero: bool = False) -> bool:
-        """Whether backward has reached any of its parameters."""
+        """Whether any of its parameters has a gradient."""
         return any(not other_than_zero or bool(each.any()) for each in self.gradients())
 
     def take(self, loss: float, items: float) -> None:
-        """A batch with rows of this adapter went through backward."""
+        """Add a batch with rows of this adapter, after its backward pass."""
         self.batches, self.loss, self.items = self.batches + 1, self.loss + loss, self.items + items
         if self.batches == 1 and self.is_due:
-            return  # gradients stay where they are
+            return  # nothing else is accumulated, so the gradients needn't be copied
         for name, each in self.parameters.items():
             if each.grad is not None:
                 kept = self._kept.get(name)
@@ -59,27 +59,27 @@ class Progress:
 
     @property
     def is_due(self) -> bool:
-        """Whether enough batches were accumulated for a step."""
+        """Whether enough batches are accumulated for a step."""
         return self.batches >= self.run.accumulate
 
     def gather(self) -> None:
-        """Have all that was accumulated as gradients."""
+        """Write the accumulated gradients to the parameters."""
         for name, kept in self._kept.items():
             self.parameters[name].grad = kept
         self._kept = {}
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that there are."""
+        """The gradients of the parameters that have one."""
         return [each.grad for each in self.parameters.values() if each.grad is not None]
 
     def normalize(self) -> Tensor:
-        """Divide the gradients by what they are sums over, and give their norm."""
+        """Divide the gradients by the number of items and return their norm."""
         gradients = self.gradients()
         torch._foreach_div_(gradients, self.items)
         return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, norm: Tensor) -> None:
-        """A step of the optimizer and its schedule."""
+        """Clip the gradients and take a step of the optimizer and its schedule."""
         if self.run.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.run.max_grad_norm, norm)
         self.optimizer.step()
@@ -89,7 +89,7 @@ class Progress:
             self.stopped = f"it has finished its {self.steps} steps"
 
     def clear(self) -> None:
-        """Forget what was accumulated."""
+        """Discard what was accumulated."""
         self.batches, self.loss, self.items = 0, 0.0, 0.0
         self._kept = {}
 

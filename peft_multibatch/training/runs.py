@@ -1,4 +1,4 @@
-"""What one adapter is trained with: learning rate, optimizer, schedule, clip, accumulation, data."""
+"""The settings of one adapter's run: learning rate, optimizer, schedule, clipping, accumulation and data."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from peft_multibatch.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one adapter's run. Whatever is None is left to the optimizer, or to ``TrainingArguments``.
+    """The settings of one adapter's run. None means the optimizer's default, or that of ``TrainingArguments``.
 
     Attributes:
         lr: learning rate, the peak of the schedule.
-        optimizer: what makes the optimizer, called as ``optimizer(parameters, lr=..., weight_decay=..., **options)``;
+        optimizer: creates the optimizer, called as ``optimizer(parameters, lr=..., weight_decay=..., **options)``;
             ``torch.optim.AdamW`` if None.
-        weight_decay: of all parameters of the adapter.
+        weight_decay: weight decay of all parameters of the adapter.
         options: further arguments of the optimizer, such as ``{"betas": (0.9, 0.95)}``.
         max_grad_norm: clip the norm of this adapter's gradient; None or 0 doesn't clip.
-        schedule: a name that ``transformers.get_scheduler`` knows, such as ``"linear"`` or ``"cosine"``, or a function
-            that takes the optimizer and returns a scheduler; constant if None. It advances with this adapter's steps.
-        warmup_steps: steps of the adapter during which the learning rate rises; none if None.
-        schedule_options: further arguments of a schedule that is given by name.
-        accumulate: batches with rows of this adapter that make one step of its optimizer.
-        steps: steps of its optimizer after which the adapter is finished, and over which its schedule is spread.
-        batch_size: rows of this adapter in a batch, over all processes. This and what follows is for
-            ``MultiAdapterTrainer``, which shares its batch size among adapters if no run has one.
+        schedule: a name for ``transformers.get_scheduler``, such as ``"linear"`` or ``"cosine"``, or a function that
+            takes the optimizer and returns a scheduler; constant if None. It advances with this adapter's steps.
+        warmup_steps: number of steps during which the learning rate rises; no warmup if None.
+        schedule_options: further arguments of a schedule given by name.
+        accumulate: number of batches with rows of this adapter per optimizer step.
+        steps: number of optimizer steps after which the adapter is finished; also the length of its schedule.
+        batch_size: number of rows of this adapter in a batch, over all processes. This and the following attributes
+            are for ``MultiAdapterTrainer``, which divides its batch size among adapters if no run sets one.
         weight: its share of a batch, relative to other adapters' weights; by default the size of its dataset.
-        train_dataset: its rows.
-        eval_dataset: rows on which it is evaluated.
-        patience: evaluations without a smaller loss after which the adapter stops; never if None.
+        train_dataset: rows for training.
+        eval_dataset: rows for evaluation.
+        patience: number of evaluations without a lower loss after which the adapter stops; never if None.
     """
 
     lr: float | None = None
@@ -64,7 +64,7 @@ class Run:
             raise ValueError(f"Run got weight={self.weight!r}: expected a positive number.")
 
     def build_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
-        """The optimizer of these parameters."""
+        """Create the optimizer for these parameters."""
         options = dict(self.options)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
@@ -72,10 +72,10 @@ class Run:
         return (self.optimizer or AdamW)(list(parameters), **options)
 
     def build_schedule(self, optimizer: Optimizer) -> LRScheduler:
-        """The schedule of an optimizer's learning rate.
+        """Create the scheduler for an optimizer.
 
         Raises:
-            UnsupportedError: it asks for a metric at every step.
+            UnsupportedError: the scheduler needs a metric at every step.
         """
         if callable(self.schedule):
             schedule = self.schedule(optimizer)
@@ -86,7 +86,7 @@ class Run:
             )  # fmt: skip
         if isinstance(schedule, ReduceLROnPlateau) or not isinstance(schedule, LRScheduler):
             raise UnsupportedError(
-                f"Run got a schedule of type {type(schedule).__name__}, which isn't advanced by steps alone: expected "
-                "a torch.optim.lr_scheduler.LRScheduler such as transformers' 'linear' or 'cosine'."
+                f"Run got a schedule of type {type(schedule).__name__}, which needs more than the step: expected "
+                "a torch.optim.lr_scheduler.LRScheduler, such as transformers' 'linear' or 'cosine'."
             )
         return schedule

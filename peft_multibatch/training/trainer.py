@@ -1,4 +1,4 @@
-"""transformers' Trainer for many adapters: one run, and for every adapter what its own run would have been."""
+"""transformers' Trainer for many adapters: each takes the same steps as in a run of its own."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ TRAINING_ARGUMENTS = "training_args.bin"
 
 
 class MultiAdapterTrainer(Trainer):
-    """Train many adapters of one model in one run, step by step as each in a run of its own.
+    """Trains many adapters of one model in one run, with the same steps as in separate runs.
 
-    What a ``Run`` leaves open is taken from ``args``: learning rate, optimizer, weight decay, clip, schedule. A batch
-    of ``per_device_train_batch_size`` rows on every process is shared among adapters, see ``AdapterBatchSampler``.
-    Logs have ``<adapter>/loss``, ``<adapter>/learning_rate``, ``<adapter>/grad_norm`` and ``<adapter>/step``,
-    evaluations ``eval_<adapter>_loss``. Checkpoints have a folder for every adapter that ``PeftModel.from_pretrained``
-    loads.
+    Settings that a ``Run`` leaves open come from ``args``: learning rate, optimizer, weight decay, clipping, schedule.
+    A batch of ``per_device_train_batch_size`` rows per process is divided among adapters, see ``AdapterBatchSampler``.
+    Logs contain ``<adapter>/loss``, ``<adapter>/learning_rate``, ``<adapter>/grad_norm`` and ``<adapter>/step``,
+    evaluations ``eval_<adapter>_loss``. Checkpoints contain one folder per adapter, which
+    ``PeftModel.from_pretrained`` loads.
 
     Args:
         model: an enabled ``PeftModel``.
         args: settings of the run; ``num_train_epochs`` counts epochs of every adapter's dataset.
-        runs: settings and data of every adapter, by its name.
-        data_collator: what makes batches of rows; ``adapter_ids`` are seen to.
-        loss_func: called with the model's output and the labels, returns the loss of every sample, summed over its
-            items, and the numbers of items, as ``sample_losses`` does, which is the default.
+        runs: settings and data of each adapter, by its name.
+        data_collator: a collator; it needn't handle ``adapter_ids``.
+        loss_func: called with the model's output and the labels; returns the loss of each sample, summed over its
+            items, and the numbers of items. By default ``sample_losses``.
         **options: further arguments of ``Trainer``.
 
     Raises:
-        NotEnabledError: ``enable`` was not called on the model.
-        UnsupportedError: ``args`` ask for something that all adapters would share, or that isn't supported.
+        NotEnabledError: the model isn't enabled.
+        UnsupportedError: ``args`` contain settings that all adapters would share, or that aren't supported.
 
     Example:
         ```python
@@ -93,7 +93,7 @@ class MultiAdapterTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         prepare = self.accelerator.prepare_model
-        # without DistributedDataParallel: the optimizer adds up gradients, of the adapters that have any
+        # skips DistributedDataParallel, because the optimizer sums the gradients of adapters that have any
         self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -116,7 +116,7 @@ class MultiAdapterTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.lr_scheduler = self.early_stop  # every adapter's schedule is its run's
+        self.lr_scheduler = self.early_stop  # each run has its own schedule
         return self.lr_scheduler
 
     def compute_loss(
@@ -129,15 +129,15 @@ class MultiAdapterTrainer(Trainer):
         ids = inputs.get(COLUMN)
         if ids is None:
             raise AdapterIdsError(
-                f"a batch has no {COLUMN}: expected an id or a name for every row. Add the column to the dataset."
+                f"a batch has no {COLUMN}: expected an id or a name per row. Add the column to the dataset."
             )
         labels = inputs.get("labels")
-        # the model would compute a loss of its own from labels, or decoder_input_ids, which it needs
+        # given labels, the model would also compute its own loss; encoder-decoders derive decoder_input_ids from them
         without = not self._is_encoder_decoder or "decoder_input_ids" in inputs
         outputs = model(**{key: value for key, value in inputs.items() if not (key == "labels" and without)})
         if getattr(outputs, "aux_loss", None) is not None:
             raise UnsupportedError(
-                "the model returned a load-balancing loss, which is one for all adapters of a batch: expected none. "
+                "the model returned one load-balancing loss for all adapters of a batch: expected none. "
                 "Call it without output_router_logits."
             )
         losses, items = self._losses(outputs, labels)
@@ -151,7 +151,7 @@ class MultiAdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         super().training_step(model, inputs, num_items_in_batch)
         assert self._mean is not None
-        return self._mean  # for the log; backward ran for the sum
+        return self._mean  # only for the log; backward ran on the sum
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -172,10 +172,10 @@ class MultiAdapterTrainer(Trainer):
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             raise UnsupportedError(
-                f"a model returned {type(outputs).__name__} for a batch {'with' if labels is not None else 'without'} "
-                "labels, of which MultiAdapterTrainer knows no loss for every sample: expected logits and labels. "
-                "Pass loss_func=..., which returns losses and numbers of items; losses that compare samples, such as "
-                "contrastive ones, would couple the adapters of a batch."
+                f"the model returned {type(outputs).__name__} for a batch "
+                f"{'with' if labels is not None else 'without'} labels, from which MultiAdapterTrainer can't compute "
+                "a loss per sample: expected logits and labels. Pass loss_func=..., which returns losses and numbers "
+                "of items; losses that compare samples, such as contrastive ones, would mix the gradients of adapters."
             )
         kind = LOSS_MAPPING.get(getattr(self._handle._inner, "loss_type", None))
         return sample_losses(logits, labels, kind is ForCausalLMLoss and not self._is_encoder_decoder)
@@ -191,7 +191,8 @@ class MultiAdapterTrainer(Trainer):
             absent = [name for name, value in given.items() if value is None]
             if absent and len(absent) < len(given):
                 raise UnsupportedError(
-                    f"some runs have a {what} and that of {absent[0]!r} has none: expected one for all runs, or none."
+                    f"some runs have a {what}, but that of {absent[0]!r} doesn't: expected it for all runs or for "
+                    "none."
                 )
         args = self.args
         whole = args.train_batch_size * args.world_size
@@ -205,13 +206,13 @@ class MultiAdapterTrainer(Trainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Each adapter's gradient is clipped by the optimizer."""
+        """Does nothing, because the optimizer clips each adapter's gradient."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """There is none of all adapters together."""
+        """Does nothing, because adapters have separate gradient norms."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A folder for every adapter that has a run."""
+        """Save one folder per adapter that has a run."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A stale weight is the worst bug: whatever happens to adapters, the next call computes with what is there."""
+"""After any change to adapters, the next call uses their current weights, never stale ones."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def to_double(model):
 
 def add_adapter(model):
     config = lora_configs()["eight"]
-    config.target_modules = {"q_proj", "down_proj", "lm_head"}  # layers that had no adapter before among them
+    config.target_modules = {"q_proj", "down_proj", "lm_head"}  # includes layers that had no adapter before
     model.add_adapter("new", config)
 
 
@@ -192,7 +192,7 @@ def test_weights_on_the_meta_device_are_never_read():
 
 
 def test_memory_is_not_doubled():
-    """Nothing that a call leaves behind holds as many bytes as one adapter."""
+    """No tensor kept between calls is as large as one adapter."""
     model = peft_model()
     peft_multibatch.enable(model)
     logits(model)
@@ -218,7 +218,7 @@ def test_memory_is_not_doubled():
 
 
 def test_memory_of_adapters_that_moved_is_let_go():
-    """Also of those that the next call doesn't use."""
+    """This includes adapters that the next call doesn't use."""
     model = peft_model()
     peft_multibatch.enable(model)
     logits(model)
@@ -232,7 +232,7 @@ def test_memory_of_adapters_that_moved_is_let_go():
 
 
 def test_adapters_that_are_compared_in_turns_all_have_one():
-    """Also where steps of more and of fewer adapters alternate, as requests come and go."""
+    """This also holds if steps with more and with fewer adapters alternate."""
     model = peft_model()
     for index in range(5):
         model.add_adapter(f"more {index}", lora_configs()["eight"])
@@ -261,7 +261,7 @@ def test_adapters_that_another_thread_lets_go_of_are_read_again():
 
 
 def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
-    """A block that is still open has the adapter as it was read, and weights of another rank stand in its place."""
+    """An open block uses the adapter as it was read, although weights of another rank have replaced it."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
     registry, bank, device = mb._registry, layer_of(model)._multibatch.bank, torch.device("cpu")
@@ -277,7 +277,7 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     a.data, b.data = torch.randn(40, a.shape[1]), torch.randn(b.shape[0], 40)
     after = in_slots()
     assert not {*after} & {*before}
-    bank.tables(after, device, 16)  # as another thread does
+    bank.tables(after, device, 16)  # simulates another thread
     (found,) = bank.tables(before, device, 16)
     assert found.rank == 8
     assert found.rows[[*before], :, 2].tolist() == [[8]]
@@ -288,7 +288,7 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
 
 
 def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
-    """Each reads the rows of its own adapter, whichever table stays."""
+    """Each thread reads the rows of its own adapters, whichever table is kept."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
     bank, device = layer_of(model)._multibatch.bank, torch.device("cpu")
@@ -303,7 +303,7 @@ def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
     def make_late(self, *args):
         if threading.current_thread() is slow:
             begun.set()
-            written.wait(1)  # the other one may have to wait for this one, and then it doesn't come
+            written.wait(1)  # the other thread may have to wait for this one, so this times out
         make(self, *args)
 
     def update_and_wait(self, parts):
@@ -324,7 +324,7 @@ def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
 
 
 def test_a_table_is_written_for_adapters_that_are_new_to_it(monkeypatch):
-    """What a step costs depends on who is new in it, not on all who are in use."""
+    """The cost of a step depends on the adapters that are new in it, not on all in use."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
     bank = mb._router.graph.banks[0]

@@ -1,4 +1,4 @@
-"""An adapter that doesn't fit is refused by name, before a kernel reads it, and all others run."""
+"""An adapter that doesn't fit is refused by name before a kernel reads it, and all others run."""
 
 from __future__ import annotations
 

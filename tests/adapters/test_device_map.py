@@ -1,4 +1,4 @@
-"""Models over several devices and offloaded ones: every row is right, and nothing on the meta device is read."""
+"""Models that are split over devices or offloaded: every row is right, and nothing on the meta device is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 PARTS = ("model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head")
 
 
-# older transformers say so of offloaded models, whose weights are on the meta device between calls
+# older versions of transformers warn about offloaded models, whose weights are on the meta device between calls
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You are calling .generate.. with the `input_ids` being on a device type"
 )
@@ -41,7 +41,7 @@ def plain_model(**sizes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of the base model and of three adapters, and what PEFT alone makes of every row: logits and tokens."""
+    """Folders with the base model and three adapters, and PEFT's logits and tokens for every row."""
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("saved"), plain_model()
     model.save_pretrained(folder / "base")
@@ -71,7 +71,7 @@ def logits(model, inputs, **ids):
 
 
 def with_adapters(model, folder, first="three", **options):
-    """The adapters from disk, `first` with options; ids are given by name, so that their order doesn't count."""
+    """Load the adapters from disk, `first` with options; tests pass names, so their order doesn't matter."""
     model = PeftModel.from_pretrained(model, folder / first, first, **options)
     for name in lora_configs():
         if name != first:
@@ -80,7 +80,7 @@ def with_adapters(model, folder, first="three", **options):
 
 
 def check(model, saved, devices=(CPU,)):
-    """Every way to pass ids, against PEFT alone on a CPU without hooks."""
+    """Compare every way to pass ids with PEFT on a CPU, without hooks."""
     _, expected, tokens = saved
     mb = peft_multibatch.enable(model)
     inputs = inputs_on(devices[0])
@@ -136,14 +136,14 @@ def test_offloaded(offload, first, saved, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:for .*lora_.* copying from a non-meta parameter")  # PEFT offloads it right after
 def test_offloaded_by_a_device_map(saved, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes what it offloads below the folder in which it runs
+    monkeypatch.chdir(tmp_path)  # PEFT writes offloaded weights below the working directory
     places = {part: "disk" if part == "model.layers.1" else "cpu" for part in PARTS}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         saved[0] / "base", device_map=places, offload_folder=tmp_path / "base"
     )
     assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())
     peft_places = {f"base_model.model.{part}": place for part, place in places.items()}
-    # PEFT dispatches the model again with its first adapter, the only one that is offloaded then
+    # PEFT dispatches the model again with its first adapter, so only that one is offloaded
     model = with_adapters(model, saved[0], "eight", device_map=peft_places, offload_dir=tmp_path / "adapters")
     attention = model.get_base_model().model.layers[1].self_attn
     assert attention.q_proj.lora_A["eight"].weight.is_meta
@@ -165,7 +165,7 @@ def change_hooks(model, how):
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "appended", "removed and added"])
 def test_ids_are_not_ignored_where_hooks_change(how, saved):
-    """transformers' own forward takes any keyword, so that ids which don't arrive at ours would change nothing."""
+    """transformers' own forward accepts any keyword, so ids that don't reach ours would silently have no effect."""
     model = with_adapters(plain_model(), saved[0]).get_base_model()
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     before = {module: module._old_forward for module in model.modules() if hasattr(module, "_old_forward")}
@@ -193,7 +193,7 @@ def test_what_changes_where_it_was_offloaded_to_is_seen(saved):
 
 
 def one_and_two(**options):
-    """Two adapters, of which the first has the options."""
+    """A model with two adapters; the options apply to the first."""
     shared = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
     model = get_peft_model(plain_model(attention_bias=True), LoraConfig(**{**shared, **options}), "one")
     model.add_adapter("two", LoraConfig(**shared))
@@ -235,7 +235,7 @@ def test_what_reads_offloaded_weights_apart_from_their_modules_is_refused(option
 
 
 def test_weights_that_were_lost_are_refused(saved):
-    """PEFT puts a new adapter where the base layer is, on the meta device, and no hook knows its values."""
+    """PEFT puts a new adapter on the base layer's device, here meta, where no hook knows its values."""
     model = plain_model()
     cpu_offload(model, CPU)
     with pytest.warns(UserWarning, match="which is a no-op"):
@@ -266,7 +266,7 @@ WITH_CPU = [
 
 
 def loaded_over(devices, folder):
-    """Layers by turns on these devices, so that rows go back and forth."""
+    """Load a model whose layers alternate between devices, so that rows move back and forth."""
     places = dict.fromkeys(PARTS, devices[0])
     places |= {f"model.layers.{index}": devices[(index + 1) % len(devices)] for index in range(3)}
     places["lm_head"] = devices[1]
@@ -285,7 +285,7 @@ def test_over_several_devices(devices, saved):
     mb = check(model, saved, gpus)
     if gpus[0].type == "cuda":
         assert mb.report().backend == "triton"
-        with torch.cuda.device(gpus[-1]):  # whichever is the current one
+        with torch.cuda.device(gpus[-1]):  # independent of the current device
             check(model, saved, gpus)
     tokens = model.generate(
         **inputs_on(gpus[0]), **GREEDY, adapter_ids=NAMES, cache_implementation="static", disable_compile=True
@@ -329,7 +329,7 @@ def test_device_maps_by_name(how, saved):
 
 @pytest.mark.parametrize("devices", SEVERAL)
 def test_compiled_with_hooks(devices, saved):
-    """Hooks break graphs, also between a projection that computes for its siblings and these."""
+    """Hooks break graphs, even between a projection that computes for its siblings and those siblings."""
     model, device = loaded_over(devices, saved[0]), gpus_of(devices)[0]
     layers = model.get_base_model().model.layers
     if device == CPU:

@@ -1,4 +1,4 @@
-"""Changes behind everybody's back to what PEFT keeps of an adapter, and layers inside of layers."""
+"""Direct changes to PEFT's adapter state, and layers inside layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with one adapter, or special about it, is that adapter's alone."""
+"""Errors and special cases of one adapter don't affect the others."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ SPECIAL = [
 @pytest.mark.parametrize("projection", ["q_proj", "v_proj"])
 @pytest.mark.parametrize("change", SPECIAL, ids=lambda change: change.__name__)
 def test_what_only_pefts_module_can_run_runs_beside_the_others(change, projection, fuse, monkeypatch):
-    """Also where it comes after the adapter was read, and in a group that runs as one."""
+    """This also holds if the change comes after the adapter was read, and in fused groups."""
     model = peft_model()
     mb = peft_multibatch.enable(model, fuse=fuse)
     before = logits(model, adapter_ids=NAMES)
@@ -104,7 +104,7 @@ def test_what_only_pefts_module_can_run_runs_beside_the_others(change, projectio
     assert torch.allclose(before, after, atol=1e-5) == (change is hook_backward)
     assert [entry.how for entry in mb.report()] == ways
     assert [bool(adapter.reason) for adapter in mb.report().adapters] == [False, False, True]
-    # and all others run as they did
+    # all others run as before
     calls = []
     monkeypatch.setattr(type(layer_of(model)), "forward", lambda *args, **kwargs: calls.append(args))
     logits(model, adapter_ids=OTHERS)
@@ -133,7 +133,7 @@ def test_hooks_on_all_modules_see_every_half():
 
 
 def test_dropout_is_part_of_the_product(monkeypatch):
-    """Monte-Carlo dropout: the model in eval mode, and one adapter's dropouts in train mode."""
+    """Monte-Carlo dropout: the model is in eval mode, and one adapter's dropout in train mode."""
     shared = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     model = get_peft_model(base_model(), LoraConfig(r=4, **shared), "plain")
     model.add_adapter("drops", LoraConfig(r=4, lora_dropout=0.5, **shared))
@@ -156,7 +156,7 @@ def test_dropout_is_part_of_the_product(monkeypatch):
     )
     logits(model, adapter_ids=names)
     assert not ran
-    # of a hooked one PEFT's module has to run, for its rows
+    # a hooked adapter's rows need PEFT's module
     layer_of(model).lora_dropout["drops"].register_forward_hook(lambda *_: None)
     logits(model, adapter_ids=names)
     assert set(ran) == {2}
@@ -207,7 +207,7 @@ def test_an_adapter_that_cannot_be_mixed_is_refused_and_the_others_run():
         assert (found["text"].state, found["vision"].state) == ("ready", "refused")
         assert "vision or audio part" in found["vision"].reason
         assert_close(mixed(names), torch.cat(right))
-        model.delete_adapter("vision")  # of which PEFT leaves empty layers behind
+        model.delete_adapter("vision")  # PEFT leaves empty layers behind
         assert_close(mixed(names), torch.cat(right))
     assert mb.adapter_names == ["text", None]
 

@@ -1,6 +1,6 @@
-"""Base models whose weights are quantized, through PEFT's own LoRA classes, against PEFT one adapter at a time.
+"""Quantized base models with PEFT's own LoRA classes, against PEFT, one adapter at a time.
 
-Each needs a package of its own and is skipped without it. `pip install -e .[dev]` brings those that are small and run
+Each needs its own package and is skipped without it. `pip install -e .[dev]` installs those that are small and run
 on a CPU.
 """
 
@@ -39,7 +39,7 @@ def plain() -> Any:
 
 
 def loaded(quantization: Any) -> Any:
-    """As users do it: transformers quantizes while it loads."""
+    """Quantize with transformers while loading."""
     with tempfile.TemporaryDirectory() as folder:
         plain().save_pretrained(folder)
         options = {"quantization_config": quantization, "device_map": "cpu", "dtype": torch.float32}
@@ -47,7 +47,7 @@ def loaded(quantization: Any) -> Any:
 
 
 def replaced(quantize: Callable[[nn.Linear], nn.Module]) -> Any:
-    """For what this version of transformers can't load: layer by layer."""
+    """Quantize layer by layer, for formats that this version of transformers can't load."""
     model = plain()
     for part in model.model.layers.modules():
         for name, child in part.named_children():
@@ -96,7 +96,7 @@ def aqlm() -> Any:
 
 
 def _grid(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros of 4 bits in groups of 16 inputs, ``[N, groups]``."""
+    """Return scales and zero points of 4-bit weights in groups of 16 inputs, ``[N, groups]``."""
     scales = layer.weight.detach().unflatten(1, (-1, 16)).abs().amax(-1) / 7
     return scales, torch.full_like(scales, 8)
 
@@ -127,7 +127,7 @@ def awq() -> Any:
     return replaced(pack)
 
 
-# name: (package, what builds the base model, PEFT's class)
+# name: (package, function that builds the base model, PEFT's class)
 KINDS: dict[str, tuple[str, Callable[[], Any], str]] = {
     "bitsandbytes 8-bit": ("bitsandbytes", bitsandbytes_8bit, "Linear8bitLt"),
     "bitsandbytes 4-bit": ("bitsandbytes", bitsandbytes_4bit, "Linear4bit"),
@@ -146,10 +146,10 @@ def is_installed(package: str) -> bool:
 
 
 def build(kind: str, **second: Any) -> Any:
-    """A quantized model with two adapters, on other layers and of other ranks."""
+    """Build a quantized model with two adapters, on different layers and of different ranks."""
     shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the packages
+        warnings.simplefilter("ignore")  # warnings of the packages
         base = KINDS[kind][1]()
         model = get_peft_model(base, LoraConfig(r=4, target_modules=LLAMA_LIKE, **shared), "one")
         model.add_adapter("two", LoraConfig(r=3, target_modules=LLAMA_LIKE[:-1], **shared, **second))
@@ -168,17 +168,17 @@ def kind(request):
     return request.param
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that none of this is about
+pytestmark = pytest.mark.filterwarnings("ignore")  # unrelated warnings of the packages
 
 
 def dtype_of(kind: str) -> torch.dtype:
-    """What the layers compute in, whatever they are given."""
+    """Return the dtype that the layers compute in, whatever their input's dtype."""
     return torch.float16 if KINDS[kind][0] == "gptqmodel" or kind == "bitsandbytes 8-bit" else torch.float32
 
 
 @torch.no_grad()
 def test_mixed_batch(kind):
-    """One product of the quantized layer for the whole batch, and every row's own delta."""
+    """One product of the quantized layer covers the whole batch, and every row gets its own delta."""
     model = build(kind)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     assert type(layer).__name__ == KINDS[kind][2]
@@ -192,14 +192,15 @@ def test_mixed_batch(kind):
     assert len(calls) == 1
     assert_close(actual, expected, dtype_of(kind))
     assert_close(actual - base, expected - base, dtype_of(kind))
-    if kind == "bitsandbytes 8-bit":  # looks for outlier columns in the whole batch, so that rows depend on others
+    if kind == "bitsandbytes 8-bit":  # it looks for outlier columns in the whole batch, so rows depend on each other
         assert_close(actual[2], base[2], dtype_of(kind))
     else:
         assert torch.equal(actual[2], base[2])
 
 
 def test_gradients(kind):
-    """Of every adapter's weights, in a model that never ran for inference, for which bitsandbytes packs weights."""
+    """Compare the gradients of every adapter's weights in a model that never ran inference, where bitsandbytes
+    packs weights."""
     model = build(kind).train()
     model.set_requires_grad(["one", "two"])
     weights = [p for key, p in model.named_parameters() if "lora_" in key]
@@ -224,7 +225,7 @@ def test_gradients(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "torchao", "optimum-quanto", "HQQ"], indirect=True)
 def test_dora(kind):
-    """Where PEFT has it on a CPU; the norms are those of the weights that the quantized ones stand for."""
+    """DoRA, where PEFT supports it on a CPU; norms are those of the dequantized weights."""
     model = build(kind, use_dora=True)
     for key, parameter in model.named_parameters():
         if "magnitude" in key:
@@ -251,7 +252,7 @@ def test_base_weights_stay_apart(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "torchao", "HQQ"], indirect=True)
 def test_merging_and_back(kind):
-    """PEFT quantizes the merged weights anew, in another module or tensor."""
+    """PEFT quantizes the merged weights again, in a new module or tensor."""
     model = build(kind)
     peft_multibatch.enable(model)
     before = logits(model, adapter_ids=NAMES)
@@ -268,7 +269,7 @@ def test_merging_and_back(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [AqlmLoraLinear, AwqLoraLinear, GPTQLoraLinear, TeLinear], ids=lambda c: c.__name__)
 def test_classes_of_peft_around_a_plain_layer(layer):
-    """Those that exist without the package that they are for: what they do with the output of the layer inside."""
+    """PEFT's classes that can be built without their package: how they process the output of the inner layer."""
     configs = [LoraConfig(r=r, target_modules=["q_proj", "o_proj"], init_lora_weights=False) for r in (3, 4)]
     for config in configs:
         config._register_custom_module({nn.Linear: layer})
@@ -295,7 +296,7 @@ def test_subclasses_of_those_are_refused():
 
 @torch.no_grad()
 def test_outliers_are_found_in_the_whole_batch():
-    """As without adapters: LLM.int8() keeps a feature in high precision where any row of the batch needs it."""
+    """As without adapters, LLM.int8() keeps a feature in high precision if any row of the batch needs it."""
     if not is_installed("bitsandbytes"):
         pytest.skip("the package bitsandbytes is not installed")
     model = build("bitsandbytes 8-bit")

@@ -1,4 +1,5 @@
-"""Ids follow from what PEFT was asked for, not from when somebody looked; the dictionary that tells is PEFT's own."""
+"""Ids follow the order in which adapters were added, not the time at which they were read from PEFT's own
+dictionary."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def test_every_way_to_change_a_dictionary_is_noticed(change):
 
 
 def test_dictionaries_that_the_garbage_collector_does_not_show():
-    """As where a server calls ``gc.freeze()`` after it has loaded its model."""
+    """This happens if a server calls ``gc.freeze()`` after it has loaded its model."""
     model = peft_model()
     before = model.peft_config
     gc.collect()

@@ -1,4 +1,4 @@
-"""Stored adapters give the rows that PEFT gives when it loads the same files, and leave the model as it was."""
+"""Stored adapters match PEFT with the same files loaded, and don't change the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def stored(folder):
-    """A model without any PEFT adapter, and its store."""
+    """A model without PEFT adapters, and its store."""
     model = base_model()
     store = peft_multibatch.enable(model).adapter_store(max_host_memory="10MB")
     store.register_folder(folder)
@@ -153,12 +153,12 @@ def test_the_triton_kernels(folder):
     assert_close(logits(model, left_padded(), adapter_ids=NAMES), expected(NAMES, folder, logits))
 
 
-# Beside PEFT's adapters.
+# Together with PEFT's adapters.
 
 
 @pytest.fixture
 def both(folder):
-    """A `PeftModel` of the adapters p-three and p-four, with three, four and eight in its store."""
+    """A `PeftModel` with the adapters p-three and p-four, and three, four and eight in its store."""
     configs = lora_configs()
     model = get_peft_model(base_model(), configs["three"], adapter_name="p-three")
     model.add_adapter("p-four", configs["four"])
@@ -172,7 +172,7 @@ def both(folder):
 
 
 def in_peft(both, folder):
-    """The same with all of them in PEFT's modules."""
+    """The same model with all adapters in PEFT's modules."""
     model, _ = both
     other = get_peft_model(base_model(), lora_configs()["three"], adapter_name="p-three")
     other.add_adapter("p-four", lora_configs()["four"])
@@ -184,7 +184,7 @@ def in_peft(both, folder):
 
 @pytest.fixture
 def partly(folder):
-    """A `PeftModel` whose only adapter has q_proj alone, with three, four and eight in its store."""
+    """A `PeftModel` with one adapter, only on q_proj, and three, four and eight in its store."""
     model = get_peft_model(base_model(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     store = peft_multibatch.enable(model.eval()).adapter_store()
     store.register_folder(folder)
@@ -232,7 +232,7 @@ def test_disabled_adapters_are_the_base_model_on_all_layers(partly, folder):
 
 
 def test_peft_adds_an_adapter_to_layers_that_only_stored_ones_had(stored, folder):
-    """And a call that began before goes on: its rows are as they were, wherever the new layers are."""
+    """A call that began before continues with the same rows, wherever the new layers are."""
     model, _ = stored
     mb = peft_multibatch.enable(model)
     before = expected(NAMES, folder, logits)
@@ -249,7 +249,7 @@ def test_peft_adds_an_adapter_to_layers_that_only_stored_ones_had(stored, folder
     reference.load_adapter(str(folder / "eight"), "eight")
     rows = row_by_row(reference, names, left_padded(3), lambda row: logits(reference, row))
     assert_close(logits(wrapped, left_padded(3), adapter_ids=names), torch.cat(rows))
-    with nn.modules.module.register_module_forward_hook(lambda *_: None):  # views of PEFT's layers
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):  # covers views of PEFT's layers
         assert_close(logits(wrapped, left_padded(3), adapter_ids=names), torch.cat(rows))
     base = wrapped.unload()
     assert_close(logits(base, left_padded(), adapter_ids=NAMES), before)
@@ -300,7 +300,7 @@ def test_a_name_that_nobody_has_among_ten_thousand():
     begin = time.perf_counter()
     with pytest.raises(errors.UnknownAdapterError, match=r"such as 77 \('customer-77-sql'\)"):
         resolve(["customer-77-sqk"], names)
-    assert time.perf_counter() - begin < 0.15  # 0.25 where all are compared
+    assert time.perf_counter() - begin < 0.15  # comparing with all names takes 0.25
 
 
 def test_a_store_without_adapters():
@@ -314,7 +314,7 @@ def test_a_store_without_adapters():
         mb.adapter_store()
 
 
-# The dtype rule.
+# Dtypes.
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float64])
@@ -362,7 +362,7 @@ def test_a_dtype_that_is_none(dtype):
         peft_multibatch.enable(base_model()).adapter_store(dtype=dtype)
 
 
-# The model stays as it is.
+# The model isn't changed.
 
 
 def test_parameters_files_and_plain_calls_are_as_before(folder, tmp_path):
@@ -484,7 +484,7 @@ def test_compiled_models(folder):
 
 
 def test_disabled_adapters_in_compiled_models_are_refused(partly):
-    """Graphs know of disabled layers through PEFT, which knows nothing of those that only stored adapters have."""
+    """Graphs learn about disabled layers from PEFT, which doesn't know layers that only stored adapters have."""
     torch._dynamo.reset()
     model, _ = partly
     mb = peft_multibatch.enable(model)

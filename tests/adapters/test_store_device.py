@@ -1,4 +1,4 @@
-"""Two kinds of memory: files → host → device. On a CPU with a device that is none, and on a GPU."""
+"""Host and device memory of the store, with a fake device on a CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNT = 12
 
 
 class Device(Streams):
-    """The CPU as if it had memory of its own, whose copies are noted."""
+    """The CPU as a device with separate memory, whose copies are recorded."""
 
     has_memory = True
 
@@ -117,11 +117,11 @@ def test_memory_is_written_again_only_after_what_read_it(make, rows):
 
 
 def test_a_block_that_comes_back_while_others_are_marked():
-    """It was read after the mark, perhaps, and needs one of its own."""
+    """The block may have been read after the mark, so it needs its own mark."""
 
     class Late(Device):
         def mark(self):
-            lent.clear()  # as another thread does
+            lent.clear()  # simulates another thread
             return super().mark()
 
     streams = Late(torch.device("cpu"))
@@ -152,7 +152,7 @@ def test_host_memory_that_cannot_be_pinned_costs_no_room(make, rows, monkeypatch
 
 
 def test_adapters_that_nobody_uses_go_before_plans_that_are_kept(make, rows):
-    """A step whose plan was dropped for the sake of somebody else's adapter takes several times as long."""
+    """Dropping a plan for another adapter's sake would make the next step several times slower."""
     model, store, _ = make(host=12, device=3)
     dropped = []
     let_go = store._loader.let_go
@@ -160,7 +160,7 @@ def test_adapters_that_nobody_uses_go_before_plans_that_are_kept(make, rows):
     for name in ("a0", "a1", "a2", "a3", "a4"):
         check(model, rows, [name])
     assert not dropped
-    check(model, rows, ["a5", "a6", "a7"])  # for which the plan of a4 has to go
+    check(model, rows, ["a5", "a6", "a7"])  # the plan of a4 must be dropped for these
     assert dropped
 
 
@@ -249,7 +249,7 @@ def test_host_memory_is_pinned(on_gpu):
 
 @pytest.mark.gpu
 def test_kernels_that_run_late_read_their_own_weights(on_gpu, rows):
-    """The host is far ahead of the device while memory is taken for others."""
+    """The host is far ahead of the device while memory is reused for other adapters."""
     model, _, _ = on_gpu(device=2, host=12)
     ask(model, ["a0"])
     torch.cuda.synchronize()
@@ -276,7 +276,7 @@ def test_threads_on_streams_of_their_own(on_gpu, rows):
 
 @pytest.mark.gpu
 def test_graphs_are_made_for_all_that_is_registered(on_gpu, rows):
-    """A captured graph serves adapters that were loaded after it was captured."""
+    """A captured graph serves adapters that are loaded later."""
     model, _, _ = on_gpu(device=6, host=12)
     mb = peft_multibatch.enable(model)
     inputs = {key: value[:1].repeat(2, 1).cuda() for key, value in left_padded(1).items()}

@@ -1,4 +1,4 @@
-"""What an adapter's files may be: everything else is a typed error when it is registered, and stops nobody else."""
+"""Invalid adapter files raise a typed error when they are registered, and don't affect other adapters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared():
 
 @pytest.fixture
 def adapter(saved, tmp_path):
-    """A folder that a test may spoil."""
+    """A folder that a test may damage."""
     return shutil.copytree(saved / "eight", tmp_path / "eight")
 
 
@@ -131,7 +131,7 @@ DAMAGED = {
     "many dimensions": edit_header(lambda header, key: header[key].update(shape=[1] * 10_000 + [384])),
     "one offset": edit_header(lambda header, key: header[key].update(data_offsets=[0])),
     "offsets backwards": edit_header(lambda header, key: header[key]["data_offsets"].reverse()),
-    "a tensor that is none": edit_header(lambda header, key: header.update({key: 7})),
+    "not a tensor": edit_header(lambda header, key: header.update({key: 7})),
     "a configuration that is no JSON": change_config(b"r: 8"),
     "a configuration that is a list": change_config(b"[]"),
     "a configuration without end": change_config(b" " * ((1 << 20) + 1)),
@@ -140,12 +140,12 @@ DAMAGED = {
     "a rank of zero": lambda folder: edit_config(folder, r=0),
     "a rank that is text": lambda folder: edit_config(folder, r="8"),
     "a rank that is true": lambda folder: edit_config(folder, r=True),
-    "an alpha that is none": lambda folder: edit_config(folder, lora_alpha=None),
+    "no alpha": lambda folder: edit_config(folder, lora_alpha=None),
     "an alpha that isn't finite": lambda folder: edit_config(folder, lora_alpha=float("inf")),
     "an alpha that is no float": lambda folder: edit_config(folder, lora_alpha=10**400),
     "a rank pattern of text": lambda folder: edit_config(folder, rank_pattern={"q_proj": "8"}),
     "a rank pattern that is a list": lambda folder: edit_config(folder, rank_pattern=["q_proj"]),
-    "a pattern that is none": lambda folder: edit_config(folder, alpha_pattern={"(": 8}),
+    "an invalid pattern": lambda folder: edit_config(folder, alpha_pattern={"(": 8}),
     "modules that are numbers": lambda folder: edit_config(folder, target_modules=[1, 2]),
     "no modules": lambda folder: edit_config(folder, target_modules=None),
     "a group that PEFT has as well": lambda folder: edit_config(
@@ -182,9 +182,9 @@ UNSUPPORTED = {
     "Arrow": {"arrow_config": {"top_k": 2}},
     "another tuner": {"peft_type": "IA3"},
     "an initialisation that changes the base model": {"init_lora_weights": "pissa"},
-    "an initialisation nobody knows": {"init_lora_weights": 1},
-    "a key nobody knows": {"use_something_new": True},
-    "a key nobody knows, with a number": {"something_new": 0.5},
+    "an unknown initialisation": {"init_lora_weights": 1},
+    "an unknown key": {"use_something_new": True},
+    "an unknown key with a number": {"something_new": 0.5},
     "a rule for all layers": {"target_modules": "all-linear"},
     "a pattern that takes for ever": {"target_modules": r"(a|a)*(q_proj)+"},
     "a pattern with many repetitions": {"target_modules": ".*.*.*.*.*q_proj"},
@@ -233,7 +233,7 @@ MISMATCHED = {
     "another number of inputs": cut("q_proj.lora_A", (slice(None), slice(40))),
     "another number of outputs": cut("q_proj.lora_B", (slice(40),)),
     "ranks that differ": cut("q_proj.lora_A", (slice(4),)),
-    "a matrix that is none": lambda folder: edit_tensors(
+    "not a matrix": lambda folder: edit_tensors(
         folder, lambda all: {k: v.flatten() if "q_proj.lora_A" in k else v for k, v in all.items()}
     ),
     "another rank than the configuration's": lambda folder: edit_config(folder, r=4),
@@ -278,7 +278,7 @@ def test_adapters_on_layers_that_are_not_linear(shared, tmp_path):
 
 
 def test_headers_that_only_safetensors_writes_differently(shared, adapter):
-    """Metadata, spaces behind the header, another order of names: the same adapter."""
+    """Metadata, spaces after the header and another order of names are allowed."""
     header, data = header_of(adapter)
     text = json.dumps({"__metadata__": {"format": "pt", "who": "me"}, **dict(reversed(header.items()))}) + " " * 13
     write(adapter, text.encode(), data)
@@ -319,7 +319,7 @@ VALUES = st.recursive(
 
 @st.composite
 def headers(draw, known):
-    """Headers that look like one, with any part of it replaced."""
+    """Draw plausible headers, with any part of them replaced."""
     found = dict(known)
     for key in draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=3, unique=True)):
         how = draw(st.sampled_from(["shape", "data_offsets", "dtype", "entry", "rename", "drop"]))
@@ -340,7 +340,7 @@ def headers(draw, known):
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_headers_that_say_anything(shared, saved, tmp_path, data):
-    """None crashes, and none has more memory allocated than the few files of its size would take."""
+    """No header crashes the store, or makes it allocate more memory than files of its size could need."""
     folder = tmp_path / "said"
     if not folder.exists():
         shutil.copytree(saved / "eight", folder)
@@ -386,7 +386,7 @@ def test_configurations_that_say_anything(shared, saved, tmp_path, values):
 
 @pytest.mark.parametrize("text", [b'{"a%d": {}}', b'{"a%d": []}', b'"%d"', b"[%d]"], ids=str)
 def test_the_largest_header_that_is_read(shared, adapter, text):
-    """Of entries as small as they can be."""
+    """The header has as many, minimal entries as fit."""
     entry = text.strip(b"{}").replace(b": {", b": {}") if text.startswith(b"{") else text
     many = b",".join(entry % number for number in range((3 << 20) // len(entry)))
     write(adapter, (b"{" + many + b"}") if text.startswith(b"{") else (b"[" + many + b"]"), b"")
@@ -408,7 +408,7 @@ def test_layouts_of_adapters_that_are_gone_go_as_well(rooted, saved):
     assert len(store._layouts._checked) <= layouts.KNOWN_FILES + 1
 
 
-# Where files may lie.
+# Allowed locations of files.
 
 
 NO_PATHS = {
@@ -426,7 +426,8 @@ def test_paths_that_are_none(shared, path):
 
 
 def test_roots(saved, tmp_path):
-    """One path is one root, and no list of letters, one of which may be "/"; no root at all isn't every one."""
+    """A single path is one root, not a list of letters, one of which may be "/"; an empty list doesn't allow every
+    path."""
     store = peft_multibatch.enable(base_model()).adapter_store(roots=str(tmp_path))
     with pytest.raises(errors.AdapterFileError, match="outside of the store's roots"):
         store.register("eight", saved / "eight")
@@ -437,7 +438,7 @@ def test_roots(saved, tmp_path):
 
 
 def test_a_folder_that_becomes_a_link_to_one_outside(rooted, saved):
-    """After it was registered: what is read is what was registered, or nothing."""
+    """After registration, either the registered files are read or nothing."""
     store, root = rooted
     shutil.copytree(saved / "eight", root / "eight")
     store.register("eight", root / "eight")
@@ -504,14 +505,14 @@ def test_a_link_that_leads_nowhere(shared, tmp_path):
 
 
 def test_a_weights_file_that_is_a_link_inside(shared, adapter):
-    """As in the cache of the Hub."""
+    """As in the Hub's cache."""
     os.rename(adapter / WEIGHTS, adapter / "blob")
     (adapter / WEIGHTS).symlink_to("blob")
     shared.register("linked", adapter)
     shared.unregister("linked")
 
 
-# Folders of folders.
+# Folders with one subfolder per adapter.
 
 
 def test_one_bad_adapter_in_a_folder_stops_no_other(rooted, saved):

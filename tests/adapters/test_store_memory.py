@@ -1,4 +1,4 @@
-"""Who is in memory: never more bytes than there may be, never memory that is being read, and nobody waits for ever."""
+"""The store's memory: limits hold, memory in use isn't overwritten, and no batch waits forever."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def size(folder):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    """The logits of a prompt under every adapter, by PEFT."""
+    """PEFT's logits of a prompt for every adapter."""
     inputs = {key: value[:1].repeat(COUNT, 1) for key, value in left_padded(1).items()}
     found = expected([f"a{number}" for number in range(COUNT)], folder, logits, inputs)
     return dict(zip((f"a{number}" for number in range(COUNT)), found))
 
 
 def make(folder, size, room, timeout=5.0):
-    """A model and a store with room for so many adapters."""
+    """Build a model and a store with room for ``room`` adapters."""
     model = base_model()
     store = peft_multibatch.enable(model).adapter_store(max_host_memory=room * size, timeout=timeout)
     store.register_folder(folder)
@@ -73,7 +73,7 @@ def check(model, rows, names):
 
 
 def eventually(is_so):
-    """Threads that read let go of a failed load a moment after the batch has its error."""
+    """Retry a condition, because loader threads release a failed load shortly after the batch gets its error."""
     deadline = time.monotonic() + 10
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -126,7 +126,7 @@ def test_pins_that_leave_no_room(folder, size, rows):
     with pytest.raises(errors.StoreFullError, match=r"be pinned along with"):
         store.register("q", folder / "a0", pin=True)
     assert "q" not in store
-    store.register("p", folder / "a4", pin=True)  # in its own place
+    store.register("p", folder / "a4", pin=True)  # it replaces its own memory
     check(model, rows, ["a1", "a2"])
     assert_close(ask(model, ["p"])[0], rows["a4"])
 
@@ -158,11 +158,11 @@ def test_bytes_are_bounded_at_all_times(folder, size, rows, monkeypatch):
     assert len(seen) > 20 and max(seen) <= 3 * size
 
 
-# Memory that somebody reads.
+# Memory that is being read.
 
 
 def test_a_call_keeps_the_version_that_it_began_with(folder, size, rows):
-    """With another version in its place, unregistered, and with all of the memory wanted for others."""
+    """Even if the adapter is replaced or unregistered, or others need all of the memory."""
     model, store = make(folder, size, 3)
     mb = peft_multibatch.enable(model)
     with mb.batch(["a1", "a2"]):
@@ -171,7 +171,7 @@ def test_a_call_keeps_the_version_that_it_began_with(folder, size, rows):
         inputs = {key: value[:1].repeat(2, 1) for key, value in left_padded(1).items()}
         layer = model.model.layers[0].self_attn.q_proj
         call = mb._router.active()
-        check(model, rows, ["a0"])  # there is room for one more
+        check(model, rows, ["a0"])  # one more adapter fits
         check(model, rows, ["a3"])
         parts = [adapter.parts([layer._multibatch.module])[0] for adapter in call.plan.adapters.values()]
         for name, part in zip(("a1", "a2"), parts):
@@ -179,7 +179,7 @@ def test_a_call_keeps_the_version_that_it_began_with(folder, size, rows):
             key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             assert torch.equal(part.lora_a, file[key])
         with pytest.raises(errors.UnknownAdapterError):
-            logits(model, inputs)  # a block that names what is gone begins no more calls
+            logits(model, inputs)  # a block that names a removed adapter starts no more calls
     assert_close(ask(model, ["a1"])[0], rows["a5"])
     with pytest.raises(errors.UnknownAdapterError):
         ask(model, ["a2"])
@@ -214,7 +214,7 @@ def test_no_room_while_calls_hold_it(folder, size, rows):
             errors.StoreFullError, match=r"waited 0.2 s for 1 stored adapters \('a2'.*: expected memory"
         ):
             ask(model, ["a2"])
-        check(model, rows, ["a1"])  # which is there
+        check(model, rows, ["a1"])  # it is in memory
     check(model, rows, ["a2"])
 
 
@@ -244,7 +244,7 @@ def test_memory_comes_back_when_a_call_ends(folder, size, rows):
 
 
 def test_gradients_read_what_they_were_made_of(folder, size):
-    """Autograd holds the weights of a call that has ended; others get memory of their own, or none."""
+    """Autograd keeps the weights of a finished call; other adapters get other memory, or an error."""
     model, _ = make(folder, size, 2, timeout=0.2)
     model.requires_grad_(False)
     weight = model.get_input_embeddings().weight.requires_grad_(True)
@@ -256,7 +256,7 @@ def test_gradients_read_what_they_were_made_of(folder, size):
     wanted, weight.grad = weight.grad, None
     first = loss("a0")
     ask(model, ["a1"])
-    ask(model, ["a2"])  # in the place of a1
+    ask(model, ["a2"])  # replaces a1 in memory
     with pytest.raises(errors.StoreFullError):
         ask(model, ["a3", "a4"])
     first.backward()
@@ -376,10 +376,10 @@ def test_the_same_name_again_is_a_new_version(folder, size, rows):
         versions.add(registry.version(number))
         assert_close(ask(model, ["a0"])[0], rows[other])
     assert len(versions) == 4
-    ask(model, ["a3", "a4", "a5", "a6"])  # without it
+    ask(model, ["a3", "a4", "a5", "a6"])  # evicts it
     before = registry.version(number)
     ask(model, ["a0"])
-    assert registry.version(number) == before  # loaded again, and the same
+    assert registry.version(number) == before  # loaded again, unchanged
 
 
 def test_an_adapter_that_cannot_be_registered_leaves_the_one_of_its_name(folder, size, rows, tmp_path):
@@ -407,7 +407,7 @@ WEIRD = {
 
 @pytest.mark.parametrize("change", WEIRD.values(), ids=WEIRD)
 def test_numbers_that_are_none_stay_in_their_rows(folder, size, tmp_path, rows, change):
-    """And are in these as PEFT has them."""
+    """In those rows they match PEFT's."""
     model, store = make(folder, size, 4)
     own = copy(folder, tmp_path)
     edit_tensors(own, change)
@@ -436,7 +436,7 @@ def test_prefetching(folder, size, rows):
     assert (store.stats().misses, store.stats().loads) == (0, 2)
     mb = peft_multibatch.enable(model)
     with mb.batch(["a0", "a1", "a2", "a3"]):
-        store.prefetch("a4", "a5")  # there is no room, and nobody waits
+        store.prefetch("a4", "a5")  # there is no room, so nothing is loaded and nothing waits
 
 
 def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch):
@@ -465,7 +465,7 @@ def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch)
 
 
 def test_batches_that_each_want_more_than_half_of_the_room(folder, size, rows):
-    """From many threads, with swaps, prefetches and pins between: all end, and all are right."""
+    """Many threads run batches, with swaps, prefetches and pins in between; all finish with the right rows."""
     model, store = make(folder, size, 5, timeout=60)
     failures = []
 
@@ -553,7 +553,7 @@ def bars():
 
 @pytest.fixture
 def slowly(monkeypatch):
-    """Nothing is read before there is a bar, or there could have been one."""
+    """Delay reading until there is a progress bar, or could have been one."""
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     read = loading.read_weights
 
@@ -572,7 +572,7 @@ def test_a_batch_that_waits_shows_how_many_are_there(folder, size, rows, bars, s
     check(model, rows, [f"a{number}" for number in range(12)])
     shown = capsys.readouterr().err
     assert "loading adapters" in shown and "/12" in shown
-    check(model, rows, ["a0", "a1"])  # which are there
+    check(model, rows, ["a0", "a1"])  # both are in memory
     assert capsys.readouterr().err == ""
 
 
@@ -605,7 +605,7 @@ def test_registering_many_shows_how_many(folder, size, bars, monkeypatch, capsys
     assert "registering adapters" in shown and f"{COUNT}/{COUNT}" in shown
 
 
-# Parts.
+# Components.
 
 
 def test_size_classes():
@@ -638,7 +638,7 @@ def test_a_block_lives_as_long_as_any_view_of_it():
     del product
     assert arena.fits([1000])
     again, _ = arena.take(1000)
-    assert again.data_ptr() == address  # touched before
+    assert again.data_ptr() == address  # it was used before
     del again
     other, _ = arena.take(500)
     assert arena.used + arena.kept <= 1024 and len(other) == 500
@@ -671,7 +671,7 @@ def test_default_dtypes(folder, size, rows, dtype):
 
 
 def test_matrices_that_do_not_lie_at_multiples_of_sixteen_bytes(tmp_path):
-    """Ranks of one and three, files of 16 bits, in a layout with gaps."""
+    """Ranks of one and three, files of 16 bits, and a layout with gaps."""
     config = LoraConfig(
         r=3, rank_pattern={"v_proj": 1}, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False
     )

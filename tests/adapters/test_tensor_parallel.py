@@ -1,4 +1,4 @@
-"""A model split over two ranks by `tp_plan`, mixed batches against PEFT on the whole model, one adapter at a time."""
+"""A model split over two ranks by `tp_plan`: mixed batches against PEFT on the whole model, one adapter at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def files(folder, device):
-    """Base models and adapters are written; biases on every projection of Llama, row-wise ones among them."""
+    """Write base models and adapters; Llama has biases on all projections, including row-wise ones."""
     for kind in MODELS if dist.get_rank() == 0 else ():
         torch.manual_seed(0)
         config_class, sizes = MODELS[kind]
@@ -50,7 +50,7 @@ def files(folder, device):
 
 
 def read_base(folder, kind, device, split, dtype=torch.float32):
-    """The model alone, split over the ranks or whole on each."""
+    """Load the base model, split over the ranks or whole on each."""
     how = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())} if split else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / kind, dtype=dtype, **how)
     return model.to(device).eval()
@@ -58,7 +58,7 @@ def read_base(folder, kind, device, split, dtype=torch.float32):
 
 @functools.cache
 def read(folder, kind, device, split, dtype=torch.float32):
-    """The model with the adapters three, four and eight."""
+    """Load the model with the adapters three, four and eight."""
     adapters = folder / f"{kind}-adapters"
     model = read_base(folder, kind, device, split, dtype)
     model = PeftModel.from_pretrained(model, adapters / "three", adapter_name="three")
@@ -77,7 +77,7 @@ def logits(model, inputs, **ids):
 
 
 def compare(folder, device, kind, names, **options):
-    """Tokens and logits of one mixed batch against PEFT on the whole model."""
+    """Compare tokens and logits of a mixed batch with PEFT on the whole model."""
     split, whole, inputs = read(folder, kind, device, True), read(folder, kind, device, False), inputs_on(device)
     mb = peft_multibatch.enable(split)
     try:
@@ -109,7 +109,8 @@ def beams(folder, device):
 
 
 def peft_on_the_split_model(folder, device):
-    """What transformers and PEFT make of the split is no excuse: they are as near to the whole model as we are."""
+    """PEFT on the split model is as close to the whole model as we are, so our tolerance hides no error of the
+    split."""
     split, inputs = read(folder, "llama", device, True), inputs_on(device)
     peft = torch.cat(row_by_row(split, NAMES, inputs, lambda row: logits(split, row)))
     mb = peft_multibatch.enable(split)
@@ -123,7 +124,7 @@ def peft_on_the_split_model(folder, device):
 
 
 def one_collective_for_a_row_wise_layer(folder, device):
-    """As many as the base model has, beside the one that compares ids."""
+    """There are as many collectives as in the base model, plus one that compares ids."""
     split, inputs = read(folder, "llama", device, True), inputs_on(device)
     counts, counted = [0], dist.all_reduce
 
@@ -146,7 +147,7 @@ def one_collective_for_a_row_wise_layer(folder, device):
 
 
 def half_precision(folder, device):
-    """As near to the same weights in float32 as PEFT on the split model is."""
+    """Errors against float32 are no larger than those of PEFT on the split model."""
     split, inputs = read(folder, "llama", device, True, torch.bfloat16), inputs_on(device)
     whole, real = read(folder, "llama", device, False, torch.bfloat16).float(), inputs["attention_mask"].bool()
     reference = torch.cat(row_by_row(whole, NAMES, inputs, lambda row: logits(whole, row)))[real]
@@ -192,10 +193,10 @@ def adapters_that_come_change_and_go(folder, device):
             layer = model.base_model.model.model.layers[0]
             for projection in (layer.self_attn.q_proj, layer.mlp.down_proj):
                 for part in (projection.lora_A["five"], projection.lora_B["five"]):
-                    part.weight.data.mul_(1.5)  # of a DTensor, this rank's part
+                    part.weight.data.mul_(1.5)  # changes this rank's part of the DTensor
                 projection.scaling["eight"] *= 2
         check(names)
-        for model in (split, whole):  # another adapter under the same name, of another rank
+        for model in (split, whole):  # another adapter of another rank under the same name
             model.delete_adapter("five")
             model.load_adapter(folder / "llama-adapters" / "four", adapter_name="five")
         check(names)
@@ -213,7 +214,7 @@ def adapters_that_come_change_and_go(folder, device):
 
 
 def hooks_on_base_layers(folder, device):
-    """A hook sees the base layer's whole output, and what it keeps doesn't change."""
+    """A hook gets the base layer's whole output, which isn't modified afterwards."""
     split, whole, inputs = read(folder, "llama", device, True), read(folder, "llama", device, False), inputs_on(device)
     seen = []
     for projection in ("self_attn.o_proj", "self_attn.v_proj"):
@@ -241,7 +242,7 @@ def ranks_with_different_ids_are_told(folder, device):
             split(**inputs, adapter_ids=ids)
         for wrong, error in ((["nobody"] * 6, errors.UnknownAdapterError), (NAMES[1:], errors.AdapterIdsLengthError)):
             told = error if dist.get_rank() else errors.AdapterIdsError
-            with pytest.raises(errors.AdapterIdsError) as caught:  # and no rank waits for one that has given up
+            with pytest.raises(errors.AdapterIdsError) as caught:  # and no rank waits for another that raised
                 split(**inputs, adapter_ids=wrong if dist.get_rank() else NAMES)
             assert caught.type is told
             with pytest.raises(error):
@@ -265,11 +266,11 @@ def gradients_and_compiled_code_are_refused(folder, device):
     split, inputs = read(folder, "llama", device, True), inputs_on(device)
     mb = peft_multibatch.enable(split)
     try:
-        split.set_adapter("three")  # which lets its weights want gradients
+        split.set_adapter("three")  # makes its weights require gradients
         with pytest.raises(errors.UnsupportedError, match=r"with gradients.*torch.no_grad"):
             split(**inputs, adapter_ids=NAMES)
         split.set_requires_grad(["three", "four", "eight"], requires_grad=False)
-        mixed = split(**inputs, adapter_ids=NAMES).logits  # nothing wants one
+        mixed = split(**inputs, adapter_ids=NAMES).logits  # nothing requires gradients
         assert_close(mixed, logits(split, inputs, adapter_ids=NAMES))
         with mb.batch(NAMES), torch.no_grad():
             compiled = torch.compile(split.get_base_model(), backend="eager")
@@ -294,7 +295,7 @@ def what_cannot_be_split_is_refused(folder, device):
         ({"target_modules": ["lm_head"]}, "the plan 'colwise_gather_output', for which PEFT doesn't split"),
     ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's own words on lm_head
+            warnings.simplefilter("ignore")  # PEFT's warning about lm_head
             model = get_peft_model(read_base(folder, "llama", device, True), LoraConfig(**shared, **options))
         with pytest.raises(errors.UnsupportedError, match=message):
             peft_multibatch.enable(model)
@@ -302,7 +303,7 @@ def what_cannot_be_split_is_refused(folder, device):
     assert "sharded by FSDP" in choose("q_proj", layer, None, is_gathered=True).refusal
     layer = layer.lora_B["three"]
     before, base = layer.weight, split.base_model.model.model.layers[0].self_attn.q_proj.base_layer
-    base._hf_tp_plan = None  # as PEFT leaves it that doesn't know of transformers' plans
+    base._hf_tp_plan = None  # as versions of PEFT that don't know transformers' plans leave it
     mb = peft_multibatch.enable(split)
     with pytest.raises(errors.UnsupportedError, match=r"the plan None.*peft 0\.21\.1 or newer"):
         logits(split, inputs_on(device), adapter_ids=NAMES)

@@ -1,4 +1,5 @@
-"""Compiled graphs: one for any mix of adapters, right after every change, and none that survives wrongly."""
+"""Compiled graphs: one graph serves any mix of adapters, is correct after every change, and is never reused
+wrongly."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_larger_batches(compiled):
         with mb.batch(ids):
             actual = logits(fast, rows)
         assert_close(actual, logits(model, rows, adapter_ids=ids))
-    assert len(graphs) == 4  # one for each size, because the number of ids is checked
+    assert len(graphs) == 4  # one per size, because the number of ids is guarded
 
 
 def test_ids_passed_to_a_compiled_model_are_not_ignored(compiled):
@@ -114,12 +115,12 @@ def test_threads_share_one_graph(compiled):
 @pytest.mark.parametrize("own", [None, MIXES[0]], ids=["plain", "ids"])
 @pytest.mark.parametrize("ids", [MIXES[2], [0, 1] * 50, [{0: 0.5, 1: 0.5}, 2]], ids=["same size", "larger", "mixture"])
 def test_a_call_begins_on_another_thread_while_one_is_compiled(own, ids):
-    """It would change what the graph is compiled for, and leave it with guards for what it isn't."""
+    """It would change the state that the graph is compiled for, and leave wrong guards."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
     want, want_other = logits(model, adapter_ids=own), logits(model, rows=len(ids), adapter_ids=ids)
     mb.disable()
-    mb = peft_multibatch.enable(model)  # which has seen no ids yet
+    mb = peft_multibatch.enable(model)  # a handle that hasn't seen ids yet
     began, compiled = threading.Event(), threading.Event()
 
     def other():
@@ -159,7 +160,7 @@ def test_a_call_ends_on_another_thread_while_one_is_compiled():
     def backend(graph, _):
         ends.set()
         wait([task], 0.2)
-        assert mb._router.graph.contended  # as when it was traced
+        assert mb._router.graph.contended  # as during tracing
         return graph.forward
 
     torch._dynamo.reset()
@@ -187,7 +188,7 @@ def test_a_thread_runs_under_its_own_ids_or_under_none(compiled):
 
 
 def test_a_block_that_another_task_opens_inside_of_one(compiled):
-    """Which goes on meanwhile, and has another number of samples."""
+    """The inner block continues meanwhile, with a different number of samples."""
     model, mb, fast, _ = compiled
     want = logits(model, adapter_ids=MIXES[0])
 
@@ -202,7 +203,7 @@ def test_a_block_that_another_task_opens_inside_of_one(compiled):
         with mb.batch(MIXES[0]):
             task = asyncio.create_task(inner(opened, ended))
             await opened.wait()
-            assert mb._router.graph.contended  # so that a GPU, where there is one place for a plan, refuses it
+            assert mb._router.graph.contended  # so a GPU, which has one location for a plan, refuses it
             assert_close(logits(fast), want)
             ended.set()
             await task
@@ -251,9 +252,10 @@ def test_training_through_aot_autograd():
     ("optimizer", "dtype"), [(torch.optim.AdamW, torch.float64), (torch.optim.SGD, torch.float32)]
 )
 def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer, dtype):
-    """Gradients are None where eager training has None, whatever came before, and weight decay moves nobody else.
+    """Gradients are None if they are None in eager training, whatever came before, so weight decay affects no other
+    adapter.
 
-    AdamW makes roundings larger, and so has float64, for which absent weights are of another dtype in a graph.
+    AdamW amplifies rounding, and so does float64, for which absent weights have another dtype in a graph.
     """
     mixes = [[0] * 6, [1, 1, 1, -1, -1, -1], [-1] * 6, [{"three": 0.5, "eight": 0.5}, 2, 2, 0, 0, -1], [2, 1, 0] * 2]
 
@@ -272,12 +274,12 @@ def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer, dt
         steps = optimizer(weights.values(), lr=0.01, weight_decay=0.1)
         found = []
         for number, mix in enumerate([*mixes, *mixes[:2]]):
-            with mb.batch([{"four": 0.1, "three": 0.9}] * 6), mb.batch(mix):  # those around it don't count
+            with mb.batch([{"four": 0.1, "three": 0.9}] * 6), mb.batch(mix):  # outer blocks don't matter
                 loss = run(**left_padded(), use_cache=False).logits.square().mean()
             if loss.requires_grad:
                 loss.backward()
             found.append({key: p.grad.clone() for key, p in weights.items() if p.grad is not None})
-            if number != 3:  # then gradients add up
+            if number != 3:  # otherwise gradients accumulate
                 steps.step()
                 steps.zero_grad()
         return found, {key: p.detach() for key, p in weights.items()}, len(graphs)
@@ -318,7 +320,7 @@ def test_an_outer_block_that_goes_on_trains_again(layer):
 
 @pytest.fixture
 def layer(compiled):
-    """One that trains, its handle, an input, and what gives the gradients of its adapters."""
+    """A trainable layer, its handle, an input, and a function that returns the gradients of its adapters."""
     model, mb, _, _ = compiled
     model.set_requires_grad(["three", "four", "eight"])
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
@@ -331,7 +333,7 @@ def layer(compiled):
 
 
 def test_backward_after_other_ids_were_in_force(layer):
-    """As in a loss of two passes, the second of them under other ids."""
+    """As in a loss of two passes with different ids."""
     layer, mb, x, gradients = layer
     fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
 
@@ -353,7 +355,7 @@ def test_a_plan_that_backward_asks_for_again_is_the_same_or_an_error(layer):
         with mb.batch(MIXES[0]):
             return fast(x).square().mean()
 
-    with torch._functorch.config.patch(activation_memory_budget=0.0):  # keeps nothing but inputs
+    with torch._functorch.config.patch(activation_memory_budget=0.0):  # keeps only inputs
         with mb.batch(MIXES[0]):
             assert_close(gradients(fast(x).square().mean()), gradients(layer(x).square().mean()))
         with pytest.raises(ModelStateError, match="without ids"):
@@ -366,14 +368,14 @@ def test_a_plan_that_backward_asks_for_again_is_the_same_or_an_error(layer):
 
 
 def test_plans_are_no_constants_where_weights_are(compiled):
-    """As with inductor's ``freezing``, which computes at once whatever depends on nothing but constants."""
+    """As with inductor's ``freezing``, which evaluates everything that depends only on constants."""
     _, mb, _, _ = compiled
     known, graph = mb._router.graph, torch.fx.Graph()
     take_plan = torch.ops.peft_multibatch.take_plan.default
     graph.output(graph.call_function(take_plan, (graph.get_attr("plans"), [6, 5, 48], known.key, 0, False)))
     module = torch.fx.GraphModule({"plans": known.plans}, graph)
     with mb.batch(MIXES[0]):
-        known.arm()  # as when a graph is made
+        known.arm()  # as during capture
         constant_folding.constant_fold(module)
     for mix in MIXES:
         with mb.batch(mix):

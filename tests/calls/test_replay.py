@@ -1,4 +1,4 @@
-"""Layers that `backward` runs again run under the ids under which they ran first, whoever checkpointed them."""
+"""Layers that `backward` runs again use the ids of their first run, whatever checkpointing is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHERS = ["eight", "eight", "three", "three", "__base__", "four"]
 
 
 class Rerun(torch.autograd.Function):
-    """A reentrant checkpoint as people write them themselves."""
+    """A reentrant checkpoint, as users write them."""
 
     @staticmethod
     def forward(own, function, x):
@@ -54,7 +54,7 @@ class Decorated(Rerun):
 
 
 def composable(function, x):
-    """As torch.distributed's `checkpoint`, whose frame isn't on the stack while the function runs."""
+    """Like torch.distributed's `checkpoint`, whose frame isn't on the stack while the function runs."""
     steps = _checkpoint_without_reentrant_generator(function, True, noop_context_fn, "default", False, True, x)
     next(steps)
     try:
@@ -106,7 +106,7 @@ def same(found, wanted):
 
 
 def by_peft(model, run, *mixes):
-    """Gradients of losses, row by row, each under its own adapter; `run` takes a slice of rows."""
+    """Compute gradients with PEFT, row by row; `run` takes a slice of rows."""
     for names in mixes:
         for row, name in enumerate(names):
             alone(model, name, lambda row=row: run(slice(row, row + 1)).backward())
@@ -154,7 +154,7 @@ def test_activation_checkpointing_of_torch_distributed(model, reentrant):
 
 @both
 def test_transformers_switch_and_one_by_hand_around_it(model, reentrant):
-    """Nested, and the whole model is run again."""
+    """Checkpoints are nested, and the whole model runs again."""
     want = by_peft(model, lambda rows: logits_loss(model, rows), NAMES)
     inner = model.get_base_model().train()
     inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -176,7 +176,7 @@ def test_transformers_switch_and_one_by_hand_around_it(model, reentrant):
 
 @every_checkpoint
 def test_several_calls_before_one_backward(model, layer, run):
-    """Some of them plain, and other ids are active when backward comes."""
+    """Some calls have no ids, and other ids are active during backward."""
     x, other = x_of(), x_of(1)
     want = by_peft(model, lambda rows: loss_of(layer(x[rows])), NAMES, OTHERS)
     plain = by_peft(model, lambda rows: loss_of(layer(other[rows])), ["four"] * 6)
@@ -201,7 +201,7 @@ def test_several_calls_before_one_backward(model, layer, run):
 @pytest.mark.parametrize("outer", ["reentrant", "not reentrant", "composable", "a function of one's own"])
 @pytest.mark.parametrize("inner", ["reentrant", "not reentrant", "composable"])
 def test_nested(model, layer, outer, inner):
-    """All layers are in the inner ones, and what is plain stays so."""
+    """All layers run in the inner checkpoints, and calls without ids stay so."""
     x = x_of()
     outer, inner = CHECKPOINTS[outer], CHECKPOINTS[inner]
 
@@ -224,7 +224,7 @@ def test_nested(model, layer, outer, inner):
 
 @every_checkpoint
 def test_ids_inside_of_what_is_run_again(model, layer, run):
-    """And layers without any beside them."""
+    """Layers without ids run next to them."""
     x = x_of()
     want = by_peft(model, lambda rows: loss_of(layer(x[rows])), NAMES, ["four"] * 6)
     model.set_adapter("four")
@@ -280,7 +280,7 @@ def test_plain_calls_are_never_looked_for(model, layer, monkeypatch):
 
 
 class Opaque(Rerun):
-    """One whose first run nobody sees."""
+    """A checkpoint whose first run can't be observed."""
 
     @staticmethod
     def forward(function, x):
@@ -319,7 +319,7 @@ def test_what_nobody_knows_is_an_error(model, layer, run):
     mb = peft_multibatch.enable(model)
     x = x_of()
     if run is not by_hooks:
-        loss_of(run(layer, x)).backward()  # nothing had ids so far
+        loss_of(run(layer, x)).backward()  # no call had ids so far
     with mb.batch(NAMES):
         loss = loss_of(run(layer, x))
     with pytest.raises(

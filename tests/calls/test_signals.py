@@ -1,39 +1,40 @@
-"""An exception that a signal handler raises, such as Ctrl-C's KeyboardInterrupt, leaves no ids behind anywhere.
+"""An exception raised by a signal handler, such as Ctrl-C's KeyboardInterrupt, leaves no ids active.
 
-Where a signal can strike. CPython runs Python's signal handlers on the main thread only, and only where its eval loop
-looks for them. In CPython 3.11 that is here, and a handler that noted the position of its frame 65,000 times saw no
-other place:
+Where a signal can strike: CPython runs Python's signal handlers only on the main thread, and only where its eval loop
+checks for them. In CPython 3.11 these are the following places; a handler that recorded its frame's position 65,000
+times found no others.
 
-1. at the first instruction of every Python function, and of a generator whenever it goes on after a ``yield``
-   (RESUME). Nothing of the function has run yet, even if it is an ``__exit__``;
-2. at the end of every call that isn't inlined into the eval loop: of a function or method written in C, of a class, of
-   an object with ``__call__``, of anything with ``*args`` or ``**kwargs`` (PRECALL, CALL, CALL_FUNCTION_EX). The
-   callee has done its work, and its result is lost. Calls of plain Python functions are inlined, and no check follows
-   them, unless something has replaced the evaluation of frames, as ``torch.compile`` does while its code runs;
-3. at every jump backwards, from the end of a loop's body to its head (JUMP_BACKWARD, POP_JUMP_BACKWARD_IF_*);
-4. inside C code that checks by itself, above all where it waits for a lock: ``with lock:`` and ``lock.acquire()``
-   raise without having the lock.
+1. The first instruction of every Python function, and of a generator whenever it resumes after a ``yield`` (RESUME).
+   Nothing of the function has run yet, even if it is an ``__exit__``.
+2. The end of every call that isn't inlined into the eval loop: of a C function or method, of a class, of an object
+   with ``__call__``, of anything with ``*args`` or ``**kwargs`` (PRECALL, CALL, CALL_FUNCTION_EX). The callee has
+   finished, and its result is lost. Calls of plain Python functions are inlined and have no check after them, unless
+   frame evaluation is replaced, as by ``torch.compile`` while its code runs.
+3. Every backward jump, from the end of a loop's body to its head (JUMP_BACKWARD, POP_JUMP_BACKWARD_IF_*).
+4. Inside C code that checks by itself, in particular while waiting for a lock: ``with lock:`` and ``lock.acquire()``
+   raise without holding the lock.
 
 There is no check between other instructions: none at ``return``, none between the return of ``__enter__`` and the
-first instruction of the ``with`` block, none where a ``with`` block calls ``__exit__``, until the RESUME inside of it.
-So a context manager is struck at places that are easily forgotten: in contextlib's ``__enter__`` right after ``next``,
-when the generator is at its ``yield`` and the ``with`` block will never be entered; between ``ContextVar.set`` and the
-assignment of its token; at the RESUME of an ``__exit__`` in Python, which then does nothing at all.
+first instruction of the ``with`` block, and none where a ``with`` block calls ``__exit__``, until its RESUME. So a
+context manager can be interrupted at places that are easily forgotten: in contextlib's ``__enter__`` right after
+``next``, when the generator is at its ``yield`` but the ``with`` block is never entered; between ``ContextVar.set``
+and the assignment of its token; at the RESUME of an ``__exit__`` in Python, which then does nothing at all.
 
-How the tests strike there. The exception comes from a trace or profile function, and Python raises it at the very
-instruction at which a signal handler's would be raised:
+How the tests strike there: a trace or profile function raises the exception, and Python raises it at the same
+instruction as that of a signal handler.
 
-1. at "call" of ``sys.setprofile``, which also sees generators that go on, if the instruction is a RESUME. Where an
-   exception is thrown into a generator there is none;
-2. at "c_return" of functions in C, and at "return" of Python functions if the caller is in the middle of a call. An
-   exception at "return" ends the callee and is raised at the call, as the check behind the call does. Not for
-   generators, whose ``finally`` an exception at the "return" of a ``yield`` would skip;
-3. at "opcode" of ``sys.settrace``, at the instruction to which a jump backwards went;
-4. at "opcode" of BEFORE_WITH, and at "c_call" of ``acquire``.
+1. At "call" of ``sys.setprofile``, which also reports generators that resume, if the instruction is a RESUME. There is
+   none if an exception is thrown into a generator.
+2. At "c_return" of C functions, and at "return" of Python functions if the caller is in the middle of a call. An
+   exception at "return" ends the callee and is raised at the call, like that of the check after the call. Generators
+   are left out, because an exception at the "return" of a ``yield`` would skip their ``finally``.
+3. At "opcode" of ``sys.settrace``, at the target of a backward jump.
+4. At "opcode" of BEFORE_WITH, and at "c_call" of ``acquire``.
 
-Frames of this package count, the ones that it calls, and those of contextlib that run for it. In all other frames an
-exception reaches the package out of something that it called, which is one of these places as well. A "line" or an
-"opcode" by itself is no place: to be safe at each of them is impossible, as behind the return of an ``__enter__``.
+Only frames of this package, of what it calls, and of contextlib on its behalf count. In all other frames, an
+exception reaches the package from something that it called, which is one of these places as well. Other "line" or
+"opcode" events don't count: it is impossible to be safe at each of them, for example right after ``__enter__``
+returns.
 """
 
 from __future__ import annotations
@@ -83,33 +84,33 @@ SIZES = {
 INPUTS = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8], [9, 10, 11]]), "attention_mask": torch.ones(3, 3).long()}
 NAMES = ["two", "__base__", "one"]
 INJECTIONS = os.environ.get("MULTIBATCH_INJECTIONS", "")
-"""By hand: at how many places each kind of call is struck, spread evenly over all, or ``all``. In CI every place in
-the code is struck the first time that it is reached on its way, at most ``IN_CI`` of them, spread evenly, too."""
+"""For manual runs: the number of places at which each kind of call is struck, evenly spread, or ``all``. In CI
+every place in the code is struck the first time that it is reached, at most ``IN_CI`` of them, evenly spread."""
 
 IN_CI = 500
 MANY = 10
-"""After as many calls that wait for ever a test has seen enough."""
+"""Number of calls that may hang before a test gives up."""
 
 SECONDS = float(os.environ.get("MULTIBATCH_SECONDS", 4))
-"""How long real signals strike."""
+"""Duration of the test with real signals."""
 
-CALLS = ("CALL", "PRECALL")  # beginnings of opcodes' names
+CALLS = ("CALL", "PRECALL")  # prefixes of opcode names
 GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 pytestmark = [
-    # struck where nothing can be raised, as when a generator is collected
+    # raised where exceptions can't propagate, such as in a generator's finalizer
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
 ]
 
 
 class Struck(KeyboardInterrupt):
-    """What the signal handlers of these tests raise."""
+    """The exception that the signal handlers of these tests raise."""
 
 
 @functools.cache
 def instructions(code: CodeType) -> dict[int, dis.Instruction]:
-    """The instruction at every offset, also at offsets inside its inline cache."""
+    """Return the instruction at every offset, including offsets inside inline caches."""
     starts = {instruction.offset: instruction for instruction in dis.get_instructions(code)}
     found, last = {}, starts[0]
     for offset in range(0, len(code.co_code), 2):
@@ -127,7 +128,7 @@ def is_ours(code: CodeType) -> bool:
 
 
 def counts(frame: FrameType | None) -> bool:
-    """Whether a frame is the package's, or contextlib's and runs for it."""
+    """Whether a frame belongs to the package, or to contextlib on its behalf."""
     if frame is None or is_ours(frame.f_code):
         return frame is not None
     if frame.f_code.co_filename != contextlib.__file__:
@@ -143,10 +144,10 @@ def where(frame: FrameType) -> str:
 
 
 class Places:
-    """Runs a call and notes each place where a signal could strike, or raises ``Struck`` at one of them.
+    """Runs a call and records each place where a signal could strike, or raises ``Struck`` at one of them.
 
     Args:
-        strike_at: the number of the place, counted from 0 in the order of time; None to note them.
+        strike_at: the number of the place, counted from 0 in order of time; None to record them.
     """
 
     def __init__(self, strike_at: int | None = None) -> None:
@@ -157,7 +158,7 @@ class Places:
         self._before: dict[FrameType, str] = {}
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Raises: Struck, unless places are noted, or the call swallowed it."""
+        """Raises: Struck, unless places are only recorded, or the call swallowed it."""
         before = sys.gettrace(), sys.getprofile()
         try:
             sys.settrace(self._trace)
@@ -171,7 +172,7 @@ class Places:
     def _place(self, kind: str, frame: FrameType) -> None:
         if self.strike_at is None:
             outer = frame.f_back
-            while outer is not None and not is_ours(outer.f_code):  # one place in contextlib for each that it serves
+            while outer is not None and not is_ours(outer.f_code):  # a place in contextlib counts once per caller
                 outer = outer.f_back
             is_shared = not is_ours(frame.f_code) and outer is not None
             self.found.append(
@@ -187,7 +188,7 @@ class Places:
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            # a generator into which an exception is thrown, or that is closed, goes on without a RESUME
+            # a generator that is closed, or that an exception is thrown into, resumes without a RESUME
             if operation(frame) == "RESUME" and (counts(frame) or counts(frame.f_back)):
                 self._place("start of", frame)
         elif event == "c_return":
@@ -222,10 +223,10 @@ class Places:
 
 
 class Subject:
-    """A model, what it gave before anything struck it, and the kinds of calls that are struck."""
+    """A model, its outputs before anything struck it, and the kinds of calls that are struck."""
 
     def __init__(self) -> None:
-        self.hung = 0  # calls on other threads that waited for ever
+        self.hung = 0  # calls on other threads that hung
 
     def build(self) -> None:
         torch.manual_seed(0)
@@ -240,14 +241,14 @@ class Subject:
         self.mb = peft_multibatch.enable(self.model)
 
     def renew(self, kind: str) -> None:
-        """Begin with a new model, one that has been called before."""
+        """Start with a new model that has been called before."""
         self.build()
         self.prepare(kind)
         self.call(kind)
         self.model.zero_grad()
 
     def prepare(self, kind: str) -> None:
-        """What comes before a call, and isn't struck."""
+        """Prepare a call; this part isn't struck."""
         if kind == "first call after a change":
             if "new" in self.model.peft_config:
                 self.model.delete_adapter("new")
@@ -272,7 +273,7 @@ class Subject:
             logits(self.model, adapter_ids=NAMES)
 
     def faults(self) -> str:
-        """What is wrong with the calls that follow; the empty string where nothing is."""
+        """Describe what is wrong with the following calls; empty if nothing is."""
         found = []
         checks = {
             "plain calls": self._plain_is_right,
@@ -302,7 +303,7 @@ class Subject:
 
 
 def on_a_new_thread(call: Callable[[], Any], timeout: float) -> Any:
-    """Raises: TimeoutError, and what the call raises."""
+    """Raises: TimeoutError, and the exceptions of the call."""
 
     def work() -> None:
         try:
@@ -331,15 +332,15 @@ def strike(subject: Subject, kind: str, place: int) -> tuple[str, str, str]:
     """Strike a call at one place.
 
     Returns:
-        The place, or the empty string where the call didn't come there; what is wrong while somebody keeps the
-        exception, and with it the frames through which it came; what is wrong when it is gone.
+        The place, or the empty string if the call didn't reach it; what is wrong while the exception, and with it
+        its frames, is kept; what is wrong afterwards.
     """
     subject.prepare(kind)
     places, kept, raised = Places(place), "", "none"
     try:
         places.run(lambda: subject.call(kind))
     except BaseException as error:
-        torch.set_grad_enabled(True)  # what torch's own context managers leave behind isn't ours
+        torch.set_grad_enabled(True)  # torch's own context managers may leave this behind
         kept, raised = subject.faults(), type(error).__name__
     torch.set_grad_enabled(True)
     gone = subject.faults()
@@ -351,8 +352,8 @@ def strike(subject: Subject, kind: str, place: int) -> tuple[str, str, str]:
 
 @functools.cache
 def strikes(kind: str) -> tuple[int, int, list[str], list[str]]:
-    """How many places a kind of call has, how many were struck, and what was wrong while exceptions were kept, and
-    afterwards."""
+    """Return the number of places of a kind of call, how many were struck, and what was wrong while exceptions were
+    kept and afterwards."""
     subject = Subject()
     subject.renew(kind)
     subject.prepare(kind)
@@ -368,12 +369,12 @@ def strikes(kind: str) -> tuple[int, int, list[str], list[str]]:
         chosen = [chosen[index * len(chosen) // most] for index in range(most)] if len(chosen) > most else chosen
     kept, gone, reached, place = [], [], 0, ""
     for number in chosen:
-        # on a thread of its own, with which goes what is left behind in contexts, and in torch's own state
+        # a separate thread discards what is left in contexts and in torch's own state
         work = functools.partial(strike, subject, kind, number)
         before = place
         try:
             place, *faults = on_a_new_thread(work, timeout=120)
-        except Exception as error:  # only what comes before the call raises here
+        except Exception as error:  # only the preparation of the call raises here
             gone.append(f"{before}: the next change raises {type(error).__name__} {str(error)[:60]}")
             faults = [True]
         else:
@@ -406,11 +407,11 @@ def test_no_ids_are_left_behind(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_ids_are_left_behind_while_the_exception_is_kept(kind):
-    """As above, in an ``except`` block or where an interactive session remembers the last exception.
+    """As above, inside an ``except`` block, or in an interactive session that keeps the last exception.
 
-    The frames that it came through live on for as long, with all that waits in them to be closed, so that it isn't
-    enough to let go of ids when a generator is collected. An ``__exit__`` in C, such as a lock's, can't be struck
-    before it has done its work.
+    The exception's frames stay alive with it, and so does everything in them that is yet to be closed, so it isn't
+    enough to release ids when a generator is collected. An ``__exit__`` in C, such as a lock's, can't be struck
+    before it has finished.
     """
     _, reached, kept, _ = strikes(kind)
     if kept:
@@ -419,7 +420,7 @@ def test_no_ids_are_left_behind_while_the_exception_is_kept(kind):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer")
 def test_real_signals():
-    """A timer's handler raises at random moments of short calls, nearly all of whose time is spent in the package."""
+    """A timer's handler raises at random moments of short calls that spend nearly all of their time in the package."""
     model = nn.Sequential(nn.Linear(4, 4))
     for name in ("one", "two"):
         model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), model, name)
@@ -441,7 +442,7 @@ def test_real_signals():
     armed: set[float] = set()
 
     def handler(number: int, frame: FrameType) -> None:
-        if not armed:  # the signal went to another thread, which took its time
+        if not armed:  # the signal went to another thread and arrived late
             return
         if is_ours(frame.f_code):
             seen[operation(frame)] += 1
@@ -501,6 +502,6 @@ def test_real_signals():
         pytest.fail(f"after {struck} strikes, {seen.total()} of them in the package:\n{summary(wrong.elements())}")
     assert struck > 50 * SECONDS
     assert seen.total() > struck / 10
-    if sys.version_info[:2] == (3, 11):  # what this module's docstring says
-        fused = {"COMPARE_OP"}  # with the jump behind it
+    if sys.version_info[:2] == (3, 11):  # the version that the module's docstring describes
+        fused = {"COMPARE_OP"}  # fused with the following jump
         assert {name for name in seen if not name.startswith((*CALLS, "RESUME")) and "JUMP_BACK" not in name} <= fused

@@ -1,4 +1,5 @@
-"""Copies of weights for the steps of one ``generate``: when they are made, and that they end with the call."""
+"""Stacked copies of weights for the steps of one ``generate``: when they are created, and that they end with the
+call."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 @pytest.fixture
 def used(monkeypatch):
-    """Weak references to the stacks that run, once for every time."""
+    """Weak references to the stacks used, one per use."""
     found, add_ = [], Stack.add_
 
     def noted(stack, ys, x):
@@ -43,15 +44,15 @@ def test_tokens(used, fuse, options):
     wanted = expected(model, **options)
     mb = peft_multibatch.enable(model, fuse=fuse)
     assert torch.equal(model.generate(**left_padded(), **GREEDY, **options, adapter_ids=NAMES), wanted)
-    # six tokens are a prompt and five steps, of which the first reads the weights where they are
+    # six tokens are a prompt and five steps; the first step reads the weights in place
     assert {*Counter(map(id, used)).values()} == {4}
     gc.collect()
-    assert not any(ref() for ref in used)  # the call has ended
+    assert not any(ref() for ref in used)  # released with the call
     mb.disable()
 
 
 def test_weights_that_are_written_between_calls(used):
-    """Where nothing shows that they were."""
+    """Including writes that leave no trace."""
     model = peft_model()
     peft_multibatch.enable(model)
     before = model.generate(**left_padded(), **GREEDY, adapter_ids=NAMES)

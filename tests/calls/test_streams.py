@@ -1,6 +1,7 @@
-"""Calls on several CUDA streams: what is kept between calls is written on one and read on another.
+"""Calls on several CUDA streams: state kept between calls is written on one stream and read on another.
 
-Streams are held up by `torch.cuda._sleep`, so that the host is far ahead of one of them; nothing else orders them.
+Streams are delayed with `torch.cuda._sleep`, so that the host is far ahead of one of them; nothing else orders
+them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def test_what_one_stream_wrote_is_read_on_another(backend, other):
     model, mb, hidden = prepared(backend)
     names = ["four", "eight", "four", "three"]
     rows = {name: expected(model, name, hidden) for name in {*names, *other}}
-    run(model, mb, ["four"] * ROWS, hidden)  # compiles what runs
+    run(model, mb, ["four"] * ROWS, hidden)  # compiles the kernels
     mb._router.forget()
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -84,7 +85,7 @@ def test_what_one_stream_wrote_is_read_on_another(backend, other):
 
 
 def test_kernels_that_begin_early_read_what_was_written_right_before():
-    """A kernel's first reads don't wait for the kernel before it; here the device has never a pause between two."""
+    """A kernel's first reads don't wait for the previous kernel; here the device never idles between the two."""
     model, mb, hidden = prepared("triton")
     mixes = [["four", "eight", "four", "three"], ["eight", "three", "__base__", "four"]]
     rows = {name: expected(model, name, hidden) for name in {*mixes[0], *mixes[1]}}
@@ -106,7 +107,7 @@ def test_kernels_that_begin_early_read_what_was_written_right_before():
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_slots_and_memory_of_adapters_that_are_gone(backend):
-    """A stream reads late what the host has deleted, while another one runs adapters that come in its place."""
+    """A stream reads late what the host has deleted, while another stream runs adapters that replace it."""
     model, mb, hidden = prepared(backend)
     for round_ in range(3):
         names = [f"{round_}-{number}" for number in range(ROWS)]
@@ -150,13 +151,13 @@ def test_one_block_on_two_streams():
 
 
 def test_plans_at_fixed_places():
-    """Graphs that threads replay on streams of their own, one after the other, read the plan of their own call."""
+    """Graphs that threads replay on separate streams, one after the other, read the plan of their own call."""
     model, mb, hidden = prepared("triton")
     mixes = [["four", "eight", "four", "three"], ["eight", "three", "__base__", "four"]]
     rows = {name: expected(model, name, hidden) for name in {*mixes[0], *mixes[1]}}
     graphs, outputs = [], []
     with torch.no_grad(), mb.batch(mixes[0]):
-        for _ in mixes:  # each with memory of its own
+        for _ in mixes:  # each graph has its own memory
             with torch.cuda.stream(torch.cuda.Stream()):
                 [layer(hidden) for layer in layers(model)]
             torch.cuda.synchronize()
@@ -192,7 +193,7 @@ def test_threads_on_streams_of_their_own(backend):
 
 
 def test_files_are_loaded_while_a_graph_is_captured(tmp_path):
-    """Captures in torch's default mode end when any thread allocates or waits."""
+    """Captures in torch's default mode fail if any thread allocates or waits."""
     save_many(tmp_path, 8)
     model = base_model().cuda()
     mb = peft_multibatch.enable(model)

@@ -1,4 +1,4 @@
-"""Models whose batches run on the Triton kernels: through the interpreter on a CPU, and on a real GPU."""
+"""Models with the Triton kernels, in the interpreter on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inputs(rows=6, length=4):
 
 
 def enabled(fuse=True):
-    """A model on the kernels."""
+    """A model that uses the kernels."""
     model = peft_model().to(DEVICE)
     mb = peft_multibatch.enable(model, backend="triton", fuse=fuse)
     assert mb.report().backend == "triton"
@@ -54,7 +54,7 @@ def enabled(fuse=True):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How many products ran: a test in which none did proves nothing."""
+    """The number of products that ran, without which a test would prove nothing."""
     count = []
     original = triton_backend.Product.__call__
 
@@ -78,7 +78,7 @@ def expected(model, names=NAMES):
 
 
 def test_what_graphs_read_has_no_long_segments():
-    """All tokens of one adapter are one segment, and a graph has two programs for each."""
+    """All tokens of one adapter form one segment, and a graph has two programs for each."""
     model, mb = enabled()
     names = ["four"] * 40 + ["three", "four"] * 4
     logits(model, names, len(names))
@@ -90,7 +90,7 @@ def test_what_graphs_read_has_no_long_segments():
 
 @contextmanager
 def before_a_capture(mb, names=NAMES):
-    """A step of continuous batching of which a graph will be captured."""
+    """A step of continuous batching before its graph is captured."""
     slots = [mb.adapter_names.index(name) if name != "__base__" else -1 for name in names]
     with torch.no_grad(), mb._router.routing(slots, expands=False) as call:
         call.inside, call.for_graphs = True, True
@@ -98,16 +98,16 @@ def before_a_capture(mb, names=NAMES):
 
 
 def replace_weights(model, name, rank):
-    """Of one layer, by new ones of another rank."""
+    """Replace the weights of one layer by new ones of another rank."""
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     rows, columns = len(layer.lora_B[name].weight), layer.lora_A[name].weight.shape[1]
     layer.lora_A[name].weight = torch.nn.Parameter(torch.randn(rank, columns, device=DEVICE))
     layer.lora_B[name].weight = torch.nn.Parameter(torch.randn(rows, rank, device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # which the adapters had before
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # the previous dtype of the adapters
 def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch, dtype):
-    """Kernels are compiled and tables made when nothing is being captured yet."""
+    """Kernels are compiled and tables created before the capture starts."""
     model, mb = enabled()
     loops = []
     original = triton_backend.Product.__call__
@@ -127,10 +127,10 @@ def test_what_runs_before_a_capture_is_what_will_be_captured(monkeypatch, dtype)
 
 
 def test_what_runs_before_a_capture_while_another_thread_has_ids_in_force():
-    """Whichever comes first, the layers of the one or those of the other."""
+    """Whichever thread's layers run first."""
     model, mb = enabled()
     for name, module in model.named_modules():
-        if name.endswith("q_proj"):  # as PEFT's compiled hot-swap has them: read anew by every call
+        if name.endswith("q_proj"):  # as in PEFT's compiled hot-swap: every call reads it again
             module.scaling.update({key: torch.tensor(value) for key, value in module.scaling.items()})
     want = logits(model)
     mb.disable()
@@ -164,7 +164,7 @@ def test_what_runs_before_a_capture_makes_room_for_all_adapters_as_they_are():
 
 
 def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
-    """What is copied while a graph is being captured holds nothing before the graph is replayed."""
+    """Copies during a capture have no contents before the graph is replayed."""
     model, mb = enabled()
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     layer.lora_A["three"].double(), layer.lora_B["three"].double()
@@ -188,7 +188,7 @@ def test_every_row_is_its_own_adapters(launches, fuse):
     model, _ = enabled(fuse)
     for names in (NAMES, [*NAMES[:2]], ["__base__", "__base__"], ["four", "four", "three"]):
         assert_close(logits(model, names, len(names)), expected(model, names))
-    # of three calls with adapters: q/k/v, o, gate/up and down of two layers; none where no row has an adapter
+    # three calls with adapters: q/k/v, o, gate/up and down of two layers; no launch if no row has an adapter
     assert len(launches) == 3 * 2 * 4
     model.get_base_model().config.use_cache = False
     for _ in range(2):
@@ -323,7 +323,7 @@ def test_a_graph_sees_changes(compiled):
         assert_close(actual, logits(model, MIXES[2], use_cache=False))
     assert len(graphs) == 1
     model.add_adapter("new", lora_configs()["eight"])
-    for index in range(20):  # more than the tables hold
+    for index in range(20):  # more than the tables can hold
         model.add_adapter(f"more{index}", lora_configs()["three"])
     model.to(DEVICE)
     with mb.batch([3, 22, 3, 1, 2, -1]):
@@ -332,13 +332,14 @@ def test_a_graph_sees_changes(compiled):
 
 
 def test_a_graph_reads_what_a_call_began_with_after_others_failed_or_ran_on_other_threads(compiled):
-    """Inside a block that was opened before weights were replaced; a call that begins sees the new ones, or fails."""
+    """A block that was opened before weights were replaced keeps the old ones; a new call uses the new ones, or
+    fails."""
     model, mb, fast, _ = compiled
     graph = mb._router.graph
     for mix in ([0] * 6, [1] * 6, [0] * 6):
         with mb.batch(mix):
             want = logits(fast, None, use_cache=False)
-    graph.is_captured = True  # nothing can grow any more
+    graph.is_captured = True  # sizes are fixed from now on
     refused = pytest.raises(peft_multibatch.ModelStateError, match="larger rank")
     for fails in (True, False):
         with mb.batch([0] * 6):
@@ -443,7 +444,7 @@ def test_dora_in_a_graph_is_refused(compiled):
 
 
 def test_what_no_captured_graph_can_hold_is_refused_when_a_call_begins(compiled):
-    """A replay runs no code that would notice."""
+    """A replay runs no code that could notice it."""
     model, mb, fast, _ = compiled
     with mb.batch([0] * 6):
         logits(fast, None, use_cache=False)
@@ -478,10 +479,10 @@ def test_gradients_in_a_graph(compiled):
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures one to begin with
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch first captures an empty one
 @pytest.mark.parametrize("fuse", [True, "weights"])
 def test_static_cache_with_one_graph_for_twenty_mixes(launches, fuse):
-    """transformers compiles the decode step, with CUDA graphs: the tokens of PEFT one adapter at a time."""
+    """transformers compiles the decode step with CUDA graphs; tokens match PEFT's, one adapter at a time."""
     torch._dynamo.reset()
     model, _ = enabled(fuse)
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -519,7 +520,7 @@ def test_a_graph_captured_by_the_user():
     config = lora_configs()["eight"]
     config.r = 64
     model.add_adapter("large", config)
-    for _ in range(2):  # asked for again, it is refused again
+    for _ in range(2):  # the second attempt is refused as well
         with pytest.raises(peft_multibatch.ModelStateError, match="a CUDA graph was captured"), mb.batch([3] * 6):
             pass
     with mb.batch(MIXES[2]):
@@ -529,7 +530,7 @@ def test_a_graph_captured_by_the_user():
 
 @gpu
 def test_a_plan_is_not_written_while_graphs_on_another_stream_read_the_last_one():
-    """A step of continuous batching may still run when its call has ended, and another thread's call begins."""
+    """A step of continuous batching may still run after its call has ended, when another thread's call begins."""
     model, mb = enabled()
     batch, graph, stream = inputs(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad(), mb.batch(MIXES[0]):
@@ -573,7 +574,8 @@ def test_compiled_kernels_inside_of_a_reentrant_checkpoint_are_refused(device):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_compiled_training_may_run_kernels_without_gradients(device):
-    """It is an autograd.Function as well, which backward doesn't run again: as of a reference pass in one graph."""
+    """This is also an autograd.Function, but backward doesn't run it again: for example, a reference pass in one
+    graph."""
     if device != DEVICE:
         pytest.skip("the other device's turn")
     model, mb = enabled()
@@ -598,7 +600,7 @@ def test_compiled_training_may_run_kernels_without_gradients(device):
 
 @gpu
 def test_a_plan_is_read_after_it_was_written_on_the_stream_of_a_call_that_ended():
-    """A step begins beside a call of another thread, whose end leaves the fixed place to the step's plan."""
+    """A step begins next to another thread's call, which ends and leaves the fixed location to the step's plan."""
     model, mb = enabled()
     batch, graph, stream = inputs(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad(), mb.batch(MIXES[0]):
@@ -641,7 +643,7 @@ def test_a_capture_without_a_call_before_is_refused():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("place", ["input", "output"])
 def test_a_contiguous_tensor_with_odd_strides(device, place, launches):
-    """One token of every sample, transposed, as Mamba's mixers have it when they decode: strides of 1 in between."""
+    """One token of every sample, transposed, as in Mamba's mixers during decoding: strides of 1 in the middle."""
     if device != DEVICE:
         pytest.skip("the other device's turn")
 

@@ -1,4 +1,4 @@
-"""`peft-multibatch inspect`: what is in adapters' folders, and whether they fit a model."""
+"""`peft-multibatch inspect`: the contents of adapters, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_is_in_an_adapter(tmp_path):
 
 
 def test_no_weights_are_read(tmp_path, base, monkeypatch):
-    """Of the weights' file nothing but the header: what is behind it may be anything."""
+    """Only the header of the weights' file is read; the rest may be anything."""
     folder = plain(tmp_path / "sql")
     size = (folder / WEIGHTS).stat().st_size
     header = int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little") + 8
@@ -110,7 +110,7 @@ def test_kinds_that_a_store_does_not_take_are_shown_and_say_why(tmp_path, base):
 )
 def test_what_does_not_fit_says_why(tmp_path, base, make, why):
     make(tmp_path / "odd")
-    assert run(tmp_path / "odd")[0] == 0  # by itself it is whole
+    assert run(tmp_path / "odd")[0] == 0  # fine on its own
     code, output = run(tmp_path / "odd", plain(tmp_path / "good"), "--model", base)
     odd, good = output.strip().split("\n\n")
     assert code == 1
@@ -119,7 +119,7 @@ def test_what_does_not_fit_says_why(tmp_path, base, make, why):
 
 
 def test_the_verdict_is_that_of_a_store_and_of_peft(tmp_path, base):
-    """What is said to fit registers and loads; what isn't does neither."""
+    """An adapter that is said to fit can be registered and loaded; others can't."""
     good, odd = plain(tmp_path / "good"), plain(tmp_path / "odd")
     edit_config(odd, r=8)
     model = base_model()

@@ -1,4 +1,4 @@
-"""`peft-multibatch verify`: its table, and what it exits with."""
+"""`peft-multibatch verify`: its table and its exit codes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*arguments):
 
 
 def rows(output):
-    """Adapter and verdict of every sample of the table."""
+    """Return the adapter and verdict of every sample in the table."""
     cells = [line.split() for line in output.splitlines()]
     return [(each[1], each[-1]) for each in cells if len(each) > 3 and each[0].isdigit()]
 
@@ -59,7 +59,7 @@ def test_own_names_and_prompts(base):
 
 
 def test_rows_that_differ_are_an_error(base, monkeypatch):
-    """Mixed batches run the first sample under the second one's adapter."""
+    """Mixed batches run the first sample with the second one's adapter."""
     model, folder = base
     resolve = handle.resolve
     monkeypatch.setattr(handle, "resolve", lambda *args: [1 if each == 0 else each for each in resolve(*args)])
@@ -71,7 +71,7 @@ def test_rows_that_differ_are_an_error(base, monkeypatch):
 
 def test_adapters_that_change_nothing_are_not_verified(base, tmp_path):
     model, _ = base
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")  # whose lora_B is zero
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")  # its lora_B is zero
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(str(tmp_path / "new"))
     code, output = run(model, tmp_path / "new")
     assert code == 1

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Fixtures of the tests of continuous batching."""
 
 from asynchronous import asynchronous
 

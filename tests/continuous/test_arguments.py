@@ -1,4 +1,5 @@
-"""What `generate_batch` and the manager would ignore is refused: misspelt ids, and settings of other modes."""
+"""Arguments that `generate_batch` and the manager would ignore are refused: misspelt ids, and settings of other
+modes."""
 
 from __future__ import annotations
 
@@ -93,14 +94,14 @@ def test_what_generate_batch_reads(enabled):
 def test_settings_that_continuous_batching_does_not_read(enabled, setting, said):
     model, mb = enabled
     options = OPTIONS | {"generation_config": generation(**setting)}
-    with pytest.raises(errors.UnsupportedError, match=f"asks for {said}, which it doesn't read"):
+    with pytest.raises(errors.UnsupportedError, match=f"sets {said}, which continuous batching ignores"):
         model.generate_batch(prompts(2), adapter_ids=[0, 1], **options)
     with pytest.raises(errors.UnsupportedError, match=said):
         mb.continuous_batching(**options).__enter__()
 
 
 def test_an_adapter_called_base():
-    """Requests without an adapter are the base model's, and whoever writes the name is asked what is meant."""
+    """Requests without an adapter use the base model; the explicit name is refused as ambiguous."""
     model = peft_model()
     model.add_adapter("__base__", lora_configs()["eight"])
     mb = peft_multibatch.enable(model)

@@ -49,7 +49,7 @@ def test_fifty_requests_that_share_prefixes_in_a_cache_that_evicts_them(enabled,
         hits, served = manager.prefix_hits, dict(manager.served)
     assert evicted
     assert [found[name].generated_tokens for name in names] == row_by_row(model, inputs, entries)
-    assert hits >= 32  # prompts under one adapter share their prefix
+    assert hits >= 32  # prompts of one adapter share their prefix
     assert set(served) == {"three", "__base__", "eight", "0.7 four + 0.3 eight", "four"}
 
 
@@ -91,7 +91,7 @@ def test_requests_that_no_graph_can_hold_end_with_an_error(enabled):
 
 @pytest.mark.gpu
 def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled, monkeypatch):
-    """Adapters of the ranks that there were come without a new graph; one of a larger rank gets new ones."""
+    """Adapters of known ranks need no new graph; one of a larger rank does."""
     model, mb = enabled
     forgotten, forget = [], Steps.forget_graphs
     monkeypatch.setattr(Steps, "forget_graphs", lambda self: forgotten.append(1) or forget(self))
@@ -126,7 +126,7 @@ def test_on_a_gpu(enabled, graphs, asynchronous):
     want = row_by_row(model, inputs, entries)
     config = settings(40, use_cuda_graph=graphs, use_async_batching=asynchronous)
     options = {"generation_config": generation(), "continuous_batching_config": config}
-    with mb.continuous_batching(mixtures=2, **options) as manager:  # graphs have that many plans
+    with mb.continuous_batching(mixtures=2, **options) as manager:  # graphs have two plans
         for _ in range(2):
             names = manager.add_requests(inputs, adapter_ids=entries)
             found = results(manager, len(inputs), timeout=120)
@@ -143,7 +143,7 @@ def test_on_a_gpu(enabled, graphs, asynchronous):
 
 @pytest.mark.gpu
 def test_steps_allocate_nothing_once_their_graphs_are_captured(enabled, monkeypatch):
-    """Whatever mixes come: plans are written where they stand, and tables are as they were."""
+    """For any mix, plans are written in place, and tables don't change."""
     _, mb = enabled
     captured, original = [], torch.cuda.CUDAGraph.capture_begin
     monkeypatch.setattr(
@@ -207,10 +207,10 @@ def test_generate_batch(enabled):
         model.generate_batch(
             inputs, generation_config=generation(), continuous_batching_config=settings(), adapter_ids=[0, 1, 2]
         )
-    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         model.generate_batch(inputs, generation_config=generation())
     with mb.batch([0]):
-        outlives = contextvars.copy_context()  # as a task does that was started here
+        outlives = contextvars.copy_context()  # as in a task that was started here
     options = {"generation_config": generation(), "continuous_batching_config": settings()}
     outputs = outlives.run(model.generate_batch, inputs[:2], adapter_ids=entries[:2], **options)
     assert [output.generated_tokens for output in outputs.values()] == row_by_row(model, inputs[:2], entries[:2])
@@ -261,7 +261,7 @@ def test_a_prompt_of_one_token_is_not_shared_between_adapters(enabled):
     with mb.continuous_batching(**options) as manager:
         manager.add_request([7], adapter_id="eight")
         (first,) = results(manager, 1).values()
-        prompt = [7, *first.generated_tokens[:16]]  # its first block is full of what another adapter generated
+        prompt = [7, *first.generated_tokens[:16]]  # its first block is full of tokens that another adapter generated
         manager.add_request(prompt)
         (second,) = results(manager, 1).values()
         assert manager.prefix_hits == 0
@@ -275,7 +275,8 @@ def test_forks(enabled):
     outputs = model.generate_batch(
         inputs, generation_config=config, continuous_batching_config=settings(), adapter_ids=entries
     )
-    copies = 3 if hasattr(ContinuousBatchingManager, "pause") else 1  # older transformers hand out the first alone
+    # older versions of transformers return only the first
+    copies = 3 if hasattr(ContinuousBatchingManager, "pause") else 1
     want = [tokens for tokens in row_by_row(model, inputs, entries) for _ in range(copies)]
     assert [output.generated_tokens for output in outputs.values()] == want
 
@@ -288,7 +289,7 @@ def test_a_request_that_fails_fails_with_its_forks(enabled):
         inputs, generation_config=config, continuous_batching_config=settings(), adapter_ids=entries
     )
     errors_of = [output.error for output in outputs.values() if output.error]
-    copies = len(errors_of) // 2  # older transformers hand out the first alone
+    copies = len(errors_of) // 2  # older versions of transformers return only the first
     assert copies == (2 if hasattr(ContinuousBatchingManager, "pause") else 1)
     good = [output.generated_tokens for output in outputs.values() if not output.error]
     assert good == row_by_row(model, inputs[:1], entries[:1]) * copies
@@ -314,9 +315,9 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
     with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
         good = manager.add_request(prompt, adapter_id="eight")
         bad = {
-            manager.add_request([3, 160], adapter_id="eight"): "among them 160",
+            manager.add_request([3, 160], adapter_id="eight"): "including 160",
             manager.add_request([], adapter_id="eight"): "has 0 tokens",
-            manager.add_request([3] * 5000, adapter_id="eight"): "and the cache holds",
+            manager.add_request([3] * 5000, adapter_id="eight"): "but the cache holds",
             manager.add_request(prompt, adapter_id="nine"): "no adapter has this name",
             manager.add_request(prompt, adapter_id=17): "no adapter has this id",
             manager.add_request(prompt, adapter_id={"three": "much"}): "expected a finite number",
@@ -333,12 +334,12 @@ def test_what_one_request_gets_wrong_is_its_own_affair(enabled):
 def test_two_requests_of_the_same_id(enabled):
     model, mb = enabled
     with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
-        with manager.changing():  # so that both are waiting
+        with manager.changing():  # both must be waiting
             manager.add_request([8] * 20, "same", adapter_id="three")
             manager.add_request([9] * 20, "same", adapter_id="eight")
         outputs = [manager.get_result(timeout=60) for _ in range(2)]
     (error,) = [output.error for output in outputs if output.error]
-    assert "a request has the id 'same', which another one has" in error
+    assert "a request was added with the id 'same', which a running request already has" in error
     (good,) = [output.generated_tokens for output in outputs if not output.error]
     assert [good] == row_by_row(model, [[8] * 20], ["three"])
 
@@ -353,11 +354,11 @@ def test_an_adapter_changes_while_requests_run(enabled):
     ) as manager:
         old = manager.add_request(prompt, adapter_id="eight", streaming=True)
         others = manager.add_requests(prompts(4), adapter_ids=["three"] * 4, max_new_tokens=20)
-        assert manager.get_result(timeout=60) is not None  # under way
+        assert manager.get_result(timeout=60) is not None  # it is running
         late = []
 
         def ask():
-            time.sleep(0.05)  # while the change waits
+            time.sleep(0.05)  # the change is waiting
             late.append(manager.add_request(prompt, adapter_id="eight"))
 
         asking = threading.Thread(target=ask)
@@ -365,14 +366,14 @@ def test_an_adapter_changes_while_requests_run(enabled):
         with manager.changing("eight"):
             asking.join()
             for layer in layers:
-                layer.weight.data.mul_(-2)  # in place, as hot-swapping does
+                layer.weight.data.mul_(-2)  # in place, as in hot-swapping
         found = results(manager, 6)
         hits = manager.prefix_hits
     after = row_by_row(model, [prompt], ["eight"], 40)[0]
     assert before != after
     assert found[old].generated_tokens == before
     assert found[late[0]].generated_tokens == after
-    assert hits == 0  # what was cached under the old weights isn't used under the new ones
+    assert hits == 0  # prefixes cached with the old weights aren't used with the new ones
     want = row_by_row(model, prompts(4), ["three"] * 4, 20)
     assert [found[name].generated_tokens for name in others] == want
 
@@ -401,7 +402,7 @@ def test_a_change_does_not_wait_for_a_loop_that_ended(enabled):
     options = {"generation_config": generation(max_new_tokens=700), "continuous_batching_config": settings()}
     with mb.continuous_batching(**options) as manager:
         manager.add_request([9] * 20, adapter_id="eight", streaming=True)
-        assert manager.get_result(timeout=60) is not None  # under way
+        assert manager.get_result(timeout=60) is not None  # it is running
 
         def change():
             with manager.changing("eight"):
@@ -503,7 +504,7 @@ def test_a_request_without_an_end_is_the_only_one_that_fills_the_cache(enabled):
         found = results(manager, 2)
         last = manager.add_request([8] * 20, adapter_id="three", max_new_tokens=8)
         found |= results(manager, 1)
-    assert "and the cache holds" in found[endless].error
+    assert "but the cache holds" in found[endless].error
     assert len(found[endless].generated_tokens) == 109
     assert found[last].generated_tokens == found[short].generated_tokens
 
@@ -552,7 +553,7 @@ def test_an_adapter_that_is_replaced_without_a_word(enabled):
 
 
 def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
-    """One that comes again has lost its prefixes, and shares nobody else's."""
+    """A mixture that returns has lost its prefixes, and gets no others."""
     model, mb = enabled
     for module in (admission, prefixes):
         monkeypatch.setattr(module, "KEPT", 3)
@@ -566,12 +567,12 @@ def test_more_mixtures_than_are_remembered(enabled, monkeypatch):
             (output,) = results(manager, 1).values()
             found.append(output.generated_tokens)
         assert len(manager._prefixes._salts) == 3 and len(manager._admission._checked) <= 3
-        assert 0 < manager.prefix_hits < len(prompt)  # of the last alone
+        assert 0 < manager.prefix_hits < len(prompt)  # only of the last one
     assert found == row_by_row(model, [prompt] * len(entries), entries)
 
 
 def test_an_adapter_that_is_replaced_while_a_request_runs(enabled):
-    """The steps of that request notice it, before another request looks for cached prefixes."""
+    """That request's steps notice it before another request looks for cached prefixes."""
     model, mb = enabled
     prompt, long = [9] * 40, generation(max_new_tokens=100)
     with mb.continuous_batching(generation_config=long, continuous_batching_config=settings()) as manager:
@@ -588,7 +589,7 @@ def test_an_adapter_that_is_replaced_while_a_request_runs(enabled):
 
 
 def test_what_was_checked_of_old_versions_is_let_go(enabled):
-    """Adapters whose scaling is a tensor, as PEFT's compiled hot-swap makes it, count as new at every step."""
+    """Adapters whose scaling is a tensor, as in PEFT's compiled hot-swap, count as new at every step."""
     model, mb = enabled
     for module in model.modules():
         for name, scaling in getattr(module, "scaling", {}).items() if hasattr(module, "lora_A") else ():
@@ -602,14 +603,16 @@ def test_what_was_checked_of_old_versions_is_let_go(enabled):
 
 
 def test_requests_beyond_learned_positions_and_of_odd_numbers():
-    model = peft_model("gpt2").to(DEVICE)  # 64 positions
+    model = peft_model("gpt2").to(DEVICE)  # it has 64 positions
     mb = peft_multibatch.enable(model)
     with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
         bad = {
             manager.add_request([9] * 70, adapter_id="eight"): "the model has 64 positions",
             manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=16): "the model has 64 positions",
-            manager.add_request([9.5], adapter_id="eight"): "a prompt has 9.5 of type float",
-            manager.add_request([9], adapter_id="eight", max_new_tokens="9"): "max_new_tokens has '9' of type str",
+            manager.add_request([9.5], adapter_id="eight"): "a prompt contains 9.5 of type float",
+            manager.add_request(
+                [9], adapter_id="eight", max_new_tokens="9"
+            ): "max_new_tokens contains '9' of type str",
             manager.add_request([9], adapter_id=(0, 1)): "of type tuple: expected an integer id",
         }
         good = manager.add_request([9] * 50, adapter_id="eight", max_new_tokens=15)
@@ -633,7 +636,7 @@ def test_an_adapter_on_the_head_that_is_loaded_while_requests_run(enabled):
 
 
 def test_a_flood_for_one_adapter_does_not_starve_the_others():
-    """Simulated: two adapters, of which one has a hundred requests before the other's ten come."""
+    """A simulation of two adapters, one of which has a hundred requests before the other's ten arrive."""
 
     class Request:
         def __init__(self, entry):
@@ -650,5 +653,5 @@ def test_a_flood_for_one_adapter_does_not_starve_the_others():
         begun.append(state.logit_processor_kwargs["adapter_id"])
         queue.charge(begun[-1], 10)
     assert begun[:20] == [0] * 20
-    # one of each in turn, from when they came: neither does the late one have to wait, nor does it take all
+    # they alternate from the arrival on: the late adapter neither waits nor takes all places
     assert Counter(begun[20:40]) == {0: 10, 1: 10}

@@ -1,4 +1,4 @@
-"""What one adapter, request or caller of continuous batching gets wrong, and what all others get nevertheless."""
+"""Errors of one adapter, request or caller of continuous batching don't affect the others."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def serve(mb, tokens=8, blocks=48, number=1, **options):
 
 
 def cached_values(manager):
-    """Everything in the cache but the two sectors of padding, which nobody reads."""
+    """Return the whole cache except the two sectors of padding, which are never read."""
     cache = manager.batch_processor.cache
-    if not hasattr(cache, "cache_tensor"):  # older transformers' has what was in memory before
+    if not hasattr(cache, "cache_tensor"):  # older versions of transformers leave memory uninitialized
         return torch.zeros(1)
     return cache.cache_tensor[2 * cache.bytes_per_sector :].view(cache.dtype)
 
@@ -79,7 +79,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter(enabled, bad, shares
             found = results(manager, 12)
             assert [found[names[index]].generated_tokens for index in good] == want
             for index in {*range(12)} - {*good}:
-                assert "has logits that aren't finite" in found[names[index]].error
+                assert "has non-finite logits" in found[names[index]].error
                 assert "eight" in found[names[index]].error
         assert manager.is_running()
         assert bool(cached_values(manager).isfinite().all())
@@ -89,7 +89,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter(enabled, bad, shares
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("size", [60.0, 3e3, 6e4])
 def test_keys_that_are_too_large_for_float16(size, attention):
-    """The least number of float16, which masks are made of, is one that scores reach."""
+    """Scores can reach the lowest number of float16, which masks are made of."""
     model = peft_model(dtype=torch.float16, autocast_adapter_dtype=False).to(DEVICE)
     model.get_base_model().set_attn_implementation(attention)
     mb = peft_multibatch.enable(model)
@@ -112,7 +112,7 @@ def test_keys_that_are_too_large_for_float16(size, attention):
 @pytest.mark.parametrize("shares", [False, True], ids=["apart", "shared prefixes"])
 @pytest.mark.parametrize("bad", BAD)
 def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, asynchronous):
-    """The next step is under way when a step's tokens are seen, and takes them from the device."""
+    """The next step is already running when a step's tokens are read, and takes its input tokens from the device."""
     model, mb = enabled
     with torch.no_grad():
         BAD[bad](weights_of(model, "eight", ["lora_B"]))
@@ -131,14 +131,14 @@ def test_values_that_are_not_finite_in_asynchronous_steps(enabled, bad, shares, 
             for copies in (names, [f"{name}__child#0" for name in names]):
                 assert [found[copies[index]].generated_tokens for index in good] == want
                 for index in {*range(12)} - {*good}:
-                    assert "has logits that aren't finite" in found[copies[index]].error
+                    assert "has non-finite logits" in found[copies[index]].error
         assert manager.is_running() and not manager._quarantine.suspects
         assert bool(cached_values(manager).isfinite().all())
         assert manager.batch_processor.use_async_batching
 
 
 def test_long_prompts_that_begin_alike_and_are_not_finite(enabled):
-    """A page of which there are two is let go of when the second is complete, which it is long before the logits."""
+    """The second copy of a page frees the first one when it is complete, long before there are logits."""
     model, mb = enabled
     with torch.no_grad():
         weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
@@ -149,7 +149,7 @@ def test_long_prompts_that_begin_alike_and_are_not_finite(enabled):
             names = manager.add_requests(inputs, adapter_ids=entries)
         found = results(manager, 12)
         assert bool(cached_values(manager).isfinite().all())
-    assert all("aren't finite" in found[name].error for name in names[:-1])
+    assert all("non-finite logits" in found[name].error for name in names[:-1])
     assert [found[names[-1]].generated_tokens] == want
 
 
@@ -172,7 +172,7 @@ def test_values_that_are_not_finite_in_graphs(bad, dtype, is_asynchronous):
             found = results(manager, 24, timeout=120)
             for copies in (names, [f"{name}__child#0" for name in names]):
                 assert [found[copies[index]].generated_tokens for index in good] == want
-                assert all("aren't finite" in found[copies[index]].error for index in {*range(12)} - {*good})
+                assert all("non-finite logits" in found[copies[index]].error for index in {*range(12)} - {*good})
         assert manager.is_running()
         assert bool(cached_values(manager).isfinite().all())
     mb.disable()
@@ -190,7 +190,7 @@ def test_adapters_on_the_head_are_refused_where_there_are_graphs():
     with serve(mb, use_cuda_graph=True) as manager:
         names = manager.add_requests(inputs, adapter_ids=entries)
         found = results(manager, 4, timeout=120)
-    assert "gets the last token of every request alone" in found[names[1]].error
+    assert "gets only the last token of every request" in found[names[1]].error
     assert "runs PEFT's own code per segment" in found[names[2]].error
     assert [found[names[index]].generated_tokens for index in (0, 3)] == [want[0], want[3]]
     mb.disable()
@@ -219,14 +219,14 @@ def test_what_raises_in_an_asynchronous_step(enabled, asynchronous):
 
 
 def test_an_id_that_is_used_again_in_asynchronous_steps(enabled, asynchronous):
-    """What a cancelled request's last step gave isn't handed on to another one of the same id."""
+    """The output of a cancelled request's last step doesn't go to another request with the same id."""
     model, mb = enabled
     want = row_by_row(model, [[9] * 16], ["eight"], 20)[0]
     with serve(mb, 20, **asynchronous) as manager:
         for _ in range(5):
             manager.add_request([8] * 12, "it", adapter_id="eight", streaming=True, max_new_tokens=200)
             assert manager.get_result(timeout=60).error is None
-            with manager.changing():  # so that both come between the same two steps
+            with manager.changing():  # both must come between the same two steps
                 manager.cancel_request("it")
                 manager.add_request([9] * 16, "again", adapter_id="eight")
             found = results(manager, 2)
@@ -249,19 +249,19 @@ def test_a_prompt_in_many_steps_and_in_several_copies(enabled):
     for name, entry, tokens in zip(names, entries, want):
         for each in (name, f"{name}__child#0", f"{name}__child#1"):
             if entry == "eight":
-                assert "aren't finite" in found[each].error
+                assert "non-finite logits" in found[each].error
             else:
                 assert found[each].generated_tokens == tokens
 
 
 def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
-    """Two prompts in a step that has none for either, and then one that isn't at fault in a step by itself."""
+    """Two prompts share a step without logits of either, followed by a step of only the innocent one."""
     model, mb = enabled
     with torch.no_grad():
         weights_of(model, "eight", ["lora_B"], ["k_proj"])[0].fill_(float("nan"))
     want = row_by_row(model, [[8] * 20], ["three"])[0]
     with serve(mb, number=2) as manager:
-        with manager.changing():  # so that both are waiting
+        with manager.changing():  # both must be waiting
             manager.add_request([9] * 20, "bad", adapter_id="eight")
             manager.add_request([8] * 20, "good", adapter_id="three")
             scheduler, steps = manager.batch_processor.scheduler, []
@@ -274,10 +274,10 @@ def test_pages_that_were_spoilt_before_anybody_had_logits(enabled):
 
             scheduler._process_candidates = offer
         found = results(manager, 4)
-    assert steps[:2] == [2, 4]  # before and after they were forked
+    assert steps[:2] == [2, 4]  # before and after the fork
     for name in ("", "__child#0"):
         assert found[f"good{name}"].generated_tokens == want
-        assert "aren't finite" in found[f"bad{name}"].error
+        assert "non-finite logits" in found[f"bad{name}"].error
 
 
 def test_sampling_from_what_is_not_finite(enabled):
@@ -290,7 +290,7 @@ def test_sampling_from_what_is_not_finite(enabled):
     with mb.continuous_batching(generation_config=config, **options) as manager:
         names = manager.add_requests(inputs, adapter_ids=entries)
         found = results(manager, 4)
-    assert all("aren't finite" in found[name].error for name in names[::2])
+    assert all("non-finite logits" in found[name].error for name in names[::2])
     good = [found[name] for name in names[1::2]]
     assert [output.generated_tokens for output in good] == row_by_row(model, inputs[1::2], entries[1::2])
     assert all(len(output.logprobs) == 8 for output in good)
@@ -319,7 +319,7 @@ def test_what_raises_in_a_step_is_its_own_requests_affair(enabled):
 
 
 def broken(model, how):
-    """Break adapter ``eight`` of a model in a way that its requests can't survive."""
+    """Break a model's adapter ``eight`` so that its requests fail."""
     weights = [each for each in model.modules() if "eight" in getattr(each, "lora_A", ())]
     layer = weights[3]
     if how == "a tensor on the meta device":
@@ -380,7 +380,7 @@ def test_adapters_on_fused_experts():
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_layers_that_run_per_segment_and_get_tokens_without_a_batch():
-    """Of Qwen2-MoE, whose shared experts see them so."""
+    """As in Qwen2-MoE's shared experts."""
     torch.manual_seed(0)
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     base = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=24))
@@ -417,12 +417,12 @@ def test_ids_of_any_hashable_type(enabled):
 def test_several_copies_of_requests_whose_ids_look_alike(enabled):
     model, mb = enabled
     with serve(mb, number=2) as manager:
-        with manager.changing():  # so that all of them are waiting
+        with manager.changing():  # all of them must be waiting
             ids = [7, "7", "7__child#0"]
             for name in ids:
                 manager.add_request([9] * 20, name, adapter_id="eight")
         outputs = [manager.get_result(timeout=60) for _ in range(4)]
-    assert sum("which another one has that is under way" in (each.error or "") for each in outputs) == 2
+    assert sum("which a running request already has" in (each.error or "") for each in outputs) == 2
     good = {each.request_id: each.generated_tokens for each in outputs if not each.error}
     assert good == dict.fromkeys([7, "7__child#0"], row_by_row(model, [[9] * 20], ["eight"])[0])
 
@@ -433,7 +433,7 @@ def test_several_copies_of_a_prompt_of_which_one_token_is_left(enabled, length):
     prompt = [9] * length
     want = row_by_row(model, [prompt], ["eight"])[0]
     with serve(mb, number=3) as manager:
-        for _ in range(2):  # the second finds all but one token in the cache
+        for _ in range(2):  # the second one finds all tokens except one in the cache
             manager.add_request(prompt, "it", adapter_id="eight")
             found = results(manager, 3)
             assert manager.is_running()
@@ -443,13 +443,14 @@ def test_several_copies_of_a_prompt_of_which_one_token_is_left(enabled, length):
 
 
 def test_generate_on_other_threads(enabled):
-    """Packed steps aren't causal by themselves, and a model's configuration is one for all threads."""
+    """Packed steps aren't causal by themselves, and all threads share the model's configuration."""
     model, mb = enabled
     inputs, entries = prompts(8), ["three", "eight", "__base__", "four"] * 2
     want = row_by_row(model, inputs, entries)
     before = model.config.to_dict()
     with serve(mb, 100) as manager:
-        if model.config._attn_implementation == "paged|sdpa":  # older transformers, whose `generate` says why not
+        # `generate` of older versions of transformers explains why not
+        if model.config._attn_implementation == "paged|sdpa":
             pytest.skip("this version of transformers has no generate beside continuous batching")
         names = manager.add_requests(inputs * 4, adapter_ids=entries * 4)
         found, seen = [], set()
@@ -463,7 +464,7 @@ def test_generate_on_other_threads(enabled):
 
 
 def test_calls_beside_eager_attention_are_refused():
-    """transformers' eager attention for packed steps makes no masks for other calls."""
+    """transformers' eager attention for packed steps builds no masks for other calls."""
     model = peft_model().to(DEVICE)
     model.get_base_model().set_attn_implementation("eager")
     mb = peft_multibatch.enable(model)
@@ -546,7 +547,7 @@ def test_weights_that_are_written_in_a_pause(enabled):
 
 
 def test_pages_that_were_begun_under_other_weights_are_not_found(enabled):
-    """A request began with few tokens, its first page is complete when the weights are others."""
+    """A request starts with few tokens, and its first page is completed after the weights have changed."""
     model, mb = enabled
     prompt = [9] * 10
     with serve(mb, 60) as manager:
@@ -555,7 +556,7 @@ def test_pages_that_were_begun_under_other_weights_are_not_found(enabled):
         with torch.no_grad():
             for weight in weights_of(model, "eight", ["lora_B"]):
                 weight.mul_(1.01)
-        manager.add_request([8] * 40, adapter_id="eight", max_new_tokens=1)  # which notices it
+        manager.add_request([8] * 40, adapter_id="eight", max_new_tokens=1)  # this one notices it
         found = results(manager, 2)
         long = next(output for output in found.values() if len(output.generated_tokens) == 60)
         tokens = prompt + long.generated_tokens[:40]
@@ -591,18 +592,18 @@ def test_cancelled_requests_and_their_children_end(enabled):
 ODD = {
     "a 2-D tensor": (torch.ones(1, 3, dtype=torch.long), {}, r"a prompt is of shape \[1, 3\]"),
     "None": (None, {}, "a prompt is None"),
-    "an iterator": (iter([1, 2]), {}, "a prompt is no sequence"),
-    "a generator": ((each for each in [1]), {}, "a prompt is no sequence"),
-    "a number": (7, {}, "a prompt is no sequence"),
-    "a string": ("words", {}, "a prompt is no sequence"),
-    "nested": ([[1, 2]], {}, "a prompt has .* of type list"),
-    "floats": (torch.ones(3), {}, "a prompt has 1.0 of type float"),
-    "truths": ([True, False], {}, "a prompt has True of type bool"),
-    "an end that is a string": ([9], {"eos_token_id": "x"}, "eos_token_id is no sequence"),
-    "an end that is a fraction": ([9], {"eos_token_id": 2.5}, "eos_token_id is no sequence"),
-    "ends that are odd": ([9], {"eos_token_id": [1, None]}, "eos_token_id has None"),
-    "an end that is a dictionary": ([9], {"eos_token_id": {1: 2}}, "eos_token_id is no sequence"),
-    "a limit that is a list": ([9], {"max_new_tokens": [3]}, "max_new_tokens has"),
+    "an iterator": (iter([1, 2]), {}, "a prompt is not a sequence"),
+    "a generator": ((each for each in [1]), {}, "a prompt is not a sequence"),
+    "a number": (7, {}, "a prompt is not a sequence"),
+    "a string": ("words", {}, "a prompt is not a sequence"),
+    "nested": ([[1, 2]], {}, "a prompt contains .* of type list"),
+    "floats": (torch.ones(3), {}, "a prompt contains 1.0 of type float"),
+    "truths": ([True, False], {}, "a prompt contains True of type bool"),
+    "an end that is a string": ([9], {"eos_token_id": "x"}, "eos_token_id is not a sequence"),
+    "an end that is a fraction": ([9], {"eos_token_id": 2.5}, "eos_token_id is not a sequence"),
+    "ends that are odd": ([9], {"eos_token_id": [1, None]}, "eos_token_id contains None"),
+    "an end that is a dictionary": ([9], {"eos_token_id": {1: 2}}, "eos_token_id is not a sequence"),
+    "a limit that is a list": ([9], {"max_new_tokens": [3]}, "max_new_tokens contains"),
 }
 
 
@@ -628,7 +629,7 @@ def test_prompts_of_generate_batch_that_are_none(enabled):
     for bad, message in (
         (None, "a prompt is None"),
         (torch.ones(1, 3), "a prompt is of shape"),
-        (["x"], "has 'x' of"),
+        (["x"], "contains 'x' of"),
     ):
         with pytest.raises(errors.UnsupportedError, match=message):
             model.generate_batch([[9], bad], adapter_ids=["eight", "eight"], **options)
@@ -661,7 +662,7 @@ def test_per_request_arguments_that_no_tensor_can_hold(enabled):
         bad = manager.add_request([9] * 4, adapter_id="eight", top_k=2**40)
         good = manager.add_request([9] * 4, adapter_id="eight", top_k=3)
         found = results(manager, 2)
-    assert "with which transformers raises" in found[bad].error
+    assert "for which transformers raises" in found[bad].error
     assert len(found[good].generated_tokens) == 8
 
 

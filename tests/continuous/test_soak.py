@@ -1,8 +1,8 @@
-"""Everything at once: callers that add, cancel and name bad adapters, others that change them, `generate` beside it.
+"""A soak test: callers add and cancel requests and name bad adapters, others change adapters, and `generate` runs too.
 
-``MULTIBATCH_REQUESTS=2000`` runs that many requests, on a GPU with CUDA graphs too. Every good one has the tokens that
-it has alone, every bad one an error, and the loop lives. How long that takes is the machine's affair: only a loop that
-gives no outputs at all any more is waited for in vain.
+``MULTIBATCH_REQUESTS=2000`` sets the number of requests, on a GPU with CUDA graphs too. Every valid request gets
+the tokens that it gets alone, every invalid one an error, and the loop survives. There is no limit on the total
+time: the test fails only if the loop stops returning outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import peft_multibatch
 
 REQUESTS = int(os.environ.get("MULTIBATCH_REQUESTS", 60))
 PATIENCE = 120  # seconds without any output
-PACE = max(1, REQUESTS / 400)  # more requests for each change and call beside them, where there are many
+PACE = max(1, REQUESTS / 400)  # more requests per change and call in long runs
 TOKENS = 6
 SHARED = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
 PLAIN = {f"plain {rank}": {"r": rank, "target_modules": LLAMA_LIKE[rank % 3 :: 2]} for rank in (1, 2, 4, 8, 16)}
@@ -69,7 +69,7 @@ def served_model(kinds):
 
 
 class Soak:
-    """A manager, what is asked of it, and what should come of it."""
+    """A manager, the requests that it gets, and the expected results."""
 
     def __init__(self, model, mb, entries):
         chance = random.Random(0)
@@ -92,11 +92,11 @@ class Soak:
         return row_by_row(self.model, [self.prompts[each] for each, _ in pairs], [entry for _, entry in pairs], TOKENS)
 
     def again(self, seconds):
-        """Whether there is a next time, after a while."""
+        """Wait a while; returns whether to continue."""
         return not self.is_over.wait(seconds * PACE)
 
     def swap(self, manager):
-        """Other weights for one adapter, in and out."""
+        """Change the weights of one adapter and restore them."""
         kept = [weight.clone() for weight in self.swapped]
         while True:
             with manager.changing("swapped"):
@@ -107,7 +107,7 @@ class Soak:
                 return
 
     def delete(self, manager):
-        """One adapter that goes, and one that comes in its place."""
+        """Delete one adapter and add another one in its place."""
         config = self.model.peft_config["deleted"]
         while True:
             with manager.changing("deleted"):
@@ -120,7 +120,7 @@ class Soak:
                 return
 
     def generate(self, manager):
-        """`generate` on another thread, with pauses in which steps run by themselves, and in CUDA graphs."""
+        """Run `generate` on another thread, with pauses in which steps run alone, and in CUDA graphs."""
         pairs = [pair for pair in self.good if pair[1] not in ("swapped", "deleted")]
         chance = random.Random(1)
         while True:
@@ -128,7 +128,7 @@ class Soak:
             try:
                 found = self._alone([pair])
             except ValueError as error:
-                if "without a paged attention cache" not in str(error):  # as older transformers refuse it
+                if "without a paged attention cache" not in str(error):  # the error of older versions of transformers
                     raise
                 found = self.good[pair]
             if found != self.good[pair]:
@@ -138,7 +138,7 @@ class Soak:
                 return
 
     def add(self, manager, seed, number):
-        """One caller."""
+        """Run one caller."""
         chance = random.Random(seed)
         for index in range(number):
             pair = chance.choice(self.pairs)

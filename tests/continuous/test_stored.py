@@ -1,4 +1,4 @@
-"""Requests under stored adapters: they begin when these are in memory, and nobody else waits for that."""
+"""Requests of stored adapters start once these are in memory, and no other request waits for that."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def texts(folder, inputs):
-    """What `generate` gives every prompt under every adapter, by PEFT."""
+    """PEFT's tokens for every prompt and adapter."""
 
     def generate(model):
         return [
@@ -94,7 +94,7 @@ def test_texts_are_those_of_peft(make, inputs, texts):
         found = results(manager, len(inputs))
         for row, (request, name) in enumerate(zip(requests, names)):
             assert found[request].generated_tokens == texts[name][row]
-        assert store.stats().hits + store.stats().misses == 4  # each request once, however many steps it takes
+        assert store.stats().hits + store.stats().misses == 4  # each request counts once, whatever its number of steps
         assert store.stats().loads == 3
         again = manager.add_requests(inputs[:3], adapter_ids=["a1", "a1", {"a0": 1, "a2": 1}])
         found = results(manager, 3)
@@ -194,13 +194,13 @@ def test_numbers_that_are_none_end_their_own_requests(make, folder, inputs, text
         found = results(manager, len(inputs))
     for row, (request, name) in enumerate(zip(requests, names)):
         if name == "own":
-            assert "aren't finite" in found[request].error
+            assert "non-finite logits" in found[request].error
         else:
             assert found[request].error is None and found[request].generated_tokens == texts[name][row]
 
 
 def test_files_that_change_while_requests_wait(make, folder, inputs, texts, tmp_path):
-    """Each fails by itself, and the rest go on; registered again, the name works again."""
+    """Each fails alone, and the others continue; registered again, the name works again."""
     mb, store = make(room=4)
     names = [f"own{number}" for number in range(4)]
     for name in names:
@@ -224,7 +224,7 @@ def test_files_that_change_while_requests_wait(make, folder, inputs, texts, tmp_
 
 
 def test_batches_on_other_threads_that_want_more_than_half_of_the_room(make, inputs, texts):
-    """While requests hold adapters: all of them end."""
+    """Requests hold adapters meanwhile; all batches finish."""
     mb, _ = make(room=3)
     failures = []
 
@@ -266,7 +266,7 @@ def whole_room(mb, inputs, names):
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["idle", "stopped"])
 def test_requests_that_ended_hold_no_memory(make, inputs, texts, is_stopped):
-    """Not even while nobody comes after them: a batch that needs all of the room has it."""
+    """Even if no other request follows: a batch that needs all of the memory gets it."""
     mb, _ = make(room=2)
     with serve(mb) as manager:
         requests = [manager.add_request(inputs[row], adapter_id=f"a{row}") for row in range(2)]
@@ -278,7 +278,7 @@ def test_requests_that_ended_hold_no_memory(make, inputs, texts, is_stopped):
 
 
 def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
-    """Also when the request from which they were forked has ended."""
+    """Even after the request that they were forked from has ended."""
     mb, store = make(room=1)
     requests = stored.StoredRequests(mb._registry, None)
     scheduler = SimpleNamespace(active_requests={}, max_requests_per_batch=4)
@@ -363,7 +363,7 @@ def test_prefixes_are_shared_under_one_version_alone(make, folder, texts):
         assert hits == 0
         again, hits = ask("a0")
         assert again == first and hits
-        for number in range(1, 6):  # drive it out of memory
+        for number in range(1, 6):  # evicts it
             ask(f"a{number}")
         again, hits = ask("a0")
         assert again == first and hits
@@ -373,11 +373,11 @@ def test_prefixes_are_shared_under_one_version_alone(make, folder, texts):
         assert other == ask("a6")[0]
 
 
-# Whose turn it is.
+# Order of requests.
 
 
 def test_a_flood_of_cold_adapters_neither_starves_nor_thrashes_the_others(make, folder, inputs, texts, monkeypatch):
-    """A tenant asks for 120 adapters that aren't in memory; another one for the same again and again, one by one."""
+    """One tenant requests 120 adapters that aren't in memory, another one the same adapter again and again."""
     mb, store = make(room=8)
     cold = {f"cold{number}": f"a{number % COUNT}" for number in range(120)}
     for name, source in cold.items():
@@ -410,13 +410,13 @@ def test_a_flood_of_cold_adapters_neither_starves_nor_thrashes_the_others(make, 
                 assert output.generated_tokens == texts[f"a{row % COUNT}"][row % 6]
                 done.append(output.request_id)
     assert len(done) == len(cold)
-    assert loads.count("a0") == 1  # it never had to go
-    assert len(answers) >= 20, answers  # a third of one place in four at least
+    assert loads.count("a0") == 1  # it was never evicted
+    assert len(answers) >= 20, answers  # at least a third of one in four places
     assert max(after - before for before, after in itertools.pairwise(answers)) <= 12, answers
 
 
 def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeypatch):
-    """All of the room is that of two adapters for which requests come without end."""
+    """Two adapters with an endless stream of requests occupy all of the memory."""
     monkeypatch.setattr(stored, "STARVED", 0.2)
     mb, _ = make(room=2)
     with serve(mb, max_requests_per_batch=4) as manager:
@@ -440,7 +440,7 @@ def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeyp
 
 
 def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, monkeypatch):
-    """And not when the step that runs has ended; the request counts as one that missed all the same."""
+    """It doesn't wait for the running step to end; the request still counts as a miss."""
     mb, store = make(room=4)
     begun = threading.Event()
     read = loading.read_weights
@@ -477,7 +477,7 @@ class Request:
 
 
 def test_adapters_without_end_do_not_starve_one_that_was_served_before():
-    """Simulated: requests for new adapters come twice as fast as any are served."""
+    """A simulation in which requests for new adapters arrive twice as fast as any are served."""
     queue, waiting, turns = FairScheduler(), [Request(0)], []
     for step in range(200):
         state = queue.order(waiting, set())[0]
@@ -495,29 +495,29 @@ def test_adapters_without_end_do_not_starve_one_that_was_served_before():
 
 
 def save_wide(folder):
-    """An adapter on layers that none of the others has."""
+    """Save an adapter on layers that no other adapter has."""
     return save(folder, LoraConfig(r=4, target_modules=["v_proj", "o_proj", "up_proj"], init_lora_weights=False))
 
 
 def test_layers_that_came_after_a_graph_was_captured(make, tmp_path):
-    """Adapters that have weights there can't run in it; those that haven't can, whoever was loaded meanwhile."""
+    """Adapters with weights in these layers can't use the graph; others can, whichever are loaded."""
     mb, store = make(room=COUNT)
     ids, router = store._names.ids, mb._router
     with serve(mb) as manager:
         steps = manager._steps
         assert not steps._has_new_layers(router.plan([ids["a0"]]))
-        router.graph.is_captured = True  # as if
+        router.graph.is_captured = True  # simulates a capture
         store.register("wide", save_wide(tmp_path / "wide"))
         assert not steps._has_new_layers(router.plan([ids["a0"], ids["a7"]]))
         assert steps._has_new_layers(router.plan([ids["a1"], ids["wide"]]))
-        assert not steps._has_new_layers(router.plan([ids["wide"]]))  # they were captured anew by now
+        assert not steps._has_new_layers(router.plan([ids["wide"]]))  # graphs were captured again
         router.graph.is_captured = False
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_no_graph_is_captured_because_something_was_loaded(make, folder, inputs, texts, monkeypatch, asynchronous):
-    """Four times as many adapters as there is room for, over and over, after the first round captured its graphs."""
+    """Four times as many adapters as fit are used repeatedly, after the first round has captured its graphs."""
     captured = []
     begin = torch.cuda.CUDAGraph.capture_begin
     monkeypatch.setattr(
@@ -537,10 +537,10 @@ def test_no_graph_is_captured_because_something_was_loaded(make, folder, inputs,
             for request, (row, name) in zip(requests, wanted):
                 assert found[request].error is None and found[request].generated_tokens == texts[name][row]
             counts.append(len(captured) - before)
-        store.register("again", folder / "a3")  # of a shape that is known
+        store.register("again", folder / "a3")  # its shape is known
         request = manager.add_request(inputs[0], adapter_id="again")
         assert results(manager, 1)[request].generated_tokens == texts["a3"][0]
-    assert counts[0] > 0 and counts[-2:] == [0, 0], counts  # rounds may meet new shapes, and fewer every time
+    assert counts[0] > 0 and counts[-2:] == [0, 0], counts  # rounds may meet new shapes, but fewer each time
     assert store.stats().evictions > 4 * COUNT
 
 

@@ -1,4 +1,4 @@
-"""What comes between two steps at the worst moment: every window is held open, so that it is met every time."""
+"""Events that come between two steps at the worst moment; every window is held open, so that it is always hit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def in_both_copies(found, names):
 
 @pytest.mark.parametrize("length", [2, 20, 65])
 def test_a_request_that_waits_to_be_forked_has_no_tokens_in_the_step_between(enabled, asynchronous, length):
-    """Two steps are under way, and it is forked when the first one was seen: nobody else has tokens in the second."""
+    """Two steps are running, and the request is forked after the first one was read: no other request has tokens in
+    the second."""
     model, mb = enabled
     want = row_by_row(model, [[9] * length], ["eight"])
     with serve(mb, **asynchronous) as manager:
@@ -46,7 +47,7 @@ def test_a_request_that_waits_to_be_forked_has_no_tokens_in_the_step_between(ena
 
 
 def test_a_full_cache_leaves_alone_who_is_about_to_be_forked(enabled, asynchronous):
-    """Its last token needs another block, which nobody has: one that began again would be forked from what it was."""
+    """Its last token needs another block, and none is free; if it were restarted, its forks would be stale."""
     model, mb = enabled
     inputs, entries = [[9] * 33, [8] * 33], ["eight", "three"]
     want = row_by_row(model, inputs, entries)
@@ -59,7 +60,8 @@ def test_a_full_cache_leaves_alone_who_is_about_to_be_forked(enabled, asynchrono
 
 
 def test_who_lacks_blocks_is_known_whoever_was_tried_after_it(enabled):
-    """Requests of an adapter that failed before run one by one: none of three can, and the last has no blocks."""
+    """Requests of an adapter that failed before run one by one: none of the three can run, and the last has no
+    blocks."""
     model, mb = enabled
     inputs, entries = [[9] * 60, [8] * 60], ["eight", "eight"]
     want = row_by_row(model, inputs, entries, 20)
@@ -81,7 +83,7 @@ def test_who_lacks_blocks_is_known_whoever_was_tried_after_it(enabled):
 
 
 def test_a_request_that_is_cancelled_before_the_loop_has_it(enabled, monkeypatch):
-    """The loop takes requests first and cancellations afterwards: this one comes, and is cancelled, in between."""
+    """The loop takes requests first and cancellations afterwards: this request is added and cancelled in between."""
     _, mb = enabled
     drain, came = continuous_api.drain_queue, threading.Event()
 
@@ -101,7 +103,7 @@ def test_a_request_that_is_cancelled_before_the_loop_has_it(enabled, monkeypatch
 
 
 def test_steps_with_graphs_do_not_wait_for_calls_of_other_threads(enabled, monkeypatch):
-    """Captured graphs read one plan, which such a call has until it ends: a step beside it runs without them."""
+    """Captured graphs read one plan, which such a call occupies until it ends; meanwhile steps run without graphs."""
     model, mb = enabled
     want = row_by_row(model, [[9] * 20], ["eight"])
     captured = []

@@ -1,4 +1,4 @@
-"""What a user may write, and what type checkers have to find: each line that says so at its end."""
+"""A user's script for type checkers, which must report every line marked as wrong."""
 
 from typing import Literal
 

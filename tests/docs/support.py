@@ -1,9 +1,9 @@
-"""Runs every case in docs/support.md, compares it with PEFT one adapter at a time, and writes the page.
+"""Run every case in docs/support.md, compare it with PEFT, one adapter at a time, and write the page.
 
     python tests/docs/support.py            # writes the page
     python tests/docs/support.py --check    # fails if the page is out of date
 
-test_support.py runs it with --check, which keeps the page true.
+test_support.py runs it with --check, so the page can't become outdated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Case = tuple[Any, Callable[[Any, dict], torch.Tensor], dict[str, torch.Tensor]]
 
 
 def language_model(options: dict, second: dict | None = None, kind: str = "Llama", **sizes: Any) -> Case:
-    """A small decoder with two adapters."""
+    """Build a small decoder with two adapters."""
     torch.manual_seed(0)
     arguments = {"vocab_size": 160, "pad_token_id": 0, **(sizes or {**SMALL, "num_key_value_heads": 1})}
     config = getattr(transformers, f"{kind}Config")(**arguments)
@@ -79,7 +79,7 @@ def quantized(kind: str) -> Case:
     package = test_quantized.KINDS[kind][0]
     if not test_quantized.is_installed(package):
         raise ModuleNotFoundError(f"needs the package {package}")
-    dtype = test_quantized.dtype_of(kind)  # in which its layers compute
+    dtype = test_quantized.dtype_of(kind)  # the dtype that its layers compute in
     return (
         test_quantized.build(kind),
         lambda model, inputs, **ids: model(**inputs, **ids).logits.to(dtype),
@@ -188,7 +188,7 @@ installed when the script runs, its row in this table is kept from the previous 
 
 
 def run(case: Callable[[], Case]) -> tuple[str, str]:
-    """How a case runs, and the reason if it isn't the fast way."""
+    """Return how a case runs, and the reason if it isn't the fast way."""
     try:
         model, call, inputs = case()
     except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""The Dockerfile and the unit of systemd, as far as they can be tried without Docker and without being the system."""
+"""The Dockerfile and the systemd unit, as far as they can be tested without Docker and systemd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def page():
 
 
 def check_command(words, options):
-    """A command line of the server's: its options are there, and those that take values have one."""
+    """Check a command line of the server: its options exist, and those that take values have one."""
     assert words[0] == "serve"
     rest = iter(words[2:])
     for word in rest:
@@ -83,7 +83,7 @@ def test_the_image_has_what_it_runs(instructions, options, page):
         for source in rest.split()[:-1] if name == "COPY" else ():
             assert (ROOT / source).exists() and f"!{source}" in ignored
     copied = {source for name, rest in instructions if name == "COPY" for source in rest.split()[:-1]}
-    assert {"pyproject.toml", project["readme"], *project["license-files"]} <= copied  # which the build reads
+    assert {"pyproject.toml", project["readme"], *project["license-files"]} <= copied  # files that the build reads
     extras = re.search(r'"\.\[(.*?)\]"', by_name["RUN"]).group(1).split(",")
     assert set(extras) <= set(project["optional-dependencies"])
     makefile = (ROOT / "Makefile").read_text()

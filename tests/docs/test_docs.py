@@ -1,4 +1,4 @@
-"""Every Python snippet of the README and of the docs runs, in the order in which it is read."""
+"""Every Python snippet of the README and the docs runs, in reading order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = [
 
 
 @pytest.mark.xdist_group("real model")
-# transformers 5.17 says so of offloaded models
+# transformers 5.17 warns about offloaded models
 @pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type")
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_snippets_run(page, capsys, tmp_path, monkeypatch):
@@ -33,10 +33,10 @@ def test_snippets_run(page, capsys, tmp_path, monkeypatch):
         exec(compile(snippet, str(page), "exec"), names)
 
 
-# train_adapters.py downloads texts and trains for minutes; tests of their own run both examples for Ray
+# train_adapters.py downloads texts and trains for minutes; the examples for Ray have separate tests
 ELSEWHERE = ("train_adapters", "ray_batch_inference", "ray_serve")
 OPTIONS = {
-    "accelerate_generate": ["--max-new-tokens", "4"],  # which test_accelerate.py runs with a small model
+    "accelerate_generate": ["--max-new-tokens", "4"],  # test_accelerate.py runs it with a small model
     "thousands_of_adapters": ["--adapters", "40", "--requests", "16", "--new-tokens", "3", "--room", "3MB"],
     "train_many": ["--steps", "3", "--rows", "1", "--length", "32"],
     "sweep_learning_rates": ["--steps", "2", "--length", "16"],
@@ -46,14 +46,14 @@ EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.st
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, tmp_path):
-    """Each compares with PEFT and fails where they differ."""
+    """Examples compare with PEFT and fail if they differ."""
     command = [sys.executable, path, *OPTIONS.get(path.stem, [])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "as PEFT says" in done.stdout
+    assert "matches PEFT" in done.stdout
 
 
-# layers, hidden size, intermediate size, heads, heads of keys and values, head size: of the models' config.json
+# layers, hidden size, intermediate size, heads, key-value heads, head size, from the models' config.json
 SIZED = {
     "SmolLM2-135M": (30, 576, 1536, 9, 3, 64),
     "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 64),
@@ -66,7 +66,7 @@ SIZED = {
 
 @pytest.mark.parametrize("name", SIZED)
 def test_sizes_of_adapters(name):
-    """The table of docs/store.md, by the formula that stands above it."""
+    """The table of docs/store.md matches the formula above it."""
     page = (ROOT / "docs" / "store.md").read_text()
     names: dict[str, Any] = {}
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -97,7 +97,7 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 
 
 def measured(name: str, **wanted: str) -> dict[str, str]:
-    """The one row of a CSV under benchmarks/results that has these values."""
+    """Return the only row of a CSV under benchmarks/results with these values."""
     with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
         (row,) = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
     return row
@@ -108,7 +108,7 @@ def cell(time: str, ratio: str, digits: int = 2) -> str:
 
 
 def benchmark_rows() -> list[list[str]]:
-    """What the table of docs/benchmarks.md has to say, by the committed measurements."""
+    """Return the rows of the table in docs/benchmarks.md, from committed measurements."""
     rows = []
     for adapters in ("0", "8", "32"):
         ways = ("peft_multibatch", "vLLM")
@@ -145,7 +145,8 @@ def test_the_readme_is_short():
 
 
 def test_the_readme_works_away_from_its_folder():
-    """PyPI shows it, where relative links lead nowhere; those to this repository name files that are here."""
+    """PyPI shows the README, and relative links don't work there; links to this repository must name existing
+    files."""
     markdown = pytest.importorskip("markdown", reason="needs mkdocs")
     page = markdown.markdown((ROOT / "README.md").read_text(), extensions=["tables", "fenced_code"])
     assert "][" not in page and "]:" not in page

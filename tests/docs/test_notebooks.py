@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, and have their plots."""
+"""The notebooks run from the first cell to the last, and have their plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_there_are_two():
 @pytest.mark.xdist_group("real model")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path):
-    """They compare with PEFT themselves, and fail where they differ."""
+    """They compare with PEFT themselves, and fail if they differ."""
     notebook = nbformat.read(path, as_version=4)
     assert len(plots(notebook)) == 1, "the outputs are part of the file, for readers who don't run it"
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

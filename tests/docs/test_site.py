@@ -1,4 +1,4 @@
-"""The documentation as readers see it: where links lead, and pages in a browser as wide as a desk's and a phone's."""
+"""The documentation as readers see it: its links, and its pages in a browser of desktop and phone width."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytest.importorskip("mkdocs", reason="needs mkdocs")
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = {"desk": 1280, "phone": 390}
-WIDE_TABLES = {"architectures"}  # which name layers by the dozen, and may be scrolled on a desk as well
+WIDE_TABLES = {"architectures"}  # name dozens of layers, and may scroll on a desktop as well
 
-# What sticks out of its column. Code and tables scroll by themselves on phones; nothing else does anywhere.
+# Finds elements that overflow their column. On phones code and tables may scroll; nothing else may overflow.
 FIND = """is_desk => {
     const found = [];
     const wide = element => element.scrollWidth > element.clientWidth + 1;
@@ -44,7 +44,7 @@ FIND = """is_desk => {
 
 
 class Page(HTMLParser):
-    """Where a page's links lead, and which anchors it has."""
+    """Collects a page's links and anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def names(site) -> list[str]:
-    """Paths of the pages, without slashes around them."""
+    """Return the paths of the pages without surrounding slashes."""
     found = sorted(path.parent.relative_to(site).as_posix() for path in site.rglob("index.html"))
     assert {".", "serving", "explanation/bank"} <= set(found)
     return found
 
 
 def broken(site: Path, path: Path, pages: dict[Path, Page], config: dict) -> list[str]:
-    """Links of one page that lead nowhere: inside of the site, or to a file of the repository."""
+    """Return the broken links of a page, within the site or to files of the repository."""
     found = []
     for target in pages[path].targets:
         url = urlsplit(target)
@@ -104,7 +104,7 @@ def broken(site: Path, path: Path, pages: dict[Path, Page], config: dict) -> lis
 def test_links_lead_somewhere(site, config):
     pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     assert sum(len(page.targets) for page in pages.values()) > 1000
-    # the page for what isn't there has the site's own address in its links
+    # the 404 page contains the site's own address in its links
     found = {str(path): broken(site, path, pages, config) for path in pages if path.name != "404.html"}
     assert not {path: targets for path, targets in found.items() if targets}
 
@@ -148,7 +148,7 @@ def browser():
 
 
 def opened(browser, width: int, address: str):
-    """A window, and what went wrong in it. It asks nobody but the site: GitHub would be asked for its stars."""
+    """Open a page; returns it and its errors. Requests to other hosts, such as GitHub for its stars, are blocked."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.route(lambda url: not url.startswith(address), lambda route: route.fulfill(json={}))
     return page, browsers.listen(page)

@@ -1,4 +1,4 @@
-"""The page on what is supported says what happens."""
+"""docs/support.md matches what the code does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aLoRA: every sample's adapter begins at its own invocation tokens, as PEFT one adapter at a time has it."""
+"""aLoRA: every sample's adapter starts at its own invocation tokens, as in PEFT, one adapter at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(request):
     model = get_peft_model(base_model(), LoraConfig(alora_invocation_tokens=[5, 6], **options), "a")
     model.add_adapter("b", LoraConfig(alora_invocation_tokens=[9], **options))
     model.add_adapter("plain", LoraConfig(**{**options, "target_modules": ["q_proj", "k_proj"]}))
-    model.set_adapter(request.param)  # PEFT computes offsets of the active adapter, which must not reach the rows
+    model.set_adapter(request.param)  # PEFT computes offsets for the active adapter, which must not affect the rows
     return model.eval()
 
 

@@ -1,4 +1,5 @@
-"""Dropout of whole models in mixed batches: PEFT's with given masks, each adapter's alone, and what runs again."""
+"""Dropout of whole models in mixed batches: against PEFT with given masks, against each adapter alone, and in
+reruns."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ NAMES = ["ten", "fifty", "__base__", "fifty", "zero", "ten", "fifty"]
 
 
 def build(dtype=torch.float64, backend=None, fuse=True, **options):
-    """Llama in train mode, which has no dropout of its own, with adapters that differ in layers, ranks and rates."""
+    """Build Llama in train mode, without dropout of its own, and adapters with different layers, ranks and rates."""
     model, shared = None, {"init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
     for number, (name, rate) in enumerate(RATES.items()):
         config = LoraConfig(r=3 + number, lora_dropout=rate, target_modules=LLAMA_LIKE[number:], **shared)
@@ -42,13 +43,13 @@ def build(dtype=torch.float64, backend=None, fuse=True, **options):
 
 
 def inputs(length=5):
-    """Prompts; of a longer batch the same ones, and more behind them."""
+    """Return prompts; a longer batch starts with the same ones."""
     generator = torch.Generator().manual_seed(3)
     return torch.stack([torch.randint(2, 160, (16,), generator=generator) for _ in NAMES])[:, :length].to(DEVICE)
 
 
 def run(model, own=None, tokens=None, **options):
-    """What every row gives, and the gradients of their sum."""
+    """Return the output of every row, and the gradients of their sum."""
     tokens = inputs() if tokens is None else tokens
     tokens = tokens if own is None else tokens[own]
     weights = torch.linspace(0.5, 2, 160, device=DEVICE)
@@ -68,13 +69,13 @@ def rows_of(name, names=NAMES):
 
 
 def names_of_layers(model):
-    """Of an enabled model, by the names that they have in the `PeftModel`."""
+    """Map an enabled model's layers to their names in the `PeftModel`."""
     return {key: each._multibatch.name for key, each in model.named_modules() if hasattr(each, "lora_dropout")}
 
 
 @contextlib.contextmanager
 def recorded():
-    """The masks for which torch's products compute what is dropped, and what that is."""
+    """Record the masks that torch's products use, and the dropped inputs."""
     found = []
 
     def record(parts, *args):
@@ -89,7 +90,7 @@ def recorded():
 
 
 class Given(nn.Module):
-    """PEFT's dropout with a mask that is given."""
+    """PEFT's dropout with a given mask."""
 
     def __init__(self, mask):
         super().__init__()
@@ -103,7 +104,7 @@ class Given(nn.Module):
 @both_backends
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "not fused"])
 def test_peft_with_the_same_masks(backend, dtype, fuse):
-    """Rows and all gradients, at an adapter's first step and at its second."""
+    """Compare rows and all gradients, at an adapter's first and second step."""
     model, plain = build(dtype, backend, fuse), build(dtype)
     layers = names_of_layers(model)
     for step in range(2):
@@ -124,7 +125,8 @@ def test_peft_with_the_same_masks(backend, dtype, fuse):
 @both_backends
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]], ids=["as above", "turned round"])
 def test_a_mixed_batch_is_each_adapter_alone(backend, dtype, order):
-    """Whatever the batch has beside it, and in whatever order, as long as an adapter's own rows keep theirs."""
+    """An adapter's result doesn't depend on the other rows or their order, as long as its own rows keep their
+    order."""
     names = [NAMES[row] for row in order]
     actual, gradients = run(build(dtype, backend), order, adapter_ids=names)
     expected = {}
@@ -192,12 +194,12 @@ def test_nothing_is_computed_where_nothing_is_dropped(monkeypatch, backend, dtyp
 @both_backends
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_gradient_checkpointing(backend, dtype, reentrant):
-    """What `backward` runs again drops what it dropped the first time, also when backward runs twice."""
+    """`backward` drops the same elements when it runs layers again, even if it runs twice."""
     expected, theirs = run(build(dtype, backend), adapter_ids=NAMES)
     model = build(dtype, backend)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    for _ in range(2):  # of which the second has other masks
+    for _ in range(2):  # the second one has other masks
         actual, gradients = run(model, adapter_ids=NAMES)
         if _ == 0:
             assert torch.equal(actual, expected)
@@ -206,7 +208,7 @@ def test_gradient_checkpointing(backend, dtype, reentrant):
 
 
 class Twice(nn.Module):
-    """A layer that runs several times in a call, each time on what it gave before, inside of a checkpoint."""
+    """A layer that runs several times in a call, each time on its previous output, inside a checkpoint."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -259,7 +261,7 @@ def test_layers_and_projections_have_masks_of_their_own():
 @both_backends
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(backend, dtype, mode):
-    """Monte-Carlo dropout is that of training."""
+    """Monte-Carlo dropout matches that of training."""
     expected = run(build(dtype, backend), adapter_ids=NAMES)[0]
     model = build(dtype, backend)
     with mode():
@@ -278,7 +280,7 @@ def test_generating_in_train_mode_drops_anew_at_every_step():
 
 @pytest.mark.parametrize("what", ["DoRA", "a mixture", "in place", "a hook"])
 def test_what_peft_drops_by_itself(what):
-    """An adapter whose dropout is no part of the product; the others' still is, and isn't changed by that."""
+    """An adapter whose dropout isn't part of the product doesn't change that of the others."""
     model = build(backend="torch")
     names = list(NAMES)
     if what == "DoRA":

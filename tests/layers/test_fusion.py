@@ -1,4 +1,4 @@
-"""Which projections run as one, and what happens where they turn out not to be siblings."""
+"""Fused projections, and projections that turn out not to be siblings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_group_of_two_slices_where_no_adapter_has_k():
 
 
 class Attention(nn.Module):
-    """Projections with the names of siblings; k and v may be given another tensor than q."""
+    """Projections named like siblings; k and v can get another tensor than q."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_nothing_of_a_call_is_kept_after_it():
     model, x = attention_model(), torch.randn(6, 3, 8)
     mb = peft_multibatch.enable(model)
     with mb.batch(NAMES):
-        model(x, order="q")  # k and v were computed for nobody
+        model(x, order="q")  # k and v were computed in vain
     assert mb._router.active() is None
     assert mb._router.graph.sibling_outputs == {}
 
@@ -125,7 +125,7 @@ def base_weights(model):
 
 
 def test_base_weights_side_by_side():
-    model = peft_model("qwen2")  # whose q/k/v have biases
+    model = peft_model("qwen2")  # its q/k/v have biases
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     identities = {name: id(p) for name, p in model.named_parameters()}
     plain, expected = (

@@ -1,4 +1,4 @@
-"""Single layers in a mixed batch against PEFT, one adapter at a time: forward and gradient, fast and per segment."""
+"""Single layers in mixed batches against PEFT, one adapter at a time: forward and gradients, fast and per segment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(model, layer, x, how, dtype=None):
     assert [entry.how for entry in mb.report()] == [how]
     actual = model(layer=layer, x=x, adapter_ids=NAMES)
     assert actual.dtype == expected.dtype
-    # of the delta as well as of the sum: a base output must not hide a wrong delta
+    # compares the delta too, because the base output could hide a wrong one
     assert_close(actual, expected, dtype)
     if dtype in (None, torch.float32):
         assert_close(actual - base, expected - base, dtype)
@@ -68,7 +68,8 @@ def test_adapters_that_are_more_than_two_products_run_peft_beside_the_others(opt
 
 
 def randomize(model):
-    """DoRA begins with magnitudes that change nothing, and PEFT leaves one matrix at zero."""
+    """Randomize weights, because DoRA's initial magnitudes change nothing, and PEFT initializes one matrix with
+    zeros."""
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             parameter.data = torch.rand_like(parameter) + 0.5 if "magnitude" in key else torch.randn_like(parameter)
@@ -78,7 +79,7 @@ def randomize(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["one of two adapters", "both"])
 def test_dora(first, dtype):
-    """Beside the segmented product, a factor for each row: adapters with and without DoRA in one batch."""
+    """The segmented product gets a factor per row, for batches with and without DoRA."""
     model = randomize(build(use_dora=first, second={"use_dora": True}, dtype=dtype))
     check(model, "linear", make_input("linear", dtype=dtype), SEGMENTED, dtype)
 
@@ -164,7 +165,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "dora"])
 def test_gradients(layer):
-    """Of the input and of every adapter's weights, as PEFT computes them one adapter at a time."""
+    """Compare gradients of the input and of every adapter's weights with PEFT, one adapter at a time."""
     if layer == "dora":
         layer, model = "linear", randomize(build("linear", second={"use_dora": True}))
     else:
@@ -261,7 +262,7 @@ def test_modules_to_save_are_each_adapters_own():
 
 
 def test_trainable_tokens_are_each_adapters_own():
-    """Two adapters with tokens of their own, one without any, and the base model alone."""
+    """Two adapters with their own tokens, one without any, and the base model."""
     model = build("linear", trainable_token_indices={"embedding": [1, 2, 3]}, second={"trainable_token_indices": None})
     third = LoraConfig(r=2, target_modules=["linear"], trainable_token_indices={"embedding": [3, 4]})
     model.add_adapter("three", third)
@@ -280,7 +281,7 @@ def test_trainable_tokens_are_each_adapters_own():
 
 @pytest.mark.parametrize("architecture", ["GPT2", "Bert"])
 def test_position_embeddings(architecture):
-    """They see one row of positions for all samples."""
+    """Position embeddings see one row of positions for all samples."""
     sizes = {"GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}, "Bert": {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
         "max_position_embeddings": 12,
@@ -319,7 +320,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention(batch_first):
-    """The module that keeps q, k and v in one parameter: with its masks, in either order of dimensions."""
+    """The module that stores q, k and v in one parameter, with masks, in either order of dimensions."""
     config = LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
     model = get_peft_model(Attention(batch_first), config, "one")
     model.add_adapter("two", LoraConfig(r=3, target_modules=["attention"], init_lora_weights=False))
@@ -346,7 +347,7 @@ def test_multihead_attention(batch_first):
 
 
 def test_layers_that_return_more_than_one_tensor_are_refused():
-    """A GRU's second output has its samples in dimension 1, which nobody can know."""
+    """A GRU's second output has its samples in dimension 1, which can't be inferred."""
 
     class Recurrent(nn.Module):
         def __init__(self):
@@ -380,7 +381,7 @@ def experts_model(kind="Mixtral"):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Llama4"])  # routed rows; all rows, one expert after the other
+@pytest.mark.parametrize("kind", ["Mixtral", "Llama4"])  # routed rows; all rows, expert by expert
 def test_experts_meet_the_adapter_of_each_tokens_sample(kind):
     model = experts_model(kind)
     ids = torch.randint(1, 30, (5, 6))
@@ -424,7 +425,7 @@ def test_gradients_of_experts(kind):
 
 
 class Mixture(nn.Module):
-    """Experts of both kinds: modules that see gathered rows, and one parameter for all, called without routing."""
+    """Experts of both kinds: modules that get gathered rows, and one parameter for all, called without routing."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What layers take and give that isn't one tensor with a row for every sample: heads above all."""
+"""Inputs and outputs of layers, above all heads, that aren't one tensor with a row per sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIXES = [
 
 
 class Model(nn.Module):
-    """A layer with LoRA, and a head of which every adapter has a copy."""
+    """A layer with LoRA, and a head with a copy per adapter."""
 
     def __init__(self, head, call=None):
         super().__init__()
@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear layer, and what is done with what it takes and gives."""
+    """A linear layer with arbitrary conversions of its inputs and outputs."""
 
     def __init__(self, after=None, before=None, outputs=5):
         super().__init__()
@@ -85,7 +85,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("mix", MIXES, ids=",".join)
 @pytest.mark.parametrize("after", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs(after, mix):
-    """Interleaved ids too, with other numbers of rows than went in, of each output its own."""
+    """Ids are interleaved too, and each output may have a different number of rows."""
     check(build(Head(after)), mix)
 
 
@@ -210,7 +210,7 @@ def test_as_many_samples_as_positions():
 
 
 class Biased(nn.Module):
-    """Gives its head a tensor of its own, as routers get the bias of their experts."""
+    """Passes an additional tensor to its head, as routers get the bias of their experts."""
 
     def __init__(self, kind):
         super().__init__()
@@ -223,7 +223,7 @@ class Biased(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
 def test_tensors_of_the_model_are_the_same_for_all_samples(kind):
-    """Also where they are as long as there are samples."""
+    """Even if they are as long as there are samples."""
     model = get_peft_model(Biased(kind), LoraConfig(target_modules=["linear"], modules_to_save=["head"]), "one")
     nn.init.normal_(model.base_model.model.head.modules_to_save["one"].inner.weight)
     names, x = ["one", "__base__", "one", "one", "__base__", "one"], torch.randn(6, 6)
@@ -280,7 +280,7 @@ def test_a_layer_called_by_another_name_than_pefts_is_named(layer):
         errors.UnsupportedError, match=f"^{layer} was called with input by name: expected its input as"
     ):
         model(x, "input", adapter_ids=names)
-    with pytest.raises(TypeError):  # as PEFT
+    with pytest.raises(TypeError):  # as in PEFT
         model(x, "input")
 
 
@@ -306,7 +306,7 @@ def test_a_segmentation_head_that_takes_the_outputs_of_all_stages():
             mb.disable()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")  # of patterns for experts, where there are none
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")  # about patterns for experts that don't exist
 @pytest.mark.parametrize("kind", ["DeepseekV3", "MiniMaxM2"])
 def test_routers_that_flatten_tokens_or_take_a_bias(kind):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -337,7 +337,7 @@ def test_routers_that_flatten_tokens_or_take_a_bias(kind):
     "kind", ["TokenClassification", "SpadeEEForTokenClassification", "SpadeELForTokenClassification"]
 )
 def test_samples_behind_tokens(kind, rows):
-    """BROS compares tokens in `[tokens, samples, features]`, also where there are as many tokens as samples."""
+    """BROS compares tokens in `[tokens, samples, features]`, even if there are as many tokens as samples."""
     torch.manual_seed(0)
     kind = kind if "For" in kind else f"For{kind}"
     model = getattr(transformers, f"Bros{kind}")(

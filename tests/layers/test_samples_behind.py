@@ -1,4 +1,4 @@
-"""Models that have their samples in dimension 1: as many samples as positions, beams, and global attention."""
+"""Models with samples in dimension 1: as many samples as positions, beam search and global attention."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def inputs_of(model, length):
     inputs = {"input_ids": torch.randint(2, 99, (4, length))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(2, 99, (4, 5))
-    if model.config.model_type in ("led", "longformer"):  # other positions in every sample, and other numbers of them
+    if model.config.model_type in ("led", "longformer"):  # positions differ between samples, and so do their numbers
         inputs["global_attention_mask"] = torch.zeros(4, length, dtype=torch.long)
         for row, places in enumerate(([0], [0, 3], [1, 2, 3], [2])):
             inputs["global_attention_mask"][row, places] = 1
@@ -91,11 +91,11 @@ def test_gradients():
     weights = [p for name, p in model.named_parameters() if "lora_" in name]
 
     def backward(rows, **ids):
-        model.set_requires_grad(["a", "b"])  # PEFT freezes all but the active one
+        model.set_requires_grad(["a", "b"])  # PEFT freezes all adapters except the active one
         model(**{key: value[rows] for key, value in inputs.items()}, **ids)[0].square().sum().backward()
 
     for row, name in enumerate(NAMES):
-        if name != "__base__":  # which has no gradients
+        if name != "__base__":  # it has no gradients
             alone(model, name, lambda row=row: backward(slice(row, row + 1)))
     want = [weight.grad for weight in weights]
     model.zero_grad()
@@ -106,7 +106,7 @@ def test_gradients():
 
 
 def test_an_encoder_inside_of_another_model():
-    """The type of the whole says nothing about the order of an encoder's rows."""
+    """The outer model's type doesn't determine the order of an encoder's rows."""
     torch.manual_seed(0)
     decoder = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, is_decoder=True,

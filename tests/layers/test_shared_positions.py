@@ -1,4 +1,4 @@
-"""Layers that see one row of positions for all samples, in models where that is known and in others."""
+"""Layers that see one row of positions for all samples, in known and unknown models."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def build(kind):
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)  # so that positions count
+            nn.init.normal_(parameter, std=0.2)  # makes positions matter
     targets = targets or [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
     shared = {"target_modules": targets, "init_lora_weights": False}
     model = get_peft_model(model, LoraConfig(r=2, **shared), "one")
@@ -100,7 +100,7 @@ def test_models(kind):
 @pytest.mark.parametrize("kind", ["DeBERTa-v3", "SwinV2"])
 def test_gradients(kind):
     model, inputs = build(kind)
-    model.set_requires_grad(["one", "two"])  # cubes below: the sum of squares behind a norm is a constant
+    model.set_requires_grad(["one", "two"])  # the loss uses cubes, because the sum of squares after a norm is constant
     weights = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
     mix = MIXES[0]
 
@@ -165,7 +165,7 @@ def test_copies_are_plain(copied):
 
 
 class Positions(nn.Module):
-    """An attention of one's own, of which nobody knows where its positions meet samples."""
+    """A custom attention; it isn't known where its positions meet samples."""
 
     def __init__(self, shared):
         super().__init__()
@@ -177,7 +177,7 @@ class Positions(nn.Module):
         return self.linear(x) + self.positions(table).mean(0)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["of the model", "made anew"])
+@pytest.mark.parametrize("shared", [True, False], ids=["of the model", "created again"])
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (5, 3)], ids=str)
 def test_other_models_are_refused_by_the_layers_name_unless_all_samples_have_one_adapter(shape, shared):
     config = {"target_modules": ["linear", "positions"], "init_lora_weights": False}

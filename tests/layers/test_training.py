@@ -1,4 +1,5 @@
-"""Gradients of whole models in mixed batches against PEFT, one adapter at a time: torch's products and the kernels."""
+"""Gradients of whole models in mixed batches against PEFT, one adapter at a time, with torch's products and the
+kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ MIXES = {
 
 
 def build(dtype, backend=None, **options):
-    # adapters that PEFT would keep in float32 beside a base model in float64
+    # PEFT would keep adapters in float32 next to a base model in float64
     model = peft_model(dtype=dtype, autocast_adapter_dtype=False, **options).to(DEVICE).train()
     if backend is not None:
         mb = peft_multibatch.enable(model, backend=backend)
@@ -34,7 +35,7 @@ def build(dtype, backend=None, **options):
 
 
 def losses(model, rows, length=5, **options):
-    """A number for every row, with gradients."""
+    """Compute a number per row, with gradients."""
     inputs = {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
     weights = torch.linspace(0.5, 2, 160, device=DEVICE)
     return lambda own=slice(None): (
@@ -52,7 +53,7 @@ def trained(model, names=ADAPTERS):
 
 
 def one_at_a_time(dtype, names, own=ADAPTERS):
-    """What PEFT gives, row by row: a sum of the gradients of the rows of each adapter."""
+    """Compute PEFT's gradients row by row, and sum those of each adapter."""
     model = build(dtype)
     row_loss = losses(model, len(names))
     found = {}
@@ -126,13 +127,13 @@ def test_gradients_are_views_of_one_buffer_for_each_group():
         for name in half
     }
     assert len(storages) == 1
-    for gradient in found.values():  # as optimizers and clipping write them
+    for gradient in found.values():  # optimizers and clipping modify gradients in place
         gradient.mul_(0.5)
 
 
 @kernels
 def test_autocast():
-    """The kernels are as near to what float32 gives as PEFT is under autocast."""
+    """The kernels are as close to float32 as PEFT with autocast."""
     names = MIXES["interleaved"]
     exact = one_at_a_time(torch.float32, names)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -149,7 +150,8 @@ def assert_as_near(actual, expected, exact):
 
 @both_backends
 def test_rows_without_gradients_and_with_in_one_model(backend, dtype):
-    """Adapters alone want gradients, not the input of the first layer; then nothing, and the model still runs."""
+    """First only adapters require gradients, not the first layer's input; then nothing does, and the model still
+    runs."""
     model = build(dtype, backend)
     names = MIXES["with base"]
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_rows_without_gradients_and_with_in_one_model(backend, dtype):
 
 @both_backends
 def test_an_adapter_that_is_deleted_before_backward(backend, dtype):
-    """What was used is what gets gradients, whoever takes the adapter's place in the meantime."""
+    """The weights that were used get the gradients, even if another adapter has replaced this one."""
     names = MIXES["ordered"]
     expected = one_at_a_time(dtype, names)
     model = build(dtype, backend)
@@ -188,7 +190,7 @@ def test_an_adapter_that_is_deleted_before_backward(backend, dtype):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 def test_no_more_is_rounded_than_by_peft(adapters, device):
-    """A layer in bfloat16 beside the same numbers in float64: nothing is further from them than what PEFT gives."""
+    """Compared with float64, a layer in bfloat16 has no larger error than PEFT's."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(nn.Linear(192, 160, bias=False)), config, "a").to(device, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Every tuner that `layers.TUNERS` names, in a mixed batch against PEFT one adapter at a time; the others refused."""
+"""Every tuner in `layers.TUNERS`, in mixed batches against PEFT, one adapter at a time; all others are refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peft_multibatch.layers.table import TUNERS
 
 NAMES = ["one", "two", "__base__", "two", "one"]
 
-KNOWN = {kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}  # to the PEFT that is installed
+KNOWN = {kind.value.lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}  # tuners of the installed PEFT
 
-# What a tuner's config needs beside, or instead of, the target modules q_proj and down_proj of a tiny Llama.
+# What a tuner's config needs in addition to, or instead of, the target modules q_proj and down_proj of a tiny Llama.
 OPTIONS = {
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 8},
@@ -39,7 +39,7 @@ OPTIONS = {
 
 
 def perturb(model, names=("one", "two")):
-    """Adapters begin by doing nothing: give each weight a part of its own."""
+    """Change every weight, because new adapters have no effect."""
     generator = torch.Generator().manual_seed(3)
     for key, parameter in model.named_parameters():
         if any(name in key.split(".") for name in names) and parameter.is_floating_point():
@@ -55,7 +55,7 @@ def build(tuner):
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of tuners about their own options
+@pytest.mark.filterwarnings("ignore::UserWarning")  # tuners warn about their own options
 @pytest.mark.parametrize("tuner", [tuner for tuner in TUNERS if tuner in KNOWN])
 def test_tuners(tuner):
     model, inputs = build(tuner), left_padded(len(NAMES))
@@ -76,14 +76,14 @@ def test_tuners(tuner):
 
 
 def test_every_tuner_of_peft_is_supported_or_refused():
-    """A tuner that a new PEFT brings is refused until it was looked at."""
+    """A tuner of a new version of PEFT is refused until it has been examined."""
     refused = {
-        "adalora",  # one trainable adapter at a time, whose ranks change while it trains
+        "adalora",  # only one trainable adapter at a time, and ranks that change during training
         "adamss",  # needs scikit-learn
         "adaption_prompt", "cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning",
-        "lily",  # weighs its experts by the mean over all rows of a batch
-        "poly",  # wants task ids
-        "shadow",  # runs a second model beside the first
+        "lily",  # weights its experts by the mean over all rows of a batch
+        "poly",  # needs task ids
+        "shadow",  # runs a second model next to the first
         "xlora",  # mixes adapters by itself
     }  # fmt: skip
     assert KNOWN - set(TUNERS) <= refused

@@ -1,4 +1,4 @@
-"""Data parallel: examples/accelerate_generate.py on several processes, killed, started again, and told nonsense."""
+"""examples/accelerate_generate.py on several processes: interrupted, restarted and given invalid input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ accelerate_generate.append = append_and_die
 typer.run(accelerate_generate.main)
 """
 
-# Several jobs in one launch, because what takes the time is importing. They share the process group.
+# Several jobs in one launch, because importing takes most of the time. They share the process group.
 JOBS = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -68,7 +68,7 @@ for name in sys.argv[4:]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny model with its adapters and a tokenizer of words, as users have them: in folders."""
+    """A tiny model with adapters and a word tokenizer, saved in folders."""
     folder = tmp_path_factory.mktemp("saved")
     model = peft_model()
     model.save_pretrained(folder / "adapters")
@@ -82,7 +82,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(saved):
-    """What PEFT says, one prompt and one adapter at a time."""
+    """PEFT's completions, one prompt and one adapter at a time."""
     return answers_of_peft(saved, "cpu")
 
 
@@ -117,7 +117,7 @@ def options(saved, **more):
 
 
 def run(saved, input, out, **more):
-    """The example in this process, which is all there are."""
+    """Run the example in this process alone."""
     try:
         accelerate_generate.main(input=input, out=out, cpu=True, **options(saved, **more))
     finally:
@@ -125,9 +125,9 @@ def run(saved, input, out, **more):
 
 
 def launch(processes, *script):
-    """A script on several processes; its exit code, and what it printed."""
+    """Run a script on several processes; returns its exit code and output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
-    command += ["--main_process_port", 0]  # a free one
+    command += ["--main_process_port", 0]  # picks a free one
     done = subprocess.run([str(part) for part in [*command, *script]], capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
@@ -139,7 +139,7 @@ def command_line(saved, input, out):
 
 
 def killed_then_finished(saved, folder, expected, processes):
-    """One process is killed; the next run does the rest. What the interrupted one left is returned."""
+    """Kill one process, and let the next run finish the job; returns the interrupted run's files."""
     input, out = write(folder / "in.jsonl", ROWS), folder / "out.jsonl"
     dying = folder / "dying.py"
     dying.write_text(DYING)
@@ -213,7 +213,7 @@ def test_another_job_is_not_mixed_with_what_is_there(saved, tmp_path, finished, 
     with pytest.raises(SystemExit, match=r"differs in: input\. Expected"):
         run(saved, write(tmp_path / "in.jsonl", ROWS[1:]), out)
     (tmp_path / "out.jsonl.job.json").unlink()
-    with pytest.raises(SystemExit, match="that says what made it: expected neither"):
+    with pytest.raises(SystemExit, match="with its settings doesn't: expected both or neither"):
         run(saved, input, out)
 
 
@@ -227,19 +227,19 @@ def test_a_changed_adapter_is_another_job(saved, tmp_path):
 
 def test_files_beside_the_job_are_no_part_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = accelerate_generate.state_of("")  # the demo's model, which is no folder
+    before = accelerate_generate.state_of("")  # the demo's model, which isn't a folder
     accelerate_generate.begin({"model": before}, Path("out.jsonl"))
     accelerate_generate.begin({"model": accelerate_generate.state_of("")}, Path("out.jsonl"))
 
 
 def test_the_folder_of_the_output_is_there(saved, tmp_path):
     input = write(tmp_path / "in.jsonl", ROWS)
-    with pytest.raises(SystemExit, match=r"nowhere/out\.jsonl: expected a file in a folder that is there"):
+    with pytest.raises(SystemExit, match=r"nowhere/out\.jsonl: expected a file in an existing folder"):
         run(saved, input, tmp_path / "nowhere" / "out.jsonl")
 
 
 def test_every_row_has_one_completion(tmp_path):
-    """Not so where a model's own generation config asks for several sequences."""
+    """The model's own generation config must not ask for several sequences."""
     with accelerate_generate.part_of(0, tmp_path) as part, pytest.raises(ValueError, match="longer"):
         accelerate_generate.append(part, [{"row": 0}], ["w1", "w2"])
 
@@ -253,11 +253,11 @@ def test_every_row_has_one_completion(tmp_path):
         ),
         ('{"prompt": "w1"}', "line 3: \"adapter\" is 'missing'"),
         ('{"prompt": "w1", "adapter": ["three"]}', r"line 3: \"adapter\" is \['three'\]"),
-        ('{"prompt": "w1", "adap', "line 3: expected JSON, one object a line, but Unterminated string"),
-        (r'{"prompt": "\ud800", "adapter": null}', "line 3: expected JSON, one object a line, but .*surrogates"),
-        ('["w1", "three"]', 'line 3: expected an object with a "prompt"'),
-        ('{"prompt": "", "adapter": null}', 'line 3: expected an object with a "prompt" that is a text, not empty'),
-        ('{"prompt": "w1", "adapter": null, "completion": "w2"}', 'line 3: has a "completion" already'),
+        ('{"prompt": "w1", "adap', "line 3: expected one JSON object per line, but Unterminated string"),
+        (r'{"prompt": "\ud800", "adapter": null}', "line 3: expected one JSON object per line, but .*surrogates"),
+        ('["w1", "three"]', 'line 3: expected an object with a non-empty string "prompt"'),
+        ('{"prompt": "", "adapter": null}', 'line 3: expected an object with a non-empty string "prompt"'),
+        ('{"prompt": "w1", "adapter": null, "completion": "w2"}', 'line 3: has a "completion"'),
     ],
 )
 def test_a_line_that_can_not_be_run_is_named_before_anything_is(saved, tmp_path, monkeypatch, line, message):
@@ -271,7 +271,7 @@ def test_a_line_that_can_not_be_run_is_named_before_anything_is(saved, tmp_path,
 
 @pytest.mark.parametrize("adapter", ["path", "=path", "__base__=path", "three=path"])
 def test_adapters_need_names_of_their_own(saved, tmp_path, adapter):
-    with pytest.raises(SystemExit, match="expected NAME=PATH, with a name that no other adapter has"):
+    with pytest.raises(SystemExit, match="expected NAME=PATH, with a name that isn't used twice"):
         run(saved, tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter=["three=path", adapter])
 
 
@@ -289,12 +289,14 @@ def test_processes_that_stand_still_are_not_waited_for(tmp_path):
     with accelerate_generate.part_of(1, tmp_path) as part:
         progress = accelerate_generate.Progress(tmp_path, 3)
         accelerate_generate.append(part, [{"row": 0}], ["w1"])
-        with pytest.raises(SystemExit, match=r"2 rows of other processes are missing, and none came for 0\.1 seconds"):
+        with pytest.raises(
+            SystemExit, match=r"2 rows of other processes are missing, and none was finished within 0\.1 seconds"
+        ):
             progress.wait(patience=0.1)
 
 
 def test_shares():
-    """Long prompts first and no process with all of them; or as few adapters for each as there can be."""
+    """Shares have long prompts first, balanced over processes; or as few adapters each as possible."""
     rows = [{"prompt": "x" * length, "adapter": "ab"[length % 2]} for length in range(1, 8)]
     lengths = [len(row["prompt"]) for row in accelerate_generate.in_shares(rows, 2, False)]
     assert lengths == [7, 5, 3, 1, 6, 4, 2]  # split_between_processes gives the first process four of seven

@@ -1,4 +1,4 @@
-"""A sample of `make sweep`, and that what it published is what it finds."""
+"""A sample of `make sweep`, and a check that the published results match it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def published():
 
 
 @pytest.mark.skipif(transformers.__version__ not in sweep.KNOWN.read_text(), reason="swept with another transformers")
-@pytest.mark.filterwarnings("ignore")  # of models that nobody trained
+@pytest.mark.filterwarnings("ignore")  # warnings about untrained models
 @pytest.mark.parametrize("head", [False, True], ids=["base", "head"])
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_sample_of_the_sweep(published, model_type, head):

@@ -1,4 +1,4 @@
-"""`enable` and `disable`: what calls without ids do, what is left behind, threads, exceptions, copies."""
+"""`enable` and `disable`: calls without ids, leftovers, threads, exceptions and copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def logits(model, **kwargs):
 
 
 def attributes(model):
-    """Everything that enabling could leave in a module: instance attributes by identity, and hooks."""
+    """Return everything that enabling could leave in a module: instance attributes by identity, and hooks."""
     return {
         name: {key: id(value) for key, value in module.__dict__.items()} | {"hooks": len(module._forward_pre_hooks)}
         for name, module in model.named_modules()
@@ -45,12 +45,12 @@ def test_disable_leaves_no_trace(tmp_path):
     mb = peft_multibatch.enable(model)
     logits(model, adapter_ids=NAMES)
     model.generate(**left_padded(), max_new_tokens=2, adapter_ids=NAMES)
-    assert torch.equal(logits(model), plain)  # enabled, without ids: PEFT
+    assert torch.equal(logits(model), plain)  # enabled, without ids: as PEFT
     assert list(model.state_dict()) == list(state)
     model.save_pretrained(tmp_path / "between")
     mb.disable()
 
-    # generation settings are remembered by transformers and PEFT, with or without this package
+    # transformers and PEFT cache generation settings, with or without this package
     def comparable(found):
         return {name: {k: v for k, v in values.items() if k != "generation_config"} for name, values in found.items()}
 
@@ -96,7 +96,8 @@ def test_enable_is_idempotent():
 
 
 def test_enable_inside_out():
-    """The inner model first, then the PeftModel around it: one handle, and PEFT's own argument works on both."""
+    """Enable the inner model first, then the PeftModel around it: there is one handle, and PEFT's own argument
+    works on both."""
     model = peft_model()
     expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: logits_of(model, row)))
     mb = peft_multibatch.enable(model.get_base_model())
@@ -216,7 +217,7 @@ def test_a_copy_is_plain_and_says_so():
         logits(twin, adapter_ids=NAMES)
     for parameter in model.parameters():
         parameter.data.zero_()
-    assert logits(twin).abs().sum() > 0  # the copy runs on its own weights
+    assert logits(twin).abs().sum() > 0  # the copy runs with its own weights
     peft_multibatch.enable(twin)
     assert torch.equal(logits(twin, adapter_ids=NAMES), mixed)
 
@@ -245,7 +246,7 @@ def test_signatures_are_the_models_own_and_name_ids(method, hooks):
     for part, known in zip(parts, before):
         found = dict(inspect.signature(getattr(part, method)).parameters)
         ids = found.pop("adapter_ids")
-        found.pop("self", None)  # accelerate copies the signature of what it finds, unbound
+        found.pop("self", None)  # accelerate copies the signature of the unbound function
         assert ids.kind is inspect.Parameter.KEYWORD_ONLY and ids.default is None
         assert found == known
     mb.disable()

@@ -1,4 +1,4 @@
-"""Two ranks that each have their own rows: DistributedDataParallel, FSDP, and `generate` with `synced_gpus`."""
+"""Two ranks with different rows: DistributedDataParallel, FSDP, and `generate` with `synced_gpus`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = [
 
 
 def own():
-    """The ids of this rank."""
+    """Return the ids of this rank."""
     return NAMES[dist.get_rank()]
 
 
@@ -50,7 +50,7 @@ def distributed(model, device, **options):
 
 
 def sharded(device):
-    """A model whose layers FSDP shards, each by itself, and the same one whole."""
+    """Build a model whose layers FSDP shards one by one, and the same model unsharded."""
     model = peft_model().to(device)
     whole = copy.deepcopy(model)
     for layer in model.get_base_model().model.layers:
@@ -77,7 +77,7 @@ def ddp_forward(_, device):
 
 
 def ddp_gradients(_, device):
-    """The mean of what PEFT computes of each rank's rows, also of adapters that one rank has no rows of."""
+    """Compare with the mean of PEFT's gradients for each rank's rows, including adapters without rows on one rank."""
     model, inputs = peft_model().to(device), inputs_on(device)
     model.set_requires_grad(["three", "four", "eight"])
     whole, adapters = copy.deepcopy(model), {"three", "four", "eight"}
@@ -91,7 +91,7 @@ def ddp_gradients(_, device):
                 (alone.square().sum() / len(NAMES)).backward()
     peft_multibatch.enable(model)
     wrapped = distributed(model, device, find_unused_parameters=True)
-    for _ in range(2):  # the second one finds out whether the first one left anything behind
+    for _ in range(2):  # the second call shows whether the first one left anything behind
         model.zero_grad()
         wrapped(**inputs, adapter_ids=own()).logits.square().sum().backward()
         found = 0
@@ -103,7 +103,7 @@ def ddp_gradients(_, device):
 
 
 def ddp_without_unused_parameters(_, device):
-    """An adapter without rows is a parameter without a gradient, of which DDP has to be told: it says so itself."""
+    """An adapter without rows leaves parameters without gradients, which DDP must be told; its error says so."""
     model, inputs = peft_model().to(device), inputs_on(device)
     model.set_requires_grad(["three", "four", "eight"])
     peft_multibatch.enable(model)
@@ -130,7 +130,7 @@ def accelerate_prepare(_, device):
 
 
 def synced_gpus(_, device):
-    """Ranks that are done go on calling the model until all are; FSDP would wait for them forever otherwise."""
+    """Ranks that are done keep calling the model until all are done; otherwise FSDP would wait forever."""
     model, whole = sharded(device)
     inputs, steps = inputs_on(device), 4 + 5 * dist.get_rank()
     options = {"max_new_tokens": steps, "do_sample": False}
@@ -158,7 +158,7 @@ def sharded_before_enable(_, device):
 
 
 def sharded_by_transformers(folder, device):
-    """Adapters are added to a sharded model, and whole on every rank."""
+    """Adapters are added to a sharded model, and are whole on every rank."""
     whole, inputs = peft_model().to(device), inputs_on(device)
     if dist.get_rank() == 0:
         base_model().save_pretrained(folder / "base")
@@ -174,7 +174,7 @@ def sharded_by_transformers(folder, device):
 
 
 def sharded_after_enable(_, device):
-    """The next call finds out, and reads no weights that aren't there."""
+    """The next call notices it, and doesn't read the missing weights."""
     for root in ("base model", "layers", "PeftModel"):
         model, inputs = peft_model().to(device), inputs_on(device)
         whole = copy.deepcopy(model)
@@ -196,7 +196,7 @@ def what_fsdp_cannot_run_is_refused(_, device):
     peft_multibatch.enable(model)
     with pytest.raises(errors.UnsupportedError, match=r"sharded by FSDP.*with gradients.*torch\.no_grad"):
         model(**inputs, adapter_ids=own())
-    for part in ("q_proj.base_layer", "q_proj.lora_A.three"):  # ranks would gather as often as they have adapters
+    for part in ("q_proj.base_layer", "q_proj.lora_A.three"):  # ranks would gather once per adapter
         for root in (True, False):
             model = peft_model().to(device)
             fully_shard(model.get_base_model().model.layers[0].self_attn.get_submodule(part))

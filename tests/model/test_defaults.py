@@ -1,4 +1,4 @@
-"""torch's default dtype and default device are the user's: whatever they are, rows are PEFT's."""
+"""Rows match PEFT's for any default dtype and default device of torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CASES += [
     ("float16", "compiled gradients"),
     ("float64", "compiled"),
     ("device", "compiled gradients"),
-]  # which are slow
+]  # slow ones
 
 
 def build():
@@ -108,7 +108,7 @@ def test_rows_under_any_default(default, kind):
 
 
 def grads(model, weights, inputs, mix):
-    """Under torch's own defaults, where gradients were compared with PEFT's in many tests."""
+    """Compute gradients with torch's own defaults; many tests compare these with PEFT."""
     loss = logits(model, **inputs, adapter_ids=mix).square().mean()
     return torch.autograd.grad(loss, weights, allow_unused=True)
 

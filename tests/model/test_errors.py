@@ -1,4 +1,4 @@
-"""Every message, word by word: what came, what was expected, what to do."""
+"""Every error message says what came, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_an_adapter_called_base_is_reached_by_its_id(entry):
 
 
 def test_ids_without_enable():
-    """What docs/loops.md says of models that aren't enabled, or not any more."""
+    """The statements of docs/loops.md about models that aren't enabled, or no longer are."""
     model = peft_model()
     for _ in range(2):
         for owner in (model, model.get_base_model()):
@@ -276,7 +276,7 @@ def test_misspelt_ids(keyword, part):
             "adapter_ids=..., or leave it out."
         )
     with torch.no_grad():
-        model(**left_padded(), **{keyword: None})  # nothing was meant
+        model(**left_padded(), **{keyword: None})  # None means not given
 
 
 def test_misspelt_ids_of_a_compiled_model(compiled):
@@ -288,7 +288,8 @@ def test_misspelt_ids_of_a_compiled_model(compiled):
 
 
 def test_what_models_read_themselves_is_passed_on():
-    """By name, deep inside or through keywords; and what transformers and PEFT put among them."""
+    """Arguments that models read by name, deep inside or through keywords, and those that transformers and PEFT
+    add."""
 
     class Mixer(torch.nn.Module):
         def __init__(self):

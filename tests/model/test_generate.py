@@ -29,7 +29,7 @@ def expected(model):
 
 
 def test_adapters_differ_from_each_other_and_from_the_base(model, expected):
-    """What would pass if ids did nothing, or the same for all, is no test."""
+    """A comparison that passes if ids have no effect, or the same effect on all rows, would prove nothing."""
     inputs = {key: value[:1].repeat(4, 1) for key, value in left_padded().items()}
     alone = row_by_row(model, ["__base__", "three", "four", "eight"], inputs, tokens(model))
     assert len({tuple(row.flatten().tolist()) for row in alone}) == 4
@@ -113,7 +113,7 @@ def test_transformers_models_with_add_adapter(architecture):
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False], ids=["fp32 adapters", "adapters as the base"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
-    """As near to the float32 model as PEFT's own single-adapter path is."""
+    """Errors against the float32 model are no larger than PEFT's with a single adapter."""
     model = peft_model("llama", dtype, autocast_adapter_dtype)
     exact = peft_model("llama")
     with torch.no_grad():
@@ -126,8 +126,8 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
         mixed = model(**inputs, adapter_ids=NAMES).logits
     assert mixed.dtype == dtype
     real = inputs["attention_mask"].bool()
-    # two roundings of the same number are apart by more than each is from the number; PEFT rounds more often than we
-    # do
+    # two roundings of the same number can differ from each other by more than each differs from the number; PEFT
+    # rounds more often than we do
     ours, peft = (relative_error(logits[real], reference[real]) for logits in (mixed, alone))
     assert ours <= 1.05 * peft, (ours, peft)
     if autocast_adapter_dtype:
@@ -138,7 +138,7 @@ def test_logits_in_half_precision(dtype, autocast_adapter_dtype):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_on_a_gpu(architecture, options):
-    """Through the kernels, in float32: the tokens of PEFT one adapter at a time."""
+    """With the kernels in float32, tokens match PEFT's, one adapter at a time."""
     model = peft_model(architecture).cuda()
     inputs = {key: value.cuda() for key, value in left_padded().items()}
     expected = torch.cat(row_by_row(model, NAMES, inputs, tokens(model, **options)))

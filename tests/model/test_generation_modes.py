@@ -1,4 +1,4 @@
-"""Every way to generate: a mixed batch against PEFT, one row at a time under its own adapter, token for token."""
+"""All ways to generate: a mixed batch against PEFT, one row at a time, token for token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = {"max_new_tokens": 6}
 
 
 class OnlyEven(LogitsProcessor):
-    """A row whose tokens have an even sum may only say an even one."""
+    """A row whose tokens have an even sum may only continue with an even token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         is_odd = torch.arange(scores.shape[1]) % 2 == 1
@@ -35,7 +35,7 @@ class OnlyEven(LogitsProcessor):
 
 
 class StopsAtMultiplesOfThree(StoppingCriteria):
-    eos_token_id = 0  # transformers pads rows that stopped only where there is an end to stop at
+    eos_token_id = 0  # transformers pads finished rows only if there is an end token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids[:, -1] % 3 == 0
@@ -46,7 +46,7 @@ def inner_of(model: Any) -> Any:
 
 
 def settings(form: str) -> Callable[..., Tensor]:
-    """`generate` with beams that come from a configuration or from the model's own one."""
+    """`generate` with beam search from a given configuration or from the model's own."""
     beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0, **SHORT}
     beams["decoder_start_token_id"] = 0
 
@@ -99,20 +99,20 @@ def stopped(model: Any, inputs: dict, **ids: Any) -> Tensor:
 
 
 def turns(model: Any, inputs: dict, **ids: Any) -> Tensor:
-    """Two turns: the second brings the answer, two more tokens and what is cached of the first."""
+    """Two turns; the second gets the answer, two more tokens and the cache of the first."""
     options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, **ids}
     first = model.generate(**inputs, **options)
     said = torch.cat([first.sequences, first.sequences[:, :2] * 0 + 7], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(said[:, inputs["attention_mask"].shape[1] :])], dim=1)
     parameters = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"  # as older transformers call it
+    name = "cache" if "cache" in parameters else "past_key_values"  # the name in older versions of transformers
     cached = {name: getattr(first, name)}
     second = model.generate(input_ids=said, attention_mask=mask, **cached, **options)
     return second.sequences
 
 
 def scored(model: Any, inputs: dict, **ids: Any) -> Tensor:
-    """Logits of all positions that a prefill computes, whose number `logits_to_keep` says."""
+    """Logits of all positions of a prefill, chosen with `logits_to_keep`."""
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=3, **ids).logits
     assert logits.shape[1] == 3
@@ -147,7 +147,7 @@ MODES = {
     "guidance and beams": options(guidance_scale=1.7, num_beams=3),
     "repetition penalty": options(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=3),
 }
-# what transformers itself has for decoders alone
+# modes that transformers supports only for decoders
 DECODERS_ONLY = (
     "chunked prefill", "chunked prefill and static cache", "guidance", "guidance and beams", "logits to keep", "turns",
 )  # fmt: skip
@@ -164,7 +164,7 @@ def ours_and_peft(
     names: list[str] = NAMES,
     rows: Callable[[dict, int], dict] = one_row,
 ) -> None:
-    """Ids as an argument and ids in force: what PEFT says for every row by itself."""
+    """Outputs with ids as an argument and with active ids, and PEFT's outputs for every row alone."""
     expected = torch.cat(
         [alone(model, name, lambda row=row: call(model, rows(inputs, row))) for row, name in enumerate(names)]
     )
@@ -173,7 +173,7 @@ def ours_and_peft(
         assert torch.equal(call(model, inputs, adapter_ids=names), expected)
         with mb.batch(names):
             assert torch.equal(call(model, inputs), expected)
-        # what would say the same under other adapters is no test
+        # the comparison proves nothing if other adapters give the same outputs
         others = call(model, inputs, adapter_ids=[*names[1:], names[0]])
         assert (others != expected).unflatten(0, (len(names), -1)).flatten(1).any(1).sum() >= len(names) // 2
     finally:
@@ -213,13 +213,13 @@ def test_every_mode_of_an_encoder_decoder(t5, mode):
 @pytest.mark.parametrize("mode", ["static cache", "static cache and beams", "chunked prefill"])
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
 def test_sliding_windows(architecture, mode):
-    """Prompts are longer than the windows, and so is what is generated."""
+    """Prompts and answers are longer than the windows."""
     ours_and_peft(peft_model(architecture), left_padded(), MODES[mode])
 
 
 @pytest.mark.parametrize("chosen", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_negative_prompts(llama, chosen):
-    """The forward without guidance has prompts of its own, and the same ids."""
+    """The forward without guidance has its own prompts, and the same ids."""
     copies = chosen.get("num_beams", 1)
     negative = left_padded(length=5)["input_ids"].clamp_min(2).repeat_interleave(copies, 0)
 
@@ -241,7 +241,7 @@ def test_quantized_cache(llama, kind):
         settings |= {"axis_key": 1, "axis_value": 1}
 
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
-        own = {**settings}  # out of which transformers 5.17 takes the backend
+        own = {**settings}  # transformers 5.17 removes the backend from it
         return options(cache_implementation="quantized", cache_config=own)(model, inputs, **ids)
 
     ours_and_peft(llama, left_padded(), call)
@@ -250,7 +250,7 @@ def test_quantized_cache(llama, kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["argument", "config"])
 def test_offloaded_cache_is_refused(form):
-    """On an H100 a row of a greedy batch had other tokens than PEFT's; why isn't known."""
+    """On an H100, a row of a greedy batch got different tokens than with PEFT; the cause is unknown."""
     model = peft_model("llama").cuda()
     inputs = {key: value.cuda() for key, value in left_padded().items()}
     chosen: dict[str, Any] = {"cache_implementation": "offloaded"}
@@ -267,7 +267,7 @@ def test_offloaded_cache_is_refused(form):
     ids=["prompt lookup", "early exit"],
 )
 def test_drafts_of_the_model_itself(llama, chosen):
-    """As many forwards as with PEFT: the drafts are those of the row's own adapter as well."""
+    """The number of forward passes equals PEFT's: drafts come from the row's own adapter as well."""
     forwards = []
     hook = llama.get_base_model().lm_head.register_forward_hook(lambda *_: forwards.append(1))
     inputs = one_row(left_padded(), 0)
@@ -289,7 +289,8 @@ def test_drafts_of_the_model_itself(llama, chosen):
 
 @pytest.mark.parametrize("assistant_ids", ["not enabled", None, ["three"]], ids=str)
 def test_an_assistant_has_ids_of_its_own(llama, assistant_ids):
-    """Those of the model that it assists don't reach it: without its own, it runs under its active adapter."""
+    """The assisted model's ids don't apply to the assistant, which runs under its active adapter unless it gets its
+    own ids."""
     assistant = peft_model("llama")
     drafts = []
     assistant.get_base_model().lm_head.register_forward_hook(lambda _, __, logits: drafts.append(logits.clone()))
@@ -327,7 +328,7 @@ class Kept(BaseStreamer):
 
 
 def test_a_streamer_in_a_thread(llama):
-    """A thread has no ids of the block that it was started in: the call that it makes brings its own."""
+    """A thread doesn't inherit the ids of the block that it was started in; its call passes its own."""
     expected = torch.cat([alone(llama, name, lambda row=row: options()(llama, one_row(left_padded(), row)))
                           for row, name in enumerate(NAMES)])  # fmt: skip
     peft_multibatch.enable(llama)
@@ -341,7 +342,7 @@ def test_a_streamer_in_a_thread(llama):
 
 
 def looks_ahead(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-    """As contrastive search does: two continuations of every row, side by side in one forward."""
+    """Run two continuations of every row, side by side in one forward, as contrastive search does."""
     logits = model(input_ids=input_ids, attention_mask=(input_ids > 0).long()).logits[:, -1]
     for _ in range(4):
         tokens = logits.topk(2).indices.flatten()
@@ -361,12 +362,12 @@ def test_custom_generate(llama):
 
 
 def tiles(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-    """Two continuations of every row, of which the second ones come after all first ones."""
+    """Run two continuations of every row, all first ones before all second ones."""
     return model(input_ids=torch.cat([input_ids, input_ids])).logits[: len(input_ids)].argmax(-1)
 
 
 def turns(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-    """Rows from the longest to the shortest, as loops do that sort."""
+    """Sort rows from the longest to the shortest, as some loops do."""
     return model(input_ids=input_ids.flip(0)).logits.argmax(-1).flip(0)
 
 
@@ -384,7 +385,7 @@ def test_custom_generate_in_another_order(llama, function):
 
 
 def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
-    """It gets every argument of `generate` but the ids, which are in force already."""
+    """It gets every argument of `generate` except the ids, which are already active."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
     monkeypatch.syspath_prepend(tmp_path / "modules")
     (tmp_path / "custom_generate").mkdir()
@@ -403,9 +404,9 @@ def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
 def test_continuous_batching_through_generate_is_refused(llama):
     mb = peft_multibatch.enable(llama)
     inner = llama.get_base_model()
-    with pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
-    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         inner.generate(**left_padded(), cache_implementation="paged")
     mb.disable()
 
@@ -443,7 +444,7 @@ def test_whisper_hears_short_audio(chosen):
 
 
 def test_whisper_with_long_audio_is_refused():
-    """Samples that are done are dropped from the batch."""
+    """Finished samples are dropped from the batch."""
     mask = torch.ones(4, 160, dtype=torch.long)
     mask[1, 40:] = 0
     peft_multibatch.enable(model := whisper())
@@ -494,7 +495,7 @@ def janus() -> Any:
 
 
 def test_janus_says_words_and_paints_for_one_adapter_at_a_time():
-    """An image is made from rows with and without the prompt, all of the ones behind all of the others."""
+    """An image is generated from rows with and without the prompt, in two consecutive halves."""
 
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
         config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, bos_token_id=1)
@@ -530,11 +531,11 @@ def qwen_vl(kind: str) -> Any:
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
-IMAGES = [2, 0, 1, 1]  # of every sample
+IMAGES = [2, 0, 1, 1]  # number of images per sample
 
 
 def pictures(kind: str) -> dict[str, Tensor]:
-    """Four prompts with as many images in all, but not one each."""
+    """Four prompts with as many images in total, but not one each."""
     input_ids = torch.randint(10, 160, (4, 14), generator=torch.Generator().manual_seed(3))
     tokens = 4 if kind == "Llava" else 1
     for row, number in enumerate(IMAGES):
@@ -564,7 +565,7 @@ SEEING = {"Llava": llava, "Qwen2VL": lambda: qwen_vl("Qwen2VL"), "Qwen2_5_VL": l
 @pytest.mark.parametrize("chosen", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("kind", SEEING)
 def test_models_that_see(kind, chosen):
-    """Ids belong to the prompts, however many images each of them has."""
+    """Ids belong to prompts, whatever their numbers of images."""
     model = two_adapters(SEEING[kind](), r".*language_model.*(q_proj|v_proj|down_proj)")
     ours_and_peft(model, pictures(kind), options(**chosen), FEW, with_its_pictures)
 
@@ -611,7 +612,7 @@ def speech() -> Any:
     [(blip, r"qformer.*attention\.query"), (blip, "language_projection"), (speech, r"encoder\.layers.*to_q")],
 )
 def test_adapters_between_images_or_sound_and_words_are_refused_by_name(build, part):
-    """As many images as prompts, but not one each, would get each other's adapters."""
+    """With as many images as prompts, but not one each, images would get the wrong adapters."""
     model = two_adapters(build(), rf".*({part}|q_proj)")
     with pytest.raises(errors.UnsupportedError, match=rf"{part}.* is inside the vision or audio part"):
         peft_multibatch.enable(model)

@@ -1,4 +1,4 @@
-"""What happens around calls in real programs: refusals, threads, tasks, hooks, changes in the middle of a block."""
+"""Calls in realistic programs: refusals, threads, tasks, hooks, and changes in the middle of a block."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_a_refusal_is_repeated_and_changes_nothing(monkeypatch):
     for _ in range(2):
         with pytest.raises(errors.UnsupportedError, match="variant ALora"):
             logits(model, adapter_ids=[*NAMES[:-1], "positions"])
-        assert torch.equal(logits(model, adapter_ids=NAMES), mixed)  # which don't name it
+        assert torch.equal(logits(model, adapter_ids=NAMES), mixed)  # other adapters still run
     refused = mb.report().adapters[3]
     assert (refused.name, refused.state) == ("positions", "refused")
     assert "variant ALora" in refused.reason
     model.delete_adapter("positions")
     assert torch.equal(logits(model, adapter_ids=NAMES), mixed)
-    assert mb.adapter_names == ["three", "four", "eight", None]  # the refused one had an id, as PEFT had it
+    assert mb.adapter_names == ["three", "four", "eight", None]  # the refused adapter has an id, because PEFT had it
 
 
 def test_adding_adapters_while_other_threads_run(monkeypatch):
@@ -243,7 +243,7 @@ def test_compiled_calls_of_two_threads():
             return logits(fast, use_cache=False)
 
     with mb.batch(NAMES):
-        assert_close(in_thread(work), expected)  # before there is a graph
+        assert_close(in_thread(work), expected)  # before anything is compiled
         assert_close(logits(fast, use_cache=False), logits(model, adapter_ids=NAMES))
         assert_close(in_thread(work), expected)
         assert_close(in_thread(lambda: logits(model, adapter_ids=OTHERS)), expected)
@@ -349,7 +349,7 @@ def test_other_entry_points_do_not_ignore_ids():
     model = peft_model().get_base_model()
     mb = peft_multibatch.enable(model)
     mixed = logits(model, adapter_ids=NAMES)
-    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while ids of samples are in force"):
+    with mb.batch([0]), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
         model.generate_batch([[1, 2]])
     unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     assert torch.equal(logits(unwrapped, adapter_ids=NAMES), mixed)
@@ -371,7 +371,7 @@ def test_compiled_graphs_keep_nothing():
 
     @torch.compile(backend="eager")
     def only_q(x):
-        return attention.q_proj(x)  # k and v are computed for nobody
+        return attention.q_proj(x)  # k and v are computed in vain
 
     with torch.no_grad(), mb.batch(NAMES):
         only_q(torch.randn(6, 3, 48))
@@ -412,7 +412,7 @@ def test_a_model_whose_adapters_are_all_gone():
     model = peft_model()
     for name in ("three", "four", "eight"):
         model.delete_adapter(name)
-    inner = model.base_model.model  # PEFT's get_base_model() wants an active adapter
+    inner = model.base_model.model  # PEFT's get_base_model() needs an active adapter
     peft_multibatch.enable(model)
     with pytest.raises(errors.NoAdaptersError):
         inner(**left_padded(), adapter_ids=[0] * 6)
@@ -452,7 +452,8 @@ def test_models_whose_rows_are_tiled_are_refused_by_name():
 
 
 def test_generate_that_drops_rows():
-    """As Whisper does with long audio: half of six rows are still a multiple of three ids, of other samples' rows."""
+    """As Whisper does with long audio: half of six rows are still a multiple of three ids, but of other samples'
+    rows."""
     model = peft_model()
     peft_multibatch.enable(model)
 

@@ -1,4 +1,4 @@
-"""Findings of a review that set out to break the reading of adapters, checkpointing and copies."""
+"""Regression tests from a review that tried to break adapter reading, checkpointing and copies."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_gradients_reach_the_parameters_that_the_model_has_now():
     model.set_requires_grad(["three", "four", "eight"])
     peft_multibatch.enable(model)
     before = gradients(model)
-    model.load_state_dict(model.state_dict(), assign=True)  # other parameters at the same addresses
+    model.load_state_dict(model.state_dict(), assign=True)  # different parameters at the same addresses
     model.set_requires_grad(["three", "four", "eight"])
     after = gradients(model)
     assert after.keys() == before.keys()

@@ -1,4 +1,4 @@
-"""What may happen to a model after `enable`: afterwards, a mixed batch is what PEFT gives one adapter at a time."""
+"""Changes to a model after `enable`: afterwards, a mixed batch matches PEFT, one adapter at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
 
 
 def varied_model():
-    """Fast layers and slow ones: DoRA, an embedding, a module that is saved, tokens that are trained."""
+    """Build a model with fast and slow layers: DoRA, an embedding, a saved module and trainable tokens."""
     shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
     model = get_peft_model(
         base_model(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"], use_dora=True, **shared), "three"
@@ -69,7 +69,7 @@ def randomize(model, name):
 
 
 def other_weights(model, name, folder):
-    """A checkpoint of an adapter like the one in the model, with other weights."""
+    """Save a checkpoint of an adapter like the model's, with other weights."""
     other = randomize(copy.deepcopy(model), name)
     other.save_pretrained(folder, selected_adapters=[name])
     return str(folder / name)
@@ -176,14 +176,14 @@ KEEPS_RESULTS = {select, select_two, switch_off_and_on, to_another_device_and_ba
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Multiple active adapters:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),  # layers where the merged adapter isn't
+    pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),  # layers without the merged adapter
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    # PEFT can swap neither DoRA's magnitudes nor embeddings
+    # PEFT can't hot-swap DoRA's magnitudes or embeddings
     [(kind, change) for kind in MODELS for change in CHANGES if (kind, change) != ("varied", hotswap)],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -200,7 +200,8 @@ def test_after_a_change(kind, change, tmp_path):
 
 
 def check(model, mixed, names=NAMES):
-    """As PEFT gives it; in half precision, of which PEFT rounds more often, as near to float32 as PEFT is."""
+    """Compare with PEFT; in half precision, errors against float32 may be as large as PEFT's, which rounds more
+    often."""
     alone = one_at_a_time(model, names)
     if mixed.dtype in (torch.float32, torch.float64):
         assert_close(mixed, alone)
@@ -215,7 +216,7 @@ def check_rounding(mixed, alone, exact):
 
 
 def test_many_changes_in_a_row(tmp_path):
-    """What one change leaves behind must not hide from the next one."""
+    """A change must not hide the next one."""
     model = varied_model()
     mb = peft_multibatch.enable(model)
     for change in (
@@ -234,7 +235,7 @@ def test_many_changes_in_a_row(tmp_path):
 
 @pytest.mark.parametrize("source", ["three", "eight"], ids=["smaller rank", "same rank"])
 def test_hotswap_into_a_model_that_is_prepared_for_other_ranks(tmp_path, source):
-    """PEFT pads the weights, and scalings become tensors that it writes in place."""
+    """PEFT pads the weights, and makes scalings tensors that it modifies in place."""
     config = {"target_modules": LLAMA_LIKE, "task_type": "CAUSAL_LM", "init_lora_weights": False}
     model = get_peft_model(base_model(), LoraConfig(r=8, lora_alpha=8, **config), "eight")
     model.add_adapter("four", LoraConfig(r=4, lora_alpha=4, **config))
@@ -255,7 +256,7 @@ def test_hotswap_into_a_model_that_is_prepared_for_other_ranks(tmp_path, source)
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_new_adapters(kind):
-    """Added, weighted from others, and added again under a name that was deleted."""
+    """Adapters that are added, combined from others, and added again under a deleted name."""
     model = MODELS[kind]()
     mb = peft_multibatch.enable(model)
     logits(model, adapter_ids=NAMES)
@@ -300,10 +301,10 @@ def test_copies_are_models_of_their_own(kind, copied, tmp_path):
             else:
                 twin = PeftModel.from_pretrained(twin, tmp_path / name, adapter_name=name)
         twin.eval()
-    check(twin, mixed)  # plain
+    check(twin, mixed)  # without ids
     peft_multibatch.enable(twin)
     assert_close(logits(twin, adapter_ids=NAMES), mixed)
-    randomize(twin, "eight")  # and apart from the original
+    randomize(twin, "eight")  # and independently of the original
     check(twin, logits(twin, adapter_ids=NAMES))
     assert torch.equal(logits(model, adapter_ids=NAMES), mixed)
     check(model, mixed)
@@ -460,7 +461,7 @@ def test_gradient_checkpointing_switched_on_and_off(reentrant):
 
 
 def test_transformers_own_adapters(tmp_path):
-    """Without a PeftModel: added, switched, loaded over each other in place, deleted."""
+    """Without a PeftModel, adapters are added, activated, overwritten in place and deleted."""
     config = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     for seed in (1, 2):
         other = get_peft_model(base_model(), LoraConfig(r=4, **config))

@@ -1,4 +1,5 @@
-"""Models that read pictures, sound or series: whose rows those are, and which of them can't be told."""
+"""Models that read images, audio or series: which sample their rows belong to, and models where this can't be
+known."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ AUDIO = {
 
 
 def build(kind):
-    """The model with two adapters in all linear layers, heads and projections included."""
+    """Build the model with two adapters on all linear layers, including heads and projections."""
     torch.manual_seed(0)
     model_class = getattr(transformers, kind)
     config_class = model_class.config_class
@@ -79,7 +80,7 @@ def texts():
     ],
 )
 def test_images_and_sounds_that_are_the_samples(kind, inputs, outputs):
-    """What reads no text, and what compares one text with one image, as many as there are ids."""
+    """Models without text, and models that compare one text with one image."""
     model = build(kind)
     given = {key: value for make in inputs for key, value in make().items()}
     with torch.no_grad():

@@ -74,13 +74,13 @@ def test_a_pipeline_around_a_peft_model(model, expected):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_batches_that_are_smaller_than_the_block(model, writer, size):
-    """`batch_size` is 1 unless it is said."""
+    """The default `batch_size` is 1."""
     mb = peft_multibatch.enable(model)
     message = f"6 entries for a batch of {size} samples"
     with mb.batch(NAMES), pytest.raises(errors.AdapterIdsLengthError, match=message):
         writer(PROMPTS, batch_size=size, **GREEDY)
     with mb.batch(NAMES[:4]), pytest.raises(errors.AdapterIdsLengthError, match="4 entries for a batch of 2 samples"):
-        writer(PROMPTS, batch_size=4, **GREEDY)  # the last batch is what is left over
+        writer(PROMPTS, batch_size=4, **GREEDY)  # the last batch is smaller
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
@@ -109,7 +109,7 @@ def test_feature_extraction(model):
 
 
 def test_text_classification():
-    """With a head for each adapter."""
+    """Each adapter has its own head."""
     config = transformers.BertConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=160, num_labels=3
     )

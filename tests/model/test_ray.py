@@ -1,4 +1,4 @@
-"""The example for Ray Data on a local Ray: every row is right and in its place, also where a worker died."""
+"""The example for Ray Data on a local Ray: every row is right and in its place, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ typer.run(example.main)
 
 @pytest.fixture
 def environment():
-    """A short path for Ray's sockets, and nothing of it left behind."""
+    """A short path for Ray's sockets, removed afterwards."""
     folder = tempfile.mkdtemp(prefix="ray")
     yield {
         **os.environ,
@@ -88,12 +88,12 @@ def test_a_worker_that_dies_costs_no_row(tmp_path, arguments, environment):
     assert (tmp_path / "mark").exists()
     expected = [{**row, "completion": completed(row["adapter"], row["prompt"])} for row in rows]
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == expected
-    assert done.stdout.count("as PEFT says") == len(rows)
+    assert done.stdout.count("matches PEFT") == len(rows)
 
 
 @pytest.mark.xdist_group("ray")
 def test_a_batch_that_no_worker_survives_ends_the_job(tmp_path, arguments, environment):
-    """Ray by itself would begin it again for ever."""
+    """By default Ray would retry it forever."""
     write(tmp_path, NAMES)
     environment.update(MARK=str(tmp_path / "mark"), RETRIES="1")
     command = [sys.executable, "-c", DYING, *arguments]
@@ -118,9 +118,9 @@ def test_an_unknown_adapter_is_refused_before_anything_runs(tmp_path, example):
 @pytest.mark.parametrize(
     "row, out, message",
     [
-        ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion" already'),
-        ({"n": "\ud800"}, "answers.jsonl", "line 1: expected JSON, one object a line, but .*surrogates"),
-        ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in a folder that is there"),
+        ({"completion": "w2"}, "answers.jsonl", 'line 1: has a "completion"'),
+        ({"n": "\ud800"}, "answers.jsonl", "line 1: expected one JSON object per line, but .*surrogates"),
+        ({}, "nowhere/answers.jsonl", r"nowhere/answers\.jsonl: expected a file in an existing folder"),
     ],
 )
 def test_what_could_not_be_written_at_the_end_is_refused(tmp_path, example, row, out, message):

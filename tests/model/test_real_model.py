@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct with the three trained adapters, and the demo as users start it."""
+"""SmolLM2-135M-Instruct with the three trained adapters, and the demo as users run it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_multibatch.demo.run import ADAPTERS, PROMPTS, Demo, load_adapters
 
 
 HELD_OUT = Path(__file__).parents[1] / "data" / "held_out"
-# one worker loads the model, and the others have the cores to themselves meanwhile
+# only one worker loads the model, and leaves the other cores to the other workers
 pytestmark = pytest.mark.xdist_group("real model")
 
 
@@ -59,7 +59,7 @@ def test_adapters_are_small_and_differ_in_rank_and_modules():
 def test_greedy_tokens_are_those_of_peft_one_adapter_at_a_time(demo):
     outcome = demo.run(new_tokens=16, repeats=1)
     assert [row.equal for row in outcome.rows] == [True] * len(PROMPTS)
-    # the rows do differ from the base model's, or equality would mean little
+    # rows must differ from the base model's, or equality would prove little
     with demo.model.disable_adapter():
         base = demo.model.generate(**demo.inputs, max_new_tokens=16, do_sample=False)
     start = demo.inputs["input_ids"].shape[1]
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_peft_one_adapter_at_a_time(demo):
 
 
 def test_rows_without_padding_and_alone_in_their_batch(demo):
-    """A row of a left-padded mixed batch says what the same prompt says in a batch of its own."""
+    """A row of a left-padded mixed batch matches the same prompt in a separate batch."""
     mb = peft_multibatch.enable(demo.model)
     mixed = demo.model.generate(**demo.inputs, max_new_tokens=8, do_sample=False, adapter_ids=demo.names)[:, -8:]
     mb.disable()
@@ -107,9 +107,9 @@ def test_modes_that_users_use(demo, options):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # tokens are compared in full float32
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures one to begin with
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch first captures an empty one
 def test_greedy_tokens_on_a_gpu():
-    """Through the kernels, in float32; eager, and with the decode step that transformers compiles."""
+    """With the kernels in float32, eager, and with the decode step compiled by transformers."""
     demo = Demo(device="cuda")
     outcome = demo.run(new_tokens=16, repeats=1)
     assert [row.equal for row in outcome.rows] == [True] * len(PROMPTS)
@@ -158,12 +158,12 @@ def test_bfloat16():
     peft_multibatch.enable(model)
     with torch.no_grad():
         actual = model(**inputs, adapter_ids=names).logits[:, -1]
-    # thirty layers of bfloat16 differ by this much between two batch sizes of the base model alone
+    # thirty layers in bfloat16 differ this much even between two batch sizes of the base model
     assert (actual.float() - torch.stack(expected).float()).norm() / torch.stack(expected).float().norm() < 0.02
 
 
 def test_the_demo_takes_times_in_turns_and_reports_medians(monkeypatch):
-    """Of three rounds; the second is ten times as slow for all, which changes no ratio."""
+    """Of three rounds, the second is ten times as slow for all methods, which doesn't change ratios."""
     demo, turns = Demo.__new__(Demo), []
     monkeypatch.setattr(demo_run, "PROMPTS", [])
     demo.names, demo.device, demo.report = [], "cpu", lambda *_: None
@@ -185,7 +185,7 @@ def test_the_demo_takes_times_in_turns_and_reports_medians(monkeypatch):
     demo._timed = timed
     outcome = demo.run(new_tokens=1, repeats=3)
     once = ["base", "disable", "enable", "mixed", "disable", "peft_mixed", "disable", "one_at_a_time", "disable"]
-    assert turns == once * 4  # the first isn't timed
+    assert turns == once * 4  # the first round isn't timed
     assert [*outcome.seconds.values()] == [2, 3, 4, 8]
     assert [*outcome.ratios.values()] == [1, 2, 4, 4]
     assert outcome.rounds == 3
@@ -195,7 +195,7 @@ def test_the_command_line():
     command = [sys.executable, "-m", "peft_multibatch", "demo", "--new-tokens", "4", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert "All 8 rows equal what PEFT generates for them, one adapter at a time." in done.stdout
+    assert "All 8 rows match what PEFT generates, one adapter at a time." in done.stdout
     for name in (*ADAPTERS, "__base__", "base model, no adapters", "PEFT adapter_names"):
         assert name in done.stdout
 

@@ -1,4 +1,4 @@
-"""Loops of Sentence Transformers, which sort by length: every text has its own adapter, wherever the loop puts it."""
+"""Loops of Sentence Transformers, which sort by length: every text gets its own adapter, wherever the loop puts it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def lora():
 
 
 def adapted(path, model):
-    """Adapters from folders, by the way that the library has for it."""
+    """Load adapters from folders with the library's own method."""
     base = copy.deepcopy(model.transformers_model)
     for name in "abc":
         get_peft_model(copy.deepcopy(base), lora(), adapter_name=name).save_pretrained(path / "adapters")
@@ -68,7 +68,7 @@ def judge(tmp_path):
 
 
 def under(model, entry, call):
-    """PEFT alone: a plain call with one adapter active, or none, or with the sum of two made as one."""
+    """PEFT alone: a plain call with one adapter active, none, or the sum of two combined into one."""
     inner = model.transformers_model
     layers = [each for each in inner.modules() if hasattr(each, "lora_A")]
     if entry in (-1, "__base__"):
@@ -94,7 +94,7 @@ def under(model, entry, call):
 
 
 def one_by_one(model, method, inputs, **options):
-    """The oracle: every input by itself."""
+    """The reference: every input by itself."""
     call = getattr(model, method)
     rows = [under(model, entry, lambda each=each: call([each], **options)) for entry, each in zip(NAMES, inputs)]
     return torch.as_tensor(np.concatenate(rows))
@@ -165,7 +165,7 @@ def test_one_text(reader):
 
 
 def test_other_values(reader):
-    """Tokens, all features, and as few bits as the library makes of them."""
+    """Tokens, all features, and quantized embeddings."""
     options = {"output_value": "token_embeddings"}
     tokens = [
         under(reader, name, lambda text=text: reader.encode(text, **options)) for name, text in zip(NAMES, TEXTS)
@@ -219,7 +219,7 @@ def test_plain_calls_and_disable(reader):
     assert set(vars(reader)) == attributes
     with pytest.raises(errors.NotEnabledError):
         mb.batch(NAMES).__enter__()
-    with pytest.raises(ValueError, match="adapter_ids"):  # the library's own
+    with pytest.raises(ValueError, match="adapter_ids"):  # the library's own error
         reader.encode(TEXTS, adapter_ids=NAMES)
     assert np.array_equal(reader.encode(TEXTS), before)
 
@@ -238,7 +238,7 @@ def test_copies_are_plain(reader, duplicate):
 
 
 def test_only_the_model_inside_is_enabled(reader):
-    """Nobody follows its loops then, and ids of a block would meet other texts."""
+    """Then its loops aren't followed, and a block's ids would reach the wrong texts."""
     mb = peft_multibatch.enable(reader.transformers_model)
     with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="Pass the SentenceTransformer"):
         reader.encode(TEXTS)
@@ -294,7 +294,7 @@ def test_other_encoders(tmp_path, kind):
 
 
 def test_threads_with_other_ids(reader):
-    """Each takes its own ids along, while a third has none."""
+    """Each thread uses its own ids, while a third has none."""
     choices = [NAMES, NAMES[::-1], None]
     peft_multibatch.enable(reader)
     expected = [reader.encode(TEXTS, adapter_ids=ids, batch_size=2) for ids in choices]
@@ -344,7 +344,7 @@ def test_what_is_refused(reader):
 
 
 def test_a_loop_that_cannot_be_followed(reader, monkeypatch):
-    """It makes texts of its own, or calls the model by another way."""
+    """It creates its own texts, or calls the model in another way."""
     peft_multibatch.enable(reader)
     with monkeypatch.context() as patch:
         patch.setattr(reader, "preprocess", type(reader).preprocess.__get__(reader))
@@ -357,7 +357,7 @@ def test_a_loop_that_cannot_be_followed(reader, monkeypatch):
             reader.encode(TEXTS, adapter_ids=NAMES)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # as torch 2.11 warns
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # torch 2.11 warns
 def test_compiled(reader):
     expected = reader.encode(TEXTS)
     peft_multibatch.enable(reader)
@@ -368,7 +368,7 @@ def test_compiled(reader):
 
 
 def test_routes(reader, tmp_path):
-    """The document's route has no adapters: ids on it are refused."""
+    """The document's route has no adapters, so ids on it are refused."""
     from sentence_transformers.base.modules import Router, Transformer
 
     router = Router.for_query_document([reader[0]], [Transformer(folder(tmp_path / "other"))])

@@ -1,9 +1,9 @@
-"""Threads that serve while another one changes the model: every row is what its adapter gives alone through PEFT.
+"""Threads that serve while another one changes the model: every row matches PEFT with that adapter alone.
 
-First at random, for as long as there is time: two threads serve, a third one adds, swaps and deletes adapters. Then
-with the window held open: a call with ids is stopped half way, another thread makes one change, and the call goes on.
-A change may wait until the call has ended, or happen at once; the call ends as if nothing had happened either way. And
-the other way round: PEFT is stopped half way through a change, while another thread calls the model.
+First at random, for a given time: two threads serve, and a third one adds, swaps and deletes adapters. Then with
+the window held open: a call with ids is stopped half way, another thread makes one change, and the call continues.
+The change may wait until the call has ended, or happen at once; in both cases the call isn't affected. And the
+other way round: PEFT is stopped half way through a change, while another thread calls the model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from peft_multibatch import errors
 
 
 SECONDS = float(os.environ.get("MULTIBATCH_SECONDS", 8))
-"""How long threads serve at random. Where it is given, by hand, the other tests run in all combinations, too."""
+"""How long threads serve at random. If it is set, the other tests run in all combinations, too."""
 
 INPUTS = left_padded()
 FIXED = ["one", "two", "three"]
 NAMES = ["one", "two", "__base__", "three", "two", "one"]
 TOKENS = 4
 SHARED = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
-# What is added while others serve. The fixed adapters are plain, on q_proj, k_proj, v_proj and down_proj.
+# Adapters added while others serve. The fixed adapters are plain LoRA on q_proj, k_proj, v_proj and down_proj.
 ADDED = {
     "plain": {"target_modules": ["q_proj", "down_proj"]},
     "on layers that had none": {"target_modules": ["o_proj", "gate_proj", "up_proj"]},
@@ -66,7 +66,7 @@ def config(rank: int = 2, **options: Any) -> LoraConfig:
 
 
 def served_model(kind: str = "fast", architecture: str = "llama") -> PeftModel:
-    """Three adapters on layers that are fused, or, if it is ``varied``, on some that run per segment."""
+    """Three adapters on fused layers or, if ``varied``, partly on layers that run per segment."""
     varied = kind == "varied"
     attention = ["q_proj", "k_proj", "v_proj"]
     one = config(3, target_modules=attention, lora_bias=varied)
@@ -81,7 +81,7 @@ def served_model(kind: str = "fast", architecture: str = "llama") -> PeftModel:
 
 
 def randomize(model: nn.Module, name: str) -> None:
-    """Give an adapter weights that tell it from every other, also where PEFT begins with copies of the base's."""
+    """Give an adapter distinct weights, even if PEFT initializes copies of the base's."""
     for key, parameter in model.named_parameters():
         if f".{name}" in key and ("lora_" in key or "modules_to_save" in key):
             is_positive = "magnitude" in key or "modules_to_save" in key
@@ -103,7 +103,7 @@ def one_at_a_time(model: PeftModel, names: list[str], call: Callable = logits) -
 
 
 def saved(model: PeftModel, name: str, folder: Path, rank: int | None = None, **options: Any) -> str:
-    """A folder with an adapter like one of the model's, of its rank or another one, with other weights."""
+    """Save an adapter like one of the model's, with other weights, and with its rank or another one."""
     if rank is not None or options:
         other = get_peft_model(base_model(model.config.model_type), config(rank or 2, **options), name)
     else:
@@ -114,11 +114,11 @@ def saved(model: PeftModel, name: str, folder: Path, rank: int | None = None, **
 
 
 class Server(threading.Thread):
-    """Calls the model with random rows and ids until it is told to stop, and compares every row.
+    """Calls the model with random rows and ids until it is stopped, and compares every row.
 
     Args:
-        expected: for every name what the model gives for every row under it: logits, and generated tokens.
-        change: what the thread that changes the model is doing, for messages.
+        expected: the expected logits and generated tokens of every row, by adapter name.
+        change: the current change on the other thread, for messages.
     """
 
     def __init__(self, seed: int, mb: Any, model: PeftModel, expected: dict[str, tuple], change: list[str]) -> None:
@@ -231,11 +231,11 @@ def test_adapters_come_and_go_while_threads_serve(tmp_path):
 
 
 class Window:
-    """Work on a thread of its own that is stopped half way, while other work is done on another one.
+    """Work on a separate thread that is stopped half way, while other work runs on another thread.
 
     Args:
-        work: is stopped where it runs ``wait``; other threads pass there.
-        name: of its thread.
+        work: the work, which stops at ``wait``; other threads pass it.
+        name: the name of its thread.
     """
 
     def __init__(self, work: Callable[[], Any], name: str) -> None:
@@ -244,7 +244,7 @@ class Window:
         self.stopped = Task(work, name)
 
     def wait(self, nth: int = 1) -> None:
-        """Stop the work here, the n-th time that it comes by."""
+        """Stop the work at the n-th call."""
         if threading.current_thread() is not self.stopped:
             return
         self._passed += 1
@@ -253,13 +253,13 @@ class Window:
             assert self._closed.wait(60)
 
     def close(self) -> None:
-        """Let the work go on, and wait for its end."""
+        """Let the work continue, and wait for its end."""
         self._closed.set()
         self.stopped.join(60)
         assert not self.stopped.is_alive(), f"{self.stopped.name} hangs"
 
     def run(self, other: Callable[[], Any], name: str) -> tuple[Task, bool]:
-        """Do other work while the window is open; if it isn't done within a second, the window is closed.
+        """Run other work while the window is open; the window is closed if it isn't done within a second.
 
         Returns:
             The other work, and whether it was done before the window was closed.
@@ -309,7 +309,7 @@ def add(kind: str) -> Callable:
 
 
 def add_half_way(kind: str) -> Callable:
-    """PEFT adds layers that run the new adapter, and makes it inactive at last; there it stops for the call's end."""
+    """PEFT adds layers that run the new adapter, and finally deactivates it; there it waits for the call's end."""
 
     def change(model: PeftModel, path: Path, window: Window) -> None:
         def set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -376,7 +376,7 @@ CALLS = ["forward", "generate", "generate in a block"]
 
 
 def some(*choices: list) -> list[tuple]:
-    """All combinations, or, in CI, all but the last choice's, which come in turn."""
+    """All combinations or, in CI, all except those of the last choice, whose values alternate."""
     if "MULTIBATCH_SECONDS" in os.environ:
         return list(itertools.product(*choices))
     return [
@@ -389,7 +389,7 @@ def name_of(value: Any) -> str:
 
 
 def held(model: PeftModel, mb: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> Window:
-    """A call that is stopped between ``q_proj`` and ``k_proj`` of the first layer, or between two forwards."""
+    """A call that is stopped between ``q_proj`` and ``k_proj`` of the first layer, or between two forward passes."""
 
     def pause(input_ids: Tensor, scores: Tensor) -> Tensor:
         window.wait(nth=2)
@@ -403,9 +403,9 @@ def held(model: PeftModel, mb: Any, kind: str, monkeypatch: pytest.MonkeyPatch) 
         with mb.batch(NAMES):
             return generated(model, logits_processor=[pause])
 
-    window = Window(call, "the call under way")
+    window = Window(call, "the running call")
     if kind == "forward":
-        norm = model.base_model.model.model.layers[0].self_attn.q_norm  # of what q_proj gives
+        norm = model.base_model.model.model.layers[0].self_attn.q_norm  # its input is q_proj's output
         forward = norm.forward
 
         def slow(x: Tensor) -> Tensor:
@@ -437,7 +437,7 @@ def check_rows(kind: str, found: Tensor, expected: Tensor, rows: list[int] | Non
     ids=name_of,
 )
 def test_a_change_while_a_call_is_under_way(served, when, change, kind, tmp_path, monkeypatch):
-    """``first call``: nothing was read of the adapters before the call that is stopped."""
+    """``first call``: no adapter was read before the stopped call."""
     model = served_model(served, "qwen3")
     if change is load:
         saved(model, "new", tmp_path, rank=5, target_modules=["q_proj", "o_proj"])
@@ -455,18 +455,18 @@ def test_a_change_while_a_call_is_under_way(served, when, change, kind, tmp_path
 
     def work() -> Any:
         found = change(model, tmp_path, window)
-        logits(model, adapter_ids=["__base__"] * 6)  # the first call after a change takes notice of it
+        logits(model, adapter_ids=["__base__"] * 6)  # the first call after a change reads it
         return found
 
     changer, _ = window.run(work, "the change")
     value = changer.result()
-    # what is written in place into tensors that a call is reading is the business of who writes: others' rows count
+    # rows whose weights are modified in place during the call are the writer's responsibility; only the others count
     others = [row for row, name in enumerate(NAMES) if name != "two"] if change is swap_in_place else None
     check_rows(kind, window.stopped.result(), expected, others)
     if change is disable_adapters_until_the_call_has_ended:
         assert torch.equal(value, base)
 
-    # and afterwards the change is there
+    # afterwards the change has taken effect
     gone = GONE.get(change)
     names = [name for name in NAMES if name != gone]
     if "new" in model.peft_config:
@@ -483,7 +483,7 @@ def test_a_change_while_a_call_is_under_way(served, when, change, kind, tmp_path
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("served", ["fast", "varied"])
 def test_disabling_while_a_call_is_under_way(served, kind, monkeypatch):
-    """``disable`` waits until the call has ended, or says whose call is under way and changes nothing."""
+    """``disable`` waits until the call has ended, or names the call's thread and changes nothing."""
     model = served_model(served, "qwen3")
     plain = logits(model)
     expected = one_at_a_time(model, NAMES, logits if kind == "forward" else generated)
@@ -497,7 +497,7 @@ def test_disabling_while_a_call_is_under_way(served, kind, monkeypatch):
         assert_close(logits(model, adapter_ids=NAMES), one_at_a_time(model, NAMES))
         mb.disable()
     else:
-        assert not was_done, "disable returned while a call was under way"
+        assert not was_done, "disable returned while a call was running"
     assert torch.equal(logits(model), plain)
     assert "forward" not in model.__dict__
     peft_multibatch.enable(model)
@@ -509,7 +509,7 @@ def kinds_of(cls: type) -> list[type]:
 
 
 def stopping(method: Callable, window: Window, nth: int, is_before: bool) -> Callable:
-    """A method that stops the window's work the n-th time, before or after it runs."""
+    """Wrap a method so that it stops the window's work at the n-th call, before or after it runs."""
 
     def stops(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_before:
@@ -533,7 +533,7 @@ STEPS = {
 
 @pytest.mark.parametrize(("served", "kind", "step"), some(["fast", "varied"], [*ADDED], [*STEPS]), ids=name_of)
 def test_calls_while_a_change_is_under_way(served, kind, step, tmp_path, monkeypatch):
-    """PEFT is stopped half way through adding an adapter, or deleting it; calls may wait for it, or run at once."""
+    """PEFT is stopped half way through adding or deleting an adapter; calls may wait for it, or run at once."""
     model = served_model(served)
     expected = one_at_a_time(model, NAMES)
     peft_multibatch.enable(model)
@@ -541,9 +541,9 @@ def test_calls_while_a_change_is_under_way(served, kind, step, tmp_path, monkeyp
     if step == "deletion":
         add(kind)(model, tmp_path, None)
         logits(model, adapter_ids=NAMES)
-        window = Window(lambda: model.delete_adapter("new"), "the change under way")
+        window = Window(lambda: model.delete_adapter("new"), "the running change")
     else:
-        window = Window(lambda: add(kind)(model, tmp_path, None), "the change under way")
+        window = Window(lambda: add(kind)(model, tmp_path, None), "the running change")
     owner, method, nth = STEPS[step]
     for cls in kinds_of(owner):
         if method in cls.__dict__:

@@ -1,8 +1,8 @@
 """Random sequences of everything that users do to a model and its adapters, with calls in between.
 
-Whatever happened before, every row of a call equals the same row alone under its own adapter through PEFT, or the call
-raises an error for which the state of the model gives a reason. ``MULTIBATCH_STEPS=10000`` runs that many steps, in
-sequences that are new every time, and ``MULTIBATCH_SHRINK=1`` looks for the smallest one that fails.
+Whatever happened before, every row of a call equals the same row alone with its own adapter in PEFT, or the call
+raises an error justified by the model's state. ``MULTIBATCH_STEPS=10000`` runs that many steps, in new sequences
+every time, and ``MULTIBATCH_SHRINK=1`` searches for the smallest failing one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INPUTS = left_padded(rows=5, length=6)
 FUSE = st.sampled_from([True, False, "weights"])
 
 
-# Calls, and their oracle.
+# Calls, and their reference.
 
 
 def as_ids(rows):
@@ -42,7 +42,7 @@ def as_ids(rows):
 
 
 def logits(model, rows=None, samples=slice(None)):
-    """Of a call with ids, or of some samples without any."""
+    """Logits of a call with ids, or of some samples without ids."""
     samples, ids = (samples, {}) if rows is None else (slice(len(rows)), {"adapter_ids": as_ids(rows)})
     with torch.no_grad():
         return model(**{key: value[samples] for key, value in INPUTS.items()}, **ids).logits
@@ -56,13 +56,13 @@ def generated(model, samples, **ids):
 
 
 def alone_in_turn(model, names, call=logits):
-    """Every row by itself through PEFT, under its adapter or under several that PEFT adds up."""
+    """Run every row by itself in PEFT, with its adapter, or with several that PEFT sums."""
 
     def run(row, name):
         def one():
             return call(model, samples=slice(row, row + 1))
 
-        if isinstance(name, dict):  # with its first adapter active: another may have a head of its own
+        if isinstance(name, dict):  # with its first adapter active, because others may have their own heads
             return alone(model, next(iter(name)), lambda: several(model, name, one))
         return alone(model, name, one)
 
@@ -70,7 +70,7 @@ def alone_in_turn(model, names, call=logits):
 
 
 def attempt(call):
-    """The result, or the error."""
+    """Return the result or the error of a call."""
     try:
         return call()
     except MultibatchError as error:
@@ -79,7 +79,7 @@ def attempt(call):
 
 @st.composite
 def entries(draw):
-    """Names, integer ids and mixtures of adapters that can run, and the base model."""
+    """Draw names, integer ids and mixtures of adapters that can run, and the base model."""
     machine = draw(st.runner())
     names = sound_names(machine)
     plain = st.sampled_from([*names, *(machine.ids[name] for name in names), "__base__", -1])
@@ -92,7 +92,7 @@ def entries(draw):
 
 @st.composite
 def refusals(draw):
-    """An entry that can't run, and the error that says so."""
+    """Draw an entry that can't run, and its error."""
     machine = draw(st.runner())
     unknown = [name for name in [*NAMES, "nobody"] if name not in machine.ids]
     unknown += sorted({*range(len(machine.ever) + 2)} - {*machine.ids.values()})
@@ -111,7 +111,7 @@ def is_enabled(machine):
 
 
 class LifeWithCalls(Life):
-    """After anything that happened, calls with ids."""
+    """Adds calls with ids after every event."""
 
     @initialize(kinds=st.lists(kinds, min_size=2, max_size=4), fuse=FUSE)
     def begin(self, kinds, fuse):
@@ -122,7 +122,7 @@ class LifeWithCalls(Life):
 
     @rule(name=sound, rows=rows_of)
     def merge(self, name, rows):
-        if self.kinds[name] != "bias":  # which PEFT can't merge into layers without a bias
+        if self.kinds[name] != "bias":  # PEFT can't merge it into layers without a bias
             self.model.merge_adapter([name])
             if is_enabled(self):
                 with pytest.raises(MergedAdaptersError):
@@ -132,7 +132,7 @@ class LifeWithCalls(Life):
     @precondition(lambda self: not is_enabled(self))
     @rule(fuse=FUSE)
     def enable(self, fuse):
-        """What is there already has ids in PEFT's order."""
+        """Existing adapters have ids in PEFT's order."""
         self.mb = peft_multibatch.enable(self.model, fuse=fuse)
         self.ids = {name: identity for identity, name in enumerate(self.model.peft_config)}
         self.ever = dict(self.ids)
@@ -180,7 +180,7 @@ class LifeWithCalls(Life):
         return [names[row] if isinstance(row, int) else row for row in rows]
 
     def may_refuse(self, names):
-        """Mixtures of adapters that are more than two products."""
+        """Whether mixtures need more than two products."""
         mixed = {name for entry in names if isinstance(entry, dict) for name in entry}
         layers = [(layer, name) for name in mixed for layer in layers_of(self.model, name)]
         halves = [half[name] for layer, name in layers for half in (layer.lora_A, layer.lora_B)]
@@ -213,7 +213,7 @@ class LifeWithCalls(Life):
     @precondition(is_enabled)
     @rule(rows=rows_of, refusal=refusals())
     def refused(self, rows, refusal):
-        """One row that can't run refuses the call, and harms no other call."""
+        """A row that can't run refuses the call, and affects no other call."""
         entry, error = refusal
         note(f"{[*rows[:4], entry]}, {self.describe()}")
         with pytest.raises(error):
@@ -234,7 +234,7 @@ class LifeWithCalls(Life):
             for step in range(3):
                 self.compare([name], result[0][row : row + 1, step], steps[:, step])
                 if result[1][row, step] != tokens[0, step]:
-                    break  # two tokens that are as likely but for rounding, and what follows is another text
+                    break  # two tokens are equally likely up to rounding, and the continuations differ
 
     @precondition(is_enabled)
     @rule(rows=rows_of, others=rows_of)
@@ -281,7 +281,7 @@ class LifeWithCalls(Life):
     @precondition(is_enabled)
     @rule(rows=rows_of, elsewhere=st.booleans())
     def call_while_adapters_are_disabled(self, rows, elsewhere):
-        """Ids hold whatever another thread disables; on the same thread rows may be the base model's."""
+        """Another thread's disabling doesn't affect ids; on the same thread rows may be the base model's."""
         note(f"{rows}, {self.describe()}")
         names = self.names_of(rows)
         expected = torch.cat(alone_in_turn(self.model, names))
@@ -303,7 +303,7 @@ class LifeWithCalls(Life):
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.*have invalid shape")  # the bias's
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
-@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")  # layers where the merged adapter isn't
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")  # layers without the merged adapter
 def test_any_sequence_of_changes_and_calls(tmp_path):
     run_state_machine_as_test(
         lambda: LifeWithCalls(str(tmp_path)),
@@ -311,7 +311,7 @@ def test_any_sequence_of_changes_and_calls(tmp_path):
             max_examples=STEPS // STEPS_PER_SEQUENCE or 30,
             stateful_step_count=STEPS_PER_SEQUENCE,
             derandomize=not STEPS,
-            # a smaller sequence takes minutes to find
+            # finding a smaller sequence takes minutes
             phases=[Phase.generate, *([Phase.shrink] if "MULTIBATCH_SHRINK" in os.environ else [])],
             database=None,
             deadline=None,

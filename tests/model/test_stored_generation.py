@@ -1,4 +1,4 @@
-"""Every way to generate under stored adapters, under pressure: token for token what PEFT gives one row at a time."""
+"""All ways to generate with stored adapters and little memory: token for token as PEFT, one row at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_multibatch.adapters.store.arena import size_class
 
 
 class Twins:
-    """A `PeftModel`, and a model without PEFT with these adapters in a store that has room for three."""
+    """A `PeftModel`, and a model without PEFT with the same adapters in a store that has room for three."""
 
     def __init__(self, architecture, folder):
         self.by_peft = peft_model(architecture)
@@ -32,7 +32,7 @@ class Twins:
         self.store.adapters([self.store._names.ids[name] for name in names])
 
     def evict(self):
-        """Have one of the three leave memory."""
+        """Evict one of the three from memory."""
         before = self.store.stats().evictions
         self.load("other")
         assert self.store.stats().evictions > before
@@ -50,7 +50,7 @@ class Twins:
         self.evict()
         with self.mb.batch(NAMES):
             assert torch.equal(call(self.model, inputs), wanted)
-        # what would say the same under other adapters is no test
+        # the comparison proves nothing if other adapters give the same outputs
         others = call(self.model, inputs, adapter_ids=[*NAMES[1:], NAMES[0]])
         assert (others != wanted).unflatten(0, (len(NAMES), -1)).flatten(1).any(1).sum() >= len(NAMES) // 2
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with its defaults: a column of ids arrives, and every sample trains its own adapter."""
+"""transformers' Trainer with default settings: the column of ids arrives, and every sample trains its own adapter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Gradients(transformers.TrainerCallback):
 
 
 def step(model, samples, path, collator=None):
-    """One step of SGD over all samples, by a Trainer that was told nothing about ids."""
+    """Take one step of SGD over all samples, with a Trainer that knows nothing about ids."""
     arguments = transformers.TrainingArguments(
         output_dir=str(path), per_device_train_batch_size=6, max_steps=1, learning_rate=RATE, report_to=[],
         save_strategy="no", lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, disable_tqdm=True,
@@ -72,13 +72,13 @@ def weights(model):
 
 
 def named(model, trained):
-    """Parameters of the model, by their names in the part of it that the Trainer knows."""
+    """Return the model's parameters by their names in the part that the Trainer knows."""
     names = {parameter: name for name, parameter in trained.named_parameters()}
     return [(names[parameter], parameter) for parameter in model.parameters()]
 
 
 def gradients_alone(model, rows):
-    """PEFT, one adapter at a time: the loss of its rows, counted as they count in the mean over the whole batch."""
+    """Compute gradients with PEFT, one adapter at a time, with rows weighted as in the mean over the whole batch."""
     found = {}
     total = (rows["labels"][:, 1:] != -100).sum() if rows["labels"].dim() == 2 else len(IDS)
     for number, name in enumerate(NAMES):

@@ -1,4 +1,4 @@
-"""`mb.verify`: says that a right batch is right, and names what isn't."""
+"""`mb.verify` accepts correct batches, and names the layers and samples of incorrect ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tiny(model: nn.Module, targets: list[str]):
 
 
 class Transposing(nn.Module):
-    """A head that sees positions first, as BROS's does."""
+    """A head that sees positions first, like that of BROS."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Transposing(nn.Module):
 
 
 class Queries(nn.Module):
-    """Learned positions through a layer of their own, one row of them for all samples."""
+    """Learned positions through a separate layer, with one row for all samples."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Queries(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Samples that see each other's mean: no row has a value of its own."""
+    """Samples that see each other's mean, so that no row is independent."""
 
     def __init__(self):
         super().__init__()
@@ -78,12 +78,12 @@ def test_a_right_batch_is_right_and_the_model_as_before(ids):
     assert str(found).startswith("right, tolerance 1e-04")
 
 
-@pytest.mark.parametrize("tokens", [3, 6])  # as many as samples, so that no shape tells, and a multiple
+@pytest.mark.parametrize("tokens", [3, 6])  # as many tokens as samples, which makes shapes ambiguous, and a multiple
 def test_positions_first_are_found_and_their_layer_named(tokens):
     _, mb = tiny(Transposing(), ["first", "second"])
     found = mb.verify(x=torch.randn(3, tokens, 8), adapter_ids=["a", "b", -1])
     assert not found
-    assert [each.wrong for each in found.outputs] == [(0, 1, 2)]  # found in whatever dimension they are
+    assert [each.wrong for each in found.outputs] == [(0, 1, 2)]  # found in every dimension
     assert {each.name for each in found.layers if each.problem} == {"second"}
     assert "first layer that differs: second" in str(found)
 
@@ -126,7 +126,7 @@ def test_what_cannot_run_is_raised_and_one_sample_shows_nothing():
 
 
 def test_samples_in_a_later_dimension_are_refused_until_verified():
-    """The net under models that nobody tried: a multiple of the samples' number by luck."""
+    """The fallback for untested models, whose number of rows happens to be a multiple of the samples."""
     _, mb = tiny(Transposing(), ["first", "second"])
     x = torch.randn(3, 6, 8)
     message = r"second received an input of shape \[6, 3, 8\] for 3 samples.*Call mb.verify"
@@ -143,7 +143,7 @@ def test_a_model_that_was_verified_counts_as_tried():
             super().__init__()
             self.first = nn.Linear(8, 8)
 
-        def forward(self, x):  # windows of three rows, as Swin has them
+        def forward(self, x):  # windows of three rows, as in Swin
             return self.first(x.reshape(-1, 3, 8)).view(x.shape)
 
     _, mb = tiny(Windows(), ["first"])

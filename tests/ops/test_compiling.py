@@ -1,4 +1,4 @@
-"""The kernels of training compile for GPUs, which the interpreter can't tell: it has no types. No GPU is needed."""
+"""The training kernels compile for GPUs, which the untyped interpreter can't check. This needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout in products: the generator, the statistics of its masks, and what is the same in any batch."""
+"""Dropout in products: the generator, the statistics of its masks, and independence from the rest of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOTH = pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct
 
 
 def masks_of(mix, slices=3):
-    """Different ones for each slice; slot 1 drops in one slice alone, and what is part of a mixture never."""
+    """Return different masks for each slice; slot 1 drops in only one slice, and mixtures drop nothing."""
     found = {(0, i): Mask(KEY * (i + 1) % (1 << 64), 3, 0.5) for i in range(slices)}
     found |= {(2, i): Mask(KEY ^ (i + 77), LAST_STEP, 0.25) for i in range(slices)}
     found[1, 0] = Mask(12345, 0, 1.0)
@@ -68,7 +68,7 @@ class TestGenerator:
         ],
     )
     def test_known_answers(self, rounds, counter, key, words):
-        """Those that the authors of Philox publish."""
+        """Compare with the values published by the authors of Philox."""
         assert by_hand(key, counter, rounds) == words
         found = philox(*(torch.tensor([each]) for each in (*key, *counter)), rounds)
         assert [int(each) for each in found] == words
@@ -97,7 +97,7 @@ class TestGenerator:
 
 
 def by_hand(key, counter, rounds=ROUNDS):
-    """Philox4x32, as the paper has it."""
+    """Compute Philox4x32 as in the paper."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -126,13 +126,13 @@ def _keep(found, key, step, threshold, first, start, per_entry, block, BLOCK_T: 
 class TestMasks:
     @pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
     def test_as_many_are_dropped_as_should_be(self, p):
-        """Within five standard deviations: of all, of every row, and of every column."""
+        """The rate is right within five standard deviations: overall, in every row, and in every column."""
         dropped = dropped_by(Mask(KEY, 1, p), 512, 16, 512).double()
         for mean, number in ((dropped.mean(), dropped.numel()), (dropped.mean(0), 512), (dropped.mean(1), 512)):
             assert ((mean - p).abs() <= 5 * (p * (1 - p) / number) ** 0.5).all()
 
     def test_elements_by_hand(self):
-        """Of two adapters at once, in two slices, of which one drops in one alone."""
+        """Two adapters in two slices; one of them drops in only one slice."""
         masks = [[Mask(KEY, 4, 0.5), Mask(KEY + 3, 4, 0.25)], [None, Mask(12, LAST_STEP, 0.5)]]
         found = dropped([(6, masks[0]), (9, masks[1])], 3, 21, torch.device("cpu"))
         assert found.shape == (15, 2, 21)
@@ -149,7 +149,8 @@ class TestMasks:
                     assert found[row, i, column] == expected
 
     def test_what_is_near_is_independent(self):
-        """Two masks that differ in one number alone, and one and itself moved by one row, column, sample or word."""
+        """Compare masks that differ in a single number, and a mask with itself shifted by one row, column, sample
+        or word."""
         base = Mask(KEY, 4, 0.3)
         own = dropped_by(base, 256, 16, 256)
         others = {
@@ -164,7 +165,7 @@ class TestMasks:
             assert torch.corrcoef(pairs)[0, 1].abs() < 5 / own.numel() ** 0.5, name
 
     def test_a_row_has_its_mask_whatever_comes_after_it(self):
-        """Longer samples, more of them, more columns: chunks, and what they begin with, are nobody's business."""
+        """Masks don't depend on longer samples, more samples, more columns, or on how chunks start."""
         small = dropped_by(Mask(KEY, 2, 0.5), 6, 3, 20).view(2, 3, 20)
         large = dropped_by(Mask(KEY, 2, 0.5), 700 * 5, 5, 333).view(700, 5, 333)
         assert torch.equal(large[:2, :3, :20], small)
@@ -200,7 +201,7 @@ def test_dtypes(dtype, weights):
 
 @kernels
 def test_large_ranks_and_many_rows():
-    """Several tiles of rows and of columns, and several blocks of ranks."""
+    """Several tiles of rows and columns, and several blocks of ranks."""
     case = Case([[0, 1, 0]], [[80], [4]], 300, [70], torch.float32, rows=45, masks={(0, 0): Mask(KEY, 1, 0.5)})
     check(case)
 
@@ -208,7 +209,7 @@ def test_large_ranks_and_many_rows():
 @BOTH
 @pytest.mark.parametrize("mix", ["interleaved", "with base", "[0, 0, 1]"])
 def test_the_others_are_left_alone(kind, mix):
-    """To the last bit: rows, gradients of inputs and of weights."""
+    """Rows, and gradients of inputs and weights, are bitwise equal."""
     case = make(mix, dtype=torch.float32, rows=5, masks={(1, i): Mask(KEY + i, 4, 0.5) for i in range(3)})
     (outputs, gradients), (before, gradients_before) = case.gradients(kind), case.without_dropout().gradients(kind)
     others = [row for row, slot in enumerate(MIXES[mix][0]) if slot != 1]

@@ -1,4 +1,4 @@
-"""Base layers and deltas as one node of autograd's graph, against autograd's own formulas."""
+"""Base layers and deltas as one autograd node, against autograd's own formulas."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 @pytest.mark.parametrize("name", ["two samples each", "uneven"])
 def test_gradients_that_come_in_any_form(name):
-    """Expanded, transposed, and none at all for an output that nobody used."""
+    """Gradients that are expanded, transposed, or missing because an output isn't used."""
     case = Case(name)
     shapes = [grad.shape for grad in case.grads]
     case.grads[0] = torch.randn((), dtype=torch.float64).expand(shapes[0])
@@ -155,7 +155,7 @@ def test_second_derivatives_are_refused(name):
 
 
 def test_what_is_kept_for_backward():
-    """Beside what is there anyway, a row of rank columns for each row of the input."""
+    """Besides tensors that exist anyway, only a row of rank columns per input row is kept."""
     case, kept = Case("two samples each"), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         case.run()

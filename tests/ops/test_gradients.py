@@ -1,4 +1,4 @@
-"""Training's products: torch's against autograd's own, one adapter at a time, and the kernels' against torch's."""
+"""Training products: torch's against autograd, one adapter at a time, and the kernels' against torch's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def product_inputs(case, product):
 
 @pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
 def test_gradients_that_come_in_any_form(kind):
-    """Expanded, transposed, with a stride between columns, and none at all for outputs that nobody used."""
+    """Gradients that are expanded, transposed, strided between columns, or missing because an output isn't used."""
     case = make("interleaved", dtype=torch.float32)
     shapes = [y.shape for y in case.ys]
     forms = [
@@ -146,7 +146,7 @@ def test_weights_that_were_written_before_backward_are_noticed(kind):
 
 @pytest.mark.parametrize("kind", [TorchProduct, pytest.param(TritonProduct, marks=kernels)])
 def test_what_is_kept_for_backward(kind):
-    """The input itself, which base layers keep as well, and a row of rank columns for each of its rows."""
+    """Only the input, which base layers keep as well, and a row of rank columns per input row are kept."""
     case = make("interleaved", dtype=torch.float32, rows=16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -154,7 +154,7 @@ def test_what_is_kept_for_backward(kind):
     known = {each.data_ptr() for each in (case.x, *trained.parameters)}
     others = [tensor for tensor in kept if tensor.data_ptr() not in known]
     assert len(kept) - len(others) == len(known)
-    rows, slices, rank = case.x.shape[:-1].numel(), len(case.ys), 16  # kernels have ranks of 16 at least
+    rows, slices, rank = case.x.shape[:-1].numel(), len(case.ys), 16  # kernels have ranks of at least 16
     assert 0 < sum(tensor.numel() for tensor in others) <= rows * slices * rank
 
 

@@ -1,4 +1,4 @@
-"""`shrink` and `expand` against the row-by-row oracle, in the eager and in the graph path."""
+"""`shrink` and `expand` against a row-by-row reference, in the eager and in the graph path."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ MIXES = {
     "all base": [-1, -1],
     "absent slots": [3, 3, 0],
 }
-RANKS = [[3, 8, 1], [0, 4, 4], [5, 0, 12], [0, 0, 0]]  # slot 3 has no adapter here, others lack a slice
+RANKS = [[3, 8, 1], [0, 4, 4], [5, 0, 12], [0, 0, 0]]  # slot 3 has no adapter here, and others lack a slice
 SCALINGS = [[2.0, 0.25, 1.0], [1.0, 0.5, 3.0], [-1.5, 1.0, 0.1], [1.0, 1.0, 1.0]]
 
 
@@ -82,7 +82,7 @@ SCALINGS = [[2.0, 0.25, 1.0], [1.0, 0.5, 3.0], [-1.5, 1.0, 0.1], [1.0, 1.0, 1.0]
 def test_against_the_oracle(make, mix, rows_per_entry, dtype):
     case = make_case(make(mix), RANKS, SCALINGS, [7, 2, 16], rows_per_entry, inputs=33, dtype=dtype)
     expected = case.run(ops.reference)
-    # products are summed in float32 whatever the weights are
+    # products are summed in float32, whatever the dtype of the weights
     assert_close(case.run(), expected, torch.float64 if dtype == torch.float64 else torch.float32)
     untouched = expected == 0
     assert (case.run()[untouched] == 0).all()
@@ -92,7 +92,7 @@ def test_against_the_oracle(make, mix, rows_per_entry, dtype):
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_in_place_form(make, mix, dtype):
-    """What eager inference runs: it adds to outputs that may be strided, and leaves rows without adapter alone."""
+    """Eager inference adds to outputs that may be strided, and doesn't change rows without adapter."""
     plan = make(mix)
     case = make_case(plan, RANKS, SCALINGS, [7, 2, 16], rows_per_entry=2, inputs=33, dtype=dtype)
     whole = torch.randn(len(case.x), 40).to(dtype)
@@ -109,13 +109,13 @@ def test_in_place_form(make, mix, dtype):
     expected = before.double()
     expected[:, :25] += case.run(ops.reference)
     assert_close(whole, expected.to(dtype))
-    assert torch.equal(whole[:, 25:], before[:, 25:])  # columns outside of all slices
+    assert torch.equal(whole[:, 25:], before[:, 25:])  # columns outside all slices
     base = torch.tensor([slot in (-1, 3) for slot in plan.slots]).repeat_interleave(2)
     assert torch.equal(whole[base], before[base])
 
 
 def test_ranks_below_the_weights_own_are_honoured():
-    # a hot-swap target rank pads weights; what lies behind the true rank takes no part
+    # a hot-swap target rank pads weights; the padding must have no effect
     case = make_case(eager([0, 0, 1]), [[4], [4]], [[1.0], [1.0]], [6])
     case = case._replace(ranks=torch.tensor([[2], [3]], dtype=torch.int32))
     assert_close(case.run(), case.run(ops.reference), torch.float32)
@@ -165,7 +165,8 @@ def test_any_mix(mix, ranks, widths, rows):
         assert_close(case.run(), case.run(ops.reference), torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.15's own checks
+# from torch 2.15's own checks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("grad", [False, True])
 def test_ops_obey_the_rules_of_torch_library(grad):
     case = make_case(Segments.from_ids([0, 1, 0]), [[2, 1], [0, 3]], [[1.0, 1.0]] * 2, [3, 4], grad=grad)

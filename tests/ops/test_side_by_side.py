@@ -1,4 +1,4 @@
-"""Weights side by side for decoding, against the oracle of the ops."""
+"""Stacked weights for decoding, against the reference of the ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_multibatch.ops.torch_stacks import LARGEST, make
 
 
 K, WIDTHS = 40, [24, 33, 16]
-RANKS = [[4, 8, 2], [4, 8, 2], [3, 8, 2], [4, 0, 2]]  # the last lacks a slice
+RANKS = [[4, 8, 2], [4, 8, 2], [3, 8, 2], [4, 0, 2]]  # the last adapter lacks a slice
 PLANS = {
     "a row each": [[1, 0, 2]],
     "as many rows each": [[0, 0, 2, 2, 1, 1]],
@@ -28,7 +28,7 @@ SCALES = {"mixtures": [[0.5, 1.0, 0.25, 1.0, -2.0], [0.125, 1.0, 3.0, 1.0, 0.5]]
 
 
 def weights_of(dtype=torch.float64, ranks=RANKS, inputs=K):
-    """As banks give them: transposed."""
+    """Return weights transposed, as in banks."""
     return {
         slot: [
             (torch.randn(rank, inputs, dtype=dtype).t(), torch.randn(width, rank, dtype=dtype).t(), 0.5 + slot + i)
@@ -41,7 +41,7 @@ def weights_of(dtype=torch.float64, ranks=RANKS, inputs=K):
 
 
 def expected(ys, x, components, weights):
-    """Row by row."""
+    """Compute the result row by row."""
     ys = [y.clone() for y in ys]
     for segments in components:
         for (slot, rows), scale in zip(segments.rows(len(x), x.device), segments.scales):
@@ -60,7 +60,7 @@ def test_as_row_by_row(name, beams):
     components = [Segments.from_ids(ids, weights=scale) for ids, scale in zip(PLANS[name], scales)]
     weights, num_rows = weights_of(), beams * len(PLANS[name][0])
     x = torch.randn(num_rows, K, dtype=torch.float64)
-    whole = torch.randn(num_rows, sum(WIDTHS), dtype=torch.float64)  # as where base weights run as one
+    whole = torch.randn(num_rows, sum(WIDTHS), dtype=torch.float64)  # as for fused base weights
     wanted = expected(whole.split(WIDTHS, dim=1), x, components, weights)
     stacked, looped = whole.clone(), whole.clone()
     for segments in components:
@@ -79,10 +79,12 @@ def test_where_reading_weights_one_by_one_is_better():
     size = make(even, weights_of(), 3, memory=1 << 20).size
     assert make(even, weights_of(), 3, memory=size) is not None
     assert make(even, weights_of(), 3, memory=size - 1) is None
-    assert make(even, weights_of(torch.bfloat16), 3, memory=1 << 20) is None  # sums are float32
-    assert make(even, weights_of(ranks=[[1] * 3, [1] * 3, [32] * 3]), 3, memory=1 << 20) is None  # mostly padding
-    assert make(Segments.from_ids([0] * 9 + [1, 2]), weights_of(), 11, memory=1 << 20) is None  # so are the rows
-    assert make(Segments.from_ids([0, 0, 0]), weights_of(), 3, memory=1 << 20) is None  # as few products as can be
+    assert make(even, weights_of(torch.bfloat16), 3, memory=1 << 20) is None  # sums are in float32
+    # would be mostly padding
+    assert make(even, weights_of(ranks=[[1] * 3, [1] * 3, [32] * 3]), 3, memory=1 << 20) is None
+    # the rows would be mostly padding
+    assert make(Segments.from_ids([0] * 9 + [1, 2]), weights_of(), 11, memory=1 << 20) is None
+    assert make(Segments.from_ids([0, 0, 0]), weights_of(), 3, memory=1 << 20) is None  # can't need fewer products
     assert make(Segments.from_ids([-1, -1]), weights_of(), 2, memory=1 << 20) is None
     large = weights_of(ranks=[[8] * 3] * 3, inputs=LARGEST // 8 + 1)
     assert make(even, large, 3, memory=1 << 30) is None

@@ -1,4 +1,4 @@
-"""The Triton kernels against the torch backend in float64: through the interpreter on a CPU, and on a real GPU."""
+"""The Triton kernels against the torch backend in float64, in the interpreter on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def random_parts(ranks, inputs, widths, dtype):
-    """Random adapters: `ranks` has a row per slot and a column per slice; 0 is no adapter."""
+    """Create random adapters: `ranks` has a row per slot and a column per slice; 0 means no adapter."""
     return {
         slot: [
             LayerWeights(
@@ -43,7 +43,7 @@ def table_of(parts, dtype, slots=None):
 
 
 def exact(parts):
-    """For torch's products in float64."""
+    """Convert adapters for torch's products in float64."""
     return {
         slot: [part and (part.lora_a.t().double(), part.lora_b.t().double(), part.scaling) for part in row]
         for slot, row in parts.items()
@@ -51,7 +51,7 @@ def exact(parts):
 
 
 def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1, strided=False, launch=None):
-    """Run a mix both ways; return what the kernels wrote, for further looks."""
+    """Run a mix both ways; returns what the kernels wrote, for further checks."""
     weights = weights or dtype
     parts = random_parts(ranks, inputs, widths, weights)
     table = table_of(parts, weights, len(ranks) + 3)
@@ -64,7 +64,7 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
     if not strided:
         x, ys = x.contiguous(), [y.contiguous() for y in ys]
     expected = [y.double() for y in ys]
-    # x is rounded to the weights' dtype first, as PEFT does
+    # x is first rounded to the weights' dtype, as in PEFT
     ops.torch_backend.apply_(expected, x.to(weights).double(), plan, exact(parts))
     longest = max((stop - start for _, start, stop in plan.spans), default=0) * rows
 
@@ -81,7 +81,7 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
     coarsest = max(dtype, weights, key=lambda each: torch.finfo(each).eps)
     for y, want, twice, same, skip in zip(ys, expected, again, kept, untouched):
         assert_close(y, want, coarsest)
-        assert torch.equal(y, twice)  # the same input, the same bits
+        assert torch.equal(y, twice)  # the same input gives the same bits
         assert torch.equal(y[skip.repeat_interleave(rows)], same)
     if strided:
         assert torch.equal(whole[:, sum(widths) :], before[:, sum(widths) :])
@@ -106,7 +106,7 @@ def test_two_adapters_three_samples_three_slices(path):
     if path == "eager":
         product = triton_backend.product(ys, x, [3, 3, 3], plan.num_segments, plan.longest, table)
         product(ys, x, plan.pack().to(DEVICE), table.rows)
-    else:  # a buffer full of what other calls left
+    else:  # a buffer full of leftovers from other calls
         buffer = SegmentBuffer(8, DEVICE)
         buffer.packed.fill_(1_234_567)
         buffer.update(plan)
@@ -131,7 +131,7 @@ def test_a_buffer_with_long_segments_in_pieces():
 
 
 def test_a_graph_goes_round_more_segments_than_it_has_programs_for(monkeypatch):
-    """Every row of a mixture may have a weight of its own, and then a segment of its own."""
+    """Every row of a mixture may have its own weight, and thus its own segment."""
     grids, original = [], triton_backend.Product
     monkeypatch.setattr(triton_backend, "Product", lambda key, launch: grids.append(key) or original(key, launch))
     parts = random_parts([[8, 4], [3, 0], [0, 0]], 36, [40, 24], torch.float32)
@@ -171,7 +171,7 @@ def test_mixes(mix, slices, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_dtypes_and_strides(dtype, strided):
-    # the interpreter multiplies bfloat16 wrongly (triton 3.9): on a CPU it stands aside
+    # triton 3.9's interpreter multiplies bfloat16 incorrectly, so it isn't used on a CPU
     check([0, 1, 1, 2, 0], RANKS, 48, [16, 40, 8], dtype, rows=2, strided=strided)
 
 
@@ -197,11 +197,11 @@ def test_a_table_follows_its_parts():
     place = table.rows.data_ptr()
     table.update(parts)
     assert table.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
-    assert not table.describe(parts).is_aligned  # rows of four elements are no multiple of 16 bytes in every dtype
+    assert not table.describe(parts).is_aligned  # rows of four elements aren't a multiple of 16 bytes in every dtype
     a, b, *_ = parts[0][0]
     parts[0] = [LayerWeights(a.half(), b.half(), 3.0)]
     table.update(parts)
-    assert table.rows[:, 0, 2].tolist() == [0, 8, 0, 0]  # belongs into another table
+    assert table.rows[:, 0, 2].tolist() == [0, 8, 0, 0]  # belongs in another table
     assert table.rows.data_ptr() == place
 
 
@@ -239,7 +239,7 @@ def test_sizes_on_a_gpu(mix, rows, slots):
 
 @pytest.mark.gpu
 def test_a_graph_serves_every_mix():
-    """Captured once with a plan buffer and a table: replays follow what is written into both."""
+    """Captured once with a plan buffer and a table; replays use what is written into both."""
     parts = random_parts([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
     table = WeightTable(torch.bfloat16, 8, 2, "cuda")
     table.update(parts)

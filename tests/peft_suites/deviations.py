@@ -1,7 +1,7 @@
-"""PEFT's tests that must not pass: what they want to be refused runs, or is refused in other words.
+"""PEFT's tests that are expected to fail, because a refused call runs, or has another error message.
 
-Each is expected to fail in the one way that is named here. A test that passes all the same, or that fails in another
-way, such as by a wrong row, fails the run.
+Each must fail in the way listed here. A test that passes, or that fails in another way, such as by a wrong row,
+fails the run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import pytest
 from peft_multibatch import MultibatchError
 
 
-# The batch that was to be refused ran. Where the test compares rows, it did so before, and they were right.
+# The batch that should be refused ran. If the test compares rows, it did so before, and they were right.
 LIFTED = pytest.RaisesExc(pytest.fail.Exception, match="DID NOT RAISE")
 
-# It was refused by an exception of the type that the test expects, with a message of our own.
+# It was refused with the exception type that the test expects, but with our own message.
 REWORDED = pytest.RaisesExc(AssertionError, check=lambda error: isinstance(error.__context__, MultibatchError))
 
 CUSTOM = "test_custom_models.py::TestMixedAdapterBatches::test_mixed_adapter_batches"

@@ -1,7 +1,7 @@
-"""A pytest plugin with which PEFT's own tests of mixed batches run through peft_multibatch: `make test-peft`.
+"""A pytest plugin that runs PEFT's own tests of mixed batches through peft_multibatch: `make test-peft`.
 
-Wherever a test passes `adapter_names`, the model is enabled first. A test that passes without a single batch having
-gone through peft_multibatch would say nothing, and fails.
+Wherever a test passes `adapter_names`, the model is enabled first. A test without a batch that went through
+peft_multibatch would prove nothing, and fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 HOME = Path(os.environ["PEFT_TESTS"])
 os.environ |= {"HF_HUB_CACHE": str(HOME / "hub"), "HF_HUB_OFFLINE": "1"}
-sys.path.append(str(HOME / "packages"))  # behind all others: what is installed already stays what is tested
+sys.path.append(str(HOME / "packages"))  # after all others, so that installed packages take precedence
 
 import pytest  # noqa: E402
 from deviations import DEVIATIONS  # noqa: E402
@@ -28,7 +28,7 @@ import peft_multibatch  # noqa: E402
 from peft_multibatch.calls.router import Router  # noqa: E402
 
 
-# Parts of the ids of the tests that run mixed batches.
+# Substrings of the ids of tests that run mixed batches.
 SELECTED = ("TestMixedAdapterBatches", "mixed_adapter_batches", "mixed_batch", "mixed_forward")
 
 batches = 0
@@ -53,7 +53,7 @@ def pytest_configure(config):
 
 
 def enable_at(kind: type, method: str) -> None:
-    """A model is enabled by the first call with names, which then goes through what `enable` put in its place."""
+    """Enable a model at its first call with names, which then runs `enable`'s replacement."""
     original = getattr(kind, method)
 
     @functools.wraps(original)
@@ -106,11 +106,11 @@ def count_batches() -> None:
 
 def pytest_collection_modifyitems(config, items):
     if not items:
-        return  # files that couldn't be imported, which pytest reports
+        return  # pytest reports files that couldn't be imported
     mixed = [item for item in items if any(name in item.nodeid for name in SELECTED)]
     config.hook.pytest_deselected(items=set(items) - set(mixed))
     items[:] = mixed
-    # nothing is asked of the hub for models that PEFT's tests believe to have loaded before
+    # avoids requests to the hub for models that PEFT's tests assume to be cached
     sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = dict.fromkeys(MODELS, 1)
     if config.getoption("--peft-alone"):
         return
@@ -125,7 +125,7 @@ def pytest_runtest_call(item):
     before = batches
     try:
         result = yield
-    except pytest.fail.Exception:  # a refusal was lifted, unless nobody was asked
+    except pytest.fail.Exception:  # a refusal was lifted, unless no batch went through
         check_batches(item, before)
         raise
     check_batches(item, before)

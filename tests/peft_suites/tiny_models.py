@@ -1,4 +1,4 @@
-"""Random models under the names of those that PEFT's tests load, in a folder like the Hugging Face hub's cache.
+"""Write random models, under the names of those that PEFT's tests load, to a folder like the Hugging Face hub's cache.
 
 python tests/peft_suites/tiny_models.py FOLDER
 """
@@ -69,7 +69,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(cache: Path) -> None:
-    """Save every model that isn't there yet."""
+    """Save every model that doesn't exist yet."""
     for name, (kind, sizes) in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         if (folder / "refs" / "main").exists():

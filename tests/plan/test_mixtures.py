@@ -1,4 +1,4 @@
-"""Weighted mixtures against PEFT's `add_weighted_adapter`, and against several adapters that are active in PEFT."""
+"""Weighted mixtures against PEFT's `add_weighted_adapter`, and against several active adapters in PEFT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def logits(model, entries=None, **kwargs):
 
 
 def wanted(model, entries):
-    """In float64: what several adapters add up to has the rounding of each."""
+    """Compute the expected values in float64, because a sum of adapters accumulates rounding errors."""
     model = copy.deepcopy(model).double()
     inputs = {key: value.to(model.device) for key, value in left_padded().items()}
     with torch.no_grad():
@@ -42,7 +42,8 @@ def test_rows_equal_adapters_that_peft_adds_up(architecture, fuse):
     model = peft_model(architecture)
     sums = {}
     for index, entry in enumerate(MIXTURES):
-        if isinstance(entry, dict):  # PEFT takes the scaling's rule from the first one: not from one with rslora
+        # PEFT takes the scaling rule of the first adapter, so that must not be one with rslora
+        if isinstance(entry, dict):
             model.add_weighted_adapter(list(entry), list(entry.values()), f"sum{index}", combination_type="cat")
             sums[index] = f"sum{index}"
     names = [sums.get(index, "__base__" if entry == -1 else entry) for index, entry in enumerate(MIXTURES)]
@@ -86,7 +87,7 @@ def test_one_graph_for_any_mixture(compiled):
         with mb.batch(entries):
             actual = logits(fast)
         assert_close(actual, wanted(model, entries))
-    assert len(graphs) == 2  # for one adapter a row, and for three
+    assert len(graphs) == 2  # one for a single adapter per row, and one for three
 
 
 def test_gradients():
@@ -212,7 +213,7 @@ def test_ops():
     assert torch.autograd.gradcheck(lambda *args: run(ops, *args), (x, *a, *b))
 
 
-# On kernels: a GPU's, or through Triton's interpreter.
+# With kernels, on a GPU or in Triton's interpreter.
 
 
 @pytest.fixture

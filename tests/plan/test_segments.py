@@ -1,4 +1,4 @@
-"""Ids → segments: in the eager plan and in the persistent buffers that graphs read."""
+"""Converting ids to segments, for the eager plan and for the persistent buffers that graphs read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = st.lists(st.integers(-1, 6), max_size=60)
 
 @both_paths
 def test_two_segments_of_three_samples(make):
-    # the case that this package exists for: fewer segments than samples
+    # the typical case: fewer segments than samples
     plan = make([0, 0, 1])
     assert (plan.num_entries, plan.num_segments) == (3, 2)
     assert plan.weight_indices.tolist() == [0, 1]
@@ -26,7 +26,7 @@ def test_two_segments_of_three_samples(make):
     assert plan.seg_indptr.tolist() == [0, 2, 3]
     assert plan.permutation is None
     one = 0x3F800000  # the bits of 1.0
-    assert plan.pack().tolist() == [3, 2, 0, 0, 0, 0, one, 1, 2, one, -1, 3, 0]  # nothing per sample
+    assert plan.pack().tolist() == [3, 2, 0, 0, 0, 0, one, 1, 2, one, -1, 3, 0]  # nothing is stored per sample
 
 
 @both_paths
@@ -78,7 +78,7 @@ def test_rows_of_a_sample_stay_with_its_adapter(make, slots, per_entry):
     plan = make(slots)
     found = torch.full((len(slots) * per_entry,), -9)
     for slot, rows in plan.rows(len(found), CPU):
-        assert found[rows].eq(-9).all()  # no row twice
+        assert found[rows].eq(-9).all()  # no row appears twice
         found[rows] = slot
     assert found.tolist() == [slot for slot in slots for _ in range(per_entry)]
 

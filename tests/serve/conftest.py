@@ -1,4 +1,4 @@
-"""A tokenizer, a tiny model and three adapters for it; a server that most tests share."""
+"""A tokenizer, a tiny model with three adapters, and a server that most tests share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def alone(tokenizer, folder):
-    """The model by itself, and PEFT's under each adapter alone."""
+    """The model alone, and PEFT with each adapter alone."""
     models = {"base": tiny_model(tokenizer)}
     for name in ("red", "green", "blue"):
         models[name] = PeftModel.from_pretrained(tiny_model(tokenizer), str(folder / name)).eval()

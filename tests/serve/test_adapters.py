@@ -1,4 +1,4 @@
-"""Adapters come and go while requests run; one that is bad is an error for who asks for it alone."""
+"""Adapters are added, changed and removed while requests run; a bad one only affects its own requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture
 def own(tmp_path, folder):
-    """A folder of adapters that a test may change, beside which lies one that may not be read."""
+    """A folder of adapters that a test may change, next to one that must not be read."""
     shutil.copytree(folder, tmp_path / "adapters")
     shutil.copytree(folder / "red", tmp_path / "outside")
     return tmp_path / "adapters"
@@ -77,7 +77,7 @@ def test_loading_and_unloading(served, own, expected):
     )
     for name in ("crimson", "red"):
         if name == "red":
-            assert change(served, "unload", lora_name="red").status_code == 200  # though its folder is there
+            assert change(served, "unload", lora_name="red").status_code == 200  # its folder still exists
         with pytest.raises(openai.NotFoundError):
             ask(served, name)
         assert name not in {model.id for model in served.client().models.list()}
@@ -199,15 +199,15 @@ def test_files_that_go_or_change_after_they_were_registered(served, own, expecte
     assert ask(served, "red") == expected["red"]
     shutil.rmtree(own / "red")
     shutil.copytree(own / "blue", own / "new")
-    os.rename(own / "new", own / "red")  # as deployments do
+    os.rename(own / "new", own / "red")  # as in deployments
     assert ask(served, "red") == expected["blue"]
     shutil.rmtree(own / "red")
-    assert ask(served, "red") == expected["blue"]  # from memory
+    assert ask(served, "red") == expected["blue"]  # it is still in memory
     assert ask(served, "green") == expected["green"]
 
 
 def test_replacing_while_requests_run(served, own, expected, tokenizer, folder):
-    """Every answer is that of one version, whole; those that began before the change end with the old one."""
+    """Every answer comes from one version; requests that started before the change finish with the old one."""
     model = PeftModel.from_pretrained(tiny_model(tokenizer), str(folder / "red"), adapter_name="red")
     model.load_adapter(str(folder / "blue"), adapter_name="blue")
     texts = {}
@@ -242,7 +242,7 @@ def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected):
         replacing = threading.Thread(target=lambda: change(served, "load", **change_red))
         replacing.start()
         time.sleep(0.1)
-        assert ask(served, "green") == expected["green"]  # for the first time
+        assert ask(served, "green") == expected["green"]  # its first use
         assert replacing.is_alive() and served.engine.running["red"] == 1
     replacing.join()
     assert ask(served, "red") == expected["blue"]
@@ -254,7 +254,7 @@ def test_unloading_while_requests_run(served, expected):
     )
     next(iter(stream))
     assert change(served, "unload", lora_name="red").status_code == 200
-    rest = list(stream)  # it ended with what it began with
+    rest = list(stream)  # it finished with the version it started with
     assert rest[-1].choices[0].finish_reason == "length"
     with pytest.raises(openai.NotFoundError):
         ask(served, "red")
@@ -288,7 +288,7 @@ def test_metrics_of_an_adapter_come_and_go_with_it(served, own):
     ask(served, "red"), ask(served, "base", extra_body={"adapter": {"red": 0.5, "blue": 0.5}})
     with pytest.raises(openai.NotFoundError):
         ask(served, "secret-name")
-    time.sleep(0.1)  # records are written when answers were
+    time.sleep(0.1)  # records are written after answers
     found = series(served)
     assert found['requests_total{adapter="red",status="200"}'] == 1
     assert found['requests_total{adapter="mixture",status="200"}'] == 1

@@ -1,4 +1,4 @@
-"""`peft-multibatch serve` as a process: its options, its log, and how it stops."""
+"""`peft-multibatch serve` as a process: its options, its log, and its shutdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(tmp_path_factory, tokenizer):
 
 @contextlib.contextmanager
 def process(base, folder, *options, env=None):
-    """A server's process, its URL, and the file of its log."""
+    """Run a server; yields its process, its URL and its log file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,7 +87,7 @@ def test_it_serves_and_stops_when_requests_have_ended(base, folder, alone, token
             running.send_signal(signal.SIGTERM)
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         running.wait(20)
-        # what others write while they are imported comes before there is a format
+        # imported libraries log before the format is set
         started = log.read_text()[log.read_text().index('{"time"') :]
         lines = [json.loads(line) for line in started.splitlines()]
     alone["red"].generation_config.eos_token_id, end = None, alone["red"].generation_config.eos_token_id
@@ -105,7 +105,7 @@ def test_the_time_of_grace_is_an_end(base, folder):
         client, stream = stream_of(url, n=16)
         with client:
             running.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError, match="stopped before"):
+            with pytest.raises(openai.APIError, match="shut down before"):
                 list(stream)
         running.wait(20)
         assert 'code="stopping"' in log.read_text()

@@ -1,4 +1,4 @@
-"""/v1/models, /v1/chat/completions and /v1/completions through OpenAI's own client, beside PEFT alone."""
+"""/v1/models, /v1/chat/completions and /v1/completions with OpenAI's own client, against PEFT alone."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_seeds_n_and_settings_are_each_requests_own(client):
     first, second = texts(seed=1)
     assert first != second
     assert texts(seed=1) == [first, second]
-    assert texts(seed=2)[0] == second  # each answer's seed is the next one
+    assert texts(seed=2)[0] == second  # the seed of each answer is one higher
     assert texts() != texts()
     greedy = ask(client, "blue", TEXTS[0], max_tokens=8).choices[0].message.content
     assert texts(extra_body={"top_k": 1}) == [greedy, greedy]

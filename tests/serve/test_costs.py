@@ -1,4 +1,4 @@
-"""What one client's request may cost the thread that all clients share: no more than its size, whatever is in it."""
+"""A request's cost on the thread that all clients share is bounded by its size, whatever it contains."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_body_has_few_errors_however_much_is_wrong(what):
 
 
 class Counting:
-    """A tokenizer that counts what it reads."""
+    """A tokenizer that counts the characters it reads."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.read = tokenizer, 0

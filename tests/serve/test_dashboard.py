@@ -1,4 +1,4 @@
-"""The Grafana dashboard of the docs: all that it asks for is there in /metrics of a server that ran something."""
+"""The docs' Grafana dashboard uses only metrics that a running server has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_metric_and_label_is_exported(client, served, dashboard, expressio
     with pytest.raises(openai.NotFoundError):
         ask(client, "yellow", "Hi")
     stream = ask(client, "red", "Hi", stream=True, max_tokens=100)
-    next(iter(stream))  # so that something runs
+    next(iter(stream))  # makes a sequence run
     text = httpx.get(f"{served.url}/metrics").text
     stream.close()
     labels: dict[str, set] = {}

@@ -1,4 +1,4 @@
-"""Whatever clients send, the server doesn't fail: requests made from its own OpenAPI description."""
+"""The server doesn't fail, whatever clients send: requests are generated from its own OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_request_makes_it_fail(operations, served, label, mode):
 
     def call(case):
         body = case.body
-        if isinstance(body, dict):  # about models that are there, and what is right ends soon
+        if isinstance(body, dict):  # uses existing models, and keeps valid requests short
             if isinstance(body.get("model"), str) and len(body["model"]) < 3:
                 body["model"] = "red"
             asked = [name for name in LIMITS if name in body] or [NAMES.get(label, "max_tokens")]

@@ -1,4 +1,4 @@
-"""What the server refuses, who may come in, and what clients that leave, wait or misbehave do to others."""
+"""Rejected requests, access control, and clients that disconnect, wait or misbehave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_idle(served):
 
 
 def begin(served, **options):
-    """A stream of which the first chunk came."""
+    """Start a stream and wait for its first chunk."""
     client = served.client()
     stream = client.chat.completions.create(model="red", messages=HELLO, stream=True, **(LONG | options))
     next(iter(stream))
@@ -44,7 +44,7 @@ def begin(served, **options):
 
 @pytest.fixture
 def slow(served, monkeypatch):
-    """A server whose steps take a moment."""
+    """A server with slow steps."""
     step = served.engine.manager._generation_step
 
     def slowly():
@@ -112,7 +112,7 @@ def test_more_than_fit_are_told_when_to_come_again(tokenizer, folder):
 
 
 def test_no_more_are_read_than_may_wait(tokenizer, folder, monkeypatch):
-    """Those whose prompts wait for the tokenizer, or schemas to be compiled, count as well."""
+    """Requests whose prompts wait for the tokenizer, or whose schemas wait to be compiled, count as well."""
     with serving(tiny_model(tokenizer), tokenizer, folder, max_batch=2, max_queue=1) as served:
         held, tokenize = threading.Event(), served.engine.tokenize
 
@@ -152,7 +152,7 @@ def test_a_request_that_takes_too_long_ends(tokenizer, folder, monkeypatch):
             served.client(max_retries=2).chat.completions.create(model="red", messages=HELLO, **LONG)
         assert (caught.value.status_code, caught.value.body["code"]) == (504, "timeout")
         time.sleep(1)
-        assert [record.status for record in served.records] == [504]  # it isn't tried again
+        assert [record.status for record in served.records] == [504]  # it isn't retried
         wait_until(lambda: is_idle(served))
         with pytest.raises(openai.APIError, match="took longer"):
             list(begin(served))
@@ -168,7 +168,7 @@ def test_bodies_that_are_too_large_or_no_json(served):
         for _ in range(100):
             yield b"x" * 100_000
 
-    with contextlib.suppress(httpx.WriteError):  # it needn't read all of it
+    with contextlib.suppress(httpx.WriteError):  # the server may stop reading
         assert httpx.post(url, content=parts()).status_code == 413
     for body in (b"", b"{", b"[1]", b'"x"', b"{" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"null",
                  b'{"model": "base", "prompt": NaN}', b'{"model": "base", "prompt": "\\ud800"}',
@@ -310,7 +310,7 @@ def test_a_stop_ends_what_is_left_with_an_error(tokenizer, folder):
             served.client().completions.create(model="red", prompt="x")
         assert caught.value.body["code"] == "stopping"
         asyncio.run_coroutine_threadsafe(_call(served.engine.cancel_all), served.loop).result()
-        with pytest.raises(openai.APIError, match="stopped before"):
+        with pytest.raises(openai.APIError, match="shut down before"):
             list(stream)
         wait_until(lambda: is_idle(served))
 

@@ -53,7 +53,7 @@ def test_with_a_key(opened, tokenizer, folder):
     page, _ = opened
     with serving(tiny_model(tokenizer), tokenizer, folder, api_keys=("one",)) as served:
         page.goto(served.url)
-        page.get_by_text("no key").wait_for()
+        page.get_by_text("no valid key").wait_for()
         page.fill("#key", "one")
         page.locator("#prompt").click()
         page.wait_for_selector("#models input")

@@ -1,4 +1,4 @@
-"""The example for Ray Serve on a local Ray: two replicas, and requests that go where their adapter is."""
+"""The example for Ray Serve on a local Ray: two replicas, and requests that go to the one with their adapter."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def replica_of(client, name):
 
 def requests_go_to_a_replica_that_has_their_adapter(client):
     first = {name: replica_of(client, name) for name in ("red", "green", "blue")}
-    time.sleep(2)  # until the router has heard of them
+    time.sleep(2)  # until the router knows them
     for _ in range(4):
         assert {name: replica_of(client, name) for name in first} == first
-    assert len({replica_of(client, "tiny-llama") for _ in range(30)}) == 2  # of which both have the base
+    assert len({replica_of(client, "tiny-llama") for _ in range(30)}) == 2  # both have the base model
 
 
 def answers_are_pefts(client, alone, tokenizer):
@@ -120,7 +120,7 @@ def errors_are_the_servers(client, cluster):
 
 def clients_that_leave_free_their_requests(client, cluster):
     def running():
-        """Sequences of red's replica; every request for red goes there."""
+        """Return the running sequences of red's replica, which gets every request for red."""
         lines = httpx.get(f"{cluster}/metrics", headers={"authorization": "Bearer one"}).text.splitlines()
         return sum(float(line.split()[1]) for line in lines if line.startswith("peft_multibatch_accepted{"))
 
@@ -137,7 +137,7 @@ def clients_that_leave_free_their_requests(client, cluster):
 
 @pytest.mark.xdist_group("ray")
 def test_two_replicas(client, cluster, alone, tokenizer):
-    """All on one cluster, which takes a minute to begin."""
+    """One test for everything, because starting a cluster takes a minute."""
     requests_go_to_a_replica_that_has_their_adapter(client)
     answers_are_pefts(client, alone, tokenizer)
     errors_are_the_servers(client, cluster)

@@ -1,4 +1,4 @@
-"""/v1/responses through OpenAI's own client."""
+"""/v1/responses with OpenAI's own client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling per request in continuous batching, beside what transformers' generate makes of the same logits."""
+"""Sampling per request in continuous batching, against transformers' processing of the same logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def running(mb, **options):
 
 
 def run(mb, requests, manager_options=None):
-    """The last output of each request, in order: (prompt, adapter, options)."""
+    """Run requests (prompt, adapter, options); returns the last output of each, in order."""
     with running(mb, **(manager_options or {})) as manager:
         return run_with(manager, requests)
 
@@ -58,7 +58,7 @@ def run_with(manager, requests):
 
 
 def logits_after(mb, prompt, adapter):
-    """The model's logits behind each token of a prompt."""
+    """Return the model's logits after each token of a prompt."""
     with torch.no_grad():
         return (
             mb._inner(input_ids=torch.tensor([prompt], device=DEVICE), adapter_ids=[adapter]).logits[0].float().cpu()
@@ -81,7 +81,7 @@ def test_greedy_requests_are_those_of_generate_whoever_samples_beside_them(mb):
 
 @pytest.mark.parametrize("how", ["static", pytest.param("graphs", marks=pytest.mark.gpu)])
 def test_captured_steps_choose_the_tokens_of_others(mb, how):
-    """What a step does depends on what its requests want, so one of each kind runs longer than all others."""
+    """A step's work depends on its requests' options, so one request of each kind runs longer than all others."""
     kinds = [
         {},
         {"temperature": 1.0, "seed": 1},
@@ -96,7 +96,7 @@ def test_captured_steps_choose_the_tokens_of_others(mb, how):
     ]
     expected = run(mb, requests)
     with running(mb, **({"use_cuda_graph": True} if how == "graphs" else {})) as manager:
-        if how == "static":  # on a CPU nothing is captured
+        if how == "static":  # nothing is captured on a CPU
             manager.logit_processor.is_static = True
         assert manager.logit_processor.is_static
         found = run_with(manager, requests)

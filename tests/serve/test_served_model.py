@@ -1,4 +1,4 @@
-"""The server over the demo's model and adapters."""
+"""The server with the demo's model and adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def real():
 
 
 def run_the_page(url):
-    """The example of docs/serving.md, as it is written."""
+    """Run the example of docs/serving.md as printed."""
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text()
     names: dict = {}
     for snippet in re.findall(r"```py\n(.*?)```", page, re.DOTALL):

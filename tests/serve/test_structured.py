@@ -1,4 +1,4 @@
-"""Structured output: answers that fit a schema, beside PEFT's logits masked by hand, and what schemas may cost."""
+"""Structured output: answers that match a schema, against PEFT's logits masked by hand, and the cost of schemas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 MEASURED = {"x-guidance": {"whitespace_flexible": False}}
-"""Without whitespace between tokens, of which a random model would write more and more."""
+"""Disallows whitespace between tokens, which a random model would generate endlessly."""
 
 
 def format_of(schema):
@@ -53,7 +53,7 @@ def matcher_of(tokenizer, schema, logits):
 
 
 def masked_greedily(model, tokenizer, matcher, prompt, count):
-    """The tokens of highest logit among those that fit, of PEFT alone."""
+    """Return the allowed tokens with the highest logits, with PEFT alone."""
     tokens, matcher = [], matcher.deep_copy()
     while len(tokens) < count:
         with torch.no_grad():
@@ -108,7 +108,7 @@ def test_sampled_answers_fit_as_well(client):
 
 
 def test_any_object(client):
-    """Some are whole before there is no room; what there is of all others is the beginning of an object."""
+    """Some answers are complete before the limit; all others are prefixes of an object."""
     answer = ask(client, "blue", TEXTS[0], response_format={"type": "json_object"}, n=8, temperature=1, seed=0,
                  max_tokens=80)  # fmt: skip
     for choice in answer.choices:
@@ -198,14 +198,14 @@ def test_without_llguidance_it_is_refused_by_name(tokenizer, folder, monkeypatch
 def test_a_grammar_that_can_not_be_followed_fails_its_request_alone(client, served, alone, tokenizer, monkeypatch):
     def start(self):
         matcher = self._matcher.deep_copy()
-        matcher.consume_token(tokenizer.eos_token_id)  # which may not come first
+        matcher.consume_token(tokenizer.eos_token_id)  # it isn't allowed as the first token
         return matcher
 
     with ThreadPoolExecutor(2) as threads:
         other = threads.submit(ask, client, "green", TEXTS[0], max_tokens=60)
         with monkeypatch.context() as patch:
             patch.setattr(Grammar, "start", start)
-            with pytest.raises(openai.BadRequestError, match="too long to follow"):
+            with pytest.raises(openai.BadRequestError, match="too long to apply"):
                 ask(client, "red", "Hi", response_format=FORMAT)
         text = text_alone(alone["green"], tokenizer, chat_ids(tokenizer, TEXTS[0]), 60)
         assert other.result().choices[0].message.content == text
@@ -233,7 +233,7 @@ def test_masks_follow_the_tokens_however_steps_are_run(mb, alone, tokenizer, asy
     inputs = [tokenizer(f"{name} {number}").input_ids for number, name in enumerate(entries)]
     manager.warmup()
     assert manager.logit_processor.is_static == (how == "graphs")
-    if how == "static":  # what graphs would capture
+    if how == "static":  # the mode for captured graphs
         manager.logit_processor.is_static = True
     manager.start()
     try:

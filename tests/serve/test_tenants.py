@@ -1,4 +1,4 @@
-"""What one client learns of another: nothing, from errors, headers, the log or the time that keys take."""
+"""A client learns nothing about another one from errors, headers, the log or the timing of key checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME, PROMPT = "acme-secret-v7", "our-secret-prompt"
 
 @pytest.fixture(scope="module")
 def shared(tokenizer, folder, tmp_path_factory):
-    """A server of two tenants: one whose adapter and prompt nobody may hear of, and one with ``red``."""
+    """A server with two tenants: one with a secret adapter and prompt, and one with ``red``."""
     own = tmp_path_factory.mktemp("tenants")
     shutil.copytree(folder / "red", own / "red")
     shutil.copytree(folder / "blue", own / NAME)
@@ -52,7 +52,7 @@ WRONG = [
 
 
 def test_errors_tell_nothing_of_another_tenant(shared, caplog):
-    """Also where it is the other one who takes all places."""
+    """This includes the other tenant using up all places."""
     client = shared.client("acme")
     begun = [client.completions.create(model=NAME, prompt=PROMPT, stream=True, **LONG) for _ in range(2)]
     for stream in begun:
@@ -60,11 +60,9 @@ def test_errors_tell_nothing_of_another_tenant(shared, caplog):
     found = [post(shared, "/v1/completions", body) for body in WRONG]
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model=NAME, prompt=PROMPT)  # its own limit
-    found.append(
-        post(shared, "/v1/completions", {"model": "red", "prompt": "x", "n": 2})
-    )  # more than there is room for
+    found.append(post(shared, "/v1/completions", {"model": "red", "prompt": "x", "n": 2}))  # more than fit
     found += [post(shared, path, {}) for path in ("/v1/chat/completions", "/v1/responses", "/v1/nothing", "/health")]
-    for verb in ("load", "unload"):  # which take another key
+    for verb in ("load", "unload"):  # they need another key
         found.append(post(shared, f"/v1/{verb}_lora_adapter", {"lora_name": NAME, "lora_path": "red"}))
     for name, path in (("x", "bad"), ("x", "../x"), ("/", "x")):
         found.append(post(shared, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, "chief"))
@@ -80,7 +78,7 @@ def test_errors_tell_nothing_of_another_tenant(shared, caplog):
 
 
 def test_an_error_in_the_middle_of_a_step_is_its_own_tenants(shared):
-    """The other one's request is in the same step, and ends as if it were alone."""
+    """The other tenant's request is in the same step, and finishes as if it were alone."""
     other = shared.client("acme").completions.create(model=NAME, prompt=PROMPT, stream=True, max_tokens=60,
                                                      temperature=0, extra_body={"ignore_eos": True})  # fmt: skip
     next(iter(other))
@@ -105,7 +103,7 @@ def begin_as(served, key):
 
 @pytest.mark.parametrize("key", ["acme", "other", "wrong", "acm", ""])
 def test_keys_are_compared_in_constant_time_and_all_of_them(shared, monkeypatch, key):
-    """Whichever key is right, and whether one is, the same comparisons are made."""
+    """The same comparisons are made, whichever key is right, and whether one is."""
     compared = []
     compare = gate.hmac.compare_digest
     monkeypatch.setattr(gate.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
@@ -117,7 +115,7 @@ def test_keys_are_compared_in_constant_time_and_all_of_them(shared, monkeypatch,
 
 
 def test_headers_that_do_not_come_hold_up_nobody(shared):
-    """Nobody waits for them, also not when the server stops: see the fixture's end."""
+    """No other client waits for them, and neither does shutdown: see the end of the fixture."""
     address = ("127.0.0.1", int(shared.url.rsplit(":", 1)[1]))
     slow = [socket.create_connection(address) for _ in range(100)]
     try:

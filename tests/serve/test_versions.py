@@ -1,4 +1,4 @@
-"""What the server reaches into in transformers: looked for before it starts, and named where it isn't there."""
+"""transformers' internals that the server uses are checked before it starts, and missing ones are named."""
 
 from __future__ import annotations
 

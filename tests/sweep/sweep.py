@@ -1,10 +1,10 @@
-"""Every model type of the installed transformers, tiny and random: mixed batches beside PEFT, one adapter at a time.
+"""Compare every model type of the installed transformers, tiny and random, with PEFT, one adapter at a time.
 
-`make sweep` runs all of them and writes what it found: `peft_multibatch/layers/architectures.json`, which `enable`
-reads, and the page "Architectures" of the docs. `tests/model/test_architectures.py` runs a sample.
+`make sweep` runs all of them and writes the results to `peft_multibatch/layers/architectures.json`, which `enable`
+reads, and to the page "Architectures" of the docs. `tests/model/test_architectures.py` runs a sample.
 
-Each model gets three adapters on all of its linear layers. A layer that is refused is left out by its name, with the
-layers of the same name elsewhere, and the model is tried again; what was left out, and why, is in the table.
+Each model gets three adapters on all of its linear layers. If a layer is refused, it is left out, with all layers
+of the same name, and the model is tried again; the table lists these layers with the reasons.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULTS = ROOT / "benchmarks/results/architectures.csv"
 KNOWN = ROOT / "peft_multibatch/layers/architectures.json"
 PAGE = ROOT / "docs/architectures.md"
 RANKS = {"a": 2, "b": 3, "c": 4}
-BATCHES = (  # ids, whether samples are equally long, whether in train mode
+BATCHES = (  # ids, whether samples have equal lengths, whether in train mode
     (["a", "b", "c"], True, False),
     (["c", "__base__", "a", "a"], True, False),
     (["b", "a", "b", "a"], False, False),
@@ -72,13 +72,13 @@ errors, and the device that each model ran on.
 
 @dataclass
 class Row:
-    """What was found of one class of one model type."""
+    """The result for one class of a model type."""
 
     model_type: str
     class_name: str
     status: str
     reason: str = ""
-    left_out: dict[str, str] = field(default_factory=dict)  # layers, with # for numbers, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # layers (# stands for numbers) → why
     generates: str = ""
     notes: list[str] = field(default_factory=list)
     error: float = 0.0
@@ -87,12 +87,12 @@ class Row:
 
 
 def pattern(name: str) -> str:
-    """A layer's name, the same for all layers of a stack."""
+    """Return a layer's name without numbers, the same for all layers of a stack."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
 
 
 def with_adapters(model: Any, left_out: Iterable[str]) -> Any:
-    """Three adapters on all linear layers but those whose patterns are left out."""
+    """Add three adapters to all linear layers, except those that match patterns."""
     names = {pattern(name): [] for name, _ in model.named_modules()}
     for name, _ in model.named_modules():
         names[pattern(name)].append(name)
@@ -111,7 +111,7 @@ def with_adapters(model: Any, left_out: Iterable[str]) -> Any:
 
 
 def layer_in(message: str, names: Iterable[str]) -> str | None:
-    """The layer that a message names."""
+    """Return the layer that a message names."""
     words = {word.strip("()'\",:;") for word in message.split()}
     return max((name for name in names if name in words), key=len, default=None)
 
@@ -135,10 +135,10 @@ def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
 
 
 def _try(tiny: Tiny, row: Row) -> bool:
-    """Compare with PEFT as far as nothing is refused; whether something was, and the model has to be tried again."""
+    """Compare with PEFT; returns whether a layer was refused, so that the model has to be tried again."""
     try:
         model = with_adapters(tiny.model, row.left_out)
-    except (ValueError, TypeError) as error:  # of PEFT, about a model without any linear layer that is left
+    except (ValueError, TypeError) as error:  # PEFT's error for a model without linear layers left
         unfit = re.search(r"Module '(\w+)' is incompatible", str(error))
         names = [name for name, _ in tiny.model.named_modules() if unfit and name.rpartition(".")[2] == unfit[1]]
         if any(pattern(name) not in row.left_out for name in names):
@@ -173,7 +173,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
             problems = [f"{each.name}: {each.problem}" for each in found.layers if each.problem][:1]
             is_mixed = any("several samples" in each.note for each in found.outputs)
             if is_mixed and not any(each.wrong for each in found.outputs):
-                if trains:  # as batch norm does
+                if trains:  # as in batch norm
                     row.notes.append("not in train mode: samples are mixed")
                     continue
                 row.status = MIXES
@@ -209,13 +209,13 @@ def _try(tiny: Tiny, row: Row) -> bool:
 
 
 def _generates(tiny: Tiny, model: Any) -> str:
-    """Whether `generate` says for each sample what it says under that sample's adapter."""
+    """Whether `generate` matches each sample's adapter alone."""
     ids = ["c", "a", "__base__", "a"]
     inputs = _moved(tiny.inputs(len(ids), equal=False), tiny.model.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(**inputs, **options)
-    except TypeError:  # of a class that sets some of these itself
+    except TypeError:  # the class sets some of these itself
         return ""
     mixed = model.generate(**inputs, **options, adapter_ids=ids)
     for sample, name in enumerate(ids):
@@ -231,7 +231,7 @@ def _generates(tiny: Tiny, model: Any) -> str:
 
 
 def _mixes_in_generate(tiny: Tiny, model: Any, options: dict[str, Any]) -> bool:
-    """Whether what one sample says depends on another one in the base model, too."""
+    """Whether samples affect each other in the base model, too."""
     inputs = _moved(tiny.inputs(4, equal=True), tiny.model.device)
     other = {
         name: value[[0, 1, 2, 2]] if isinstance(value, torch.Tensor) and len(value) == 4 else value
@@ -250,7 +250,7 @@ def _moved(inputs: Any, device: torch.device) -> Any:
 
 
 def _plain_problem(model: Any, inputs: dict[str, Any], name: str = "a") -> str:
-    """Why PEFT itself can't run a batch under an adapter; the empty string where it can."""
+    """Return the reason why PEFT itself can't run a batch with an adapter; empty if it can."""
     model.set_adapter(name)
     try:
         with torch.no_grad():
@@ -290,7 +290,7 @@ def _one(job: tuple[str, bool, str]) -> Row:
 
 
 def publish(rows: list[Row]) -> None:
-    """Write what was found: for `enable`, as CSV, and as a page of the docs."""
+    """Write the results: for `enable`, as CSV, and as a page of the docs."""
     rows = sorted(rows, key=lambda row: (row.model_type, row.class_name))
     sound = {row.model_type for row in rows if row.status in (RIGHT, REFUSED, MIXES)}
     tried = sorted(sound - {row.model_type for row in rows if row.status == WRONG})
@@ -313,7 +313,7 @@ def publish(rows: list[Row]) -> None:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        if row.status == NOT_BUILT and row.model_type in types:  # a type of which there is one class
+        if row.status == NOT_BUILT and row.model_type in types:  # a type with only one class
             continue
         why: dict[str, list[str]] = {}
         for layer, reason in row.left_out.items():
@@ -326,7 +326,7 @@ def publish(rows: list[Row]) -> None:
 
 
 def _cell(text: str) -> str:
-    """A cell of a table, in which brackets are no links; without the levels of smallness at which a model failed."""
+    """Format a table cell: brackets must not become links, and levels of smallness are removed."""
     return re.sub(r"([|\[\]])", r"\\\1", re.sub(r" \[\d, \d, \w+\]$", "", text)).replace("\n", " ")
 
 
@@ -335,7 +335,7 @@ def _result(row: Row) -> str:
 
 
 def run(wanted: list[tuple[str, bool, str]], jobs: int, file: TextIO | None) -> list[Row]:
-    """Try classes of model types in processes of their own, and write each row when it is there."""
+    """Try classes of model types in separate processes, and write each row when it is available."""
     rows = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool:
         for row in pool.imap_unordered(_one, wanted):

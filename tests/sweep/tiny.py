@@ -1,8 +1,8 @@
-"""Tiny random models of all types that transformers has, with inputs: `python tests/sweep/tiny.py [TYPE ...]`.
+"""Tiny random models of all types in transformers, with inputs: `python tests/sweep/tiny.py [TYPE ...]`.
 
-Models are made from configurations alone, without the network. Each class's default configuration is made smaller by
-the names of its attributes (`RULES`), then tried as it is with fewer layers, then untouched; `OVERRIDES` holds what
-these rules can't know. Inputs follow the signature of `forward`: what fits is found by trying (`recipes`).
+Models are built from configurations alone, without the network. Each class's default configuration is shrunk by the
+names of its attributes (`RULES`), then tried unchanged with fewer layers, then untouched; `OVERRIDES` contains
+exceptions. Inputs follow the signature of `forward`, and are found by trial (`recipes`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class NotBuilt(Exception):
 
 
 MOST_PARAMETERS = 60_000_000
-VOCABULARY, FIRST_WORD, LAST_WORD = 120, 10, 90  # the words of texts; special tokens lie outside
+VOCABULARY, FIRST_WORD, LAST_WORD = 120, 10, 90  # token ids of words; special tokens are outside
 TEXT, FRAMES = 10, 64
-KEEP = object()  # an override: leave this attribute as it is by default
+KEEP = object()  # an override: keep the attribute's default
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How one argument of forward is made: its kind, the shape of a sample, and a bound or a value."""
+    """How to create one argument of forward: its kind, the shape of a sample, and a bound or a value."""
 
     kind: str
     shape: tuple[int, ...] = ()
@@ -62,22 +62,23 @@ def entries(value: Any, rule: Callable[[int], int]) -> Any:
 
 
 def most(number: int) -> Callable:
-    """A rule that makes a number, or every number of a list, at most `number`."""
+    """A rule that limits a number, or every number of a list, to `number`."""
     return lambda value, width: entries(value, lambda entry: min(entry, number))
 
 
 def most_wide(number: int) -> Callable:
-    """The same for numbers that grow with the width of a model."""
+    """The same for numbers that scale with a model's width."""
     return lambda value, width: entries(value, lambda entry: min(entry, number * width))
 
 
 def exactly(number: int) -> Callable:
-    """A rule that makes all numbers but small ones `number` times the width, which is 1 for the smallest models."""
+    """A rule that sets all numbers except small ones to `number` times the width, which is 1 for the smallest
+    models."""
     return lambda value, width: entries(value, lambda entry: number * width if entry > 8 else entry)
 
 
 def few_heads(value: Any, width: int) -> Any:
-    if isinstance(value, (list, tuple)):  # per stage, whose dimensions are multiples of 32
+    if isinstance(value, (list, tuple)):  # per stage, with dimensions that are multiples of 32
         return type(value)(min(entry, 2) if type(entry) is int else entry for entry in value)
     return min(value, 4) if type(value) is int else value
 
@@ -99,7 +100,7 @@ NOT_LAYERS = (
     r"|speech_decoder_postnet_layers"
     r"|encode_proj_layers|lqe_layers|vision_feature_layer|num_stages|no_rope_layers"
 )
-# the first that matches the whole name counts; a level is the last at which the rule still holds
+# the first rule that matches the whole name applies; a level is the last one at which the rule applies
 RULES: list[tuple[int, str, Callable]] = [
     (3, r"vision_feature_layers?", lambda value, width: entries(value, lambda layer: max(-2, min(layer, 1)))),
     (3, NOT_LAYERS, unchanged),
@@ -126,7 +127,7 @@ RULES: list[tuple[int, str, Callable]] = [
     (2, r"(sliding_window|attention_window|local_attention|sliding_window_size|sliding_window_length)", most(8)),
     (3, r"max_source_positions", most(FRAMES // 2)),
     (2, r"(\w+_)?max_\w*position\w*|n_positions|n_ctx|max_seq_len|max_sequence_length", most(512)),
-    (2, r"num_query_tokens", most(4)),  # as many as the inputs have placeholders
+    (2, r"num_query_tokens", most(4)),  # equals the number of placeholders in the inputs
     (2, r"max_length|\w*num_(queries|latents|object_queries)|two_stage_num_proposals"
         r"|\w*num_learnable_queries", most(8)),
     (2, r"mm_tokens_per_image|image_seq_length|num_image_tokens|vision_soft_tokens_per_image"
@@ -153,7 +154,7 @@ INDEXES = (
     r"\w*(indexes|indices|layer_ids|layers_idx|layer_indices|attention_layers|feature_layers"
     r"|fullatt_block_indexes|hook_ids)|image_grid_pinpoints"
 )
-MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # for None, where the class has no default of its own
+MISSING = {"vocab_size": VOCABULARY, "num_experts_per_tok": 2}  # replaces None if the class has no default
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPES = {"full_attention": ROPE, "sliding_attention": ROPE}
 TIME_SERIES = {"prediction_length": 4, "context_length": 12, "num_time_features": 2, "lags_sequence": [1, 2, 3]}
@@ -161,7 +162,7 @@ WINDOWS = {"image_size": 64, "window_size": 2}
 SOUND = {"inputs": None, "input_values": Spec("floats", (1600,)), "input_features": None, "attention_mask": None}
 DECODING_BERT = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 
-# model type (at any depth) -> attribute, a dot before those of parts, -> value
+# model type (at any depth) -> attribute (with a dot before those of nested configurations) -> value
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 1.0},
     "audio-spectrogram-transformer": {
@@ -278,7 +279,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def default(config_class: type, value: Any = None) -> dict[str, Any]:
-    """The fields of a configuration class with their defaults."""
+    """Return the fields of a configuration class with their defaults."""
     fields = {}
     for field in dataclasses.fields(config_class):
         fields[field.name] = field.default if field.default is not dataclasses.MISSING else None
@@ -291,7 +292,7 @@ GENERAL = set(default(PreTrainedConfig))
 
 
 class Shrinking:
-    """Makes a configuration smaller; equal special tokens stay equal through all of its parts."""
+    """Shrinks a configuration; equal special tokens stay equal in all of its parts."""
 
     def __init__(self, level: int, width: int = 1):
         self.level = level
@@ -306,7 +307,7 @@ class Shrinking:
         return self.tokens.setdefault(value, VOCABULARY - 1 - len(self.tokens) % (VOCABULARY - LAST_WORD - 1))
 
     def layers(self, config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-        """Lists with an entry per layer, cut to as few layers as show every kind of layer that there is."""
+        """Cut lists with an entry per layer to the shortest that still contain every kind of layer."""
         count = getattr(config, "num_hidden_layers", None)
         field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         if type(count) is not int or count <= 2 or field not in values:
@@ -329,7 +330,7 @@ class Shrinking:
 
     def smaller(self, config: PreTrainedConfig) -> PreTrainedConfig:
         config_class = type(config)
-        if config_class.__name__ == "TimmBackboneConfig":  # which is another package's; a ResNet is the nearest
+        if config_class.__name__ == "TimmBackboneConfig":  # from another package; a ResNet is the closest substitute
             stages = [f"stage{index}" for index in (2, 3, 4)][-max(1, min(3, len(config.out_indices or [0]))) :]
             sizes = {"embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}
             return transformers.ResNetConfig(**sizes, layer_type="basic", out_features=stages)
@@ -352,7 +353,7 @@ class Shrinking:
                 and (name == "head_dim" or isinstance(value, (list, tuple, dict)))
                 and not re.fullmatch(INDEXES, name)
             ):
-                continue  # the class works it out from the others
+                continue  # the class computes it from others
             else:
                 small = self.by_rule(name, value)
                 if re.fullmatch(INDEXES, name) or small is not value or repr(value) != repr(fresh.get(name)):
@@ -386,7 +387,7 @@ class Shrinking:
         return config_class(**arguments)
 
     def stages(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
-        """As many features out of a backbone as there were, from stages that the smaller one has."""
+        """Keep the number of a backbone's output features, from stages that the smaller one has."""
         name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         wanted = len(config.out_indices)
         if type(values.get(name)) is int and len(config.stage_names) == values[name] + 1:  # every layer is a stage
@@ -396,7 +397,7 @@ class Shrinking:
             arguments["out_indices"] = list(config.out_indices)
 
     def relations(self, config: PreTrainedConfig, values: dict[str, Any], arguments: dict[str, Any]) -> None:
-        """What must fit other numbers: as many heads for keys as there are, sections of rotary dimensions."""
+        """Adjust numbers that depend on others: key heads, sections of rotary dimensions."""
         heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
         if "num_key_value_heads" in values and keys in (None, heads) and "num_attention_heads" in arguments:
             arguments["num_key_value_heads"] = arguments["num_attention_heads"]
@@ -433,7 +434,7 @@ def starting_config(model_type: str) -> PreTrainedConfig:
 
 # --- classes --------------------------------------------------------------------------------------------------------
 
-HEADS = [  # the most used first
+HEADS = [  # the most common first
     f"MODEL_FOR_{name}_MAPPING_NAMES"
     for name in (
         "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM", "CAUSAL_LM",
@@ -458,7 +459,7 @@ def named(model_type: str, mapping: str) -> list[str]:
 
 
 def own_classes(model_type: str) -> list[str]:
-    """Model classes beside the configuration that are made for it, for types that no auto class knows."""
+    """Return model classes in the configuration's module, for types without an auto class."""
     config_class = CONFIG_MAPPING[model_type]
     module = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
     return [
@@ -480,7 +481,7 @@ def class_named(name: str, model_type: str) -> type[PreTrainedModel]:
         found = getattr(module, name)
     if not issubclass(found, PreTrainedModel):
         try:
-            found(None)  # a stand-in for a class that needs another package: it says which
+            found(None)  # a placeholder for a class that needs another package: it raises an error that names it
         except ImportError as error:
             raise NotBuilt(reason(error)) from None
     return found
@@ -492,7 +493,7 @@ def model_class(model_type: str, head: bool) -> type[PreTrainedModel]:
     encoder = named(model_type, "MODEL_FOR_MASKED_LM_MAPPING_NAMES") and not named(
         model_type, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
     )
-    if encoder:  # whose classifiers are used the most
+    if encoder:  # their classifiers are the most common heads
         heads = named(model_type, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES") + heads
     names = list(dict.fromkeys(bases[:1] + heads))
     if not bases or len(names) == 1:
@@ -521,7 +522,7 @@ def model_class(model_type: str, head: bool) -> type[PreTrainedModel]:
 
 
 def takes(found: type[PreTrainedModel], model_type: str) -> bool:
-    """Whether the class is for this configuration, not one for a part of it."""
+    """Whether the class takes this configuration, and not only a part of it."""
     return found.config_class is None or issubclass(CONFIG_MAPPING[model_type], found.config_class)
 
 
@@ -534,7 +535,7 @@ def reseed(*_: Any) -> None:
 
 @torch.no_grad()
 def useful_weights(model: PreTrainedModel) -> None:
-    """Weights so large that every layer matters in outputs: none is zero, none as small as an initialisation's."""
+    """Make weights large enough that every layer affects the outputs; initializations are often tiny or zero."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(like: Tensor, std: float) -> Tensor:
@@ -550,7 +551,7 @@ def useful_weights(model: PreTrainedModel) -> None:
                 parameter.fill_(1)
             elif unset:
                 parameter.copy_(1 + normal(parameter, 0.1))
-            elif parameter.abs().max() < 0.3:  # biases at zero, scales of layers close to it
+            elif parameter.abs().max() < 0.3:  # zero biases, layer scales close to zero
                 parameter.copy_(normal(parameter, 0.1) + (0.5 if parameter.max() == parameter.min() != 0 else 0))
             elif parameter.min() == parameter.max() == 1:  # norms
                 parameter.add_(normal(parameter, 0.1))
@@ -560,7 +561,7 @@ def useful_weights(model: PreTrainedModel) -> None:
         if unset or not parameter.std() > 0.7 * std:
             parameter.copy_(normal(parameter, std))
     for buffer in model.buffers():
-        if buffer.is_floating_point() and buffer.ndim > 1 and not buffer.nan_to_num().any():  # codebooks, say
+        if buffer.is_floating_point() and buffer.ndim > 1 and not buffer.nan_to_num().any():  # codebooks, for example
             buffer.copy_(normal(buffer, 1))
 
 
@@ -593,7 +594,7 @@ def built(found: type[PreTrainedModel], config: PreTrainedConfig, careful: bool)
 
 @dataclasses.dataclass
 class Recipe:
-    """The arguments of a forward, and how many tokens of its texts stand for images, videos and sounds."""
+    """The arguments of a forward, and how many text tokens stand for images, videos and audio."""
 
     specs: dict[str, Spec]
     placeholders: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -654,7 +655,7 @@ class Recipe:
                 for index, token in enumerate(special[row]):
                     types[row, start + index] = kinds.get(token, 0)
             return types
-        if kind == "first":  # where an image's tokens stand
+        if kind == "first":  # positions of an image's tokens
             return (torch.arange(length) < high).long().repeat(samples, 1)
         if kind == "zeros":
             return torch.zeros(samples, *(shape or (length,)), dtype=torch.long)
@@ -662,17 +663,17 @@ class Recipe:
             return torch.randint(0, high or LAST_WORD, rows, generator=generator)
         if kind == "words":
             return torch.randint(FIRST_WORD, self.last_word, rows, generator=generator)
-        if kind == "word_rows":  # several rows of a sample, such as codebooks
+        if kind == "word_rows":  # several rows per sample, such as codebooks
             return torch.randint(FIRST_WORD, self.last_word, (samples * shape[0], *shape[1:]), generator=generator)
         if kind == "floats":
             return torch.randn(rows, generator=generator)
-        if kind == "placed":  # patches that begin with their row and column
+        if kind == "placed":  # patches that start with their row and column
             patches = torch.randn(rows, generator=generator)
             patches[..., 0], patches[..., 1] = torch.arange(shape[0]) // 4 + 1, torch.arange(shape[0]) % 4 + 1
             return patches
         if kind == "unit":
             return torch.rand(rows, generator=generator)
-        if kind == "images":  # one after another, however many a sample has
+        if kind == "images":  # a flat list, however many a sample has
             return torch.randn(sum(counts), *shape, generator=generator)
         if kind == "patches":
             return torch.randn(sum(counts) * shape[0], *shape[1:], generator=generator)
@@ -691,7 +692,7 @@ class Recipe:
             return torch.ones(rows, dtype=torch.long)
         if kind == "true":
             return torch.ones(rows, dtype=torch.bool)
-        if kind == "frames":  # which frames of a sound are there
+        if kind == "frames":  # a mask of audio frames
             mask = torch.ones(rows, dtype=torch.long)
             for row in range(samples):
                 mask[row, shape[-1] - cut[row] * shape[-1] // 16 :] = 0
@@ -702,7 +703,7 @@ class Recipe:
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside, the nearest first."""
+    """Yield a configuration and nested ones, the outermost first."""
     waiting = [config]
     while waiting:
         here = waiting.pop(0)
@@ -711,7 +712,7 @@ def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def find(config: PreTrainedConfig, *names: str, within: str = "") -> Any:
-    """The first value that is set, in a part whose type has `within` in it before all others."""
+    """Return the first value that is set, preferably from a part whose type contains `within`."""
     for wanted in dict.fromkeys([within, ""]):
         for part in parts(config):
             if wanted in (part.model_type or ""):
@@ -732,7 +733,7 @@ SKIPPED = (
 
 
 def candidates(name: str, config: PreTrainedConfig, names: list[str], required: bool) -> list[Spec | None]:
-    """What an argument of this name may be, the likeliest first; nothing where it is better left out."""
+    """Return possible values for an argument of this name, the most likely first; empty if it should be left out."""
     text = "input_ids" in names
     size = single(find(config, "image_size", "img_size", "input_size", "crop_size", within="vision"))
     channels = find(config, "num_channels", "in_channels", "num_input_channels", within="vision") or 3
@@ -910,7 +911,7 @@ MODES = [("text", "image", "audio"), ("text", "image"), ("text", "audio"), ("tex
 
 
 def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
-    """What to try as the arguments of forward, in order: `each` for every choice of modalities."""
+    """Yield recipes for the arguments of forward: `each` for every choice of modalities."""
     config = model.config
     signature = inspect.signature(model.forward).parameters
     required = {
@@ -953,7 +954,7 @@ def recipes(model: PreTrainedModel, each: int = 16) -> Iterator[Recipe]:
         }
         for choice in itertools.islice(itertools.product(*options.values()), each):
             specs = {name: spec for name, spec in zip(options, choice) if spec is not None}
-            if "attention_mask" in specs and "input_ids" not in specs:  # as long as the sound
+            if "attention_mask" in specs and "input_ids" not in specs:  # as long as the audio
                 long = next((s for n, s in specs.items() if n in ("input_values", "input_features")), None)
                 if long is not None:
                     specs["attention_mask"] = Spec("frames", (FRAMES if FRAMES in long.shape else max(long.shape),))
@@ -964,7 +965,7 @@ MISMATCH = re.compile(r"tokens?[^0-9]*(\d+)[^0-9]*features?\D*(\d+)", re.IGNOREC
 
 
 def repaired(recipe: Recipe, error: Exception, samples: int, hidden: int) -> Recipe | None:
-    """The recipe with as many placeholders as the model asked for, or as long a sound."""
+    """Return the recipe with the number of placeholders, or the audio length, that the model's error asks for."""
     message = str(error)
     if (match := MISMATCH.search(message)) and recipe.placeholders:
         have, want = int(match[1]), int(match[2])
@@ -972,7 +973,7 @@ def repaired(recipe: Recipe, error: Exception, samples: int, hidden: int) -> Rec
         if modality not in recipe.placeholders:
             modality = next(iter(recipe.placeholders))
         held = recipe.placeholders[modality]
-        if have == want and held % hidden == 0:  # they were told as numbers, not as tokens
+        if have == want and held % hidden == 0:  # the error gave numbers of values, not of tokens
             return dataclasses.replace(recipe, placeholders=recipe.placeholders | {modality: held // hidden})
         if have != want and have % samples == 0:
             ratio = have / (held * samples) if held else 1
@@ -992,7 +993,7 @@ def repaired(recipe: Recipe, error: Exception, samples: int, hidden: int) -> Rec
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The numbers in what a forward returned."""
+    """Return the floating-point tensors in a forward's output."""
     if isinstance(output, Tensor):
         return [output.detach()] if output.is_floating_point() and output.numel() else []
     if isinstance(output, dict):
@@ -1010,7 +1011,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def checked(model: PreTrainedModel, recipe: Recipe) -> Recipe:
-    """The recipe, when forward runs with it as promised; unequal samples only where these run too."""
+    """Return the recipe if forward runs with it as described; unequal samples only if these run too."""
 
     def run(samples: int, seed: int = 0, equal: bool = True) -> Any:
         with torch.no_grad():
@@ -1035,7 +1036,7 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> Recipe:
             return checked(model, dataclasses.replace(recipe, unequal_text=False))
         raise ValueError("outputs have NaNs")
     if not same(run(4), run(4)):
-        model.register_forward_pre_hook(reseed)  # draws of forward itself, which has no argument for them
+        model.register_forward_pre_hook(reseed)  # forward itself draws random numbers
         if not same(run(4), run(4)):
             raise ValueError("two runs of the same inputs differ")
     if same(run(4), run(4, seed=1)):
@@ -1052,7 +1053,7 @@ def checked(model: PreTrainedModel, recipe: Recipe) -> Recipe:
 
 @dataclasses.dataclass
 class Tiny:
-    """A tiny model and what it takes."""
+    """A tiny model and its inputs."""
 
     model_type: str
     class_name: str
@@ -1060,18 +1061,19 @@ class Tiny:
     recipe: Recipe
 
     def inputs(self, samples: int, seed: int = 0, equal: bool = True) -> dict[str, Any]:
-        """Keyword arguments of forward.
+        """Create keyword arguments of forward.
 
         Args:
-            samples: how many; every one differs from the others.
-            seed: another one gives other content of the same shapes.
-            equal: False for samples with unequal numbers of tokens, frames and images, where the model takes these.
+            samples: number of samples, which all differ.
+            seed: determines the content, not the shapes.
+            equal: False for samples with different numbers of tokens, frames and images, if the model supports
+                this.
         """
         return self.recipe.make(samples, seed, equal)
 
     @functools.cached_property
     def generates(self) -> bool:
-        """Whether `model.generate(**inputs(...), max_new_tokens=4, do_sample=False)` runs, twice the same."""
+        """Whether `model.generate(**inputs(...), max_new_tokens=4, do_sample=False)` runs and is deterministic."""
         if not self.model.can_generate():
             return False
         try:
@@ -1086,7 +1088,7 @@ class Tiny:
 
 
 def reason(error: BaseException) -> str:
-    """One line of why."""
+    """Return the reason in one line."""
     text = str(error).strip()
     if match := re.search(r"requires the (\w+) library", text) or re.search(r"No module named '(\w+)'", text):
         return f"needs the package {match[1]}"
@@ -1097,7 +1099,7 @@ def reason(error: BaseException) -> str:
 
 
 def model_types() -> list[str]:
-    """All model types of the installed transformers."""
+    """Return all model types of the installed transformers."""
     return sorted(CONFIG_MAPPING_NAMES)
 
 
@@ -1106,14 +1108,14 @@ UNFIT = {"qwen2_5_omni_thinker": "no sound is known that has as many features as
 
 
 def build(model_type: str, head: bool = False) -> Tiny:
-    """A tiny model of this type.
+    """Build a tiny model of a type.
 
     Args:
         model_type: one of `model_types()`.
-        head: whether to build its most used class with a head, instead of the base model.
+        head: whether to build its most common class with a head, instead of the base model.
 
     Raises:
-        NotBuilt: with the reason in one line.
+        NotBuilt: it can't be built; the message is the reason, in one line.
     """
     if model_type in UNFIT:
         raise NotBuilt(UNFIT[model_type])
@@ -1161,7 +1163,7 @@ def fitting(model: PreTrainedModel, each: int) -> Recipe:
 
 
 def attempt(task: tuple[str, bool]) -> tuple[str, bool, str]:
-    """One type, told in one line."""
+    """Try one type; returns the result in one line."""
     model_type, head = task
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a base model may be, and how it runs while adapters are trained: 4 bit, bfloat16, checkpointing, compiled."""
+"""Training with different base models and modes: 4 bit, bfloat16, checkpointing, compiled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mixed(model, steps, forward=None):
 
 
 def alone(model, name, steps):
-    """PEFT and torch, one adapter."""
+    """PEFT and torch with one adapter."""
     model.set_adapter(name)
     run, parameters = RUNS[name], [each for each in model.parameters() if each.requires_grad]
     optimizer = (run.optimizer or torch.optim.AdamW)(parameters, lr=run.lr, **run.options)
@@ -103,7 +103,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_compiled_training():
-    """Compiled code leaves gradients of zero to adapters without rows, and they don't move."""
+    """Compiled code leaves zero gradients for adapters without rows, which must not change."""
     torch._dynamo.reset()
     model = peft_model()
     plain = copy.deepcopy(model)
@@ -131,7 +131,7 @@ def test_compiled_training():
 
 
 def test_bfloat16_base():
-    """Losses and gradients' norms in float32, and as alone within what bfloat16 rounds."""
+    """Losses and gradient norms are in float32, and match single runs within bfloat16's rounding."""
     torch.manual_seed(0)
     model = with_adapters(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(torch.bfloat16))
     assert {each.dtype for key, each in model.named_parameters() if ".lora_" in key} == {torch.float32}

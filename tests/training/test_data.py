@@ -1,4 +1,4 @@
-"""From datasets to batches: whose rows are in which batch, on which process, and after an interruption."""
+"""Datasets and batches: which rows are in which batch, on which process, and after an interruption."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_epoch_has_every_row_once(sizes, batch, weights, processes):
     ranks = [AdapterBatchSampler(sizes, batch, shares, rank=rank, processes=processes) for rank in range(processes)]
     parts = [epoch_of(each) for each in ranks]
     assert {len(each) for each in parts} == {len(ranks[0])}
-    assert all(part for each in parts for part in each)  # nobody waits for a batch
+    assert all(part for each in parts for part in each)  # no process waits for a batch
     rows = [row for each in parts for part in each for row in part if row >= 0]
     assert sorted(rows) == list(range(sum(sizes.values())))
     assert all(sum(len(part) for part in step if part[0] >= 0) <= batch for step in zip(*parts))
@@ -82,11 +82,11 @@ def test_orders_follow_from_seed_epoch_and_name():
 def test_going_on_in_the_middle():
     sampler = AdapterBatchSampler(SIZES, 3)
     assert epoch_of(sampler, 2, start=3) == epoch_of(sampler, 2)[3:]
-    assert epoch_of(sampler, 2) == list(sampler)  # the start is forgotten
+    assert epoch_of(sampler, 2) == list(sampler)  # the start is reset
 
 
 def test_rows_of_stopped_adapters_are_left_out():
-    """And the rows of others stay in the batches in which they were."""
+    """Rows of other adapters stay in the same batches."""
     sampler = AdapterBatchSampler(SIZES, 4)
     expected = epoch_of(sampler)
     sampler.stopped = {"b"}
@@ -115,7 +115,7 @@ def test_a_loader():
 
 @pytest.mark.parametrize("shares", [{"weights": {"a": 1, "b": 1}}, {"batch_size": {"a": 1, "b": 0, "c": 1}}], ids=str)
 def test_shares_that_lack_an_adapter(shares):
-    with pytest.raises((ValueError, KeyError), match="a positive number for every adapter"):
+    with pytest.raises((ValueError, KeyError), match="a positive share for every adapter"):
         AdapterBatchSampler(SIZES, **{"batch_size": 4, **shares})
 
 

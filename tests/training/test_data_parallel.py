@@ -1,4 +1,4 @@
-"""Two processes with rows of their own, and of different adapters: gradients are those of all rows together."""
+"""Two processes with different rows and adapters: gradients are those of all rows together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 2e-5
 
 
 def enabled(device):
-    torch.manual_seed(dist.get_rank())  # weights differ, until the optimizer takes the first process's
+    torch.manual_seed(dist.get_rank())  # weights differ until the optimizer copies the first process's
     model = peft_model().to(device)
     if dist.get_rank():
         for key, each in model.named_parameters():
@@ -37,7 +37,7 @@ def enabled(device):
 
 
 def part(step, device):
-    """Rows of one process: every other one, or one of the base model where there is none."""
+    """Return the rows of one process: every other one, or a row of the base model if there is none."""
     batch, ids = mixed_batch(step)
     mine = slice(dist.get_rank(), None, 2)
     batch, ids = {key: value[mine].to(device) for key, value in batch.items()}, ids[mine]
@@ -55,7 +55,7 @@ def train(model, wrapped, optimizer, device, backward=torch.Tensor.backward):
         losses, items = sample_losses(wrapped(**batch, adapter_ids=ids).logits, labels)
         backward(optimizer.loss(losses, items, ids))
         optimizer.step()
-    assert lacking > 5  # often one process has rows of an adapter and the other has none
+    assert lacking > 5  # often only one process has rows of an adapter
 
 
 def compare(model, made):
@@ -91,7 +91,8 @@ def wrapped_in_ddp(_, device):
 
 
 def prepared_by_accelerate(_, device):
-    """Whose backward divides the loss by its own accumulation steps; with DistributedDataParallel and without."""
+    """accelerate's backward divides the loss by its own accumulation steps; with DistributedDataParallel and
+    without."""
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=3, kwargs_handlers=[handler])
     for is_evaluated in (True, False):
@@ -104,7 +105,7 @@ def prepared_by_accelerate(_, device):
 
 
 def a_process_without_rows(_, device):
-    """It has a row of the base model, and gets what the others' rows say."""
+    """A process with only a row of the base model gets the gradients of the others' rows."""
     model = enabled(device)
     optimizer = AdapterOptimizer(model, {"three": Run(lr=0.1, optimizer=torch.optim.SGD), "four": Run()})
     alone = copy.deepcopy(model)
@@ -121,7 +122,7 @@ def a_process_without_rows(_, device):
 
 
 def an_adapter_that_is_not_finite(_, device):
-    """On one process only; it stops on both."""
+    """An adapter fails on one process only, and stops on both."""
     model = enabled(device)
     optimizer = AdapterOptimizer(model, {name: Run(lr=1e-3) for name in ADAPTERS})
     batch, ids = part(0, device)
@@ -137,9 +138,9 @@ def an_adapter_that_is_not_finite(_, device):
 def other_runs_are_refused(_, device):
     model = enabled(device)
     names = ADAPTERS[: 1 + dist.get_rank()]
-    with pytest.raises(errors.ModelStateError, match="processes began runs of different adapters"):
+    with pytest.raises(errors.ModelStateError, match="processes started runs of different adapters"):
         AdapterOptimizer(model, {name: Run() for name in names})
-    groups = [dist.new_group([rank]) for rank in range(2)]  # each trains by itself
+    groups = [dist.new_group([rank]) for rank in range(2)]  # each trains independently
     AdapterOptimizer(model, {name: Run() for name in names}, groups[dist.get_rank()]).close()
 
 
@@ -154,7 +155,7 @@ def fsdp_is_refused(_, device):
 
 
 def trainer(folder, device):
-    """With evaluations and checkpoints, and going on from one of these in the middle of an accumulation."""
+    """Evaluations, checkpoints, and resuming in the middle of an accumulation."""
     model = enabled(device)
     args = {"save_strategy": "steps", "save_steps": 3, "use_cpu": device.type == "cpu", "eval_strategy": "epoch"}
     rows = runs()["four"].train_dataset[:3]

@@ -1,4 +1,4 @@
-"""Generating under adapters that are being trained: new weights at once, no prefix of old ones, no request on both."""
+"""Generating during training: new weights apply at once, old prefixes aren't used, and no request mixes versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_multibatch.training import AdapterOptimizer, Run, sample_losses
 
 
 NAMES = ("three", "four", "eight")
-PROMPT = [5 + 7 * place % 150 for place in range(40)]  # two blocks of the cache and more
+PROMPT = [5 + 7 * place % 150 for place in range(40)]  # more than two blocks of the cache
 
 
 def enabled():
@@ -27,7 +27,7 @@ def enabled():
 
 
 def fast():
-    """Runs after whose every step other tokens are the likeliest."""
+    """Return runs in which every step changes the most likely tokens."""
     return {name: Run(lr=0.01, options={"eps": 1e-3}) for name in NAMES}
 
 
@@ -40,7 +40,7 @@ def train(model, optimizer, step):
 
 
 def test_generate_between_steps():
-    """As a copy of the weights of that moment, by PEFT."""
+    """Tokens match those of PEFT with a copy of the current weights."""
     model, _ = enabled()
     optimizer, inputs, seen = AdapterOptimizer(model, fast()), left_padded(), []
     config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -91,7 +91,7 @@ def test_no_prefix_of_old_weights_between_steps(how):
 
 
 def test_training_beside_requests():
-    """Every request has the tokens of one moment's weights, and training is as it is without requests."""
+    """Every request gets the tokens of one version of the weights, and training is the same as without requests."""
     model, mb = enabled()
     optimizer = AdapterOptimizer(model, fast())
     snapshots, asked = [copy.deepcopy(model)], {}
@@ -115,7 +115,7 @@ def test_training_beside_requests():
         matches = [number for number, tokens in enumerate(every) if tokens == found[request].generated_tokens]
         assert matches and matches[-1] >= step, (request, matches)
         versions.append(len(set(map(tuple, every))))
-    assert max(versions) > 2  # the weights of other moments have other tokens
+    assert max(versions) > 2  # tokens of different versions differ
     alone, _ = enabled()
     other = AdapterOptimizer(alone, fast())
     for step in range(6):

@@ -15,7 +15,7 @@ from test_multi_adapter_trainer import alone, arguments, runs
 from tolerances import relative_error
 
 
-# Runs in every process: the trainer, and a loop over a loader of which accelerate's `prepare` gives each its part.
+# Runs in every process: the trainer, and a loop over a loader prepared by accelerate.
 SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
@@ -60,7 +60,7 @@ def launched(tmp_path_factory):
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     given = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0"]  # a free one
+    command += ["--main_process_port", "0"]  # picks a free one
     done = subprocess.run(
         [*command, str(folder / "script.py"), str(folder)], env={**os.environ, **given}, capture_output=True, text=True
     )

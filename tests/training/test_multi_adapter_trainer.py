@@ -1,4 +1,4 @@
-"""MultiAdapterTrainer: every adapter as in a run of its own, its logs, evaluations and checkpoints, and resuming."""
+"""MultiAdapterTrainer: adapters match separate runs; logs, evaluations, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 2e-5
 
 
 def dataset(name, rows=None, seed=0):
-    """Rows of one length, with different numbers of labels."""
+    """Return rows of equal length, with different numbers of labels."""
     generator = torch.Generator().manual_seed(100 * [*ROWS].index(name) + seed)
     input_ids = torch.randint(2, SIZES["vocab_size"], (rows or ROWS[name], LENGTH), generator=generator)
     first = torch.randint(0, 5, (len(input_ids), 1), generator=generator)
@@ -71,7 +71,7 @@ def weights(model, name=None):
 
 
 def alone(model, name, run, args):
-    """PEFT and torch alone, over the batches of this adapter that the sampler gives."""
+    """Train with PEFT and torch alone, on this adapter's batches from the sampler."""
     model = copy.deepcopy(model).train()
     model.set_adapter(name)
     mixed = MixedDataset({name: dataset(name) for name in ROWS})
@@ -184,7 +184,7 @@ def test_an_adapter_stops_early_and_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_multibatch.training.optimizer.logger.warning", warnings.append)
     model, calls = enabled(), []
     given = {name: Run(lr=1e-3, batch_size=2, train_dataset=dataset(name)) for name in ("three", "eight")}
-    given["three"] = Run(  # which only gets worse on these labels
+    given["three"] = Run(  # it only gets worse on these labels
         lr=0.05, batch_size=2, train_dataset=dataset("three"), patience=1, eval_dataset=dataset("three", 3, seed=1)
     )
     model.get_base_model().register_forward_pre_hook(
@@ -198,7 +198,7 @@ def test_an_adapter_stops_early_and_alone(tmp_path, monkeypatch):
     assert "evaluations ago" in trainer.optimizer.stopped["three"]
     assert sum("'three' stopped" in each for each in warnings) == 1
     assert trainer.early_stop.best["three"][1] == steps["three"] - 2
-    assert calls[-4:] != [4] * 4  # no rows of it any more
+    assert calls[-4:] != [4] * 4  # it has no more rows
 
 
 def test_all_stop(tmp_path):
@@ -216,7 +216,7 @@ def test_steps_of_its_own(tmp_path):
     trainer = MultiAdapterTrainer(model, arguments(tmp_path, per_device_train_batch_size=2), given)
     trainer.train()
     assert trainer.optimizer.steps["three"] == 3 < trainer.optimizer.steps["eight"]
-    trainer.train()  # another run begins anew
+    trainer.train()  # a second run starts from scratch
     assert trainer.optimizer.steps["three"] == 3
 
 
@@ -273,7 +273,7 @@ def test_other_heads(tmp_path, kind):
     ("options", "message"),
     [
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps=2.*Run\(accumulate=\.\.\.\)"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "best step of its own"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "its own best step"),
         ({"label_smoothing_factor": 0.1}, "loss_func"),
         ({"dataloader_drop_last": True}, "Drop rows"),
     ],
@@ -295,7 +295,7 @@ def test_what_else_is_refused(tmp_path):
     with pytest.raises(errors.UnsupportedError, match="'four' has no train_dataset"):
         MultiAdapterTrainer(model, args, {"four": Run()})
     some = {"three": Run(batch_size=1, train_dataset=dataset("three")), "four": Run(train_dataset=dataset("four"))}
-    with pytest.raises(errors.UnsupportedError, match="some runs have a batch_size and that of 'four' has none"):
+    with pytest.raises(errors.UnsupportedError, match="some runs have a batch_size, but that of 'four' doesn't"):
         MultiAdapterTrainer(model, args, some)
     rows = [{"input_ids": row["input_ids"]} for row in dataset("four")]
     with pytest.raises(errors.UnsupportedError, match=r"without labels.*loss_func"):

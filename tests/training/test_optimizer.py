@@ -1,4 +1,4 @@
-"""AdapterOptimizer: every adapter as in a run of its own by PEFT and torch, and what stops or is refused."""
+"""AdapterOptimizer: adapters match separate runs by PEFT and torch; stopping and refusals."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
 def enabled(dtype=torch.float32):
-    """Llama; in float64 GPT-2, because Llama's norms and rotations are in float32. Without dropout, in eval mode."""
+    """Build Llama, or GPT-2 in float64, because Llama's norms and rotations are in float32. No dropout, in eval
+    mode."""
     model = peft_model("gpt2" if dtype == torch.float64 else "llama", dtype)
     return model, peft_multibatch.enable(model)
 
 
 def train(model, optimizer, steps=range(STEPS), names=ADAPTERS, scale=1.0, own=None):
-    """A loop as users write it; what `step` returned for each adapter. `own`: of the rows of one alone."""
+    """Train with a typical loop; returns the results of `step` for each adapter. `own`: only the rows of one
+    adapter."""
     found = {name: [] for name in names}
     for step in steps:
         mixed = mixed_batch(step, names)
@@ -70,7 +72,7 @@ def test_equal_to_separate_runs(dtype, runs):
         assert [each["loss"] for each in found[name]] == pytest.approx(losses, rel=TOLERANCES[dtype])
         for key, value in expected.items():
             assert relative_error(after[key], value) <= TOLERANCES[dtype], key
-            # what the run changed is right as well, not only what it began from
+            # also compares the change itself, not only the sum with the initial weights
             changed = value - before[key]
             assert relative_error(after[key] - before[key], changed) <= 1e-2, key
             moved += bool(changed.any())
@@ -82,7 +84,7 @@ RATES = {"three": 0.5, "four": 0.1, "eight": 0.0}
 
 
 def with_dropout(dtype=torch.float32):
-    """As ``enabled``, with dropouts of the adapters in train mode, which are inside of the layers that PEFT has."""
+    """Like ``enabled``, with the adapters' dropout layers inside PEFT's layers in train mode."""
     configs = lora_configs("gpt2" if dtype == torch.float64 else "llama")
     model, options = base_model("gpt2" if dtype == torch.float64 else "llama", dtype), {}
     for name, config in configs.items():
@@ -100,7 +102,7 @@ def with_dropout(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("runs", [adamw_runs, sgd_runs], ids=["adamw", "sgd"])
 def test_with_dropout_equal_to_separate_runs(dtype, runs):
-    """Over 20 steps: every adapter has the masks that it has when it is trained alone, under the same seed."""
+    """Over 20 steps, every adapter has the same masks as when trained alone with the same seed."""
     model, before = with_dropout(dtype), weights(with_dropout(dtype))
     optimizer = AdapterOptimizer(model, runs())
     found = train(model, optimizer)
@@ -117,12 +119,12 @@ def test_with_dropout_equal_to_separate_runs(dtype, runs):
             value = own.get_parameter(key)
             assert relative_error(after[key], value) <= TOLERANCES[dtype], key
             assert relative_error(after[key] - before[key], value - before[key]) <= 1e-2, key
-        # an adapter that drops nothing is trained as without dropout, and the others aren't
+        # an adapter without dropout is trained as without it, and the others aren't
         assert all(torch.equal(after[key], plain.get_parameter(key)) for key in keys) == (name == "eight")
 
 
 def test_a_wrong_normalization_is_seen():
-    """One mean over the whole batch, as `outputs.loss` has it, is not what separate runs have; AdamW would hide it."""
+    """The mean over the whole batch, as in `outputs.loss`, doesn't match separate runs; AdamW would hide this."""
     model, _ = enabled(torch.float64)
     plain = copy.deepcopy(model)
     optimizer = AdapterOptimizer(model, sgd_runs())
@@ -138,7 +140,7 @@ def test_a_wrong_normalization_is_seen():
 
 
 def test_a_factor_on_the_loss_cancels_out():
-    """Such as the one of gradient accumulation, or of a gradient scaler."""
+    """Such as that of gradient accumulation, or of a gradient scaler."""
     (one, _), (other, _) = enabled(torch.float64), enabled(torch.float64)
     train(one, AdapterOptimizer(one, sgd_runs()), range(6))
     train(other, AdapterOptimizer(other, sgd_runs()), range(6), scale=1 / 3)
@@ -174,7 +176,7 @@ def test_resuming_changes_nothing(tmp_path, runs, middle, build):
     torch.save((optimizer.state_dict(), first.state_dict()), tmp_path / "state.pt")
     state, tensors = torch.load(tmp_path / "state.pt", weights_only=True)
     second = build()
-    torch.manual_seed(5)  # another process
+    torch.manual_seed(5)  # simulates another process
     second.load_state_dict(tensors)
     optimizer = AdapterOptimizer(second, runs())
     optimizer.load_state_dict(state)
@@ -184,7 +186,7 @@ def test_resuming_changes_nothing(tmp_path, runs, middle, build):
 
 
 def test_a_new_optimizer_begins_anew():
-    """In the same process, under the same seed, a run drops what it dropped the first time."""
+    """In the same process with the same seed, a run drops the same elements as the first time."""
     model = with_dropout()
     before, found = copy.deepcopy(model.state_dict()), []
     for _ in range(2):
@@ -208,7 +210,7 @@ def test_state_of_other_adapters():
 
 
 def warned(monkeypatch):
-    """What was logged as a warning."""
+    """Collect logged warnings."""
     found = []
     monkeypatch.setattr("peft_multibatch.training.optimizer.logger.warning", found.append)
     return found
@@ -232,7 +234,7 @@ def test_an_adapter_that_is_not_finite_stops_alone(monkeypatch, fault):
     losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
     if fault == "loss":
         losses = losses * torch.tensor([float("inf") if name == "four" else 1.0 for name in ids])
-    if fault == "gradient":  # infinite, of a finite loss
+    if fault == "gradient":  # infinite, with a finite loss
         rows = zip(ids, losses)
         losses = torch.stack([row + (row - row.detach()).sqrt() if name == "four" else row for name, row in rows])
     optimizer.loss(losses, items, ids).backward()
@@ -276,7 +278,7 @@ def test_steps_end_a_run():
 
 
 def test_an_adapter_without_rows_does_not_move():
-    """Nor its schedule, though AdamW would decay its weights."""
+    """Its schedule doesn't advance either, and AdamW doesn't decay its weights."""
     model, _ = enabled()
     runs = {name: Run(lr=0.1, weight_decay=0.5, schedule="linear", steps=9) for name in ADAPTERS}
     optimizer = AdapterOptimizer(model, runs)
@@ -314,7 +316,7 @@ def test_rows_of_the_base_model_count_for_nothing():
 
 
 def test_rows_without_labels_are_no_batch():
-    """Of an adapter that accumulates, or whose schedule would go on."""
+    """For an adapter that accumulates, or that has a schedule."""
     model, _ = enabled()
     optimizer, ids = AdapterOptimizer(model, {name: Run(lr=0.1) for name in ADAPTERS}), ["three", "four", "eight"]
     batch = batch_of("eight", 0)
@@ -340,7 +342,7 @@ def test_close_restores_what_has_gradients():
 
 
 def test_a_reference_runs_beside_what_is_trained():
-    """Rows with and without gradients in one forward: the reference gets none."""
+    """Rows with and without gradients share a forward pass; the reference gets none."""
     model, _ = enabled()
     with AdapterOptimizer(model, {"three": Run(lr=0.1)}) as optimizer:
         batch = batch_of("three", 0)
@@ -414,9 +416,7 @@ class TestRefused:
         model, _ = enabled()
         optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
         losses, items = self.losses(model, ids)
-        with pytest.raises(
-            errors.AdapterIdsLengthError, match=r"contrastive ones, would couple.*one adapter at a time"
-        ):
+        with pytest.raises(errors.AdapterIdsLengthError, match=r"contrastive ones, would mix.*one adapter at a time"):
             optimizer.loss(losses.mean(), items.sum(), ids)
 
     def test_a_mixture(self):
@@ -447,14 +447,14 @@ class TestRefused:
     def test_a_parameter_that_all_would_train(self):
         model, _ = enabled()
         model.get_base_model().lm_head.weight.requires_grad_(True)
-        with pytest.raises(errors.UnsupportedError, match=r"lm_head\.weight has gradients and belongs to no adapter"):
+        with pytest.raises(errors.UnsupportedError, match=r"lm_head\.weight is trainable but belongs to no adapter"):
             AdapterOptimizer(model, adamw_runs())
 
     def test_a_loss_that_nobody_counted(self):
         model, _ = enabled()
         optimizer = AdapterOptimizer(model, adamw_runs())
         model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
-        with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' whose loss it doesn't know"):
+        with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' from an unknown loss"):
             optimizer.step()
 
     def test_a_loss_beside_those_that_were_counted(self):
@@ -462,7 +462,7 @@ class TestRefused:
         optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
         losses, items = self.losses(model, ids)
         (optimizer.loss(losses[:2], items[:2], ids[:2]) + losses[2]).backward()
-        with pytest.raises(errors.ModelStateError, match=r"gradients of 'eight' whose loss it doesn't know"):
+        with pytest.raises(errors.ModelStateError, match=r"gradients of 'eight' from an unknown loss"):
             optimizer.step()
 
     def test_an_adapter_that_was_frozen(self):
@@ -473,7 +473,7 @@ class TestRefused:
         losses, items = self.losses(model, ids)
         optimizer.loss(losses, items, ids).backward()
         with pytest.raises(
-            errors.ModelStateError, match=r"'four' had rows in a batch and got no gradients.*set_adapter"
+            errors.ModelStateError, match=r"'four' had rows in a batch but got no gradients.*set_adapter"
         ):
             optimizer.step()
 

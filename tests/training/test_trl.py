@@ -1,4 +1,4 @@
-"""TRL's trainers: SFT of many adapters, DPO and GRPO of one policy beside its reference; all else is an error."""
+"""TRL's trainers: SFT of many adapters, DPO and GRPO of one policy with its reference; all else is an error."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_ids_that_sft_drops(tmp_path, collator, removed):
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 @pytest.mark.parametrize("collator", [None, DataCollatorWithPadding, AdapterCollator])
 def test_a_column_of_names_in_trainer(tmp_path, kind, collator):
-    """The default collator drops names, and the model says so; ours passes them on."""
+    """The default collator drops names, and the model's error says so; ours passes them on."""
     model, input_ids = peft_model(), rows()
     expected = alone(copy.deepcopy(model).train(), input_ids)
     peft_multibatch.enable(model)
@@ -124,7 +124,7 @@ def test_a_column_of_names_in_trainer(tmp_path, kind, collator):
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset={"a": data}, data_collator=made)
     trainer.add_callback(kept := Gradients())
     if collator is not None and collator is not AdapterCollator:
-        with pytest.raises(ValueError, match="adapter_ids"):  # the tokenizer's own
+        with pytest.raises(ValueError, match="adapter_ids"):  # the tokenizer's own error
             trainer.train()
         return
     if collator is None:
@@ -139,7 +139,7 @@ def test_a_column_of_names_in_trainer(tmp_path, kind, collator):
 
 
 def test_a_trainer_without_ids_is_left_alone(tmp_path):
-    """Of a dataset without such a column, and of another model."""
+    """For a dataset without such a column, and for another model."""
     model, other = peft_model(), peft_model()
     peft_multibatch.enable(model)
     peft_multibatch.enable(other)
@@ -165,7 +165,7 @@ def preferences(**columns):
 
 
 def policy():
-    """An adapter by the name that TRL expects, of which it makes a copy, the reference."""
+    """Return an adapter with the name that TRL expects, which it copies as the reference."""
     model = peft_model()
     model.add_adapter("default", model.peft_config["eight"])
     model.set_adapter("default")
@@ -194,7 +194,7 @@ def test_dpo_of_one_policy_is_as_without_us(tmp_path):
         logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         losses.append((logged, [each.clone() for each in model.parameters()]))
     assert losses[0][0] == losses[1][0]
-    assert losses[0][0][1] < losses[0][0][0] == pytest.approx(math.log(2))  # from the reference on
+    assert losses[0][0][1] < losses[0][0][0] == pytest.approx(math.log(2))  # starting from the reference
     assert all(map(torch.equal, losses[0][1], losses[1][1]))
 
 

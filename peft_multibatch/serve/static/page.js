@@ -1,4 +1,4 @@
-// Asks several models the same question, and shows what each of them answers as it comes.
+// Sends the same question to several models and streams their answers side by side.
 
 const MOST_LISTED = 200;
 const $ = (id) => document.getElementById(id);

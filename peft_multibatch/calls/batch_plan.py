@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,6 +100,7 @@ class BatchPlan:
         self._dropouts: dict[Bank, Dropouts | None] = {}
         self._without: dict[frozenset[int], BatchPlan] = {}
         self._alone: dict[Entry, BatchPlan] = {}
+        self._of_runs: tuple[tuple[tuple[int, int], ...], BatchPlan] | None = None
 
     def apart(self, bank: Bank) -> Apart | None:
         """Adapters that PEFT's modules run in a bank's layers, always or in train mode; None if there are none."""
@@ -193,6 +195,20 @@ class BatchPlan:
             own = {number: adapters[number] for number in ids_of(ids)}
             found = self._alone[entry] = BatchPlan([ids], own, self.slots)
         return found
+
+    def of_runs(self, runs: tuple[tuple[int, int], ...]) -> BatchPlan:
+        """A plan for rows that follow each other in another way than samples do.
+
+        Args:
+            runs: samples, each with a number in proportion to the rows that are its own.
+        """
+        if self._of_runs is None or self._of_runs[0] != runs:
+            unit = math.gcd(*(rows for _, rows in runs))
+            ids = [self.ids[sample] for sample, rows in runs for _ in range(rows // unit)]
+            adapters = dict(zip(self.ids_in_use, self.adapters.values()))
+            used = sorted({number for entry in {*ids} for number in ids_of(entry)})
+            self._of_runs = runs, BatchPlan(ids, {number: adapters[number] for number in used}, self.slots)
+        return self._of_runs[1]
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """The weights in use, by slot, for the torch backend."""

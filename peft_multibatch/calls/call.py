@@ -84,6 +84,10 @@ class Call:
         invocations: where aLoRA adapters start; None if no adapter in use is one.
         prompts: the input tokens of ``generate``, if the user's own code builds the rows.
         head: the call for the layer that computes logits, if it gets other rows than the rest of the model.
+        arguments: of the model's forward that is running, by name.
+        is_media: whether entries are shares of images, videos or audio clips instead of samples.
+        is_flat: whether their layers may get the rows in a single row.
+        media_error: why it isn't known which image belongs to which sample, or the empty string.
     """
 
     def __init__(
@@ -114,6 +118,9 @@ class Call:
         self.invocations: Invocations | None = None
         self.prompts: Tensor | None = None
         self.head: Call | None = None
+        self.arguments: dict[str, Any] = {}
+        self.is_media = self.is_flat = False
+        self.media_error = ""
 
     @property
     def is_active(self) -> bool:
@@ -131,6 +138,7 @@ class Call:
         again.is_tried = self.is_tried
         again.draws = self.draws.again()
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
+        again.is_media, again.is_flat = self.is_media, self.is_flat
         return again
 
     def alone(self, entry: Entry) -> Call:
@@ -139,13 +147,29 @@ class Call:
         alone.plan = self.plan.alone(entry)
         return alone
 
+    def of_media(self, plan: BatchPlan, is_flat: bool) -> Call:
+        """The call for a part of the model that encodes media.
+
+        Args:
+            plan: an entry for every share of the rows.
+            is_flat: whether layers may get the rows in a single row.
+        """
+        media = Call(plan, False, False, self.base_layers)
+        media.draws = self.draws  # which repeat nothing
+        media.inside, media.is_media, media.is_flat = True, True, is_flat
+        return media
+
+    def dim_of_rows(self, shape: Sequence[int]) -> int:
+        """The dimension of an input ``[..., K]`` that holds the rows."""
+        return 1 if self.is_flat and len(shape) > 2 and shape[0] == 1 else 0
+
     def num_rows(self, shape: Sequence[int]) -> int:
         """The number of rows in a layer's input of shape ``[..., K]``.
 
         Raises:
             RowMappingError: it isn't a multiple of the entries, or the samples seem to be in another dimension.
         """
-        rows = math.prod(shape[:-1]) if self.packed else shape[0]
+        rows = math.prod(shape[:-1]) if self.packed else shape[self.dim_of_rows(shape)]
         self.plan.segments.rows_per_entry(rows)
         if not self.packed:
             self.check_order(shape)
@@ -157,7 +181,7 @@ class Call:
         Raises:
             RowMappingError: another dimension seems to have them.
         """
-        if self.is_tried or self.plan.segments.num_segments == 1:
+        if self.is_tried or self.is_media or self.plan.segments.num_segments == 1:
             return
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):

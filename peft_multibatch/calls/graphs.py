@@ -282,7 +282,7 @@ class Graph:
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
         thread.active = bool(samples)
         self.active = bool(calls)
-        if calls and not self.contended and self._tables:
+        if calls and not self.contended and self._tables and not calls[0].is_media:  # which no graph runs
             self._write(calls[0].plan)
 
     def _look_apart(self, calls: Iterable[Call]) -> None:

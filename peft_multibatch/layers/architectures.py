@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Iterable
@@ -59,11 +60,31 @@ TILED: dict[str, str] = {
 }
 
 
+# Parts of the names of modules that encode images, videos or audio, and attributes of their models' configurations.
+MEDIA_PARTS = (
+    "aligner", "audio", "codec", "connector", "image_", "language_projection", "merger", "perceiver", "projector",
+    "qformer", "resampler", "talker", "token2wav", "tokenizer_encoder", "video_tower", "vision", "visual",
+)  # fmt: skip
+MEDIA_CONFIGS = (
+    "acoustic_tokenizer_encoder_config", "audio_config", "codec_config", "projector_config", "vision_config",
+)  # fmt: skip
+
+# Model types that pad every sample's images to one number, and keep them in the sample's own row.
+MEDIA_BY_SAMPLE = frozenset({"mllama"})
+
+
 @functools.cache
 def tried() -> frozenset[str]:
     """The model types that the sweep compared with PEFT."""
     found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
     return frozenset(found["tried"])
+
+
+@functools.cache
+def media() -> frozenset[str]:
+    """Model types that the sweep compared with PEFT with adapters in the parts that encode images, videos or audio."""
+    found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
+    return frozenset(found["media"])
 
 
 def look_up(model: nn.Module) -> bool:
@@ -117,3 +138,41 @@ def dim_of_samples(types: Iterable[str], name: str) -> int:
 def is_tiled(types: Iterable[str], name: str) -> bool:
     """Whether a layer's input repeats the whole batch several times."""
     return any(re.search(TILED[each], name) for each in types if each in TILED)
+
+
+def _has_media(config: Any) -> bool:
+    """Whether a configuration, or one nested in it, belongs to a model that reads images or audio besides text."""
+    inner = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
+    return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
+
+
+def _is_spliced(model: Any) -> bool:
+    """Whether a model inserts images or audio into its text, any number of them per sample.
+
+    The configuration alone isn't enough: image classifiers share that of the dual encoder that their tower comes from.
+    """
+    reads_text = "input_ids" in inspect.signature(type(model).forward).parameters
+    return reads_text and _has_media(model.config) and not is_dual_encoder(model)
+
+
+def encodes_media(model: Any, name: str) -> bool:
+    """Whether a layer is in a part of the model whose rows are those of images, videos or audio clips.
+
+    Args:
+        model: the model.
+        name: the layer's name in it.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in MEDIA_BY_SAMPLE:
+        return False
+    words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
+    return (
+        any(word in part for part in name.split(".") for word in words) and config is not None and _is_spliced(model)
+    )
+
+
+def is_dual_encoder(model: Any) -> bool:
+    """Whether a model encodes text and images or audio separately, one of each per sample, as CLIP does."""
+    own = getattr(model, "_parameters", ())
+    is_scaled = any(name.startswith(("logit_scale", "temperature")) for name in own)
+    return is_scaled and _has_media(getattr(model, "config", None))

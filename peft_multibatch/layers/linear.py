@@ -221,7 +221,8 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         if products is None or not products.fit(ys, x):
             call.num_rows(x.shape)
             ys = [y.contiguous() for y in ys]
-            router.graph.prepare(call, x.device)
+            if not call.is_media:  # which no graph runs
+                router.graph.prepare(call, x.device)
             packed, tables = plan.plans(x.device), plan.tables(bank, x.device)
             products = plan.products[place] = kernels.Products(ys, x, bank.widths, plan.components, packed, tables)
         if products.can_run:

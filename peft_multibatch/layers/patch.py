@@ -39,6 +39,7 @@ class PatchedLayer:
         bank: the layer's own bank; None if it runs per segment.
         group: its projection group and its slice in it; None if it runs by itself.
         outputs: the structure of its outputs, once all of them were seen to have rows of samples.
+        encoder: the ``MediaEncoder`` that it belongs to, if the model calls it outside of a method that encodes media.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PatchedLayer:
         self.module, self.name, self.router = module, name, router
         self.place, self.inner = module if place is None else place, inner
         self.outputs: Any = None
+        self.encoder: Any = None
         self._choose(handler, reason, refusal)
         attributes = self.place.__dict__
         for method in ("forward", "enable_adapters"):

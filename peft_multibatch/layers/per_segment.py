@@ -134,6 +134,8 @@ def _runner(
         dim = max(x.dim() - (1 if isinstance(get_base(self), nn.Embedding) else 2), 0)
     elif call.inside and isinstance(get_base(self), nn.Embedding) and args and x is args[0] and len(x) == 1 < entries:
         args = x.expand(call.rows or entries, *x.shape[1:]), *args[1:]  # positions, shared by all samples
+    elif call.is_media and x is not None:
+        dim = call.dim_of_rows(x.shape)
     inputs = Inputs(patch.name, call.plan.runs[0], args, kwargs, dim, patch.is_shared)
     if not call.packed and dim == 0:
         call.check_order(inputs.first.shape, patch.name)

@@ -25,6 +25,7 @@ from peft_multibatch.layers.rows import Outputs
 READS_TABLE = {
     "DisentangledSelfAttention": ("disentangled_attention_bias", "disentangled_att_bias"),  # DeBERTa 2 and 1, SEW-D
     "FastSpeech2ConformerAttention": ("forward",),
+    "GraniteSpeechEncoderProjector": ("forward",),
     "SeamlessM4TConformerSelfAttention": ("forward",),
     "Swin2SRSelfAttention": ("forward",),
     "Swinv2SelfAttention": ("forward",),

@@ -5,7 +5,6 @@ A handler is a function that replaces the layer's ``forward``. Without an active
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from peft_multibatch.compat import (
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers import architectures
 from peft_multibatch.layers.linear import linear
+from peft_multibatch.layers.media import in_encoder
 from peft_multibatch.layers.other_order import attention, tiled, tiled_experts
 from peft_multibatch.layers.patch import is_replaced
 from peft_multibatch.layers.per_segment import PER_SEGMENT_ALONG, base_only, per_segment, replaced
@@ -65,36 +65,6 @@ OTHER_ROWS = {
 # Classes of experts whose input repeats the rows of all samples, once per expert.
 TILED_EXPERTS = ("Llama4TextExperts",)
 
-MEDIA_PARTS = (
-    "aligner", "audio", "codec", "connector", "image_", "language_projection", "merger", "perceiver", "projector",
-    "qformer", "resampler", "talker", "token2wav", "tokenizer_encoder", "video_tower", "vision", "visual",
-)  # fmt: skip
-MEDIA_CONFIGS = (
-    "acoustic_tokenizer_encoder_config", "audio_config", "codec_config", "projector_config", "vision_config",
-)  # fmt: skip
-
-
-def _has_media(config: Any) -> bool:
-    """Whether a configuration, or one nested in it, belongs to a model that reads images or audio besides text."""
-    inner = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
-    return any(hasattr(config, name) for name in MEDIA_CONFIGS) or any(map(_has_media, inner))
-
-
-def _is_spliced(model: Any) -> bool:
-    """Whether a model inserts images or audio into its text, any number of them per sample.
-
-    The configuration alone isn't enough: image classifiers share that of the dual encoder that their tower comes from.
-    """
-    reads_text = "input_ids" in inspect.signature(type(model).forward).parameters
-    return reads_text and _has_media(model.config) and not is_dual_encoder(model)
-
-
-def is_dual_encoder(model: Any) -> bool:
-    """Whether a model encodes text and images or audio separately, one of each per sample, as CLIP does."""
-    own = getattr(model, "_parameters", ())
-    is_scaled = any(name.startswith(("logit_scale", "temperature")) for name in own)
-    return is_scaled and _has_media(getattr(model, "config", None))
-
 
 class Choice(NamedTuple):
     """How a layer runs.
@@ -128,7 +98,8 @@ def choose(name: str, layer: Any, model: Any, is_gathered: bool = False) -> Choi
             "Restore it, or run the adapters one at a time without adapter_ids.",
         )
     try:
-        return Choice(*_find_handler(name, layer, model, is_gathered))
+        handler, reason = _find_handler(name, layer, model, is_gathered)
+        return Choice(in_encoder(handler) if architectures.encodes_media(model, name) else handler, reason)
     except UnsupportedError as error:
         return Choice(base_only, "adapters on this layer are refused", str(error))
 
@@ -149,8 +120,7 @@ def _find_handler(name: str, layer: Any, model: Any, is_gathered: bool) -> tuple
     for part, what in OTHER_ROWS.items():
         if part in parts and not isinstance(layer, lora.ParamWrapper):  # its experts get all samples in order
             raise UnsupportedError(f"{name} {what}: {expected}. {advice}")
-    words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
-    if any(word in part for part in parts for word in words) and config is not None and _is_spliced(model):
+    if architectures.encodes_media(model, name) and not architectures.media().intersection(types):
         raise UnsupportedError(
             f"{name} is inside the vision or audio part of a model that also reads text, and sees images, patches or "
             f"frames, not samples: {expected}. {advice}"

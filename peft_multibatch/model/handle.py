@@ -21,11 +21,10 @@ from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import AuxiliaryTrainingWrapper
 from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
-from peft_multibatch.layers import architectures
+from peft_multibatch.layers import architectures, media, shared_positions
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Fuse, Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
-from peft_multibatch.layers.shared_positions import SharedPositions, attach
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.stored import StoredLayers
 from peft_multibatch.model.wrap import check_length, wrap
@@ -59,7 +58,7 @@ class Handle:
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
-        self._positions: dict[nn.Module, SharedPositions] = {}
+        self._positions, self._encoders = dict[Any, Any](), dict[Any, Any]()
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
@@ -157,10 +156,8 @@ class Handle:
         if self._registry.store is not None:
             self._registry.store.close()
         self._stored.remove()
-        for layer in self._layers.values():
-            layer.remove()
-        for attention in self._positions.values():
-            attention.remove()
+        for part in (*self._layers.values(), *self._positions.values(), *self._encoders.values()):
+            part.remove()
         for group in self._groups:
             group.part_weights()
         self._router.replays.end()
@@ -169,7 +166,7 @@ class Handle:
         notices.listeners.discard(self)
         attached = [self._outer, *self._attached]
         # drop all references to the model
-        self._layers, self._groups, self._positions, self._attached = {}, [], {}, {}
+        self._layers, self._groups, self._positions, self._encoders, self._attached = {}, [], {}, {}, {}
         unwatch(self._inner, attached)
         self._scan = None
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), nn.Module())
@@ -281,7 +278,8 @@ class Handle:
                 self._registry.forget()  # a layer that was read before may be inside another layer now
             self._registry.source.layers = tuple(layers.values())
             self._registry.source.configs = self._inner.__dict__.get(CONFIGS) or {}
-            attach(self._positions, scan.names, router)
+            shared_positions.attach(self._positions, scan.names, router)
+            media.attach(self._encoders, scan.names, self._layers.values(), router)
             self._regroup()
             router.forget()
             self._scan, self._changes = scan, changes

@@ -137,6 +137,8 @@ class Verifier:
         count = len(self._entries)
         if actual.shape != expected.shape or not actual.numel() or not actual.dim() or len(actual) % count:
             return 0.0  # rows can't be mapped by their number; the comparison of outputs covers these layers
+        if not _is_whole(self._inputs, count) and len(actual) != count:
+            return 0.0  # rows of images
         rows = [each.unflatten(0, (count, -1))[list(samples)] for each in (actual, expected)]
         return (
             float((rows[0] - rows[1]).abs().max() / expected.abs().max().clamp_min(TINY)) if rows[0].numel() else 0.0
@@ -177,9 +179,11 @@ class Verifier:
         if any(each and (name not in each or each[name].shape != actual.shape) for each in known):
             return OutputCheck(name, shape, 0.0, (), "its shape depends on the samples or the adapters: not compared")
         owners = _owners(base[name], [each.get(name, base[name]) for each in exchanged], self._tolerance)
-        is_apart = owners is not None or _is_whole(self._inputs, len(exchanged))
+        is_seen = owners is not None and len(self._unexchanged) < len(exchanged)
+        is_apart = is_seen or _is_whole(self._inputs, len(exchanged))
         if not is_apart or len(self._unexchanged) == len(exchanged):  # assume the samples in dimension 0
-            owners = _parts(actual.shape, 0, len(exchanged)) if actual.dim() else None
+            has_samples = actual.dim() and (is_apart or len(actual) == len(exchanged))  # and not rows of images
+            owners = _parts(actual.shape, 0, len(exchanged)) if has_samples else None
         if owners is None:
             return OutputCheck(name, shape, 0.0, (), "parts of it depend on several samples: not compared")
         scale = max(float(each[name].abs().max()) if actual.numel() else 0.0 for each in references.values())
@@ -205,8 +209,8 @@ class Verifier:
             note = "inputs have rows that aren't samples: compared in the order of the samples"
         elif self._unexchanged:
             note = f"samples {', '.join(map(str, self._unexchanged))} can't be replaced: compared in their order"
-        is_seen = any(own.any() for own in owners) and spread > self._tolerance * scale
-        return OutputCheck(name, shape, largest, tuple(wrong), note, is_seen)
+        is_tested = any(own.any() for own in owners) and spread > self._tolerance * scale
+        return OutputCheck(name, shape, largest, tuple(wrong), note, is_tested)
 
 
 TINY = 1e-30

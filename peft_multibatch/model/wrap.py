@@ -22,8 +22,8 @@ from peft_multibatch.errors import (
     NotEnabledError,
     UnsupportedError,
 )
+from peft_multibatch.layers.architectures import is_dual_encoder
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
-from peft_multibatch.layers.table import is_dual_encoder
 from peft_multibatch.model.callers import cache_of, check_order, check_prompts, check_trainer, reads
 from peft_multibatch.plan.ids import DESCRIPTION, check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
@@ -53,7 +53,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         return lambda: None
     attribute = own_attribute(module, method)
     own, owner = module.__dict__.get(attribute), weakref.ref(module)
-    parameters = frozenset(inspect.signature(function).parameters)
+    order = [*inspect.signature(function).parameters][1:]
+    parameters = frozenset(order)
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
     def wrapper(self, *args, **kwargs):
@@ -76,6 +77,8 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 thread = handle._router.graph.here.thread
                 if thread.samples:
                     check_length(thread.samples, _num_samples(None, args, kwargs))
+                if handle._encoders:
+                    torch.compiler.disable(handle._router.note_arguments)({**dict(zip(order, args)), **kwargs})
             return original(*args, **kwargs)
         if handle is not None:
             _check_attention(self, kwargs)
@@ -100,12 +103,14 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             samples = 1 if samples is None else samples  # transformers' default without inputs
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
+                own_call.arguments = {**dict(zip(order, args)), **kwargs}
                 return _run(handle, own_call, original, args, kwargs)
         assert call is not None
         if call.inside:
             if self is handle._inner:
                 call.check_rows(samples)
                 if method == "forward":
+                    call.arguments = {**dict(zip(order, args)), **kwargs}
                     if call.invocations is not None:
                         call.invocations.step(*_num_tokens(args, kwargs))
                     if call.prompts is not None:
@@ -119,6 +124,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_order(call.plan.ids)
         call.is_used = True
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
+            own_call.arguments = {**dict(zip(order, args)), **kwargs}
             return _run(handle, own_call, original, args, kwargs, call.origin)
 
     wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function)

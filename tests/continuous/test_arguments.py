@@ -34,13 +34,13 @@ def test_misspelt_ids(enabled, keyword):
     model, mb = enabled
     message = f"got the argument {keyword}, which nothing reads: expected adapter_id"
     for owner in (model, model.get_base_model()):
-        with pytest.raises(errors.AdapterIdsTypeError, match=f"^generate_batch {message}s where"):
+        with pytest.raises(errors.AdapterIdsTypeError, match=f"^generate_batch {message}s for"):
             owner.generate_batch(prompts(2), **{keyword: [0, 1]}, **OPTIONS)
     with mb.continuous_batching(**OPTIONS, warmup=False) as manager:
-        with pytest.raises(errors.AdapterIdsTypeError, match=f"^add_requests {message}s where"):
+        with pytest.raises(errors.AdapterIdsTypeError, match=f"^add_requests {message}s for"):
             manager.add_requests(prompts(2), **{keyword: [0, 1]})
         if keyword != "adapter_id":
-            with pytest.raises(errors.AdapterIdsTypeError, match=f"^add_request {message} where"):
+            with pytest.raises(errors.AdapterIdsTypeError, match=f"^add_request {message} for"):
                 manager.add_request(prompts(1)[0], **{keyword: 0})
         with pytest.raises(errors.AdapterIdsTypeError, match=r"^add_request got the argument adapter_ids"):
             manager.add_request(prompts(1)[0], adapter_ids=[0])

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 import torch
 import transformers
+from media import FAMILIES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from sweep.tiny import NotBuilt, Tiny, build, model_types
@@ -35,6 +36,7 @@ from transformers.utils import logging
 
 import peft_multibatch
 from peft_multibatch.errors import AdapterIdsLengthError, MultibatchError
+from peft_multibatch.layers import architectures
 from peft_multibatch.layers.table import choose
 
 
@@ -46,11 +48,13 @@ RANKS = {"a": 2, "b": 3, "c": 4}
 BATCHES = (  # ids, whether samples have equal lengths, whether in train mode
     (["a", "b", "c"], True, False),
     (["c", "__base__", "a", "a"], True, False),
-    (["b", "a", "b", "a"], False, False),
+    (["b", "a", "b", "a", "c"], False, False),
     (["a", "b", "c"], True, True),
 )
 MOST_LEFT_OUT = 40
 NEW_TOKENS = 4
+NOT_UNEQUAL = "not with unequal samples"
+WITH_MEDIA = {family.model_type for family in FAMILIES.values()}  # whose numbers of images differ in tests
 
 RIGHT, REFUSED, MIXES, UNSEEN, NOT_BUILT, WRONG = (
     "right", "refused", "mixes samples", "nothing to compare", "not built", "WRONG",
@@ -81,6 +85,7 @@ class Row:
     left_out: dict[str, str] = field(default_factory=dict)  # layers (# stands for numbers) → why
     generates: str = ""
     notes: list[str] = field(default_factory=list)
+    media: bool = False  # right with adapters in the parts that encode images, videos or audio
     error: float = 0.0
     device: str = "cpu"
     seconds: float = 0.0
@@ -123,11 +128,22 @@ def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
         tiny = build(model_type, head)
     except NotBuilt as error:
         return Row(model_type, "head" if head else "base", NOT_BUILT, str(error))
-    row = Row(model_type, tiny.class_name, RIGHT, device=device)
-    for _ in range(MOST_LEFT_OUT):
-        tiny.model.to(device)
-        again = _try(tiny, row)
-        if not again:
+    is_unequal = (tiny.recipe.unequal_images and tiny.recipe.placeholders) or model_type in WITH_MEDIA
+    has_media = is_unequal and any(
+        architectures.encodes_media(tiny.model, name) for name, _ in tiny.model.named_modules()
+    )
+    for is_known in (True, False) if has_media else (False,):
+        architectures.media = lambda known=is_known: frozenset({model_type} if known else ())
+        row = Row(model_type, tiny.class_name, RIGHT, device=device)
+        for _ in range(MOST_LEFT_OUT):
+            tiny.model.to(device)
+            again = _try(tiny, row)
+            if not again:
+                break
+            tiny = build(model_type, head)
+        row.media = is_known and row.status == RIGHT and not any(NOT_UNEQUAL in note for note in row.notes)
+        row.media = row.media and not any(architectures.encodes_media(tiny.model, name) for name in row.left_out)
+        if row.media:
             break
         tiny = build(model_type, head)
     row.seconds = time.perf_counter() - begin
@@ -162,7 +178,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
             inputs = _moved(tiny.inputs(len(ids), equal=equal), tiny.model.device)
             problem = _plain_problem(model, inputs)
             if problem:
-                row.notes += [f"not {'in train mode' if trains else 'with unequal samples'}: {problem}"] * (
+                row.notes += [f"{'not in train mode' if trains else NOT_UNEQUAL}: {problem}"] * (
                     problem not in str(row.notes)
                 )
                 continue
@@ -188,7 +204,7 @@ def _try(tiny: Tiny, row: Row) -> bool:
     except MultibatchError as error:
         name = layer_in(str(error), names)
         if name is None and not equal:
-            row.notes.append(f"not with unequal samples: {str(error).split(': expected')[0]}")
+            row.notes.append(f"{NOT_UNEQUAL}: {str(error).split(': expected')[0]}")
             row.generates = ""
             return False
         if name is None or pattern(name) in row.left_out:
@@ -294,14 +310,17 @@ def publish(rows: list[Row]) -> None:
     rows = sorted(rows, key=lambda row: (row.model_type, row.class_name))
     sound = {row.model_type for row in rows if row.status in (RIGHT, REFUSED, MIXES)}
     tried = sorted(sound - {row.model_type for row in rows if row.status == WRONG})
-    versions = {"transformers": transformers.__version__, "tried": tried}
+    media = {row.model_type for row in rows if row.media} - {
+        row.model_type for row in rows if row.status not in (NOT_BUILT, UNSEEN) and not row.media
+    }
+    versions = {"transformers": transformers.__version__, "tried": tried, "media": sorted(media)}
     KNOWN.write_text(json.dumps(versions, indent=1) + "\n")
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([each.name for each in fields(Row)])
         for row in rows:
             left_out = "; ".join(f"{layer}: {why}" for layer, why in row.left_out.items())
-            rest = f"{row.error:.1e}", row.device, f"{row.seconds:.1f}"
+            rest = row.media, f"{row.error:.1e}", row.device, f"{row.seconds:.1f}"
             writer.writerow([*astuple(row)[:4], left_out, row.generates, "; ".join(row.notes), *rest])
     counts = Counter(_result(row) for row in rows)
     types = {row.model_type for row in rows if row.status not in (UNSEEN, NOT_BUILT)}

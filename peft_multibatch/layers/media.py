@@ -1,0 +1,190 @@
+"""Parts of a model that encode images, videos or audio: every row runs under the adapter of its own sample."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.graphs import Graph
+from peft_multibatch.calls.router import Router
+from peft_multibatch.errors import RowMappingError
+from peft_multibatch.layers.media_rows import ADVICE, AUDIO, IMAGES, VIDEOS, Kind, MediaRows, parameters, placeholder
+from peft_multibatch.layers.patch import STATE, PatchedLayer, Replacement, handles, own_attribute
+from peft_multibatch.layers.per_segment import run_base
+
+
+KINDS = {kind.method: kind for kind in (IMAGES, VIDEOS, AUDIO)}
+
+BLIP = {"vision_model": IMAGES, "qformer": IMAGES, "language_projection": IMAGES}
+
+CHILDREN = {
+    "Blip2ForConditionalGeneration": BLIP,
+    "Blip2Model": BLIP,
+    "Qwen2AudioModel": {"audio_tower": AUDIO, "multi_modal_projector": AUDIO},
+}
+"""By class of model, the modules that encode media if the model calls them directly instead of through a method."""
+
+ENCODERS = "_multibatch_encoders"
+"""Attribute of a module that holds its encoders, by the name of the method."""
+
+
+class MediaEncoder:
+    """Runs what encodes media under the adapters of the samples that the media belong to.
+
+    Args:
+        model: the model whose configuration has the placeholder token.
+        kind: what is encoded.
+        name: the model's name, for messages.
+        router: knows the active call.
+    """
+
+    def __init__(self, model: nn.Module, kind: Kind, name: str, router: Router) -> None:
+        self.name, self.kind, self.router = f"{name}.{kind.method}" if name else kind.method, kind, router
+        self._rows = MediaRows(model, kind, self.name)
+
+    def remove(self) -> None:
+        """Restore the model's own methods."""
+
+    def routing(self, call: Call, given: dict[str, Any]) -> AbstractContextManager:
+        """A block in which every row runs under the adapter of its sample.
+
+        Args:
+            call: the active call, for samples.
+            given: arguments of the method, by name.
+
+        Raises:
+            RowMappingError: the inputs don't tell which sample each one belongs to.
+        """
+        entries, is_flat = list(dict.fromkeys(call.plan.entries)), False
+        if len(entries) == 1:
+            plan = call.plan.alone(entries[0])
+        else:
+            arguments = {**call.arguments, **{name: each for name, each in given.items() if each is not None}}
+            runs, is_flat = self._rows.runs(arguments, len(call.plan.entries))
+            plan = call.plan.of_runs(runs)
+        return self.router.routing(functools.partial(call.of_media, plan, is_flat))
+
+
+class MediaMethod(MediaEncoder):
+    """A method that encodes media, replaced by one that runs it like that."""
+
+    def __init__(self, model: nn.Module, kind: Kind, name: str, router: Router) -> None:
+        super().__init__(model, kind, name, router)
+        attribute = own_attribute(model, kind.method)
+        self.original: Callable[..., Any] = getattr(model, attribute)
+        self._parameters = parameters(model, kind.method)
+        self._encoders = model.__dict__.setdefault(ENCODERS, {})
+        self._encoders[kind.method] = self
+        method: Any = _method(type(model), kind.method)  # type: ignore[arg-type]
+        self._method = Replacement(model, attribute, types.MethodType(method, model))
+
+    def remove(self) -> None:
+        self._method.undo()
+        del self._encoders[self.kind.method]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method."""
+        call = self.router.current(self)
+        if isinstance(call, Graph):  # only the inputs tell which images there are
+            return torch.compiler.disable(self.run)(*args, **kwargs)
+        if call is None or call.is_media:
+            return self.original(*args, **kwargs)
+        try:
+            block = self.routing(call, {**dict(zip(self._parameters, args)), **kwargs})
+        except RowMappingError as error:  # raised by the first layer in which an adapter of the batch has weights
+            call.media_error = str(error)
+            return self.original(*args, **kwargs)
+        with block:
+            return self.original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+@functools.cache
+def _method(cls: type, name: str) -> Callable[..., Any]:
+    """What replaces a method of a class, with the same signature: ``generate`` asks for it."""
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        encoder = (self.__dict__.get(ENCODERS) or {}).get(name)
+        return getattr(type(self), name)(self, *args, **kwargs) if encoder is None else encoder.run(*args, **kwargs)
+
+    handles()(method)
+    method.__name__ = name  # bound methods are pickled by their name
+    method.__signature__ = inspect.signature(getattr(cls, name))  # type: ignore[attr-defined]
+    return method
+
+
+@functools.cache
+def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler of a layer that encodes media, which needs to know the sample of each row.
+
+    Args:
+        handler: the handler that the layer would have in a text model.
+    """
+
+    @handles(is_fast=getattr(handler, "is_fast", False))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch = getattr(self, STATE)
+        call = None if patch is None else patch.router.current(patch)
+        if not isinstance(call, Call):
+            return handler(self, *args, **kwargs)
+        if not any(adapter.has(self) for adapter in call.plan.adapters.values()):
+            return run_base(self, patch, *args, **kwargs)
+        if call.is_media or call.plan.segments.num_segments == 1:
+            return handler(self, *args, **kwargs)
+        if patch.encoder is None:
+            raise RowMappingError(
+                call.media_error
+                or f"{patch.name} ran under several adapters outside of a call of the whole model, so the sample of "
+                f"each row isn't known: expected such a call. {ADVICE}"
+            )
+        with patch.encoder.routing(call, {}):
+            return handler(self, *args, **kwargs)
+
+    forward.encodes_media = True  # type: ignore[attr-defined]
+    return forward
+
+
+def attach(
+    known: dict[tuple[nn.Module, str], MediaEncoder],
+    names: dict[nn.Module, str],
+    layers: Iterable[PatchedLayer],
+    router: Router,
+) -> None:
+    """Replace all methods that encode media, if layers with adapters are inside; restore all others.
+
+    Args:
+        known: encoders that are attached, by module and method; changed in place.
+        names: the model's modules, and the prefix of their children's names.
+        layers: the model's layers with adapters.
+        router: knows the active call.
+    """
+    inside = [layer for layer in layers if getattr(layer.handler, "encodes_media", False)]
+    found: dict[tuple[nn.Module, str], tuple[type[MediaEncoder], Kind, str]] = {}
+    for model, prefix in names.items() if inside else ():
+        for kind in KINDS.values():
+            if placeholder(model, kind) is not None and parameters(model, kind.method):
+                found[model, kind.method] = MediaMethod, kind, prefix
+        for child, kind in CHILDREN.get(type(model).__name__, {}).items():
+            found[model, child] = MediaEncoder, kind, prefix
+    for key in known.keys() - found.keys():
+        known.pop(key).remove()
+    for (model, part), (make, kind, prefix) in found.items():
+        if (model, part) not in known:
+            known[model, part] = make(model, kind, prefix.rstrip("."), router)
+        if make is MediaEncoder:
+            for layer in inside:
+                if f"{layer.name}.".startswith(f"{prefix}{part}."):
+                    layer.encoder = known[model, part]

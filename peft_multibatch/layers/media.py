@@ -15,7 +15,7 @@ from torch import nn
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.router import Router
-from peft_multibatch.errors import RowMappingError
+from peft_multibatch.errors import RowMappingError, UnsupportedError
 from peft_multibatch.layers.media_rows import ADVICE, AUDIO, IMAGES, VIDEOS, Kind, MediaRows, parameters, placeholder
 from peft_multibatch.layers.patch import STATE, PatchedLayer, Replacement, handles, own_attribute
 from peft_multibatch.layers.per_segment import run_base
@@ -138,8 +138,13 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = getattr(self, STATE)
         call = None if patch is None else patch.router.current(patch)
-        if not isinstance(call, Call):
+        if call is None or (isinstance(call, Graph) and self._disable_adapters):
             return handler(self, *args, **kwargs)
+        if isinstance(call, Graph):
+            raise UnsupportedError(
+                f"{patch.name} encodes images, videos or audio, and was compiled: expected it to run uncompiled, "
+                "because only the inputs tell which sample each row belongs to. Run the model without torch.compile."
+            )
         if not any(adapter.has(self) for adapter in call.plan.adapters.values()):
             return run_base(self, patch, *args, **kwargs)
         if call.is_media or call.plan.segments.num_segments == 1:

@@ -75,7 +75,7 @@ def test_signatures_and_help_say_what_adapter_ids_are():
         assert [each for each in shown.parameters if each != "adapter_ids"] == [*signature.parameters]
         text = inspect.getdoc(method)
         assert text.startswith(doc or "With peft_multibatch:")
-        assert "adapter_ids (`AdapterIds`, *optional*):" in text and "of every sample: a list, tuple" in text
+        assert "adapter_ids (`AdapterIds`, *optional*):" in text and "of each sample: a list, tuple" in text
     batch = model.get_base_model().generate_batch
     assert [*inspect.signature(batch).parameters][-2:] == ["max_new_tokens", "adapter_ids"]
     assert "kwargs" not in inspect.signature(batch).parameters and "each prompt" in inspect.getdoc(batch)

@@ -8,6 +8,7 @@ belongs to.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -126,10 +127,10 @@ class MediaRows:
         kind, total = self._kind, sum(counts)
         grid = next((given[name] for name in kind.grids if given.get(name) is not None), None)
         if grid is not None:
-            return self._in_proportion(torch.as_tensor(grid).prod(-1).tolist(), total, is_flat=True)
+            return self._in_proportion(list(map(math.prod, _numbers(grid))), total, is_flat=True)
         sizes, inputs = given.get("image_sizes"), given.get(kind.inputs)
         if sizes is not None and kind is IMAGES:
-            sizes, vision = torch.as_tensor(sizes).tolist(), self._model.config.vision_config
+            sizes, vision = _numbers(sizes), self._model.config.vision_config
             if hasattr(self._model, "pack_image_features"):
                 return self._tiles(given, sizes)
             if vision.model_type == "pixtral":  # others resize all images to one size
@@ -176,7 +177,7 @@ class MediaRows:
                 options[name] = given.get(name) or getattr(model.config, name)
         newline = torch.zeros(1, dtype=torch.float32, device="cpu")
         _, tokens = model.pack_image_features(features, sizes, image_newline=newline, **options)
-        return Media(torch.as_tensor(tokens).tolist(), tiles)
+        return Media(_numbers(tokens), tiles)
 
     def _error(self, given: str, expected: str) -> RowMappingError:
         return RowMappingError(
@@ -198,6 +199,10 @@ def parameters(module: nn.Module, method: str) -> list[str]:
     found = [] if function is None else list(inspect.signature(function).parameters.values())[1:]
     passes_on = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in found)
     return [] if passes_on else [each.name for each in found]
+
+
+def _numbers(value: Any) -> list:
+    return value.tolist() if isinstance(value, Tensor) else list(value)
 
 
 def _some(numbers: Sequence[int]) -> str:

@@ -94,6 +94,9 @@ class MediaRows:
             RowMappingError: the arguments don't tell which sample each one belongs to.
         """
         counts = self._count_placeholders(given, samples)
+        if not any(counts):  # such as GLM-4V's videos, whose features replace the token of images
+            token = placeholder(self._model, self._kind)
+            raise self._error(f"texts without the token {token}", f"one for each feature of a {self._kind.name}")
         media = self._find(given, counts)
         ends, end, row = list(accumulate(counts)), 0, 0
         found: list[tuple[int, int]] = []

@@ -223,6 +223,21 @@ def test_wrong_numbers_of_placeholders():
         model(**batch, adapter_ids=MIX)
 
 
+def test_videos_behind_the_token_of_images():
+    """GLM-4V marks frames of videos with the token of images, so that none of the text's tokens stand for videos."""
+    family = FAMILIES["GLM-4V"]
+    model = family.model()
+    batch = family.batch(family.samples())
+    batch["pixel_values_videos"], batch["video_grid_thw"] = batch.pop("pixel_values"), batch.pop("image_grid_thw")
+    batch["mm_token_type_ids"] = batch["mm_token_type_ids"] * 2
+    mb = peft_multibatch.enable(model)
+    with pytest.raises(errors.RowMappingError, match=r"without the token .* doesn't tell the sample of each video"):
+        run(model, batch, adapter_ids=MIX)
+    found = run(model, batch, adapter_ids=["a"] * 5)
+    for actual, wanted in zip(found, run_alone(model, mb, "a", batch)):
+        assert_close(actual, wanted)
+
+
 def test_everything_is_restored():
     family = FAMILIES["Qwen2-VL"]
     model = family.model()

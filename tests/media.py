@@ -113,7 +113,7 @@ class Family:
             "attention_mask": torch.tensor([padded([1] * len(ids)) for ids in texts]),
         }
         if "mm_token_type_ids" in self.tiny.recipe.specs:
-            made["mm_token_type_ids"] = (made["input_ids"] == token).long()
+            made["mm_token_type_ids"] = (made["input_ids"] == token).long() * (2 if self.kind == "video" else 1)
         return made | self.join([part.inputs for part in parts], length)
 
 
@@ -144,13 +144,17 @@ def uniform(name: str, *shape: int, tokens: int = 0) -> Callable:
 
 
 def grid(family: Family, generator: torch.Generator, count: int) -> Part:
-    """Images as rows of patches, each of its own size."""
+    """Images or videos as rows of patches, each of its own size."""
     if not count:
         return Part([], {})
     width = family.tiny.recipe.specs["pixel_values"].shape[-1]
-    grids = [[1, 2 * (1 + (count + image) % 3), 2 * (1 + image % 2)] for image in range(count)]
-    patches = torch.randn(sum(h * w for _, h, w in grids), width, generator=generator)
-    return Part([h * w // 4 for _, h, w in grids], {"pixel_values": patches, "image_grid_thw": torch.tensor(grids)})
+    is_video = family.kind == "video"
+    frames = [1 + (count + video) % 2 if is_video else 1 for video in range(count)]
+    grids = [[frames[image], 2 * (1 + (count + image) % 3), 2 * (1 + image % 2)] for image in range(count)]
+    patches = torch.randn(sum(t * h * w for t, h, w in grids), width, generator=generator)
+    name = "pixel_values_videos" if is_video else "pixel_values"
+    inputs = {name: patches, f"{family.kind}_grid_thw": torch.tensor(grids)}
+    return Part([t * h * w // 4 for t, h, w in grids], inputs)
 
 
 def sized(merge: int) -> Callable:
@@ -240,12 +244,17 @@ FAMILIES = {
     "Qwen2.5-VL": Family("qwen2_5_vl", grid),
     "Qwen3-VL": Family("qwen3_vl", grid),
     "GLM-4V": Family("glm4v", grid),
+    "Qwen2-VL, videos": Family("qwen2_vl", grid, "video"),
+    "Qwen2.5-VL, videos": Family("qwen2_5_vl", grid, "video"),
     "Idefics2": Family("idefics2", uniform("pixel_values", 3, 32, 32, tokens=64), join=in_rows),
     "Mistral 3": Family("mistral3", sized(2)),
     "Idefics3": Family("idefics3", uniform("pixel_values", 3, 32, 32, tokens=4), join=in_rows),
     "SmolVLM": Family("smolvlm", uniform("pixel_values", 3, 32, 32, tokens=4), join=in_rows),
     "LLaVA-NeXT": Family("llava_next", tiles),
     "LLaVA-OneVision": Family("llava_onevision", tiles),
+    "LLaVA-OneVision, videos": Family(
+        "llava_onevision", uniform("pixel_values_videos", 2, 3, 32, 32, tokens=9), "video"
+    ),
     "Qwen2-Audio": Family("qwen2_audio", clips, "audio"),
     "Mllama": Family("mllama", uniform("pixel_values", 4, 3, 32, 32, tokens=1), join=crossed, counts=(2, 1, 1, 3, 1)),
     "Granite Speech": Family("granite_speech", blocks, "audio"),

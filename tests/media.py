@@ -154,6 +154,8 @@ def grid(family: Family, generator: torch.Generator, count: int) -> Part:
     patches = torch.randn(sum(t * h * w for t, h, w in grids), width, generator=generator)
     name = "pixel_values_videos" if is_video else "pixel_values"
     inputs = {name: patches, f"{family.kind}_grid_thw": torch.tensor(grids)}
+    if family.model_type == "qwen3_vl":  # has text between the frames of a video
+        return Part([h * w // 4 for t, h, w in grids for _ in range(t)], inputs)
     return Part([t * h * w // 4 for t, h, w in grids], inputs)
 
 
@@ -246,6 +248,7 @@ FAMILIES = {
     "GLM-4V": Family("glm4v", grid),
     "Qwen2-VL, videos": Family("qwen2_vl", grid, "video"),
     "Qwen2.5-VL, videos": Family("qwen2_5_vl", grid, "video"),
+    "Qwen3-VL, videos": Family("qwen3_vl", grid, "video"),
     "Idefics2": Family("idefics2", uniform("pixel_values", 3, 32, 32, tokens=64), join=in_rows),
     "Mistral 3": Family("mistral3", sized(2)),
     "Idefics3": Family("idefics3", uniform("pixel_values", 3, 32, 32, tokens=4), join=in_rows),

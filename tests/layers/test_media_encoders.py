@@ -11,9 +11,13 @@ from mixtures import several
 from models import alone
 from peft import LoraConfig
 from tolerances import assert_close
+from transformers import GenerationMixin
 
 import peft_multibatch
 from peft_multibatch import errors
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.hidden_state. is deprecated")  # Mllama's own, in older transformers
 
 
 IDS = {
@@ -96,6 +100,8 @@ def test_images_of_one_sample_change_no_other_sample(family):
 @pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Mistral 3", "Qwen2-Audio"])
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": False}], ids=["beams", "greedy"])
 def test_generate(name, options):
+    if "num_beams" in options and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        pytest.skip("older transformers repeat images for beams, and not samples")
     family = FAMILIES[name]
     if name == "Qwen2-Audio":  # of which generate repeats clips for beams, and not samples
         family = Family("qwen2_audio", clips, "audio", counts=(1, 0, 1, 1, 1))

@@ -74,10 +74,11 @@ def build(
 
 
 def seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    wait()
     begin = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - begin
 
 

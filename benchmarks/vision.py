@@ -12,13 +12,12 @@ take turns in every round, and ratios are medians of the ratios of a round.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import typer
-from end_to_end import RESULTS, console, versions, write
+from end_to_end import RESULTS, console, seconds, versions, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import track
 from rich.table import Table
@@ -159,14 +158,6 @@ def main(
             peft_multibatch.disable(model)
             if way == OURS:
                 peft_multibatch.enable(model)
-
-        def seconds(run: Callable[[], object]) -> float:
-            wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-            wait()
-            begin = time.perf_counter()
-            run()
-            wait()
-            return time.perf_counter() - begin
 
         found = {}
         for way in (ALONE, OURS):

@@ -87,6 +87,7 @@ class Call:
         arguments: of the model's forward that is running, by name.
         is_media: whether entries are shares of images, videos or audio clips instead of samples.
         is_flat: whether their layers may get the rows in a single row.
+        media: what ``MediaEncoder`` found in these arguments.
         media_error: why it isn't known which image belongs to which sample, or the empty string.
     """
 
@@ -120,6 +121,7 @@ class Call:
         self.head: Call | None = None
         self.arguments: dict[str, Any] = {}
         self.is_media = self.is_flat = False
+        self.media: dict[Any, tuple[BatchPlan, bool]] = {}
         self.media_error = ""
 
     @property
@@ -147,6 +149,10 @@ class Call:
         alone.plan = self.plan.alone(entry)
         return alone
 
+    def note_arguments(self, arguments: dict[str, Any]) -> None:
+        """A forward of the model begins."""
+        self.arguments, self.media, self.media_error = arguments, {}, ""
+
     def of_media(self, plan: BatchPlan, is_flat: bool) -> Call:
         """The call for a part of the model that encodes media.
 
@@ -156,6 +162,7 @@ class Call:
         """
         media = Call(plan, False, False, self.base_layers)
         media.draws = self.draws  # which repeat nothing
+        media.sibling_outputs = self.sibling_outputs  # layers of a group may each have a call of their own
         media.inside, media.is_media, media.is_flat = True, True, is_flat
         return media
 

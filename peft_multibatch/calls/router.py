@@ -90,12 +90,6 @@ class Router:
             return self.replays.call(layer)  # the active call, if any, began before backward and doesn't apply
         return self.active()
 
-    def note_arguments(self, arguments: dict[str, Any]) -> None:
-        """Note the arguments of a compiled model's forward for parts of it that run uncompiled."""
-        call = self.active()
-        if call is not None:
-            call.arguments = arguments
-
     def live(self) -> Call | None:
         """The active call, or one that has ended but was inherited by the current task."""
         call = self.call.get()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -265,12 +265,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         try:
             super()._run_generation_loop(*args, **kwargs)
         finally:
-            self._stored.keep(())
+            self._stored.keep((), ())
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         scheduler = batch_processor.scheduler
         with self._gate:
-            self._stored.keep(ChainMap(scheduler.active_requests, scheduler.waiting_requests))
+            self._stored.keep(scheduler.active_requests.keys(), scheduler.waiting_requests)
             if self._changes:
                 self._gate.notify_all()
                 self._gate.wait(0.001)  # releasing and re-acquiring at once would give no other thread a chance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,12 +94,12 @@ class StoredRequests:
             with suppress(MultibatchError):  # the loop reports it
                 store.load(ids)
 
-    def keep(self, there: Container[Any]) -> None:
+    def keep(self, active: Collection[Any], waiting: Container[Any]) -> None:
         """Release the adapters of all requests except these, because the others have ended or may no longer start."""
-        self._leases = {
-            name: lease for name, lease in self._leases.items() if any(map(there.__contains__, lease.names))
-        }
-        self._loaded = {name for name in self._loaded if name in there}
+        for name in self._leases.keys() - active:  # few, in every step
+            if not any(each in active or each in waiting for each in self._leases[name].names):
+                del self._leases[name]
+        self._loaded -= {name for name in self._loaded.difference(active) if name not in waiting}
 
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
         """Return the requests that may run now, in order; the adapters of others start to load.
@@ -114,7 +114,7 @@ class StoredRequests:
         store, active = self._registry.store, scheduler.active_requests
         if store is None:
             return list(states)
-        self.keep(active.keys() | {state.request_id for state in states})
+        self.keep(active.keys(), {state.request_id for state in states})
         places = max(scheduler.max_requests_per_batch - len(active), 0)
         waiting: list[Waiting] = []
         for state in states:

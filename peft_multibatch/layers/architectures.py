@@ -74,17 +74,20 @@ MEDIA_BY_SAMPLE = frozenset({"mllama"})
 
 
 @functools.cache
+def _found() -> dict[str, list[str]]:
+    return json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
+
+
+@functools.cache
 def tried() -> frozenset[str]:
     """The model types that the sweep compared with PEFT."""
-    found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
-    return frozenset(found["tried"])
+    return frozenset(_found()["tried"])
 
 
 @functools.cache
 def media() -> frozenset[str]:
     """Model types that the sweep compared with PEFT with adapters in the parts that encode images, videos or audio."""
-    found = json.loads(files("peft_multibatch.layers").joinpath("architectures.json").read_text())
-    return frozenset(found["media"])
+    return frozenset(_found()["media"])
 
 
 def look_up(model: nn.Module) -> bool:

@@ -6,12 +6,12 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.router import Router
@@ -53,8 +53,8 @@ class MediaEncoder:
     def remove(self) -> None:
         """Restore the model's own methods."""
 
-    def routing(self, call: Call, given: dict[str, Any]) -> AbstractContextManager:
-        """A block in which every row runs under the adapter of its sample.
+    def plan(self, call: Call, given: dict[str, Any]) -> tuple[BatchPlan, bool]:
+        """The plan in which every row runs under the adapter of its sample, and ``is_flat`` of ``Media``.
 
         Args:
             call: the active call, for samples.
@@ -63,14 +63,12 @@ class MediaEncoder:
         Raises:
             RowMappingError: the inputs don't tell which sample each one belongs to.
         """
-        entries, is_flat = list(dict.fromkeys(call.plan.entries)), False
+        entries = list(dict.fromkeys(call.plan.entries))
         if len(entries) == 1:
-            plan = call.plan.alone(entries[0])
-        else:
-            arguments = {**call.arguments, **{name: each for name, each in given.items() if each is not None}}
-            runs, is_flat = self._rows.runs(arguments, len(call.plan.entries))
-            plan = call.plan.of_runs(runs)
-        return self.router.routing(functools.partial(call.of_media, plan, is_flat))
+            return call.plan.alone(entries[0]), False
+        arguments = {**call.arguments, **{name: each for name, each in given.items() if each is not None}}
+        runs, is_flat = self._rows.runs(arguments, len(call.plan.entries))
+        return call.plan.of_runs(runs), is_flat
 
 
 class MediaMethod(MediaEncoder):
@@ -98,11 +96,11 @@ class MediaMethod(MediaEncoder):
         if call is None or call.is_media:
             return self.original(*args, **kwargs)
         try:
-            block = self.routing(call, {**dict(zip(self._parameters, args)), **kwargs})
+            plan = self.plan(call, {**dict(zip(self._parameters, args)), **kwargs})
         except RowMappingError as error:  # raised by the first layer in which an adapter of the batch has weights
             call.media_error = str(error)
             return self.original(*args, **kwargs)
-        with block:
+        with self.router.routing(functools.partial(call.of_media, *plan)):
             return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -155,7 +153,10 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
                 or f"{patch.name} ran under several adapters outside of a call of the whole model, so the sample of "
                 f"each row isn't known: expected such a call. {ADVICE}"
             )
-        with patch.encoder.routing(call, {}):
+        known = call.media.get(patch.encoder)
+        if known is None:  # once for all layers of a forward
+            known = call.media[patch.encoder] = patch.encoder.plan(call, {})
+        with patch.router.routing(functools.partial(call.of_media, *known)):
             return handler(self, *args, **kwargs)
 
     forward.encodes_media = True  # type: ignore[attr-defined]

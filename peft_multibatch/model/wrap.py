@@ -57,6 +57,11 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
     parameters = frozenset(order)
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
+    def note(handle, call, args, kwargs):
+        """Note the arguments for parts of the model that encode media."""
+        if call is not None and handle._encoders:
+            call.note_arguments({**dict(zip(order, args)), **kwargs})
+
     def wrapper(self, *args, **kwargs):
         handle: Any = getattr(self, STATE, None)
         # a method that was an instance attribute is bound to the original model, not to a copy of it
@@ -78,7 +83,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 if thread.samples:
                     check_length(thread.samples, _num_samples(None, args, kwargs))
                 if handle._encoders:
-                    torch.compiler.disable(handle._router.note_arguments)({**dict(zip(order, args)), **kwargs})
+                    torch.compiler.disable(note)(handle, handle._router.active(), args, kwargs)
             return original(*args, **kwargs)
         if handle is not None:
             _check_attention(self, kwargs)
@@ -103,14 +108,14 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             samples = 1 if samples is None else samples  # transformers' default without inputs
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
-                own_call.arguments = {**dict(zip(order, args)), **kwargs}
+                note(handle, own_call, args, kwargs)
                 return _run(handle, own_call, original, args, kwargs)
         assert call is not None
         if call.inside:
             if self is handle._inner:
                 call.check_rows(samples)
                 if method == "forward":
-                    call.arguments = {**dict(zip(order, args)), **kwargs}
+                    note(handle, call, args, kwargs)
                     if call.invocations is not None:
                         call.invocations.step(*_num_tokens(args, kwargs))
                     if call.prompts is not None:
@@ -124,7 +129,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_order(call.plan.ids)
         call.is_used = True
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
-            own_call.arguments = {**dict(zip(order, args)), **kwargs}
+            note(handle, own_call, args, kwargs)
             return _run(handle, own_call, original, args, kwargs, call.origin)
 
     wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function)

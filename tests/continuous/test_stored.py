@@ -287,10 +287,10 @@ def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
     begin = time.monotonic()
     while requests.ready([state], scheduler) != [state]:
         assert time.monotonic() - begin < 20
-    requests.keep({"r__child#0"})
+    requests.keep({"r__child#0"}, ())
     store.prefetch("a1")
     assert store.stats().loads == 1 and store.stats().evictions == 0
-    requests.keep({"another"})
+    requests.keep({"another"}, ())
     assert whole_room(mb, inputs, ["a1"]) == [texts["a1"][0]]
 
 

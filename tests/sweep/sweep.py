@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
+from unittest import mock
 
 import torch
 import transformers
@@ -133,14 +134,16 @@ def sweep(model_type: str, head: bool, device: str = "cpu") -> Row:
         architectures.encodes_media(tiny.model, name) for name, _ in tiny.model.named_modules()
     )
     for is_known in (True, False) if has_media else (False,):
-        architectures.media = lambda known=is_known: frozenset({model_type} if known else ())
         row = Row(model_type, tiny.class_name, RIGHT, device=device)
-        for _ in range(MOST_LEFT_OUT):
-            tiny.model.to(device)
-            again = _try(tiny, row)
-            if not again:
-                break
-            tiny = build(model_type, head)
+        with mock.patch.object(
+            architectures, "media", lambda known=is_known: frozenset({model_type} if known else ())
+        ):
+            for _ in range(MOST_LEFT_OUT):
+                tiny.model.to(device)
+                again = _try(tiny, row)
+                if not again:
+                    break
+                tiny = build(model_type, head)
         row.media = is_known and row.status == RIGHT and not any(NOT_UNEQUAL in note for note in row.notes)
         row.media = row.media and not any(architectures.encodes_media(tiny.model, name) for name in row.left_out)
         if row.media:

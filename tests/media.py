@@ -239,6 +239,7 @@ FAMILIES = {
     "LLaVA": Family("llava", uniform("pixel_values", 3, 32, 32)),
     "LLaVA with Pixtral": Family(llava_with_pixtral, sized(1)),
     "PaliGemma": Family("paligemma", uniform("pixel_values", 3, 32, 32), mixes=True),
+    "ColPali": Family(lambda: build("colpali", head=False), uniform("pixel_values", 3, 32, 32), mixes=True),
     "Gemma 3": Family("gemma3", uniform("pixel_values", 3, 32, 32)),
     "InternVL": Family("internvl", uniform("pixel_values", 3, 32, 32)),
     "BLIP-2": Family("blip-2", uniform("pixel_values", 3, 32, 32), counts=(2, 1, 1, 3, 1)),

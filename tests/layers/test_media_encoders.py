@@ -37,7 +37,8 @@ def family(request):
 
 def rows(output, inputs):
     """What a model returns for the tokens of each sample."""
-    return [row[mask.bool()] for row, mask in zip(output.logits, inputs["attention_mask"])]
+    found = output.embeddings if "embeddings" in output else output.logits
+    return [row[mask.bool()] for row, mask in zip(found, inputs["attention_mask"])]
 
 
 def run(model, inputs, **ids):

@@ -8,8 +8,7 @@ import copy
 import peft
 import pytest
 import torch
-import transformers
-from models import SIZES, base_model, left_padded, lora_configs, peft_model, row_by_row
+from models import base_model, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
 from torch import nn
@@ -273,17 +272,3 @@ def test_a_copy_can_be_enabled_and_disabled():
     mb.disable()
     assert torch.equal(logits(copied), plain)
     assert torch.equal(logits(model, adapter_ids=NAMES), mixed)
-
-
-def test_what_stands_between_pictures_and_text_is_refused():
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**SIZES))
-    model = transformers.LlavaForConditionalGeneration(config)
-    targets = r".*multi_modal_projector\.linear_1|.*language_model.*q_proj"
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets), "one")
-    with pytest.raises(
-        errors.UnsupportedError, match=r"multi_modal_projector\.linear_1 is inside the vision or audio"
-    ):
-        peft_multibatch.enable(model)

@@ -167,7 +167,7 @@ class Bank:
         return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
 
     def extend_for_graphs(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool = False
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool = False
     ) -> bool:
         """Make graphs of kernels read the bank's tables for these adapters, and for all earlier ones.
 
@@ -176,6 +176,10 @@ class Bank:
         Constants of graphs change as rarely as possible: a table's rank starts with the largest one that PEFT or a
         store has here, and only grows.
 
+        Args:
+            adapters, device: the adapters, by slot, and the device of the tables.
+            is_fixed, is_capturing: whether captured graphs fix the constants, and whether one is being captured now.
+
         Returns:
             Whether a constant of graphs changed.
 
@@ -183,17 +187,17 @@ class Bank:
             ModelStateError: a constant of a captured graph would have to change.
         """
         with self._lock:
-            return self._extend(adapters, device, is_captured, is_capturing)
+            return self._extend(adapters, device, is_fixed, is_capturing)
 
     def _extend(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_captured: bool, is_capturing: bool
+        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool
     ) -> bool:
         served = self._served.setdefault(device, {})
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         if self.graph_tables and serials.items() <= served.items():
             return False
         before = {id(table.rows): table for table in self.graph_tables}
-        likely = {} if is_captured else self._likely(device)
+        likely = {} if is_fixed else self._likely(device)
         made = {*likely} if not is_capturing else set()
         found = []
         for dtype, table in self._make_tables(device, made, self._slots).items():
@@ -209,7 +213,7 @@ class Bank:
             now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.graph_tables)
         )
         if not is_same:
-            if is_captured:
+            if is_fixed:
                 raise ModelStateError(
                     "a CUDA graph was captured, and now more adapters are in use than it has room for, or adapters of "
                     "a larger rank or another dtype: expected adapters like those at the capture. Call disable and "
@@ -221,7 +225,8 @@ class Bank:
 
     def serves(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether captured graphs can run these adapters: they have tables for their dtypes and ranks."""
-        tables = {table.dtype: table for table in self.graph_tables}
+        rows = {dtype: table.rows for dtype, table in self._tables.get(device, {}).items()}  # maybe larger by now
+        tables = {each.dtype: each for each in self.graph_tables if rows.get(each.dtype) is each.rows}
         parts = [part for parts in self._read(adapters).values() for part in parts if part]
         return slots == self._slots and all(
             (table := tables.get(dtype_of(part))) is not None

@@ -34,15 +34,15 @@ class PlanBuffers:
         for device in map(torch.device, self.by_device):
             streams.before_read(device)
 
-    def write(self, plan: BatchPlan, components: int, is_captured: bool) -> None:
+    def write(self, plan: BatchPlan, components: int, is_fixed: bool) -> None:
         """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none.
 
         Raises:
-            ModelStateError: graphs were captured that read fewer components.
+            ModelStateError: the number of components is fixed, because a user captured a graph, and the plan has more.
         """
         entries = plan.segments.num_entries
         for buffers in list(self.by_device.values()):
-            if is_captured and len(plan.components) > len(buffers):
+            if is_fixed and len(plan.components) > len(buffers):
                 raise ModelStateError(
                     f"a CUDA graph was captured with at most {len(buffers)} adapters per sample, and now a mixture "
                     f"has {len(plan.components)}: expected no more adapters in a mixture than at the capture. Call "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
     from peft_multibatch.calls.batch_plan import BatchPlan
+    from peft_multibatch.calls.captures import Captures
 
 
 class GraphTables:
@@ -50,13 +51,13 @@ class GraphTables:
         """Check all tables again before they are read next."""
         self._slots = 0
 
-    def bring_up_to_date(self, plan: BatchPlan, is_captured: bool) -> None:
+    def bring_up_to_date(self, plan: BatchPlan, captures: Captures) -> None:
         """Enter the adapters of a plan in all tables.
 
         Raises:
-            ModelStateError: a captured graph can't run the plan.
+            ModelStateError: a user's captured graph can't run the plan.
         """
-        reason = plan.why_not_compiled(self) if is_captured else ""
+        reason = plan.why_not_compiled(self) if captures.of_users else ""
         if reason:
             raise ModelStateError(
                 f"a CUDA graph was captured, and {reason}, which graphs can't run: expected adapters that run "
@@ -73,7 +74,7 @@ class GraphTables:
             for bank, device in self._devices.items():
                 if not bank.has_rows(new, device, plan.slots):
                     bank.tables(new, device, plan.slots)
-                if bank.extend_for_graphs(new, device, is_captured):
+                if captures.extend(bank, new, device, captures.of_users):
                     for table in bank.graph_tables:
                         torch._dynamo.mark_static_address(table.rows)
         self._slots, self._ready = plan.slots, {**ready, **{slot: each.serial for slot, each in new.items()}}

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._dynamo.convert_frame import compile_lock
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.buffers import PlanBuffers
 from peft_multibatch.calls.call import Call
+from peft_multibatch.calls.captures import Captures
 from peft_multibatch.calls.graph_tables import GraphTables
 from peft_multibatch.calls.positions import Positions
 from peft_multibatch.calls.take_plan import number
@@ -46,7 +47,7 @@ class Graph:
         buffers: plans at fixed addresses for kernels, by device, one per component.
         sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
-        is_captured: whether a CUDA graph was captured that reads them.
+        captures: the CUDA graphs that were captured.
         is_traced: whether code was compiled that reads attributes of this object.
         packed: as in ``Call``; always False.
         base_layers: as in ``Call``; always empty.
@@ -82,8 +83,14 @@ class Graph:
         self._written: BatchPlan | None = None
         self.is_traced = self._runs_ops = False
         self._tables = GraphTables()
-        self.is_captured = False
+        self.captures = Captures()
         self._lock = threading.RLock()
+
+    def adapt(self, banks: list[Bank], layers: Mapping[Any, str]) -> None:
+        """Update the banks of the model and its layers with adapters, by name."""
+        self.banks = banks
+        if layers.keys() != self.captures.layers.keys():
+            self.captures.layers = layers
 
     @torch._dynamo.assume_constant_result  # runs while the graph is traced, and isn't part of it
     def trace(self) -> bool:
@@ -115,7 +122,8 @@ class Graph:
                 place = torch.device(device)
                 bank = next(bank for bank in self.banks if bank.key == key)
                 bank.tables(call.plan.adapters, place, call.plan.slots)
-                bank.extend_for_graphs(call.plan.adapters, place, self.is_captured and bank in self._tables)
+                is_fixed = self.captures.of_users and bank in self._tables
+                self.captures.extend(bank, call.plan.adapters, place, is_fixed)
                 for table in bank.graph_tables:
                     torch._dynamo.mark_static_address(table.rows)
                 if self._tables.add(bank, place):
@@ -159,10 +167,11 @@ class Graph:
                 "inside the same mb.batch(...)."
             )
         with self._lock:
-            bank.extend_for_graphs(plan.adapters, device, self.is_captured and bank in self._tables, is_capturing)
+            captured = self.captures if call.for_graphs else self.captures.of_users
+            self.captures.extend(bank, plan.adapters, device, bool(captured and bank in self._tables), is_capturing)
             if self._tables.add(bank, device):
                 self.forget()
-            self.is_captured = True
+            self.captures.note(is_users=is_capturing and not call.for_graphs)
         return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
 
     def enter(self, call: Call) -> None:
@@ -309,13 +318,26 @@ class Graph:
         """Write a plan to the fixed address, for the current streams."""
         with self._lock:
             if self._written is not plan:
+                missing = self.captures.missing(plan, is_users=True)
+                if missing is not None:
+                    adapter, layer = missing
+                    raise ModelStateError(
+                        f"a CUDA graph was captured before any adapter had weights in {layer}, where {adapter.name!r} "
+                        "has some that a replay would leave out: expected adapters on the layers that had adapters at "
+                        "the capture. Call disable and enable, and capture the graph again."
+                    )
                 with torch.inference_mode(False), torch.no_grad():
-                    self._tables.bring_up_to_date(plan, self.is_captured)
-                    self._buffers.write(plan, self.components, self.is_captured)
+                    self._tables.bring_up_to_date(plan, self.captures)
+                    self._buffers.write(plan, self.components, self.captures.of_users)
                 self._written = plan
             self._buffers.follow()
 
     def outgrown_by(self, plan: BatchPlan) -> bool:
-        """Whether captured graphs can't run a plan."""
+        """Whether the captured graphs of continuous batching can't run a plan."""
+        captures = self.captures
         with self._lock:
-            return self.is_captured and self._tables.are_outgrown_by(plan)
+            return captures.of_steps and (
+                captures.are_outdated
+                or captures.missing(plan, is_users=False) is not None
+                or self._tables.are_outgrown_by(plan)
+            )

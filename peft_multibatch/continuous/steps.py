@@ -19,8 +19,6 @@ from peft_multibatch.plan.segments import BASE
 
 
 if TYPE_CHECKING:
-    from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.calls.batch_plan import BatchPlan
     from peft_multibatch.model.handle import Handle
 
 
@@ -46,9 +44,8 @@ class Steps:
         self.holds: Callable[[RequestState], bool] = lambda _: False
         self._registry, self._router = handle._registry, handle._router
         self._admission, self._queue = admission, queue
-        # whether another thread's call uses the graphs' plan, so the step must run without graphs
+        # whether another thread's call uses the graphs' plan, or changed their tables, so the step runs without graphs
         self._is_contended = False
-        self._banks: list[Bank] = []  # banks at the time graphs were captured
 
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
         """Make a batch processor run its steps through this object."""
@@ -123,14 +120,15 @@ class Steps:
         entries += [BASE] * (batch_data["input_ids"].shape[1] - len(entries))  # padding
         self._registry.adapters(sorted(begin), len(begin))  # all of them, because a prompt is read only once
         plan = self._router.plan(entries, checks=0)
-        if self._has_new_layers(plan) or self._router.graph.outgrown_by(plan):
+        if self._router.graph.outgrown_by(plan):
             self.forget_graphs()
         del plan  # waiting for memory below must not keep adapters that may have to be evicted
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
         # plans must be copied on the stream that computes
         routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
         with on_stream(self._io.compute_stream), routing as call:
-            self._is_contended = self._router.graph.contended
+            graph = self._router.graph  # which another thread's call may have changed just before this one began
+            self._is_contended = graph.contended or graph.outgrown_by(call.plan)
             call.begin_model()
             call.for_graphs = for_graphs and not self._is_contended
             if call.for_graphs and self._router.kernels is not None:  # graphs that are already captured read it
@@ -177,23 +175,12 @@ class Steps:
         """transformers' description of the step that is being prepared or about to run."""
         return self._io.io_pairs[self._io.current_pair].host_io if hasattr(self._io, "io_pairs") else self._io
 
-    def _has_new_layers(self, plan: BatchPlan) -> bool:
-        """Whether adapters have weights in layers that were added after graphs were captured."""
-        graph, before = self._router.graph, self._banks
-        new: set[Any] = set()
-        if graph.is_captured and graph.banks is not before:
-            new = {layer for bank in graph.banks for layer in bank.layers}
-            new.difference_update(layer for bank in before for layer in bank.layers)
-            if new and not any(adapter.has(layer) for adapter in plan.adapters.values() for layer in new):
-                return False
-        self._banks = graph.banks  # captured graphs include these, or will
-        return bool(new)
-
     def forget_graphs(self) -> None:
         """Discard CUDA graphs so that they are captured again: their constants depend on the adapters' shapes."""
-        if not self._router.graph.is_captured:
+        captures = self._router.graph.captures
+        if not captures.of_steps:
             return
         pairs = [pair.device_io for pair in self._io.io_pairs] if hasattr(self._io, "io_pairs") else [self._io]
         for each in pairs:
             each.graphs = type(each.graphs)()
-        self._router.graph.is_captured = False
+        captures.discard()

@@ -327,10 +327,8 @@ class Handle:
         for group in known.values():
             if group not in self._groups:
                 group.part_weights()
-        grouped = {layer for group in self._groups for layer in group.layers}
-        for layer in fast.values():
-            if layer not in grouped:
-                layer.__dict__[STATE].group = None
+        for layer in {*fast.values()}.difference(*(group.layers for group in self._groups)):
+            layer.__dict__[STATE].group = None
         for group in self._groups:
             if not group.is_split:
                 group.join()
@@ -338,7 +336,8 @@ class Handle:
                 group.join_weights()
         banks = [layer.__dict__[STATE].bank for layer in fast.values()]
         self._router.split = next((split for bank in banks for split in bank.splits if split), None)
-        self._router.graph.banks = banks + [group.bank for group in self._groups]
+        layers = {layer: each.name for layer, each in self._layers.items()}
+        self._router.graph.adapt(banks + [group.bank for group in self._groups], layers)
         if self._registry.store is not None:
             for bank in self._router.graph.banks:
                 bank.expects = self._registry.store.expect

@@ -271,7 +271,7 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
 
     before = in_slots()
     bank.tables(before, device, 16)
-    bank.extend_for_graphs(before, device, is_captured=False)
+    bank.extend_for_graphs(before, device, is_fixed=False)
     assert [table.rank for table in bank.graph_tables] == [8]
     a, b = layer_of(model).lora_A["eight"].weight, layer_of(model).lora_B["eight"].weight
     a.data, b.data = torch.randn(40, a.shape[1]), torch.randn(b.shape[0], 40)
@@ -281,8 +281,8 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     (found,) = bank.tables(before, device, 16)
     assert found.rank == 8
     assert found.rows[[*before], :, 2].tolist() == [[8]]
-    bank.extend_for_graphs(before, device, is_captured=False)
-    bank.extend_for_graphs(after, device, is_captured=False)
+    bank.extend_for_graphs(before, device, is_fixed=False)
+    bank.extend_for_graphs(after, device, is_fixed=False)
     assert [table.rank for table in bank.graph_tables] == [40]
     assert found.rows[[*after], :, 2].tolist() == [[40]]
 

@@ -158,7 +158,7 @@ def test_what_runs_before_a_capture_makes_room_for_all_adapters_as_they_are():
     replace_weights(model, "eight", 40)
     with before_a_capture(mb, ["three"] * 6):
         model(**inputs(), use_cache=False)
-    assert mb._router.graph.is_captured
+    assert mb._router.graph.captures
     with mb.batch(["eight"] * 6):
         assert max(table.rank for bank in mb._router.graph.banks for table in bank.graph_tables) == 40
 
@@ -339,7 +339,7 @@ def test_a_graph_reads_what_a_call_began_with_after_others_failed_or_ran_on_othe
     for mix in ([0] * 6, [1] * 6, [0] * 6):
         with mb.batch(mix):
             want = logits(fast, None, use_cache=False)
-    graph.is_captured = True  # sizes are fixed from now on
+    graph.captures.note(is_users=True)  # sizes are fixed from now on
     refused = pytest.raises(peft_multibatch.ModelStateError, match="larger rank")
     for fails in (True, False):
         with mb.batch([0] * 6):
@@ -450,7 +450,7 @@ def test_what_no_captured_graph_can_hold_is_refused_when_a_call_begins(compiled)
         logits(fast, None, use_cache=False)
     names = add_dora(model)
     model.to(DEVICE)
-    mb._router.graph.is_captured = True
+    mb._router.graph.captures.note(is_users=True)
     with (
         pytest.raises(peft_multibatch.ModelStateError, match="was captured, and a DoRA adapter is used"),
         mb.batch(names),
@@ -458,7 +458,59 @@ def test_what_no_captured_graph_can_hold_is_refused_when_a_call_begins(compiled)
         pass
     with mb.batch([0] * 6):
         logits(fast, None, use_cache=False)
-    mb._router.graph.is_captured = False
+    mb.disable()
+    peft_multibatch.enable(model, backend="triton")
+    assert_close(logits(model, names), expected(model, names))
+
+
+def test_graphs_of_continuous_batching_do_not_limit_other_calls():
+    """Graphs that a manager captured are captured again after others' calls needed larger tables."""
+    model, mb = enabled()
+    graph = mb._router.graph
+
+    def step():
+        with before_a_capture(mb):
+            return model(**inputs(), use_cache=False).logits
+
+    want = step()
+    assert graph.captures.of_steps and not graph.captures.of_users
+    plan = mb._router.plan([mb.adapter_names.index(name) if name != "__base__" else -1 for name in NAMES])
+    assert not graph.outgrown_by(plan)
+    names = add_dora(model)
+    large = lora_configs()["eight"]
+    large.r = 64
+    model.add_adapter("large", large)
+    for index in range(20):  # more than the tables can hold
+        model.add_adapter(f"more{index}", lora_configs()["three"])
+    model.add_adapter("wide", LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    model.to(DEVICE)
+    for mix in (names, ["large", "large", "eight", "three", "more19", "__base__"], ["wide", *NAMES[1:]]):
+        assert_close(logits(model, mix, use_cache=False), expected(model, mix))
+    assert graph.outgrown_by(plan)
+    graph.captures.discard()
+    assert_close(step(), want)
+    assert not graph.outgrown_by(plan)
+
+
+def test_layers_that_no_captured_graph_has_are_refused_when_a_call_begins(compiled):
+    """A replay would leave the adapter's weights there out; adapters without weights there go on."""
+    model, mb, fast, _ = compiled
+    with mb.batch([0] * 6):
+        want = logits(fast, None, use_cache=False)
+    mb._router.graph.captures.note(is_users=True)
+    model.add_adapter("wide", LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    model.to(DEVICE)
+    names = ["three", "wide", "wide", "three", "eight", "__base__"]
+    for _ in range(2):
+        with (
+            pytest.raises(peft_multibatch.ModelStateError, match=r"weights in .*lm_head, where 'wide' has some"),
+            mb.batch(names),
+        ):
+            pass
+    with mb.batch([0] * 6):
+        assert_close(logits(fast, None, use_cache=False), want)
+    mb.disable()
+    peft_multibatch.enable(model)
     assert_close(logits(model, names), expected(model, names))
 
 
@@ -520,9 +572,12 @@ def test_a_graph_captured_by_the_user():
     config = lora_configs()["eight"]
     config.r = 64
     model.add_adapter("large", config)
-    for _ in range(2):  # the second attempt is refused as well
-        with pytest.raises(peft_multibatch.ModelStateError, match="a CUDA graph was captured"), mb.batch([3] * 6):
-            pass
+    model.add_adapter("wide", LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    model.to(DEVICE)
+    for adapter, match in {3: "of a larger rank", 4: r"before any adapter had weights in .*lm_head"}.items():
+        for _ in range(2):  # the second attempt is refused as well
+            with pytest.raises(peft_multibatch.ModelStateError, match=match), mb.batch([adapter] * 6):
+                pass
     with mb.batch(MIXES[2]):
         graph.replay()
         assert_close(out, logits(model, MIXES[2], use_cache=False))

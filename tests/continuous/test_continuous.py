@@ -131,7 +131,7 @@ def test_on_a_gpu(enabled, graphs, asynchronous):
             names = manager.add_requests(inputs, adapter_ids=entries)
             found = results(manager, len(inputs), timeout=120)
             assert [found[name].generated_tokens for name in names] == want
-        assert mb._router.graph.is_captured == graphs
+        assert bool(mb._router.graph.captures) == graphs
         with manager.changing("eight"):
             for name, module in model.named_modules():
                 if name.endswith("lora_B.eight"):

@@ -504,14 +504,15 @@ def test_layers_that_came_after_a_graph_was_captured(make, tmp_path):
     mb, store = make(room=COUNT)
     ids, router = store._names.ids, mb._router
     with serve(mb) as manager:
-        steps = manager._steps
-        assert not steps._has_new_layers(router.plan([ids["a0"]]))
-        router.graph.is_captured = True  # simulates a capture
+        graph = router.graph
+        graph.captures.note(is_users=False)  # simulates a capture
         store.register("wide", save_wide(tmp_path / "wide"))
-        assert not steps._has_new_layers(router.plan([ids["a0"], ids["a7"]]))
-        assert steps._has_new_layers(router.plan([ids["a1"], ids["wide"]]))
-        assert not steps._has_new_layers(router.plan([ids["wide"]]))  # graphs were captured again
-        router.graph.is_captured = False
+        assert not graph.outgrown_by(router.plan([ids["a0"], ids["a7"]]))
+        assert graph.outgrown_by(router.plan([ids["a1"], ids["wide"]]))
+        manager._steps.forget_graphs()
+        graph.captures.note(is_users=False)  # captured again
+        assert not graph.outgrown_by(router.plan([ids["wide"]]))
+        graph.captures.discard()
 
 
 @pytest.mark.gpu

@@ -105,11 +105,10 @@ def serving(model: Any, tokenizer: Any, folder: Path | None = None, **options: A
 
 
 def save_tokenizer(folder: Path) -> Any:
-    """Save the demo's tokenizer, which takes long to read from its own file."""
-    from peft_multibatch.demo.model import gguf_path
+    """Save the demo's tokenizer."""
+    from peft_multibatch.demo.model import load_model
 
-    path = gguf_path()
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    load_model()[1].save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from peft_multibatch.errors import DemoModelMissing
 
@@ -42,8 +46,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct (Apache-2.0, 30 layers, hidden size 576) and its tokenizer, without a network.
 
+    transformers takes about 15 seconds to read the GGUF file, so the first call saves the model in the format of
+    ``save_pretrained``, 540 MB, in the folder ``peft_multibatch`` of ``HF_HOME`` (``~/.cache/huggingface``).
+
     Args:
-        dtype: floating-point dtype of the weights; GGUF's 4-bit blocks are converted to it.
+        dtype: floating-point dtype of the weights.
         device: the device to load it on.
 
     Returns:
@@ -54,14 +61,45 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = converted(Path(HF_HOME) / "peft_multibatch")
+        except OSError:  # the folder can't be written, or its disk is full
+            folder = converted(Path(stack.enter_context(TemporaryDirectory())))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer.name_or_path = model.config._name_or_path = model.name_or_path = MODEL_ID
+    return model.to(device).eval(), tokenizer
+
+
+def converted(cache: Path) -> Path:
+    """Return a folder with the model and tokenizer in the format of ``save_pretrained``, in float32.
+
+    Args:
+        cache: where to create the folder, if it isn't there yet. It is named after the GGUF file's SHA-256.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     path = gguf_path()
+    with path.open("rb") as file:
+        folder = cache / hashlib.file_digest(file, "sha256").hexdigest()
+    if folder.is_dir():
+        return folder
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
     if tokenizer.pad_token is None:  # transformers 5.17 doesn't read it from the file
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    # The weights are plain tensors now; without these attributes transformers and PEFT treat the model as unquantized.
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain tensors now; without these attributes transformers saves them as unquantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
-    model.config._name_or_path = model.name_or_path = MODEL_ID
-    return model.to(device).eval(), tokenizer
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        try:
+            Path(new).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise, another process was first
+                raise
+    return folder

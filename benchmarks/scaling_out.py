@@ -1,4 +1,4 @@
-"""Benchmark mixed `generate` on several GPUs: data-parallel efficiency, and the gain of grouping rows by adapter.
+"""Benchmark mixed `generate` and training on several GPUs: data-parallel efficiency, and the gain of grouping rows.
 
     python benchmarks/scaling_out.py                   # results/scaling_out.csv and .png beside this script
     python benchmarks/scaling_out.py --processes 1 --tiny    # the same on a CPU in seconds, to see it run
@@ -6,14 +6,16 @@
 For every number of processes, it starts itself with `accelerate launch`. Every process has a copy of the model of
 end_to_end.py and the same number of rows. Mixed batches contain all adapters; grouped, rows are sorted by adapter
 before they are batched, as in `accelerate_generate.py --group-by-adapter`. Eager runs are bound by the host; with a
-static cache, transformers compiles the decode step, and the GPU is the bottleneck. Before anything is timed, tokens of
-a mixed batch must equal PEFT's, one adapter at a time, in float32. A round starts when all processes are ready and
-ends with the slowest one.
+static cache, transformers compiles the decode step, and the GPU is the bottleneck. A training step is that of
+`AdapterOptimizer` with AdamW, which sums gradients over all processes, with adapters in float32.
+
+Before anything is timed, tokens of a mixed batch must equal PEFT's, one adapter at a time, in float32; before
+training, losses and norms of gradients must match PEFT's over the rows of all processes, to the precision of bfloat16.
+A round starts when all processes are ready and ends with the slowest one.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,13 @@ import matplotlib
 import torch
 import typer
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from end_to_end import build, versions, write
 from rich.console import Console
 from rich.table import Table
 
 import peft_multibatch
+from peft_multibatch.training import AdapterOptimizer, Run, sample_losses
 
 
 matplotlib.use("Agg")
@@ -42,7 +46,8 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 MIXED, GROUPED, BASE = "mixed", "grouped by adapter", "base model"
-CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}}
+CACHES = {"generate, dynamic cache": {}, "generate, static cache": {"cache_implementation": "static"}}
+TRAINING = "training step"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -70,60 +75,117 @@ def check(model: Any, prompts: torch.Tensor, names: list[str], new_tokens: int =
     model.to(dtype)
 
 
-def seconds(state: PartialState, model: Any, batches: list[tuple[torch.Tensor, Any]], **options: Any) -> float:
+def seconds(state: PartialState, run: Callable[[], object]) -> float:
     """Measure the time from when all processes are ready to when the slowest has finished."""
     state.wait_for_everyone()
     begin = time.perf_counter()
-    for prompts, ids in batches:
-        model.generate(input_ids=prompts, adapter_ids=ids, do_sample=False, **options)
+    run()
     if state.device.type == "cuda":
         torch.cuda.synchronize()
     return max(gather_object([time.perf_counter() - begin]))
 
 
-@torch.inference_mode()
 def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the measurements of one process; all return the same records."""
     state = PartialState(cpu=not torch.cuda.is_available())
     sizes = TINY if job["tiny"] else {}
-    counts = job["adapters"]
-    model = build(max(counts), job["rank"], job["layers"], state.device, **sizes)[1]
+    model = build(max(job["adapters"]), job["rank"], job["layers"], state.device, **sizes)[1]
     torch.manual_seed(state.process_index)
-    prompts = torch.randint(1, model.config.vocab_size, (job["rows"], job["prompt_tokens"]), device=state.device)
-    few = min(8, *counts)
-    check(model, prompts[:few], [f"adapter{row}" for row in range(few)])
-    peft_multibatch.enable(model)
-
     records = []
-    for cache, count in itertools.product(job["caches"], counts):
-        options = CACHES[cache] | {"max_new_tokens": job["new_tokens"]}
-        names = [f"adapter{row % count}" for row in range(job["rows"])]
-        orders = {MIXED: names, GROUPED: sorted(names), BASE: ["__base__"] * len(names)}
-        ways = {}
-        for way, ids in orders.items():
-            starts = range(0, len(ids), job["batch"])
-            parts = [slice(start, start + job["batch"]) for start in starts]
-            ways[way] = [(prompts[part], ids[part]) for part in parts]
-            seconds(state, model, ways[way][:1], **options)  # warm-up
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(job["rounds"]):
-            for way, batches in ways.items():
-                times[way].append(seconds(state, model, batches, **options))
-        tokens = state.num_processes * job["rows"] * job["new_tokens"]
-        for way, batches in ways.items():
-            records.append(
-                {
-                    "processes": state.num_processes,
-                    "cache": cache,
-                    "adapters": count,
-                    "way": way,
-                    "adapters_per_batch": round(statistics.mean(len(set(ids)) for _, ids in batches), 1),
-                    "tokens_per_s": round(tokens / statistics.median(times[way]), 1),
-                    "× mixed": round(statistics.median(m / t for m, t in zip(times[MIXED], times[way])), 3),
-                }
-            )
+    for workload in job["workloads"]:
+        for count in job["adapters"]:
+            if workload == TRAINING:
+                records.append(train(job, state, model, count))
+            else:
+                records += generate(job, state, model, workload, count)
     state.destroy_process_group()
     return records
+
+
+@torch.no_grad()
+def generate(job: dict[str, Any], state: PartialState, model: Any, workload: str, count: int) -> list[dict[str, Any]]:
+    """Measure `generate` with mixed and grouped rows, and with the base model."""
+    prompts = torch.randint(1, model.config.vocab_size, (job["rows"], job["prompt_tokens"]), device=state.device)
+    few = min(8, count)
+    check(model, prompts[:few], [f"adapter{row}" for row in range(few)])
+    peft_multibatch.enable(model)
+    options = CACHES[workload] | {"max_new_tokens": job["new_tokens"], "do_sample": False}
+    names = [f"adapter{row % count}" for row in range(job["rows"])]
+    ways = {MIXED: names, GROUPED: sorted(names), BASE: ["__base__"] * len(names)}
+    parts = [slice(start, start + job["batch"]) for start in range(0, len(names), job["batch"])]
+
+    def run(ids: list[str], some: list[slice]) -> None:
+        for part in some:
+            model.generate(input_ids=prompts[part], adapter_ids=ids[part], **options)
+
+    for ids in ways.values():
+        run(ids, parts[:1])  # warm-up
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(job["rounds"]):
+        for way, ids in ways.items():
+            times[way].append(seconds(state, lambda ids=ids: run(ids, parts)))
+    peft_multibatch.disable(model)
+    tokens = state.num_processes * job["rows"] * job["new_tokens"]
+    return [
+        {
+            "processes": state.num_processes,
+            "workload": workload,
+            "adapters": count,
+            "way": way,
+            "adapters_per_batch": round(statistics.mean(len(set(ids[part])) for part in parts), 1),
+            "tokens_per_s": round(tokens / statistics.median(times[way]), 1),
+            "× mixed": round(statistics.median(m / t for m, t in zip(times[MIXED], times[way])), 3),
+        }
+        for way, ids in ways.items()
+    ]
+
+
+def train(job: dict[str, Any], state: PartialState, model: Any, count: int) -> dict[str, Any]:
+    """Measure steps of an optimizer for all adapters, each of which has rows in every process."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    ids = torch.randint(1, model.config.vocab_size, (job["batch"], job["training_tokens"]), device=state.device)
+    names = [f"adapter{row % count}" for row in range(job["batch"])]
+    adapters = list(dict.fromkeys(names))
+    expected = {name: alone(model, ids[[each == name for each in names]], name) for name in adapters}
+    peft_multibatch.enable(model)
+    with AdapterOptimizer(model, {name: Run(lr=1e-4) for name in adapters}) as optimizer:
+
+        def step() -> dict[str, dict[str, float]]:
+            losses, items = sample_losses(model(ids, adapter_ids=names, use_cache=False).logits, ids)
+            optimizer.loss(losses, items, names).backward()
+            return optimizer.step()
+
+        for name, found in step().items():
+            ours, theirs = (found["loss"], found["grad_norm"]), expected[name]
+            if not all(abs(mine - peft) < 0.05 * peft for mine, peft in zip(ours, theirs)):
+                raise SystemExit(f"{name}: loss and norm {ours} differ from PEFT's {theirs}. Nothing is timed.")
+        times = [seconds(state, step) for _ in range(5 * job["rounds"])]
+    sums = [float(each.double().sum()) for key, each in model.named_parameters() if "lora_" in key]
+    if any(each != sums for each in gather_object([sums])):
+        raise SystemExit("processes ended with different weights.")
+    peft_multibatch.disable(model)
+    return {
+        "processes": state.num_processes,
+        "workload": TRAINING,
+        "adapters": count,
+        "way": MIXED,
+        "adapters_per_batch": len(adapters),
+        "tokens_per_s": round(state.num_processes * ids.numel() / statistics.median(times), 1),
+        "× mixed": 1.0,
+    }
+
+
+def alone(model: Any, ids: torch.Tensor, name: str) -> tuple[float, float]:
+    """PEFT's loss per token and norm of the gradient for one adapter, over its rows in all processes."""
+    model.set_adapter(name)
+    losses, items = sample_losses(model(ids, use_cache=False).logits, ids)
+    losses.sum().backward()
+    loss, number = (reduce(each.detach().float().sum()) for each in (losses, items))
+    gradients = [reduce(each.grad) for each in model.parameters() if each.grad is not None]
+    model.zero_grad()
+    return float(loss / number), float(torch.nn.utils.get_total_norm(gradients) / number)
 
 
 def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,7 +211,7 @@ def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def plot(records: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
-    labels = [f"{each['processes']} × {each['way']}, {each['cache']} cache" for each in records]
+    labels = [f"{each['processes']} × {each['way']}, {each['workload']}" for each in records]
     axis.barh(labels, [each["tokens_per_s"] for each in records])
     axis.set_xlabel("new tokens per second, all processes")
     axis.invert_yaxis()
@@ -161,10 +223,11 @@ def plot(records: list[dict], path: Path) -> None:
 def main(
     processes: str = "1,2",
     adapters: str = "32",
-    caches: str = "dynamic,static",
+    workloads: str = ";".join([*CACHES, TRAINING]),
     rows: int = 512,
     batch: int = 32,
     prompt_tokens: int = 128,
+    training_tokens: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
     rank: int = 16,
@@ -176,10 +239,11 @@ def main(
     """Measure every number of PROCESSES and compare them with the first one."""
     job = {
         "adapters": [int(count) for count in adapters.split(",")],
-        "caches": caches.split(","),
+        "workloads": workloads.split(";"),
         "rows": rows,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
+        "training_tokens": training_tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,
         "rank": rank,
@@ -191,7 +255,7 @@ def main(
     for number in map(int, processes.split(",")):
         for record in launch(number, job):
             each = record["tokens_per_s"] / number
-            first = alone.setdefault((record["cache"], record["adapters"], record["way"]), each)
+            first = alone.setdefault((record["workload"], record["adapters"], record["way"]), each)
             records.append(record | {"efficiency": round(each / first, 3)})
         write([record | versions(commit) for record in records], out, plot)
     table = Table(*records[0])

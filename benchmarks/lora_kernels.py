@@ -34,7 +34,7 @@ from peft_multibatch import SegmentBuffer, Segments
 from peft_multibatch.adapters.tables import LayerWeights, TableRows, WeightTable
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
-from peft_multibatch.plan.segments import CUT
+from peft_multibatch.plan.segments import piece_for
 
 
 matplotlib.use("Agg")
@@ -143,7 +143,7 @@ class Case:
         self.plan = self.segments.pack().cuda()
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), "cuda")
-            buffer.update(self.segments.cut(CUT))
+            buffer.update(self.segments.cut(piece_for(point.rows)))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device="cuda", dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]

@@ -7,7 +7,7 @@ import torch
 from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.errors import ModelStateError
-from peft_multibatch.plan.segments import CUT, SegmentBuffer, capacity_for
+from peft_multibatch.plan.segments import SegmentBuffer, capacity_for, piece_for
 
 
 class PlanBuffers:
@@ -56,4 +56,4 @@ class PlanBuffers:
                 device = buffers[0].packed.device
                 with streams.writing(device):
                     for index, buffer in enumerate(buffers):
-                        buffer.update(plan.component(index).cut(CUT))
+                        buffer.update(plan.component(index).cut(piece_for(entries)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.launches import Launch, choose
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
-from peft_multibatch.plan.segments import CUT, HEADER, Segments
+from peft_multibatch.plan.segments import HEADER, Segments, piece_for
 
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -260,8 +260,8 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
     """Add the deltas of ``x`` to ``ys`` for the plan that is in a buffer when the kernels run.
 
     No launch parameter depends on the plan. There are programs for the most segments that a plan without mixtures can
-    have, cut into pieces of ``CUT`` entries. Mixtures can have more, and then programs loop. Longer segments work too,
-    but with few programs. Arguments are as in ``product``.
+    have, cut into pieces as ``piece_for`` says. Mixtures can have more, and then programs loop. Longer segments work
+    too, but with few programs. Arguments are as in ``product``.
     """
     if not x.numel():
         return
@@ -270,8 +270,9 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
     capacity = (plan.numel() - HEADER - 3) // 4
     for table in tables:
         if table.rank:
-            num_segments = min(capacity, num_rows, num_rows // CUT + len(table.rows) + 1)
-            longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, CUT))
+            piece = piece_for(num_rows)
+            num_segments = min(capacity, num_rows, num_rows // piece + len(table.rows) + 1)
+            longest = max(triton.cdiv(num_rows, num_segments), min(num_rows, piece))
             product(ys, x, widths, num_segments, longest, table, loops=True)(ys, x, plan, table.rows)
 
 

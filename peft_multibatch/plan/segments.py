@@ -29,10 +29,15 @@ HEADER = 4
 MOST_SHAPES = 16
 """The most input sizes for which a plan caches its rows."""
 
-CUT = 16
-"""The most entries of a segment in a ``SegmentBuffer``: the number of rows that a kernel's program handles at once. In
-a packed batch all tokens of an adapter are one segment, but launches that read the buffer can't depend on segment
-lengths, so segments are cut into pieces of one program each."""
+
+def piece_for(entries: int) -> int:
+    """The most entries of a segment in a ``SegmentBuffer``, for a plan of this many entries.
+
+    In a packed batch all tokens of an adapter are one segment, but launches that read the buffer can't depend on
+    segment lengths, so segments are cut into pieces: of the rows that a kernel's program handles at once or, in large
+    plans, of several tall tiles, because each tile reads all weights of its adapter.
+    """
+    return 16 if entries < 2048 else 128
 
 
 RUN = 16

@@ -9,6 +9,7 @@ from tolerances import assert_close
 from peft_multibatch import SegmentBuffer, Segments, ops
 from peft_multibatch.adapters.tables import LayerWeights, WeightTable
 from peft_multibatch.ops import launches
+from peft_multibatch.plan.segments import piece_for
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -128,6 +129,29 @@ def test_a_buffer_with_long_segments_in_pieces():
         triton_backend.add_([actual], x, [40], buffer.packed, [table])
         assert_close(actual, expected)
     assert (plan.num_segments, pieces.num_segments) == (3, 4 + 1 + 2)
+
+
+def test_a_large_buffer_has_larger_pieces(monkeypatch):
+    """So that weights are read once for many rows."""
+    launches_of, original = [], triton_backend.Product
+    monkeypatch.setattr(
+        triton_backend, "Product", lambda key, launch: launches_of.append(launch) or original(key, launch)
+    )
+    parts = random_parts([[8], [3]], 36, [24], torch.float32)
+    table = table_of(parts, torch.float32)
+    entries = 2048
+    x, y = torch.randn(entries, 36, device=DEVICE), torch.randn(entries, 24, device=DEVICE)
+    plan = Segments.from_ids([0] * 1000 + [1] * 700 + [-1] * 48 + [1, 0, 0, 0] * 75)
+    expected = y.double()
+    ops.torch_backend.apply_([expected], x.double(), plan, exact(parts))
+    buffer = SegmentBuffer(entries, DEVICE)
+    pieces = plan.cut(piece_for(entries))
+    assert pieces.longest == 128 and pieces.num_segments == 10 + 7 + 1
+    buffer.update(pieces)
+    triton_backend.add_([y], x, [24], buffer.packed, [table])
+    assert_close(y, expected)
+    (launch,) = launches_of
+    assert (launch.block_t, launch.tiles) == (64, 2)
 
 
 def test_a_graph_goes_round_more_segments_than_it_has_programs_for(monkeypatch):

@@ -38,11 +38,11 @@ def plain() -> Any:
     return transformers.LlamaForCausalLM(CONFIG).eval()
 
 
-def loaded(quantization: Any) -> Any:
+def loaded(quantization: Any, device: str) -> Any:
     """Quantize with transformers while loading."""
     with tempfile.TemporaryDirectory() as folder:
         plain().save_pretrained(folder)
-        options = {"quantization_config": quantization, "device_map": "cpu", "dtype": torch.float32}
+        options = {"quantization_config": quantization, "device_map": device, "dtype": torch.float32}
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
@@ -56,33 +56,34 @@ def replaced(quantize: Callable[[nn.Linear], nn.Module]) -> Any:
     return model
 
 
-def bitsandbytes_8bit() -> Any:
-    return loaded(transformers.BitsAndBytesConfig(load_in_8bit=True))
+def bitsandbytes_8bit(device: str) -> Any:
+    return loaded(transformers.BitsAndBytesConfig(load_in_8bit=True), device)
 
 
-def bitsandbytes_4bit() -> Any:
+def bitsandbytes_4bit(device: str) -> Any:
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return loaded(transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options))
+    options["bnb_4bit_compute_dtype"] = torch.float32
+    return loaded(transformers.BitsAndBytesConfig(load_in_4bit=True, **options), device)
 
 
-def torchao_int8() -> Any:
+def torchao_int8(device: str) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return loaded(transformers.TorchAoConfig(Int8WeightOnlyConfig()))
+    return loaded(transformers.TorchAoConfig(Int8WeightOnlyConfig()), device)
 
 
-def quanto() -> Any:
-    return loaded(transformers.QuantoConfig(weights="int8"))
+def quanto(device: str) -> Any:
+    return loaded(transformers.QuantoConfig(weights="int8"), device)
 
 
-def hqq() -> Any:
+def hqq(device: str) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     settings = BaseQuantizeConfig(nbits=4, group_size=16)
-    return replaced(lambda layer: HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu"))
+    return replaced(lambda layer: HQQLinear(layer, settings, compute_dtype=torch.float32, device=device)).to(device)
 
 
-def aqlm() -> Any:
+def aqlm(device: str) -> Any:
     from aqlm import QuantizedLinear
 
     def random(layer: nn.Linear) -> nn.Module:
@@ -92,7 +93,7 @@ def aqlm() -> Any:
         quantized.codes.data.random_(0, 16)
         return quantized
 
-    return replaced(random)
+    return replaced(random).to(device)
 
 
 def _grid(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +102,7 @@ def _grid(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     return scales, torch.full_like(scales, 8)
 
 
-def gptq() -> Any:
+def gptq(device: str) -> Any:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     def pack(layer: nn.Linear) -> nn.Module:
@@ -111,10 +112,10 @@ def gptq() -> Any:
         quantized.post_init()
         return quantized.eval()
 
-    return replaced(pack)
+    return replaced(pack).to(device)
 
 
-def awq() -> Any:
+def awq(device: str) -> Any:
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
     def pack(layer: nn.Linear) -> nn.Module:
@@ -124,11 +125,11 @@ def awq() -> Any:
         quantized.post_init()
         return quantized.eval()
 
-    return replaced(pack)
+    return replaced(pack).to(device)
 
 
-# name: (package, function that builds the base model, PEFT's class)
-KINDS: dict[str, tuple[str, Callable[[], Any], str]] = {
+# name: (package, function that builds the base model on a device, PEFT's class)
+KINDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "bitsandbytes 8-bit": ("bitsandbytes", bitsandbytes_8bit, "Linear8bitLt"),
     "bitsandbytes 4-bit": ("bitsandbytes", bitsandbytes_4bit, "Linear4bit"),
     "torchao": ("torchao", torchao_int8, "TorchaoLoraLinear"),
@@ -145,19 +146,23 @@ def is_installed(package: str) -> bool:
     return (not parent or is_installed(parent)) and importlib.util.find_spec(package) is not None
 
 
-def build(kind: str, **second: Any) -> Any:
+def build(kind: str, device: str = "cpu", **second: Any) -> Any:
     """Build a quantized model with two adapters, on different layers and of different ranks."""
     shared = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the packages
-        base = KINDS[kind][1]()
+        base = KINDS[kind][1](device)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=LLAMA_LIKE, **shared), "one")
         model.add_adapter("two", LoraConfig(r=3, target_modules=LLAMA_LIKE[:-1], **shared, **second))
     return model.eval()
 
 
 def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    return model(**left_padded(), **kwargs).logits
+    return model(**inputs_on(model.device), **kwargs).logits
+
+
+def inputs_on(device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in left_padded().items()}
 
 
 @pytest.fixture(params=KINDS)
@@ -165,6 +170,11 @@ def kind(request):
     package = KINDS[request.param][0]
     if not is_installed(package):
         pytest.skip(f"the package {package} is not installed")
+    return request.param
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
     return request.param
 
 
@@ -177,15 +187,16 @@ def dtype_of(kind: str) -> torch.dtype:
 
 
 @torch.no_grad()
-def test_mixed_batch(kind):
+def test_mixed_batch(kind, device):
     """One product of the quantized layer covers the whole batch, and every row gets its own delta."""
-    model = build(kind)
+    model = build(kind, device)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     assert type(layer).__name__ == KINDS[kind][2]
-    expected = torch.cat(row_by_row(model, NAMES, left_padded(), lambda row: model(**row).logits))
+    expected = torch.cat(row_by_row(model, NAMES, inputs_on(device), lambda row: model(**row).logits))
     base = alone(model, None, lambda: logits(model))
     mb = peft_multibatch.enable(model)
     assert PER_SEGMENT not in {entry.how for entry in mb.report()}
+    assert device == "cpu" or mb.report().backend == "triton"
     calls = []
     layer.base_layer.register_forward_pre_hook(lambda *args: calls.append(args))
     actual = logits(model, adapter_ids=NAMES)
@@ -198,13 +209,13 @@ def test_mixed_batch(kind):
         assert torch.equal(actual[2], base[2])
 
 
-def test_gradients(kind):
+def test_gradients(kind, device):
     """Compare the gradients of every adapter's weights in a model that never ran inference, where bitsandbytes
     packs weights."""
-    model = build(kind).train()
+    model = build(kind, device).train()
     model.set_requires_grad(["one", "two"])
     weights = [p for key, p in model.named_parameters() if "lora_" in key]
-    inputs = left_padded()
+    inputs = inputs_on(device)
 
     def one_at_a_time():
         total = 0

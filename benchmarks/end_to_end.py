@@ -1,6 +1,7 @@
 """Benchmark a whole model on a GPU (decode step, ``generate``, prefill), mixed against the base model and PEFT.
 
     python benchmarks/end_to_end.py                    # results/end_to_end.csv and .png beside this script
+    python benchmarks/end_to_end.py --quantize "bitsandbytes 4-bit" --points 32:32 --compiled "" --out quantized.csv
 
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
 seven projections. Before anything is timed, the logits of the mixed batch must match PEFT's to the precision of
@@ -13,6 +14,7 @@ import csv
 import gc
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import peft_multibatch
 
@@ -45,8 +47,21 @@ ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a t
 console = Console(width=150)
 
 
+def quantization(kind: str) -> BitsAndBytesConfig | TorchAoConfig:
+    """transformers' configuration for a kind of quantized base model."""
+    if kind == "bitsandbytes 8-bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "bitsandbytes 4-bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    if kind == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    raise typer.BadParameter(f"{kind!r}: expected 'bitsandbytes 8-bit', 'bitsandbytes 4-bit' or 'torchao int8'")
+
+
 def build(
-    num_adapters: int, rank: int, layers: int, device: str | torch.device = "cuda", **sizes: int
+    num_adapters: int, rank: int, layers: int, device: str | torch.device = "cuda", quantize: str = "", **sizes: int
 ) -> tuple[LlamaForCausalLM, peft.PeftModel]:
     """Build the base model and a separate model with adapters, both on the device; by default with Llama 8B's
     sizes."""
@@ -63,6 +78,13 @@ def build(
         for _ in range(2):
             torch.manual_seed(0)
             models.append(LlamaForCausalLM(config).to(torch.bfloat16).eval())
+    if quantize:
+        with tempfile.TemporaryDirectory() as folder:
+            models.pop().save_pretrained(folder)
+            models.clear()
+            options = {"dtype": torch.bfloat16, "device_map": device, "quantization_config": quantization(quantize)}
+            models += [LlamaForCausalLM.from_pretrained(folder, **options).eval() for _ in range(2)]
+    with torch.device(device):
         lora = LoraConfig(r=rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
         model = get_peft_model(models[1], lora, adapter_name="adapter0", autocast_adapter_dtype=False)
         for index in track(range(1, num_adapters), description="adding adapters", console=console):
@@ -254,13 +276,15 @@ def main(
     slow: str = "32:32,64:64",
     alone: str = "32:32",
     compiled: str = "32:32,64:64",
+    quantize: str = "",
     out: Path = RESULTS / "end_to_end.csv",
     commit: str = "",
 ) -> None:
-    """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them."""
+    """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, base weights fused
+    only if they aren't quantized."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
-    base, model = build(max(adapters for _, adapters in pairs), rank, layers)
-    known = versions(commit)
+    base, model = build(max(adapters for _, adapters in pairs), rank, layers, quantize=quantize)
+    known = {"base weights": quantize or "bfloat16"} | versions(commit)
     found: list[Timings] = []
     batches = []
     for batch, adapters in pairs:
@@ -278,7 +302,7 @@ def main(
         batches.append((point, names, prompt, wide))
         used = memory(base, model, prompt, names)
         plain = calls(base, prompt, wide)
-        for way, fuse in ((OURS, True), (FUSED, "weights")):
+        for way, fuse in ((OURS, True), (FUSED, "weights"))[: 1 if quantize else 2]:
             peft_multibatch.enable(model, fuse=fuse)
             timings.measure({BASE: plain, way: calls(model, prompt, wide, adapter_ids=names)}, rounds)
             if point in compiled.split(","):

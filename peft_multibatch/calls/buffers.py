@@ -7,7 +7,7 @@ import torch
 from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.errors import ModelStateError
-from peft_multibatch.plan.segments import SegmentBuffer, capacity_for, piece_for
+from peft_multibatch.plan.segments import SegmentBuffer, piece_for
 
 
 class PlanBuffers:
@@ -57,3 +57,8 @@ class PlanBuffers:
                 with streams.writing(device):
                     for index, buffer in enumerate(buffers):
                         buffer.update(plan.component(index).cut(piece_for(entries)))
+
+
+def capacity_for(entries: int) -> int:
+    """The capacity for this many entries: a power of two, so that growing batches need few new graphs."""
+    return 1 << max(entries - 1, 15).bit_length()

@@ -33,9 +33,8 @@ MOST_SHAPES = 16
 def piece_for(entries: int) -> int:
     """The most entries of a segment in a ``SegmentBuffer``, for a plan of this many entries.
 
-    In a packed batch all tokens of an adapter are one segment, but launches that read the buffer can't depend on
-    segment lengths, so segments are cut into pieces: of the rows that a kernel's program handles at once or, in large
-    plans, of several tall tiles, because each tile reads all weights of its adapter.
+    Launches that read the buffer can't depend on segment lengths, so segments are cut into pieces: of the rows that a
+    program handles at once or, in large plans, of several tall tiles, each of which reads its adapter's weights once.
     """
     return 16 if entries < 2048 else 128
 
@@ -292,15 +291,19 @@ class Segments:
         segment | -1, E, 0 | permutation]``. The offsets of a segment's slot and bounds depend only on its index.
         Without a permutation, the length depends only on the number of segments.
         """
-        is_permuted = self.permutation is not None
-        header = torch.tensor([self.num_entries, self.num_segments, is_permuted, 0], dtype=torch.int32, device="cpu")
-        weights = torch.tensor(self.scales, dtype=torch.float32, device="cpu")
-        triples = torch.zeros(self.num_segments + 1, 3, dtype=torch.int32, device="cpu")
-        triples[:-1, 0], triples[-1, 0] = self.weight_indices, BASE
-        triples[:, 1] = self.seg_indptr
-        triples[:-1, 2] = weights.view(torch.int32)
-        permutation = [] if self.permutation is None else [self.permutation]
-        return torch.cat([header, triples.flatten(), *permutation])
+        entries, segments, is_permuted = self.num_entries, self.num_segments, self.permutation is not None
+        length = HEADER + 3 * (segments + 1)
+        packed = torch.empty(length + entries * is_permuted, dtype=torch.int32, device="cpu")
+        found = packed.numpy()  # assignments to it take a fraction of the time
+        found[:HEADER] = entries, segments, is_permuted, 0
+        triples = found[HEADER:length].reshape(-1, 3)
+        triples[:-1, 0] = self.weight_indices.numpy()
+        triples[:-1, 1] = self.seg_indptr[:-1].numpy()
+        triples[:-1, 2] = 0x3F800000 if self.weights is None else self.weights.view(torch.int32).numpy()  # 1.0
+        triples[-1] = BASE, entries, 0
+        if self.permutation is not None:
+            found[length:] = self.permutation.numpy()
+        return packed
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Segments:
@@ -343,8 +346,3 @@ class SegmentBuffer:
 def packed_size(entries: int) -> int:
     """The maximum length of a packed plan with this many entries."""
     return HEADER + 3 * (entries + 1) + entries
-
-
-def capacity_for(entries: int) -> int:
-    """The capacity for this many entries: a power of two, so that growing batches need few new graphs."""
-    return 1 << max(entries - 1, 15).bit_length()

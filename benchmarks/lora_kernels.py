@@ -201,7 +201,7 @@ def copy_bandwidth() -> float:
 def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch]:
     """Return launches that divide K and rows differently."""
     per_adapter = triton.cdiv(point.rows, point.adapters)
-    tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (32, 64, 128)}
+    tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (16, 32, 64, 128)}
     blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
     return [
         cutting.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)

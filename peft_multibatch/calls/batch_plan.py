@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows
 
 
+MOST_RUNS = 4
+"""The most plans of ``of_runs`` that a plan keeps, such as for images and videos of one call."""
+
+
 class Apart(NamedTuple):
     """Adapters that PEFT's own modules run in the layers of a bank, while all others run as one product.
 
@@ -100,7 +104,7 @@ class BatchPlan:
         self._dropouts: dict[Bank, Dropouts | None] = {}
         self._without: dict[frozenset[int], BatchPlan] = {}
         self._alone: dict[Entry, BatchPlan] = {}
-        self._of_runs: tuple[tuple[tuple[int, int], ...], BatchPlan] | None = None
+        self._of_runs: dict[tuple[tuple[int, int], ...], BatchPlan] = {}
 
     def apart(self, bank: Bank) -> Apart | None:
         """Adapters that PEFT's modules run in a bank's layers, always or in train mode; None if there are none."""
@@ -180,10 +184,11 @@ class BatchPlan:
         """The same plan with the base model instead of every entry that names one of these slots."""
         found = self._without.get(slots)
         if found is None:
-            found = self._without[slots] = BatchPlan.__new__(BatchPlan)
+            found = BatchPlan.__new__(BatchPlan)
             found.ids, found.ids_in_use = self.ids, self.ids_in_use
             found.entries = [BASE if slots.intersection(ids_of(entry)) else entry for entry in self.entries]
             found._fill({slot: adapter for slot, adapter in self.adapters.items() if slot not in slots}, self.slots)
+            self._without[slots] = found  # last, because other threads share this plan
         return found
 
     def alone(self, entry: Entry) -> BatchPlan:
@@ -202,13 +207,17 @@ class BatchPlan:
         Args:
             runs: samples, each with a number in proportion to the rows that are its own.
         """
-        if self._of_runs is None or self._of_runs[0] != runs:
+        found = self._of_runs.get(runs)  # other threads may replace it: calls with the same ids share this plan
+        if found is None:
             unit = math.gcd(*(rows for _, rows in runs))
             ids = [self.ids[sample] for sample, rows in runs for _ in range(rows // unit)]
             adapters = dict(zip(self.ids_in_use, self.adapters.values()))
             used = sorted({number for entry in {*ids} for number in ids_of(entry)})
-            self._of_runs = runs, BatchPlan(ids, {number: adapters[number] for number in used}, self.slots)
-        return self._of_runs[1]
+            found = BatchPlan(ids, {number: adapters[number] for number in used}, self.slots)
+            if len(self._of_runs) >= MOST_RUNS:
+                self._of_runs = {}
+            self._of_runs[runs] = found
+        return found
 
     def weights(self, bank: Bank) -> dict[int, SlotWeights]:
         """The weights in use, by slot, for the torch backend."""

@@ -84,9 +84,10 @@ class Call:
         invocations: where aLoRA adapters start; None if no adapter in use is one.
         prompts: the input tokens of ``generate``, if the user's own code builds the rows.
         head: the call for the layer that computes logits, if it gets other rows than the rest of the model.
-        arguments: of the model's forward that is running, by name.
+        arguments: of the forward or ``generate`` that is running, by name; None before a model runs, and empty if the
+            model isn't the one that encodes media.
         is_media: whether entries are shares of images, videos or audio clips instead of samples.
-        is_flat: whether their layers may get the rows in a single row.
+        images: if entries are shares of patches, the plan for layers that see whole images, and the number of images.
         media: what ``MediaEncoder`` found in these arguments.
         media_error: why it isn't known which image belongs to which sample, or the empty string.
     """
@@ -119,9 +120,11 @@ class Call:
         self.invocations: Invocations | None = None
         self.prompts: Tensor | None = None
         self.head: Call | None = None
-        self.arguments: dict[str, Any] = {}
-        self.is_media = self.is_flat = False
-        self.media: dict[Any, tuple[BatchPlan, bool]] = {}
+        self.arguments: dict[str, Any] | None = None
+        self._noted_by: nn.Module | None = None
+        self.is_media = False
+        self.images: tuple[BatchPlan, int] | None = None
+        self.media: dict[Any, tuple[BatchPlan, tuple[BatchPlan, int] | None]] = {}
         self.media_error = ""
 
     @property
@@ -140,7 +143,8 @@ class Call:
         again.is_tried = self.is_tried
         again.draws = self.draws.again()
         again.inside, again.rows, again.invocations = True, self.rows, self.invocations
-        again.is_media, again.is_flat = self.is_media, self.is_flat
+        again.is_media, again.images = self.is_media, self.images
+        again.arguments, again.media, again.media_error = self.arguments, self.media, self.media_error
         return again
 
     def alone(self, entry: Entry) -> Call:
@@ -149,26 +153,38 @@ class Call:
         alone.plan = self.plan.alone(entry)
         return alone
 
-    def note_arguments(self, arguments: dict[str, Any]) -> None:
-        """A forward of the model begins."""
+    def note_arguments(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+        """A forward of a model begins, or ``generate``.
+
+        Args:
+            model: the model.
+            arguments: by name; empty if they aren't those of a model that encodes media.
+        """
+        texts = (arguments.get("input_ids"), arguments.get("inputs"))
+        if arguments and self.arguments and all(text is None for text in texts):
+            outer = self._noted_by
+            if outer is not None and outer is not model and any(part is model for part in outer.modules()):
+                return  # it got embeddings of the outer model's text
+        self._noted_by = model
         self.arguments, self.media, self.media_error = arguments, {}, ""
 
-    def of_media(self, plan: BatchPlan, is_flat: bool) -> Call:
+    def of_media(self, plan: BatchPlan, images: tuple[BatchPlan, int] | None) -> Call:
         """The call for a part of the model that encodes media.
 
         Args:
             plan: an entry for every share of the rows.
-            is_flat: whether layers may get the rows in a single row.
+            images: if the rows are patches, which layers may get in a single row: the plan for layers that see whole
+                images, and the number of images.
         """
         media = Call(plan, False, False, self.base_layers)
         media.draws = self.draws  # which repeat nothing
         media.sibling_outputs = self.sibling_outputs  # layers of a group may each have a call of their own
-        media.inside, media.is_media, media.is_flat = True, True, is_flat
+        media.inside, media.is_media, media.images = True, True, images
         return media
 
     def dim_of_rows(self, shape: Sequence[int]) -> int:
         """The dimension of an input ``[..., K]`` that holds the rows."""
-        return 1 if self.is_flat and len(shape) > 2 and shape[0] == 1 else 0
+        return 1 if self.images is not None and len(shape) > 2 and shape[0] == 1 else 0
 
     def num_rows(self, shape: Sequence[int]) -> int:
         """The number of rows in a layer's input of shape ``[..., K]``.
@@ -188,7 +204,7 @@ class Call:
         Raises:
             RowMappingError: another dimension seems to have them.
         """
-        if self.is_tried or self.is_media or self.plan.segments.num_segments == 1:
+        if self.is_tried or self.is_media or len(self.plan.runs[1]) == 1:
             return
         samples = {self.plan.segments.num_entries, self.rows}
         if shape[0] not in samples and samples.intersection(shape[1:-1]):

@@ -165,13 +165,14 @@ def encodes_media(model: Any, name: str) -> bool:
         model: the model.
         name: the layer's name in it.
     """
+    parts = name.split(".")
+    while parts and not _has_media(getattr(model, "config", None)):  # it may be inside another model
+        model, *parts = getattr(model, parts[0], None), *parts[1:]
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) in MEDIA_BY_SAMPLE:
+    if not parts or config.model_type in MEDIA_BY_SAMPLE:
         return False
     words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's
-    return (
-        any(word in part for part in name.split(".") for word in words) and config is not None and _is_spliced(model)
-    )
+    return any(word in part for part in parts for word in words) and _is_spliced(model)
 
 
 def is_dual_encoder(model: Any) -> bool:

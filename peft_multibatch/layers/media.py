@@ -6,17 +6,28 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.calls.router import Router
 from peft_multibatch.errors import RowMappingError, UnsupportedError
-from peft_multibatch.layers.media_rows import ADVICE, AUDIO, IMAGES, VIDEOS, Kind, MediaRows, parameters, placeholder
+from peft_multibatch.layers.media_rows import (
+    ADVICE,
+    AUDIO,
+    IMAGES,
+    TEXTS,
+    VIDEOS,
+    Kind,
+    Media,
+    MediaRows,
+    parameters,
+    placeholder,
+)
 from peft_multibatch.layers.patch import STATE, PatchedLayer, Replacement, handles, own_attribute
 from peft_multibatch.layers.per_segment import run_base
 
@@ -36,6 +47,14 @@ ENCODERS = "_multibatch_encoders"
 """Attribute of a module that holds its encoders, by the name of the method."""
 
 
+class MediaPlan(NamedTuple):
+    """The arguments of ``Call.of_media``, and the media; None if no text told whose they are, as with one adapter."""
+
+    plan: BatchPlan
+    images: tuple[BatchPlan, int] | None
+    media: Media | None = None
+
+
 class MediaEncoder:
     """Runs what encodes media under the adapters of the samples that the media belong to.
 
@@ -53,8 +72,8 @@ class MediaEncoder:
     def remove(self) -> None:
         """Restore the model's own methods."""
 
-    def plan(self, call: Call, given: dict[str, Any]) -> tuple[BatchPlan, bool]:
-        """The plan in which every row runs under the adapter of its sample, and ``is_flat`` of ``Media``.
+    def plan(self, call: Call, given: dict[str, Any]) -> MediaPlan:
+        """The plan in which every row runs under the adapter of its sample.
 
         Args:
             call: the active call, for samples.
@@ -65,10 +84,14 @@ class MediaEncoder:
         """
         entries = list(dict.fromkeys(call.plan.entries))
         if len(entries) == 1:
-            return call.plan.alone(entries[0]), False
-        arguments = {**call.arguments, **{name: each for name, each in given.items() if each is not None}}
-        runs, is_flat = self._rows.runs(arguments, len(call.plan.entries))
-        return call.plan.of_runs(runs), is_flat
+            return MediaPlan(call.plan.alone(entries[0]), None)
+        arguments = {**(call.arguments or {}), **{name: each for name, each in given.items() if each is not None}}
+        has_text = call.arguments is not None and self.kind.inputs not in call.arguments
+        media, shares = self._rows.find(arguments, len(call.plan.entries), has_text)
+        plan = call.plan.of_runs(shares.rows)
+        images = (call.plan.of_runs(shares.media), len(media.tokens)) if media.is_flat else None
+        has_tokens = any(arguments.get(name) is not None for name in TEXTS)
+        return MediaPlan(plan, images, media if has_tokens else None)
 
 
 class MediaMethod(MediaEncoder):
@@ -96,12 +119,15 @@ class MediaMethod(MediaEncoder):
         if call is None or call.is_media:
             return self.original(*args, **kwargs)
         try:
-            plan = self.plan(call, {**dict(zip(self._parameters, args)), **kwargs})
+            found = self.plan(call, {**dict(zip(self._parameters, args)), **kwargs})
         except RowMappingError as error:  # raised by the first layer in which an adapter of the batch has weights
             call.media_error = str(error)
             return self.original(*args, **kwargs)
-        with self.router.routing(functools.partial(call.of_media, *plan)):
-            return self.original(*args, **kwargs)
+        with self.router.routing(functools.partial(call.of_media, found.plan, found.images)):
+            output = self.original(*args, **kwargs)
+        if found.media is not None:
+            self._rows.check(found.media, output)
+        return output
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -122,6 +148,12 @@ def _method(cls: type, name: str) -> Callable[..., Any]:
     method.__name__ = name  # bound methods are pickled by their name
     method.__signature__ = inspect.signature(getattr(cls, name))  # type: ignore[attr-defined]
     return method
+
+
+def _has_rows(number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer's input has this number of rows."""
+    tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim())
+    return len(next(tensors, ())) == number
 
 
 @functools.cache
@@ -145,8 +177,11 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
             )
         if not any(adapter.has(self) for adapter in call.plan.adapters.values()):
             return run_base(self, patch, *args, **kwargs)
-        if call.is_media or call.plan.segments.num_segments == 1:
-            return handler(self, *args, **kwargs)
+        if call.is_media or len(call.plan.runs[1]) == 1:
+            if call.images is None or not _has_rows(call.images[1], args, kwargs):
+                return handler(self, *args, **kwargs)
+            with patch.router.routing(functools.partial(call.of_media, call.images[0], None)):
+                return handler(self, *args, **kwargs)
         if patch.encoder is None:
             raise RowMappingError(
                 call.media_error
@@ -155,7 +190,7 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
             )
         known = call.media.get(patch.encoder)
         if known is None:  # once for all layers of a forward
-            known = call.media[patch.encoder] = patch.encoder.plan(call, {})
+            known = call.media[patch.encoder] = patch.encoder.plan(call, {})[:2]
         with patch.router.routing(functools.partial(call.of_media, *known)):
             return handler(self, *args, **kwargs)
 

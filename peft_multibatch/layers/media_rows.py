@@ -22,6 +22,10 @@ from peft_multibatch.errors import RowMappingError
 ADVICE = "Remove the adapters from this part of the model, or run them one at a time."
 
 
+TEXTS = ("input_ids", "inputs")
+"""Arguments of a model's forward and of ``generate`` with the tokens of all texts."""
+
+
 class Kind(NamedTuple):
     """A kind of media.
 
@@ -69,6 +73,18 @@ class Media(NamedTuple):
     is_flat: bool = False
 
 
+class Shares(NamedTuple):
+    """Samples in the order in which an encoder sees their media.
+
+    Attributes:
+        rows: each with a number in proportion to its rows.
+        media: each with the number of its images, videos or audio clips.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    media: tuple[tuple[int, int], ...]
+
+
 class MediaRows:
     """Finds the sample of each image, video or audio clip in the inputs that a processor made.
 
@@ -81,19 +97,18 @@ class MediaRows:
     def __init__(self, model: Any, kind: Kind, name: str) -> None:
         self._model, self._kind, self._name = model, kind, name
 
-    def runs(self, given: dict[str, Any], samples: int) -> tuple[tuple[tuple[int, int], ...], bool]:
-        """Samples in the order in which the encoder sees their media, each with a number in proportion to its rows.
-
-        Also whether the rows are patches, as in ``Media``.
+    def find(self, given: dict[str, Any], samples: int, has_text: bool) -> tuple[Media, Shares]:
+        """The media, and which samples they belong to.
 
         Args:
             given: arguments of the model, by name.
             samples: the number of adapter ids.
+            has_text: whether there is a text even if it isn't given.
 
         Raises:
             RowMappingError: the arguments don't tell which sample each one belongs to.
         """
-        counts = self._count_placeholders(given, samples)
+        counts = self._count_placeholders(given, samples, has_text)
         if not any(counts):  # such as GLM-4V's videos, whose features replace the token of images
             token = placeholder(self._model, self._kind)
             raise self._error(f"texts without the token {token}", f"one for each feature of a {self._kind.name}")
@@ -110,15 +125,39 @@ class MediaRows:
         if not found or len(found) < len(media.tokens) or end != sum(counts):
             what = f"{self._kind.name}s of {_some(media.tokens)} tokens"
             raise self._error(what, f"as many placeholders in the texts, which have {_some(counts)}")
-        by_sample = groupby(found, lambda pair: pair[0])
-        shares = ((sample, sum(rows for _, rows in group)) for sample, group in by_sample)
-        return tuple((sample, rows) for sample, rows in shares if rows), media.is_flat
+        by_sample = [(sample, [rows for _, rows in group]) for sample, group in groupby(found, lambda pair: pair[0])]
+        rows_of = tuple((sample, sum(rows)) for sample, rows in by_sample if any(rows))
+        return media, Shares(rows_of, tuple((sample, len(rows)) for sample, rows in by_sample))
 
-    def _count_placeholders(self, given: dict[str, Any], samples: int) -> list[int]:
+    def check(self, media: Media, output: Any) -> None:
+        """Check an encoder's output: as many features for each one as there are placeholder tokens.
+
+        Args:
+            media: what ``find`` returned.
+            output: of the method; has a list of features if their numbers differ.
+
+        Raises:
+            RowMappingError: there are others, so the placeholders don't tell which sample each one belongs to.
+        """
+        features = getattr(output, "pooler_output", None)
+        if not isinstance(features, (list, tuple)) or not all(isinstance(each, Tensor) for each in features):
+            return
+        found = [each.shape[:-1].numel() for each in features]
+        if not {*accumulate(media.tokens)} <= {0, *accumulate(found)} or sum(found) != sum(media.tokens):
+            raise self._error(
+                f"{self._kind.name}s that became {_some(found)} features", f"{_some(media.tokens)}, as in the texts"
+            )
+
+    def _count_placeholders(self, given: dict[str, Any], samples: int, has_text: bool) -> list[int]:
         """Placeholder tokens in each row of the text."""
-        text, inputs = given.get("input_ids", given.get("inputs")), given.get(self._kind.inputs)
-        if text is None and given.get("inputs_embeds") is None and inputs is not None and len(inputs) == samples:
-            return [1] * samples  # no text, and an image for each sample
+        text, inputs = (
+            next((given[name] for name in TEXTS if given.get(name) is not None), None),
+            given.get(self._kind.inputs),
+        )
+        has_text = has_text or text is not None or given.get("inputs_embeds") is not None
+        is_one_each = isinstance(inputs, Tensor) and inputs.dim() == self._kind.dims and len(inputs) == samples
+        if not has_text and is_one_each:
+            return [1] * samples
         if not isinstance(text, Tensor) or text.dim() != 2:
             raise self._error("inputs without tokens", "a call of the whole model with input_ids [samples, tokens]")
         if len(text) % samples:

@@ -53,6 +53,23 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
+def without_cached(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``generate`` without the tokens that its cache has already, as transformers cuts them off.
+
+    Args:
+        given: arguments by name.
+    """
+    cache, mask = cache_of(given), given.get("attention_mask")
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    texts = {name: given[name] for name in ("input_ids", "inputs") if isinstance(given.get(name), Tensor)}
+    cut = {
+        name: text[:, length:]
+        for name, text in texts.items()
+        if text.dim() == 2 and (mask is None or mask.shape[-1] == text.shape[1])  # otherwise these are new ones
+    }
+    return {**given, **cut}
+
+
 def check_order(entries: Sequence[Entry]) -> None:
     """Check that no loop that sorts its inputs calls the model with the ids of a block.
 

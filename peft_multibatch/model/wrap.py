@@ -24,7 +24,7 @@ from peft_multibatch.errors import (
 )
 from peft_multibatch.layers.architectures import is_dual_encoder
 from peft_multibatch.layers.patch import STATE, Replacement, own_attribute
-from peft_multibatch.model.callers import cache_of, check_order, check_prompts, check_trainer, reads
+from peft_multibatch.model.callers import cache_of, check_order, check_prompts, check_trainer, reads, without_cached
 from peft_multibatch.plan.ids import DESCRIPTION, check_keywords, speaks_of_adapters
 from peft_multibatch.plan.segments import BASE
 
@@ -53,14 +53,20 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         return lambda: None
     attribute = own_attribute(module, method)
     own, owner = module.__dict__.get(attribute), weakref.ref(module)
-    order = [*inspect.signature(function).parameters][1:]
-    parameters = frozenset(order)
+    parameters = frozenset([*inspect.signature(function).parameters][1:])
+    order = _order(function, getattr(type(getattr(module.__dict__.get(STATE), "_inner", module)), method, function))
     unprepared = module.__dict__.get(UNPREPARED) if method == "forward" else None
 
-    def note(handle, call, args, kwargs):
+    def note(self, handle, call, args, kwargs, begins=False):
         """Note the arguments for parts of the model that encode media."""
-        if call is not None and handle._encoders:
-            call.note_arguments({**dict(zip(order, args)), **kwargs})
+        if call is None or not handle._encoders:
+            return
+        is_whole = self is handle._inner or self is handle._outer
+        if any(self is model for model, _ in handle._encoders) or (begins and not is_whole):
+            given = {**dict(zip(order, args)), **kwargs}
+            call.note_arguments(self, without_cached(given) if method == "generate" else given)
+        elif is_whole:
+            call.note_arguments(self, {})  # a model inside it will note its own
 
     def wrapper(self, *args, **kwargs):
         handle: Any = getattr(self, STATE, None)
@@ -81,9 +87,9 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             if handle is not None and self is handle._inner:
                 thread = handle._router.graph.here.thread
                 if thread.samples:
-                    check_length(thread.samples, _num_samples(None, args, kwargs))
+                    check_length(thread.samples, _num_samples(None, order, args, kwargs))
                 if handle._encoders:
-                    torch.compiler.disable(note)(handle, handle._router.active(), args, kwargs)
+                    torch.compiler.disable(note)(self, handle, handle._router.active(), args, kwargs)
             return original(*args, **kwargs)
         if handle is not None:
             _check_attention(self, kwargs)
@@ -96,7 +102,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             check_trainer(handle, adapter_ids is not None or call is not None)
         if handle is None or (adapter_ids is None and call is None):
             return original(*args, **kwargs)
-        samples = _num_samples(self, args, kwargs)
+        samples = _num_samples(self, order, args, kwargs)
         if method == "generate":
             if kwargs.get("generation_mode") == "image":
                 raise UnsupportedError(
@@ -108,14 +114,14 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
             samples = 1 if samples is None else samples  # transformers' default without inputs
         if adapter_ids is not None:
             with handle._routing(adapter_ids, method == "generate", samples) as own_call:
-                note(handle, own_call, args, kwargs)
+                note(self, handle, own_call, args, kwargs, begins=True)
                 return _run(handle, own_call, original, args, kwargs)
         assert call is not None
         if call.inside:
+            note(self, handle, call, args, kwargs)
             if self is handle._inner:
                 call.check_rows(samples)
                 if method == "forward":
-                    note(handle, call, args, kwargs)
                     if call.invocations is not None:
                         call.invocations.step(*_num_tokens(args, kwargs))
                     if call.prompts is not None:
@@ -129,7 +135,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
         check_order(call.plan.ids)
         call.is_used = True
         with handle._router.routing(call.plan.ids, expands=method == "generate", base_layers=base_layers) as own_call:
-            note(handle, own_call, args, kwargs)
+            note(self, handle, own_call, args, kwargs, begins=True)
             return _run(handle, own_call, original, args, kwargs, call.origin)
 
     wrapper.__name__, wrapper.__doc__ = method, doc_with_ids(function)
@@ -285,8 +291,19 @@ def pop_ids(kwargs: dict[str, Any]) -> Any:
     return adapter_names if adapter_ids is None else adapter_ids
 
 
-def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
+def _order(function: Callable[..., Any], inner: Callable[..., Any]) -> list[str]:
+    """The names of a method's positional arguments; those of the inner model if a ``PeftModel`` passes them on."""
+    names = [*inspect.signature(function).parameters.values()][1:]
+    if any(each.kind is each.VAR_POSITIONAL for each in names):
+        names = [*inspect.signature(inner).parameters.values()][1:]
+    return [each.name for each in names if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def _num_samples(model: Any, order: list[str], args: tuple, kwargs: dict[str, Any]) -> int | None:
     """The batch size of a call, or None if its arguments don't show it.
+
+    Args:
+        order: the names of positional arguments.
 
     Raises:
         AdapterIdsLengthError: a dual encoder gets different numbers of texts and images, or of texts and audio.
@@ -301,7 +318,8 @@ def _num_samples(model: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
                 "equal numbers, because an id belongs to a pair, such as a text and an image. Call the model with "
                 "pairs, or encode texts and images in separate calls."
             )
-    for value in [kwargs.get(name) for name in INPUTS] + [*args, *kwargs.values()]:
+    named = {**dict(zip(order, args)), **kwargs}
+    for value in [named.get(name) for name in INPUTS] + [*args, *kwargs.values()]:
         size = _num_rows(value)
         if size is not None:
             return size

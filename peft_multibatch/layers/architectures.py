@@ -168,7 +168,7 @@ def encodes_media(model: Any, name: str) -> bool:
     parts = name.split(".")
     while parts and not _has_media(getattr(model, "config", None)):  # it may be inside another model
         model, *parts = getattr(model, parts[0], None), *parts[1:]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not parts or config.model_type in MEDIA_BY_SAMPLE:
         return False
     words = (*MEDIA_PARTS, "encoder") if hasattr(config, "projector_config") else MEDIA_PARTS  # Granite Speech's

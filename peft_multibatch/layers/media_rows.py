@@ -150,10 +150,8 @@ class MediaRows:
 
     def _count_placeholders(self, given: dict[str, Any], samples: int, has_text: bool) -> list[int]:
         """Placeholder tokens in each row of the text."""
-        text, inputs = (
-            next((given[name] for name in TEXTS if given.get(name) is not None), None),
-            given.get(self._kind.inputs),
-        )
+        text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
+        inputs = given.get(self._kind.inputs)
         has_text = has_text or text is not None or given.get("inputs_embeds") is not None
         is_one_each = isinstance(inputs, Tensor) and inputs.dim() == self._kind.dims and len(inputs) == samples
         if not has_text and is_one_each:

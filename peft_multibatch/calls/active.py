@@ -74,7 +74,14 @@ class ActiveCall(ContextDecorator):
         call.outer = self._live()
         self._call = call
         self._token = self._calls.set(call)
-        self._graph.enter(call)
+        try:
+            self._graph.enter(call)
+        except BaseException:  # a call that was refused must not stay active, or keep its adapters in memory
+            self._calls.reset(self._token)
+            self._call = self._token = self._by_hand = None
+            call.ended = True
+            self._graph.leave(call)
+            raise
         return call
 
     __exit__: Any = _Exit()

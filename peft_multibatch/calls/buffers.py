@@ -6,7 +6,6 @@ import torch
 
 from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
-from peft_multibatch.errors import ModelStateError
 from peft_multibatch.plan.segments import SegmentBuffer, piece_for
 
 
@@ -34,20 +33,10 @@ class PlanBuffers:
         for device in map(torch.device, self.by_device):
             streams.before_read(device)
 
-    def write(self, plan: BatchPlan, components: int, is_fixed: bool) -> None:
-        """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none.
-
-        Raises:
-            ModelStateError: the number of components is fixed, because a user captured a graph, and the plan has more.
-        """
+    def write(self, plan: BatchPlan, components: int) -> None:
+        """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none."""
         entries = plan.segments.num_entries
         for buffers in list(self.by_device.values()):
-            if is_fixed and len(plan.components) > len(buffers):
-                raise ModelStateError(
-                    f"a CUDA graph was captured with at most {len(buffers)} adapters per sample, and now a mixture "
-                    f"has {len(plan.components)}: expected no more adapters in a mixture than at the capture. Call "
-                    "disable and enable, and capture the graph again."
-                )
             if entries > buffers[0].capacity or len(plan.components) > len(buffers):
                 self._outgrown.append(buffers)
                 self.grow(buffers[0].packed.device, max(entries, buffers[0].capacity), components)

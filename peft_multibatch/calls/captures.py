@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
+
+from peft_multibatch.errors import ModelStateError
 
 
 if TYPE_CHECKING:
@@ -20,20 +23,27 @@ class Captures:
     """Whose graphs were captured, with which layers, and whether they are outdated.
 
     A user's graphs can't be replaced, so a call that they can't run raises an error. Graphs of continuous batching are
-    captured again, so other calls may change what they read; their tables stay in memory until then.
+    captured again, so other calls may change what they read; the tables and base weights that they read stay in memory
+    until then.
 
     Not thread-safe: callers hold a lock.
 
     Attributes:
         layers: all layers with adapters, and their names; a new mapping when any come or go.
+        components: the number of plans that the first graph reads, by whether it was a user's: the most adapters that
+            a sample may have.
+        discards: how often graphs of continuous batching were discarded.
     """
 
     def __init__(self) -> None:
         self.layers: Mapping[Any, str] = {}
         self._before: dict[bool, Mapping[Any, str]] = {}  # the layers at the first capture, by whether it was a user's
-        self._outdated: list[tuple[TableRows, ...]] = []  # which graphs of continuous batching may still read
+        self._outdated: list[Sequence[TableRows | Tensor]] = []  # which graphs of continuous batching may still read
+        self._kept: list[Sequence[Tensor]] = []  # which users' graphs may read
         # the layers now, and the adapters that have weights only in layers of the first capture
         self._complete: dict[bool, tuple[Mapping[Any, str], WeakSet[AnyAdapter]]] = {}
+        self.components: dict[bool, int] = {}
+        self.discards = 0
 
     def __bool__(self) -> bool:
         return bool(self._before)
@@ -50,18 +60,33 @@ class Captures:
 
     @property
     def are_outdated(self) -> bool:
-        """Whether graphs of continuous batching read tables that have been replaced."""
+        """Whether graphs of continuous batching read memory that has been replaced."""
         return bool(self._outdated)
 
-    def note(self, is_users: bool) -> None:
-        """Record that a graph is captured, by a user or for the steps of continuous batching."""
+    def note(self, is_users: bool, components: int) -> None:
+        """Record that a graph is captured.
+
+        Args:
+            is_users: whether a user captures it, or else a step of continuous batching.
+            components: the number of plans that it reads.
+        """
         self._before.setdefault(is_users, self.layers)
+        self.components.setdefault(is_users, components)  # later graphs read as many or more
 
     def discard(self) -> None:
-        """Record that the graphs of continuous batching were discarded."""
+        """Record that the graphs of continuous batching, of all managers, must not be used any more."""
+        self.discards += self.of_steps
         self._before.pop(False, None)
+        self.components.pop(False, None)
         self._complete.pop(False, None)
         self._outdated.clear()
+
+    def keep(self, memory: list[Tensor]) -> None:
+        """Keep base weights that are about to be copied elsewhere, for the graphs that read them."""
+        if self.of_steps:
+            self._outdated.append(memory)
+        if self.of_users:
+            self._kept.append(memory)
 
     def extend(
         self,
@@ -77,6 +102,28 @@ class Captures:
         if is_changed and before and self.of_steps:
             self._outdated.append(before)
         return is_changed
+
+    def check(self, plan: BatchPlan) -> None:
+        """Check that a user's graphs have all layers and components of a plan.
+
+        Raises:
+            ModelStateError: they lack some.
+        """
+        missing = self.missing(plan, is_users=True)
+        if missing is not None:
+            adapter, layer = missing
+            raise ModelStateError(
+                f"a CUDA graph was captured before any adapter had weights in {layer}, where {adapter.name!r} "
+                "has some that a replay would leave out: expected adapters on the layers that had adapters at "
+                "the capture. Call disable and enable, and capture the graph again."
+            )
+        most = self.components.get(True, len(plan.components))
+        if len(plan.components) > most:
+            raise ModelStateError(
+                f"a CUDA graph was captured with at most {most} adapters per sample, and now a mixture has "
+                f"{len(plan.components)}: expected no more adapters in a mixture than at the capture. Call disable "
+                "and enable, and capture the graph again."
+            )
 
     def missing(self, plan: BatchPlan, is_users: bool) -> tuple[AnyAdapter, str] | None:
         """An adapter of a plan with weights in a layer that had no adapters at the capture, and the layer's name."""

@@ -57,6 +57,7 @@ class GraphTables:
         Raises:
             ModelStateError: a user's captured graph can't run the plan.
         """
+        captures.check(plan)
         reason = plan.why_not_compiled(self) if captures.of_users else ""
         if reason:
             raise ModelStateError(
@@ -68,7 +69,7 @@ class GraphTables:
             return
         ready = self._ready if self._slots == plan.slots else {}
         self._slots = 0  # in case an exception leaves some tables without them
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
             for device in {*self._devices.values()}:
                 stack.enter_context(streams.writing(device))
             for bank, device in self._devices.items():

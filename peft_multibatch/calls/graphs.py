@@ -171,8 +171,9 @@ class Graph:
             self.captures.extend(bank, plan.adapters, device, bool(captured and bank in self._tables), is_capturing)
             if self._tables.add(bank, device):
                 self.forget()
-            self.captures.note(is_users=is_capturing and not call.for_graphs)
-        return [buffer.packed for buffer in self.buffers[str(device)]], bank.graph_tables
+            buffers = self.buffers[str(device)]
+            self.captures.note(is_users=is_capturing and not call.for_graphs, components=len(buffers))
+        return [buffer.packed for buffer in buffers], bank.graph_tables
 
     def enter(self, call: Call) -> None:
         """Begin a call.
@@ -191,6 +192,8 @@ class Graph:
         call.thread, call.task = self.here.thread, current_task()
         self._calls[call] = None
         self._change(call.thread)
+        if self.contended and self.captures.of_users and not call.is_media:
+            self._tables.bring_up_to_date(call.plan, self.captures)  # refused now, not when the other call ends
         self._sync(call.plan)
 
     def leave(self, call: Call) -> None:
@@ -200,11 +203,11 @@ class Graph:
             self.sibling_outputs.clear()
 
     def _leave(self, call: Call) -> None:
+        self._calls.pop(call, None)
         if call.outer is not None and call.outer.plan is not call.plan:
             self.plans.add_(1)
         if call.thread is not None:
             self._change(call.thread)
-        self._calls.pop(call, None)
         if call.outer in self._innermost:
             self._sync(call.outer.plan)
 
@@ -318,17 +321,9 @@ class Graph:
         """Write a plan to the fixed address, for the current streams."""
         with self._lock:
             if self._written is not plan:
-                missing = self.captures.missing(plan, is_users=True)
-                if missing is not None:
-                    adapter, layer = missing
-                    raise ModelStateError(
-                        f"a CUDA graph was captured before any adapter had weights in {layer}, where {adapter.name!r} "
-                        "has some that a replay would leave out: expected adapters on the layers that had adapters at "
-                        "the capture. Call disable and enable, and capture the graph again."
-                    )
+                self._tables.bring_up_to_date(plan, self.captures)
                 with torch.inference_mode(False), torch.no_grad():
-                    self._tables.bring_up_to_date(plan, self.captures)
-                    self._buffers.write(plan, self.components, self.captures.of_users)
+                    self._buffers.write(plan, self.components)
                 self._written = plan
             self._buffers.follow()
 
@@ -338,6 +333,17 @@ class Graph:
         with self._lock:
             return captures.of_steps and (
                 captures.are_outdated
+                or len(plan.components) > captures.components[False]
                 or captures.missing(plan, is_users=False) is not None
                 or self._tables.are_outgrown_by(plan)
             )
+
+    def keep(self, memory: list[Tensor]) -> None:
+        """As ``Captures.keep``."""
+        with self._lock:
+            self.captures.keep(memory)
+
+    def discard_captures(self) -> None:
+        """As ``Captures.discard``."""
+        with self._lock:
+            self.captures.discard()

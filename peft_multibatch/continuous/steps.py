@@ -46,6 +46,7 @@ class Steps:
         self._admission, self._queue = admission, queue
         # whether another thread's call uses the graphs' plan, or changed their tables, so the step runs without graphs
         self._is_contended = False
+        self._discards = 0  # how often graphs had been discarded, by any manager, when this one's were last
 
     def wrap(self, processor: Any, quarantine: Quarantine) -> None:
         """Make a batch processor run its steps through this object."""
@@ -121,14 +122,15 @@ class Steps:
         self._registry.adapters(sorted(begin), len(begin))  # all of them, because a prompt is read only once
         plan = self._router.plan(entries, checks=0)
         if self._router.graph.outgrown_by(plan):
-            self.forget_graphs()
+            self._router.graph.discard_captures()
+        self._drop_graphs()
         del plan  # waiting for memory below must not keep adapters that may have to be evicted
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
         # plans must be copied on the stream that computes
         routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
         with on_stream(self._io.compute_stream), routing as call:
             graph = self._router.graph  # which another thread's call may have changed just before this one began
-            self._is_contended = graph.contended or graph.outgrown_by(call.plan)
+            self._is_contended = graph.contended or graph.outgrown_by(call.plan) or self._are_discarded()
             call.begin_model()
             call.for_graphs = for_graphs and not self._is_contended
             if call.for_graphs and self._router.kernels is not None:  # graphs that are already captured read it
@@ -175,12 +177,15 @@ class Steps:
         """transformers' description of the step that is being prepared or about to run."""
         return self._io.io_pairs[self._io.current_pair].host_io if hasattr(self._io, "io_pairs") else self._io
 
-    def forget_graphs(self) -> None:
-        """Discard CUDA graphs so that they are captured again: their constants depend on the adapters' shapes."""
-        captures = self._router.graph.captures
-        if not captures.of_steps:
+    def _are_discarded(self) -> bool:
+        """Whether graphs of this model were discarded, maybe by another manager, that this one still has."""
+        return self._discards != self._router.graph.captures.discards
+
+    def _drop_graphs(self) -> None:
+        """Drop CUDA graphs that were discarded; they are captured again, with the adapters' shapes of that time."""
+        if not self._are_discarded():
             return
+        self._discards = self._router.graph.captures.discards
         pairs = [pair.device_io for pair in self._io.io_pairs] if hasattr(self._io, "io_pairs") else [self._io]
         for each in pairs:
             each.graphs = type(each.graphs)()
-        captures.discard()

@@ -71,6 +71,7 @@ class StoredRequests:
         self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to start
         self._loaded: set[Any] = set()  # requests whose adapters had to be loaded
         self._early: set[Entry] = set()  # entries whose adapters load before the loop sees their requests
+        self._unseen: set[Entry] = set()  # those of before the last turn, which end if the next doesn't see them
         self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
 
     def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
@@ -117,13 +118,16 @@ class StoredRequests:
         self.keep(active.keys(), {state.request_id for state in states})
         places = max(scheduler.max_requests_per_batch - len(active), 0)
         waiting: list[Waiting] = []
+        early, self._early = self._early, set()  # other threads add to it
         for state in states:
             ids = [each for each in ids_of(entry_of(state)) if store.has(each)]
-            if entry_of(state) in self._early:
-                self._early.discard(entry_of(state))
+            if entry_of(state) in early or entry_of(state) in self._unseen:
+                early.discard(entry_of(state))
+                self._unseen.discard(entry_of(state))
                 self._loaded.add(state.request_id)
             is_late = state.request_id in self._loaded or not all(map(store.is_loaded, ids))
             waiting.append(Waiting(state, ids, is_late))
+        self._unseen = early
         late = [each for each in waiting if each.is_late]
         others = [each for each in waiting if not each.is_late]
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded & active.keys())

@@ -98,6 +98,7 @@ class Group:
         elif any(base.weight.is_meta for base in bases):
             self.reason = "base weights not fused: they are offloaded"
         else:
+            self._keep([parameter.data for layer in self.layers for parameter in _parameters(layer)])
             self._weight = _side_by_side([base.weight for base in bases])
             self._bias = None if biases[0] is None else _side_by_side(biases)
             self._addresses = self._find()
@@ -107,7 +108,9 @@ class Group:
         """Give every base layer its own memory again."""
         if self._weight is None:
             return
-        shared = {each.untyped_storage().data_ptr() for each in (self._weight, self._bias) if each is not None}
+        joined = [each for each in (self._weight, self._bias) if each is not None]
+        self._keep(joined)
+        shared = {each.untyped_storage().data_ptr() for each in joined}
         for layer in self.layers:
             for parameter in _parameters(layer):
                 if parameter.untyped_storage().data_ptr() in shared:
@@ -116,6 +119,11 @@ class Group:
         self._weight = self._bias = None
         self.label = self.label.replace("fused with base weights", "fused", 1)
         self.reason = self.reason or reason
+
+    def _keep(self, memory: list[Tensor]) -> None:
+        patch = getattr(self.layers[0], "_multibatch", None)
+        if patch is not None:  # the model is still enabled
+            patch.router.graph.keep(memory)
 
     def version(self, call: Call | Graph, x: Tensor) -> Any:
         """State that ``is_unchanged`` compares, to detect in-place writes to the input between the group's layers.

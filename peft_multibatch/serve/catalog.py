@@ -1,7 +1,8 @@
 """Find the adapters that ``model=`` names, and register each when it is first requested.
 
 Files are read on threads, one at a time per adapter, so that no two requests register the same adapter. No request
-waits for the files of another adapter, or for another adapter to be replaced.
+waits for the files of another adapter, or for another adapter to be replaced: all requests that wait for one adapter
+occupy a single thread.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +23,7 @@ from peft_multibatch.serve.errors import ApiError, from_adapter, invalid, unavai
 from peft_multibatch.serve.settings import NAME, Settings
 
 
-THREADS, LOCKS = 32, 1024
+THREADS = 32
 
 
 class Target(NamedTuple):
@@ -57,7 +57,7 @@ class Catalog:
         self._unloaded: set[str] = set()  # unloaded by an administrator; their folders may still exist
         self._stamps: dict[str, tuple] = {}  # file stamps of registered adapters
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapters")
-        self._locks = [threading.Lock() for _ in range(LOCKS)]  # each covers a part of all names
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # the last change of each adapter, until it has ended
 
     async def find(self, model: str, mixture: dict[str, float] | None = None) -> Target:
         """Look up the model that a request names, and register its adapters.
@@ -120,11 +120,23 @@ class Catalog:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, name: str, function: Callable[..., None], *args: Any) -> None:
-        def alone() -> None:
-            with self._locks[hash(name) % LOCKS]:
-                function(*args)
+        """Run a function on a thread, after earlier ones for the same adapter, even if the request is cancelled."""
+        task = asyncio.create_task(self._after(self._tasks.get(name), function, *args))
+        self._tasks[name] = task
 
-        await asyncio.get_running_loop().run_in_executor(self._threads, alone)
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+            if not task.cancelled():
+                task.exception()  # or asyncio would log it if the request was cancelled
+
+        task.add_done_callback(ended)
+        await asyncio.shield(task)
+
+    async def _after(self, before: asyncio.Task[None] | None, function: Callable[..., None], *args: Any) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _provide(self, name: str) -> None:
         if not NAME.fullmatch(name) or name == BASE_NAME:

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -693,3 +694,61 @@ def test_matrices_that_do_not_lie_at_multiples_of_sixteen_bytes(tmp_path):
             with by_peft(base_model(), folder) as reference:
                 wanted = logits(reference, left_padded(2))
             assert_close(logits(model, left_padded(2), adapter_ids=["odd", "odd"]), wanted)
+
+
+def test_disable_ends_calls_that_wait_for_adapters(folder, size, monkeypatch):
+    """Loads that haven't begun are cancelled, so that waiting for them would take until the timeout."""
+    model, _ = make(folder, size, COUNT, timeout=60.0)
+    go, read = threading.Event(), loading.read_weights
+    monkeypatch.setattr(loading, "read_weights", lambda *args: (go.wait(60), read(*args)))
+    count, caught = loading.THREADS + 2, []
+    inputs = {key: value[:1].repeat(count, 1) for key, value in left_padded(1).items()}
+
+    def call():
+        try:
+            logits(model, inputs, adapter_ids=[f"a{number}" for number in range(count)])
+        except errors.NotEnabledError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        time.sleep(0.3)
+        assert thread.is_alive()
+        peft_multibatch.disable(model)
+        thread.join(10)
+        assert not thread.is_alive() and "disabled while a call waited" in str(caught[0])
+    finally:
+        go.set()
+
+
+def test_memory_that_runs_out_before_the_limit(folder, size, rows, monkeypatch):
+    """The limit is the user's, and other things may have taken the memory."""
+    model, store = make(folder, size, COUNT)
+    inputs = left_padded(1)
+
+    def fails(self, size):
+        raise MemoryError("Unable to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "_make", fails)
+        for _ in range(2):
+            with pytest.raises(errors.StoreFullError, match=r"couldn't be allocated on cpu \(MemoryError: Unable"):
+                logits(model, inputs, adapter_ids=["a1"])
+            assert store.stats().host_bytes == 0
+    assert_close(logits(model, inputs, adapter_ids=["a1"])[0], rows["a1"])
+
+
+def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, size, rows):
+    """Continuous batching leases adapters in every step."""
+
+    class NotIterated(OrderedDict):
+        def __iter__(self):
+            raise AssertionError("all adapters in memory were looked at")
+
+    model, store = make(folder, size, COUNT)
+    check(model, rows, ["a0", "a1"])
+    tier = store._loader.final
+    tier._kept = NotIterated(tier._kept.items())
+    (adapter,) = store.lease([store._names.ids["a0"]], [])
+    assert adapter.name == "a0"

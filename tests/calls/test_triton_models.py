@@ -6,11 +6,11 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
-from models import SIZES, left_padded, lora_configs, peft_model, row_by_row
+from models import SIZES, base_model, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
 from tolerances import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -339,9 +339,10 @@ def test_a_graph_reads_what_a_call_began_with_after_others_failed_or_ran_on_othe
     for mix in ([0] * 6, [1] * 6, [0] * 6):
         with mb.batch(mix):
             want = logits(fast, None, use_cache=False)
-    graph.captures.note(is_users=True)  # sizes are fixed from now on
     refused = pytest.raises(peft_multibatch.ModelStateError, match="larger rank")
-    for fails in (True, False):
+    for fails in (False, True):
+        if fails:
+            graph.captures.note(is_users=True, components=1)  # sizes are fixed from now on
         with mb.batch([0] * 6):
             assert_close(logits(fast, None, use_cache=False), want)
             layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -350,6 +351,8 @@ def test_a_graph_reads_what_a_call_began_with_after_others_failed_or_ran_on_othe
             if fails:
                 with mb.batch([1] * 6), refused, mb.batch([0] * 6):
                     pass
+                with ThreadPoolExecutor(1) as other, refused:
+                    other.submit(logits, model, [0] * 6).result()
             else:
                 with ThreadPoolExecutor(1) as other:
                     other.submit(logits, model, [0] * 6).result()
@@ -450,7 +453,7 @@ def test_what_no_captured_graph_can_hold_is_refused_when_a_call_begins(compiled)
         logits(fast, None, use_cache=False)
     names = add_dora(model)
     model.to(DEVICE)
-    mb._router.graph.captures.note(is_users=True)
+    mb._router.graph.captures.note(is_users=True, components=1)
     with (
         pytest.raises(peft_multibatch.ModelStateError, match="was captured, and a DoRA adapter is used"),
         mb.batch(names),
@@ -492,12 +495,136 @@ def test_graphs_of_continuous_batching_do_not_limit_other_calls():
     assert not graph.outgrown_by(plan)
 
 
+HALVES = [{"three": 0.5, "eight": 0.5}] * 6
+
+
+def test_graphs_of_continuous_batching_are_captured_again_for_more_adapters_per_sample():
+    """Somebody else's mixture allocates plans that graphs captured before don't read."""
+    model, mb = enabled()
+    graph, names = mb._router.graph, mb.adapter_names
+    with before_a_capture(mb):
+        model(**inputs(), use_cache=False)
+    want = logits(model, HALVES, use_cache=False)
+    entry = tuple((names.index(name), 0.5) for name in ("three", "eight"))
+    plans = [mb._router.plan([each] * 6) for each in (names.index("three"), entry)]
+    assert [graph.outgrown_by(plan) for plan in plans] == [False, True]
+    graph.discard_captures()
+    with torch.no_grad(), mb._router.routing([entry] * 6, expands=False) as call:
+        call.inside, call.for_graphs = True, True
+        assert_close(model(**inputs(), use_cache=False).logits, want)
+    assert [graph.outgrown_by(plan) for plan in plans] == [False, False]
+
+
+@contextmanager
+def captured_by_the_user():
+    """An enabled model whose graph reads the tables and one plan."""
+    model, mb = enabled()
+    with before_a_capture(mb):
+        model(**inputs(), use_cache=False)
+    mb._router.graph.discard_captures()
+    mb._router.graph.captures.note(is_users=True, components=1)
+    yield model, mb
+    mb.disable()
+
+
+def test_more_adapters_per_sample_than_at_the_capture_are_refused_whatever_ran_in_between():
+    refused = pytest.raises(peft_multibatch.ModelStateError, match=r"at most 1 adapters per sample, and now .* has 2")
+    with captured_by_the_user() as (model, mb):
+        for _ in range(2):
+            with refused, mb.batch(HALVES):
+                pass
+            logits(model, ["three"] * 40, 40)  # allocates larger plans
+            mb._router.graph.expect(2)
+
+
+def test_a_call_that_a_captured_graph_cannot_run_is_refused_at_once_beside_others():
+    """Not when the other thread's call ends, and by no means in that thread."""
+    with captured_by_the_user() as (model, mb), ThreadPoolExecutor(1) as threads:
+        large = lora_configs()["eight"]
+        large.r = 64
+        model.add_adapter("large", large)
+        model.to(DEVICE)
+        entered, done = threading.Event(), threading.Event()
+
+        def other():
+            with mb.batch([0] * 6):
+                entered.set()
+                return done.wait(600)
+
+        result = threads.submit(other)
+        assert entered.wait(600)
+        try:
+            for mix in (["large"] * 6, HALVES):
+                with pytest.raises(peft_multibatch.ModelStateError, match="CUDA graph was captured"), mb.batch(mix):
+                    pass
+            want = logits(model, MIXES[2])
+        finally:
+            done.set()
+        assert result.result()
+        assert_close(logits(model, MIXES[2]), want)
+        assert not mb._router.graph.active
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_call_that_was_refused_leaves_nothing_behind(by_hand):
+    """Its plan would keep stored adapters in memory, and its entry would disturb other threads."""
+    with captured_by_the_user() as (model, mb):
+        large = lora_configs()["eight"]
+        large.r = 64
+        model.add_adapter("large", large)
+        model.to(DEVICE)
+        gc.collect()
+        gc.disable()
+        try:
+            refused = pytest.raises(peft_multibatch.ModelStateError, match="larger rank")
+            if by_hand:
+                with ExitStack() as stack, refused:
+                    stack.enter_context(mb.batch(["large"] * 6))
+            else:
+                with refused, mb.batch(["large"] * 6):
+                    pass
+            del refused
+            mb._router.let_go()
+            assert not mb._router.graph.active and mb._router.call.get() is None
+            with mb.batch([0] * 6):
+                assert not mb._router.graph.contended
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("is_users", [True, False])
+def test_base_weights_that_a_captured_graph_reads_stay_in_memory(is_users):
+    """A new adapter may change which base weights are concatenated."""
+    options = {"r": 4, "init_lora_weights": False}
+    model = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj", "v_proj"], **options), "three")
+    model.to(DEVICE).eval()
+    mb = peft_multibatch.enable(model, backend="triton", fuse="weights")
+    logits(model, ["three"] * 6)
+    graph = mb._router.graph
+    before = {module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    graph.captures.note(is_users=is_users, components=1)
+    model.add_adapter("all", LoraConfig(target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"], **options))
+    model.to(DEVICE)
+    assert_close(logits(model, ["three"] * 6), expected(model, ["three"] * 6))
+    plan = mb._router.plan([0] * 6)
+    now = {module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    moved = before - now
+    kept = graph.captures._kept if is_users else graph.captures._outdated
+    assert moved and all(any(_inside(address, each) for memory in kept for each in memory) for address in moved)
+    assert graph.outgrown_by(plan) != is_users
+
+
+def _inside(address, tensor):
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes()
+
+
 def test_layers_that_no_captured_graph_has_are_refused_when_a_call_begins(compiled):
     """A replay would leave the adapter's weights there out; adapters without weights there go on."""
     model, mb, fast, _ = compiled
     with mb.batch([0] * 6):
         want = logits(fast, None, use_cache=False)
-    mb._router.graph.captures.note(is_users=True)
+    mb._router.graph.captures.note(is_users=True, components=1)
     model.add_adapter("wide", LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
     model.to(DEVICE)
     names = ["three", "wide", "wide", "three", "eight", "__base__"]

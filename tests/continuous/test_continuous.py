@@ -20,7 +20,6 @@ import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.continuous import admission, prefixes
 from peft_multibatch.continuous.scheduler import FairScheduler
-from peft_multibatch.continuous.steps import Steps
 
 
 ENTRIES = ["three", "__base__", "eight", {"four": 0.7, "eight": 0.3}, "four", "three"]
@@ -90,11 +89,9 @@ def test_requests_that_no_graph_can_hold_end_with_an_error(enabled):
 
 
 @pytest.mark.gpu
-def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled, monkeypatch):
+def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled):
     """Adapters of known ranks need no new graph; one of a larger rank does."""
     model, mb = enabled
-    forgotten, forget = [], Steps.forget_graphs
-    monkeypatch.setattr(Steps, "forget_graphs", lambda self: forgotten.append(1) or forget(self))
     config = settings(40, use_cuda_graph=True, use_async_batching=True)
     shared = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     inputs, said = prompts(6), []
@@ -111,7 +108,7 @@ def test_graphs_are_captured_anew_only_for_what_they_cannot_serve(enabled, monke
                 model.add_adapter(f"rank {rank}", LoraConfig(r=rank, **shared))
                 model.to(DEVICE).eval()
             ask(["three", f"rank {rank}", "__base__"] * 2)
-            assert len(forgotten) == (rank == 64)
+            assert mb._router.graph.captures.discards == (rank == 64)
     for entries, texts in said:
         assert texts == row_by_row(model, inputs, entries)
 

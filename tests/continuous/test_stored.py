@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
-from peft_multibatch.adapters.store.arena import size_class
+from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.continuous import stored
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler
 
@@ -491,6 +491,47 @@ def test_adapters_without_end_do_not_starve_one_that_was_served_before():
     assert len(turns) >= 4, turns
 
 
+def test_nothing_is_kept_of_requests_that_end_before_they_could_start(make, inputs, texts):
+    mb, _ = make(room=2)
+    with serve(mb) as manager:
+        for number in range(20):
+            entry = {f"a{number % 6}": 1 + number / 100, f"a{(number + 1) % 6}": 1}
+            manager.add_request(inputs[0], adapter_id=entry, max_new_tokens=100_000)  # more than the cache holds
+            assert all("cache holds" in output.error for output in results(manager, 1).values())
+        for _ in range(2):
+            name = manager.add_request(inputs[0], adapter_id="a8")
+            assert results(manager, 1)[name].generated_tokens == texts["a8"][0]
+        kept = manager._stored
+        assert not any((kept._early, kept._unseen, kept._loaded - {name}))
+
+
+def test_memory_that_runs_out_before_the_limit_concerns_one_request(make, inputs, texts, monkeypatch):
+    """The limit is the user's, and other things may have taken the memory."""
+    mb, store = make(room=COUNT)
+    sizes, make_block = [], Arena._make
+
+    def fails_once(self, size):
+        sizes.append(size)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_block(self, size)
+
+    monkeypatch.setattr(Arena, "_make", fails_once)
+    with serve(mb) as manager:
+        requests = [manager.add_request(inputs[row], adapter_id=f"a{row}") for row in range(3)]
+        found = results(manager, 3)
+        failed = [row for row, request in enumerate(requests) if found[request].error is not None]
+        assert len(failed) <= 1  # a load that began early may have been the one to fail, and was tried again
+        for row, request in enumerate(requests):
+            if row in failed:
+                assert "couldn't be allocated" in found[request].error
+            else:
+                assert found[request].generated_tokens == texts[f"a{row}"][row]
+        name = manager.add_request(inputs[4], adapter_id="a4")
+        assert results(manager, 1)[name].generated_tokens == texts["a4"][4]
+    assert len(sizes) >= 3 and store.stats().host_bytes <= COUNT * SIZE
+
+
 # Graphs.
 
 
@@ -503,16 +544,37 @@ def test_layers_that_came_after_a_graph_was_captured(make, tmp_path):
     """Adapters with weights in these layers can't use the graph; others can, whichever are loaded."""
     mb, store = make(room=COUNT)
     ids, router = store._names.ids, mb._router
-    with serve(mb) as manager:
+    with serve(mb):
         graph = router.graph
-        graph.captures.note(is_users=False)  # simulates a capture
+        graph.captures.note(is_users=False, components=1)  # simulates a capture
         store.register("wide", save_wide(tmp_path / "wide"))
         assert not graph.outgrown_by(router.plan([ids["a0"], ids["a7"]]))
         assert graph.outgrown_by(router.plan([ids["a1"], ids["wide"]]))
-        manager._steps.forget_graphs()
-        graph.captures.note(is_users=False)  # captured again
+        graph.discard_captures()
+        graph.captures.note(is_users=False, components=1)  # captured again
         assert not graph.outgrown_by(router.plan([ids["wide"]]))
         graph.captures.discard()
+
+
+def test_graphs_that_another_manager_discarded_are_not_used(make, inputs, texts):
+    """What is recorded about captures is that of all managers of the model."""
+    mb, _ = make(room=COUNT)
+    with serve(mb) as one, serve(mb) as other:
+        for manager in (one, other):
+            manager.add_request(inputs[0], adapter_id="a0")
+            results(manager, 1)
+        pairs = getattr(one._steps._io, "io_pairs", None)
+        places = [one._steps._io] if pairs is None else [pair.device_io for pair in pairs]
+        captured = [place.graphs for place in places]
+        graph = mb._router.graph
+        graph.captures.note(is_users=False, components=1)  # simulates a capture
+        with mb._router.routing([0], expands=False) as call:
+            graph.discard_captures()  # as the other manager's next step does
+            assert not graph.outgrown_by(call.plan) and one._steps._are_discarded()
+        name = one.add_request(inputs[1], adapter_id="a0")
+        assert results(one, 1)[name].generated_tokens == texts["a0"][1]
+        assert not any(place.graphs is known for place, known in zip(places, captured))
+        assert not one._steps._are_discarded() and other._steps._are_discarded()
 
 
 @pytest.mark.gpu

@@ -16,6 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from serving import chat_ids, serving, text_alone, tiny_model
 
+from peft_multibatch.serve.catalog import THREADS
+
 
 WEIGHTS = "adapter_model.safetensors"
 ADMIN = {"authorization": "Bearer chief"}
@@ -245,6 +247,26 @@ def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected):
         assert ask(served, "green") == expected["green"]  # its first use
         assert replacing.is_alive() and served.engine.running["red"] == 1
     replacing.join()
+    assert ask(served, "red") == expected["blue"]
+
+
+def test_nobody_waits_for_a_crowd_that_names_a_replaced_adapter(served, own, expected):
+    """Requests that wait for the new version occupy no threads, of which there are few."""
+    begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
+    with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        shutil.copytree(own / "blue", own / "new")
+        shutil.rmtree(own / "red")
+        os.rename(own / "new", own / "red")
+        crowd = [threading.Thread(target=ask, args=(served, "red")) for _ in range(THREADS + 8)]
+        for thread in crowd:
+            thread.start()
+        while served.engine._prepared < len(crowd):
+            time.sleep(0.001)
+        assert ask(served, "green") == expected["green"]  # its first use
+        assert served.engine.running["red"] == 1 and served.engine._prepared == len(crowd)
+    for thread in crowd:
+        thread.join()
     assert ask(served, "red") == expected["blue"]
 
 

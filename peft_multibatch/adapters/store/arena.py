@@ -76,6 +76,9 @@ class Arena:
 
         Returns:
             uint8 ``[size]``, and what to wait for before it is written; see ``Streams.mark``.
+
+        Raises:
+            StoreFullError: as in ``make``.
         """
         return self.make(self.reserve(size))
 
@@ -99,14 +102,25 @@ class Arena:
         return Reserved(size, block, mark)
 
     def make(self, reserved: Reserved) -> tuple[Tensor, Any]:
-        """Allocate a reserved block; returns the same as ``take``. Called without a lock, because pinning is slow."""
+        """Allocate a reserved block; returns the same as ``take``. Called without a lock, because pinning is slow.
+
+        Raises:
+            StoreFullError: the device has less memory than the limit.
+        """
         size, block, mark = reserved
         if block is None:
             try:
                 block = self._make(size_class(size))
-            except BaseException:
+            except BaseException as error:
                 self._unmade.append(size_class(size))
-                raise
+                if not isinstance(error, (MemoryError, RuntimeError)):  # torch's are RuntimeErrors
+                    raise
+                option = "max_device_memory" if self._device.type == "cuda" else "max_host_memory"
+                raise StoreFullError(
+                    f"an adapter store uses {self.used + self.kept - size_class(size)} of {self.limit} bytes, and "
+                    f"{size} more couldn't be allocated on {self._device} ({type(error).__name__}: {error}): expected "
+                    f"that much free memory. Pass a smaller {option} to adapter_store, or use less memory elsewhere."
+                ) from error
         return self._lend(block, size), mark
 
     def collect(self) -> None:

@@ -20,7 +20,7 @@ from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
-from peft_multibatch.errors import AdapterFileError, MultibatchError, StoreFullError
+from peft_multibatch.errors import AdapterFileError, MultibatchError, NotEnabledError, StoreFullError
 
 
 THREADS = 4
@@ -56,6 +56,7 @@ class Loader:
         lock: guards all of a store's state.
         host: adapters in host memory.
         final: adapters on the device where calls compute; on a CPU, the same as ``host``.
+        pinned: the pinned adapters, in memory or not.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
         seconds: the time spent loading, summed over all threads.
@@ -78,15 +79,19 @@ class Loader:
             self.final = Tier(Arena(final, device, False, streams))
         self.let_go: Callable[[], None] = lambda: None
         self.on_loaded: Callable[[], object] = lambda: None
+        self.pinned: set[Version] = set()
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self._timeout = timeout
         self._queue: deque[weakref.ref[Ticket]] = deque()
         self._threads = ThreadPoolExecutor(THREADS, "peft_multibatch_store")
         self._staging = threading.local()
+        self._is_closed = False
 
     def close(self) -> None:
-        """Stop loading."""
+        """Stop loading; batches that wait get an error. The caller holds the lock."""
+        self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lock.notify_all()
 
     def check_size(self, version: Version) -> None:
         """Check that an adapter fits into the store's memory.
@@ -101,6 +106,14 @@ class Loader:
                 f"adapter {version.name!r} needs {size} bytes, and the store has {limit}: expected a smaller adapter. "
                 "Pass a larger max_host_memory or max_device_memory to adapter_store."
             )
+
+    def pin(self, version: Version, is_pinned: bool) -> None:
+        """Keep an adapter in memory once it was loaded, or not any more. The caller holds the lock."""
+        version.is_pinned = is_pinned
+        if is_pinned:
+            self.pinned.add(version)
+        else:
+            self.pinned.discard(version)
 
     def check_pins(self, versions: Sequence[Version]) -> None:
         """Check that all of these adapters can be pinned together.
@@ -132,6 +145,7 @@ class Loader:
         Raises:
             AdapterFileError: files can't be read any more.
             StoreFullError: there is no room, or loading took too long.
+            NotEnabledError: the model was disabled in the meantime.
         """
         with Progress("loading adapters", len(versions)) as progress:
             return self._fetch(versions, progress)
@@ -144,6 +158,11 @@ class Loader:
         was_collected = False
         while True:
             with self.lock:
+                if self._is_closed:
+                    raise NotEnabledError(
+                        "the model was disabled while a call waited for its stored adapters: expected it to stay "
+                        "enabled. Call enable and adapter_store again."
+                    )
                 self.check_possible(versions)
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
@@ -218,7 +237,8 @@ class Loader:
         """
         arena = self.final.arena
         wanted = sum(size_class(version.layout.size) for version in versions)
-        pinned = sum(size_class(each.layout.size) for each in self.final.pinned() if each not in versions)
+        others = [each for each in self.pinned if each in self.final and each not in versions]
+        pinned = sum(size_class(each.layout.size) for each in others)
         if wanted + pinned > arena.limit:
             raise StoreFullError(
                 f"a batch names {len(versions)} stored adapters of {wanted} bytes together, and the store has "

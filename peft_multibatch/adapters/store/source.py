@@ -220,6 +220,7 @@ class StoredAdapters:
         return version
 
     def _forget(self, version: Version) -> None:
-        version.is_gone, version.is_pinned = True, False
+        version.is_gone = True
+        self._loader.pin(version, False)
         self._loader.host.drop(version)
         self._loader.final.drop(version)

@@ -136,9 +136,9 @@ class AdapterStore(StoredAdapters):
         with self._lock:
             version = self._version(name)
             if pinned:
-                self._pin(version)
+                self._check_pin(version)
                 self._loader.prefetch(version)
-            version.is_pinned = pinned
+            self._loader.pin(version, pinned)
 
     def stats(self) -> StoreStats:
         """Counters: registered adapters, memory use, hits, misses, loads and evictions."""
@@ -150,7 +150,7 @@ class AdapterStore(StoredAdapters):
             has_device = final is not host
             return StoreStats(
                 registered=len(self._versions),
-                pinned=sum(version.is_pinned for version in self._versions.values()),
+                pinned=len(loader.pinned),
                 host_adapters=len(host),
                 host_bytes=host.arena.used,
                 host_bytes_kept=host.arena.kept,
@@ -202,12 +202,13 @@ class AdapterStore(StoredAdapters):
                     return
                 pin = known.is_pinned
             if pin:
-                self._pin(version)
+                self._check_pin(version)
             number = self._names.add_stored(name)
             self._versions[number] = version
             if known is not None:
                 self._forget(known)
             if pin:
+                self._loader.pin(version, True)
                 self._loader.prefetch(version)
 
     def _check_name(self, name: str) -> None:
@@ -232,7 +233,6 @@ class AdapterStore(StoredAdapters):
             )
         return version
 
-    def _pin(self, version: Version) -> None:
-        others = [each for each in self._versions.values() if each.is_pinned and each.name != version.name]
+    def _check_pin(self, version: Version) -> None:
+        others = [each for each in self._loader.pinned if each.name != version.name]
         self._loader.check_pins([*others, version])
-        version.is_pinned = True

@@ -47,10 +47,6 @@ class Tier:
         """The weights of adapters, all of which must be in memory."""
         return {version: self._kept[version] for version in versions}
 
-    def pinned(self) -> list[Version]:
-        """The pinned adapters."""
-        return [version for version in self._kept if version.is_pinned]
-
     def put(self, version: Version, memory: Tensor) -> None:
         """Add an adapter's weights."""
         self._kept[version] = memory

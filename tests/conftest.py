@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 
 
@@ -16,11 +17,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when they are defined
 
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 
-logging.disable_progress_bar()
+disable_progress_bar()
 torch.set_num_threads(1)  # in case torch was imported before
+
+# pytest's handlers go to all loggers that don't propagate, and with one torch.compile describes each of its steps
+trace = logging.getLogger("torch.__trace")
+trace.propagate = True
+trace.handlers.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +83,17 @@ def pytest_pyfunc_call():
 
 
 @pytest.fixture
-def compiled():
-    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
+def compiled(request):
+    """A model, its handle, the model compiled as one graph, and the list of graphs made so far.
+
+    The model has one layer, because torch traces each by itself; a test asks for more by `indirect` parameters.
+    """
     from models import peft_model
 
     import peft_multibatch
 
     torch._dynamo.reset()
-    model = peft_model()
+    model = peft_model(num_hidden_layers=getattr(request, "param", 1))
     mb = peft_multibatch.enable(model)
     graphs = []
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import logging
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,8 +62,27 @@ def pytest_collection_finish():
     `enable` asks it for the holders of a dictionary, which takes 50 ms for the half a million objects of torch and
     transformers, and every full collection visits them too.
     """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        _remember_builtins(interpreter)
     gc.collect()
     gc.freeze()
+
+
+def _remember_builtins(interpreter):
+    """Make Triton's interpreter search its language for built-in functions once, not at every call of a function."""
+    is_builtin, patch_attr = interpreter.tl.core.is_builtin, interpreter._patch_attr
+
+    @functools.cache
+    def builtins(package):
+        return [each for each in inspect.getmembers(package) if is_builtin(each[1])]
+
+    def patch_builtin(package, *args):
+        for name, member in builtins(package):
+            if getattr(package, name) is member:  # otherwise it is patched already
+                patch_attr(package, name, member, *args)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def pytest_collection_modifyitems(items):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
+import logging
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,11 +20,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when they are defined
 
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 
-logging.disable_progress_bar()
+disable_progress_bar()
 torch.set_num_threads(1)  # in case torch was imported before
+
+# pytest's handlers go to all loggers that don't propagate, and with one torch.compile describes each of its steps
+trace = logging.getLogger("torch.__trace")
+trace.propagate = True
+trace.handlers.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +56,35 @@ def _poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+def pytest_collection_finish():
+    """Take what has been imported out of the garbage collector's sight.
+
+    `enable` asks it for the holders of a dictionary, which takes 50 ms for the half a million objects of torch and
+    transformers, and every full collection visits them too.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        _remember_builtins(interpreter)
+    gc.collect()
+    gc.freeze()
+
+
+def _remember_builtins(interpreter):
+    """Make Triton's interpreter search its language for built-in functions once, not at every call of a function."""
+    is_builtin, patch_attr = interpreter.tl.core.is_builtin, interpreter._patch_attr
+
+    @functools.cache
+    def builtins(package):
+        return [each for each in inspect.getmembers(package) if is_builtin(each[1])]
+
+    def patch_builtin(package, *args):
+        for name, member in builtins(package):
+            if getattr(package, name) is member:  # otherwise it is patched already
+                patch_attr(package, name, member, *args)
+
+    interpreter._patch_builtin = patch_builtin
+
+
 def pytest_collection_modifyitems(items):
     devices = torch.cuda.device_count()
     for item in items:
@@ -66,14 +105,17 @@ def pytest_pyfunc_call():
 
 
 @pytest.fixture
-def compiled():
-    """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
+def compiled(request):
+    """A model, its handle, the model compiled as one graph, and the list of graphs made so far.
+
+    The model has one layer, because torch traces each by itself; a test asks for more by `indirect` parameters.
+    """
     from models import peft_model
 
     import peft_multibatch
 
     torch._dynamo.reset()
-    model = peft_model()
+    model = peft_model(num_hidden_layers=getattr(request, "param", 1))
     mb = peft_multibatch.enable(model)
     graphs = []
 

@@ -76,10 +76,12 @@ MORE_ARCHITECTURES = {
 EVERY_ARCHITECTURE = ARCHITECTURES | MORE_ARCHITECTURES
 
 
-def base_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+def base_model(
+    architecture: str = "llama", dtype: torch.dtype = torch.float32, **sizes: int
+) -> transformers.PreTrainedModel:
     config_class, arguments, _ = EVERY_ARCHITECTURE[architecture]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**arguments | sizes)
     auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
     return getattr(transformers, auto).from_config(config).to(dtype).eval()
 
@@ -104,14 +106,17 @@ def lora_configs(architecture: str = "llama") -> dict[str, LoraConfig]:
 
 
 def peft_model(
-    architecture: str = "llama", dtype: torch.dtype = torch.float32, autocast_adapter_dtype: bool = True
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    autocast_adapter_dtype: bool = True,
+    **sizes: int,
 ) -> PeftModel:
-    """Build the architecture with three adapters, in eval mode."""
+    """Build the architecture with three adapters, in eval mode; sizes replace those of its config."""
     model = None
     for name, config in lora_configs(architecture).items():
         options = {"adapter_name": name, "autocast_adapter_dtype": autocast_adapter_dtype}
         if model is None:
-            model = get_peft_model(base_model(architecture, dtype), config, **options)
+            model = get_peft_model(base_model(architecture, dtype, **sizes), config, **options)
         else:
             model.add_adapter(name, config, autocast_adapter_dtype=autocast_adapter_dtype)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -61,6 +62,8 @@ def main(cases: list[Callable[[Path, torch.device], None]]) -> None:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     dist.init_process_group(backend, timeout=timedelta(seconds=60))  # a rank that waits in vain fails its case
     found = {}
     for case in cases:

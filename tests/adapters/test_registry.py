@@ -100,19 +100,19 @@ def test_every_way_to_change_a_dictionary_is_noticed(change):
 
 
 def test_dictionaries_that_the_garbage_collector_does_not_show():
-    """This happens if a server calls ``gc.freeze()`` after it has loaded its model."""
+    """This happens if a server calls ``gc.freeze()`` after it has loaded its model.
+
+    It stays frozen: `gc.unfreeze` would also undo what `conftest.py` does, for all tests that follow.
+    """
     model = peft_model()
     before = model.peft_config
     gc.collect()
     gc.freeze()
-    try:
-        mb = peft_multibatch.enable(model)
-        watched = model.peft_config
-        assert watched is model.base_model.peft_config is model.get_base_model().peft_config is not before
-        model.add_adapter("new", lora_configs()["three"])
-        assert mb.adapter_names == ["three", "four", "eight", "new"]
-        assert model.peft_config is watched
-        mb.disable()
-        assert model.peft_config is model.base_model.peft_config is before
-    finally:
-        gc.unfreeze()
+    mb = peft_multibatch.enable(model)
+    watched = model.peft_config
+    assert watched is model.base_model.peft_config is model.get_base_model().peft_config is not before
+    model.add_adapter("new", lora_configs()["three"])
+    assert mb.adapter_names == ["three", "four", "eight", "new"]
+    assert model.peft_config is watched
+    mb.disable()
+    assert model.peft_config is model.base_model.peft_config is before

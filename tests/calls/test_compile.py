@@ -35,6 +35,7 @@ def logits(model, rows=6, **kwargs):
         return model(**left_padded(rows), use_cache=False, **kwargs).logits
 
 
+@pytest.mark.parametrize("compiled", [2], indirect=True, ids=["2 layers"])
 def test_one_graph_for_any_mix(compiled):
     model, mb, fast, graphs = compiled
     for mix in MIXES:
@@ -116,7 +117,7 @@ def test_threads_share_one_graph(compiled):
 @pytest.mark.parametrize("ids", [MIXES[2], [0, 1] * 50, [{0: 0.5, 1: 0.5}, 2]], ids=["same size", "larger", "mixture"])
 def test_a_call_begins_on_another_thread_while_one_is_compiled(own, ids):
     """It would change the state that the graph is compiled for, and leave wrong guards."""
-    model = peft_model()
+    model = peft_model(num_hidden_layers=1)
     mb = peft_multibatch.enable(model)
     want, want_other = logits(model, adapter_ids=own), logits(model, rows=len(ids), adapter_ids=ids)
     mb.disable()
@@ -147,7 +148,7 @@ def test_a_call_begins_on_another_thread_while_one_is_compiled(own, ids):
 
 
 def test_a_call_ends_on_another_thread_while_one_is_compiled():
-    model = peft_model()
+    model = peft_model(num_hidden_layers=1)
     mb = peft_multibatch.enable(model)
     want = logits(model, adapter_ids=MIXES[0])
     began, ends = threading.Event(), threading.Event()
@@ -215,7 +216,7 @@ def test_a_block_that_another_task_opens_inside_of_one(compiled):
 
 def test_enabling_and_disabling_a_model_that_was_compiled_before():
     torch._dynamo.reset()
-    model = peft_model()
+    model = peft_model(num_hidden_layers=1)
     fast = torch.compile(model.get_base_model(), fullgraph=True, backend="eager")
     plain = logits(model)
     assert_close(logits(fast), plain)
@@ -261,7 +262,7 @@ def test_compiled_training_leaves_alone_whom_a_batch_does_not_name(optimizer, dt
 
     def train(compiles):
         torch.manual_seed(0)
-        model = peft_model(dtype=dtype, autocast_adapter_dtype=False)
+        model = peft_model(dtype=dtype, autocast_adapter_dtype=False, num_hidden_layers=1)
         model.set_requires_grad(["three", "four", "eight"])
         inner, mb, graphs = model.get_base_model(), peft_multibatch.enable(model), []
 

@@ -44,9 +44,9 @@ def inputs(rows=6, length=4):
     return {key: value.to(DEVICE) for key, value in left_padded(rows, length).items()}
 
 
-def enabled(fuse=True):
-    """A model that uses the kernels."""
-    model = peft_model().to(DEVICE)
+def enabled(fuse=True, layers=1 if DEVICE == "cpu" else 2):
+    """A model that uses the kernels; on a CPU of one layer, because the interpreter needs as long for each."""
+    model = peft_model(num_hidden_layers=layers).to(DEVICE)
     mb = peft_multibatch.enable(model, backend="triton", fuse=fuse)
     assert mb.report().backend == "triton"
     return model, mb
@@ -185,7 +185,7 @@ def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
 
 @pytest.mark.parametrize("fuse", [True, "weights"])
 def test_every_row_is_its_own_adapters(launches, fuse):
-    model, _ = enabled(fuse)
+    model, _ = enabled(fuse, layers=2)
     for names in (NAMES, [*NAMES[:2]], ["__base__", "__base__"], ["four", "four", "three"]):
         assert_close(logits(model, names, len(names)), expected(model, names))
     # three calls with adapters: q/k/v, o, gate/up and down of two layers; no launch if no row has an adapter
@@ -210,7 +210,7 @@ def test_adapters_of_different_dtypes(launches):
 
 
 def test_changes_are_seen():
-    model, _ = enabled()
+    model, _ = enabled(layers=2)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     before = logits(model)
 
@@ -272,7 +272,7 @@ def test_weights_on_another_device_are_refused():
 
 
 def test_generate(launches):
-    model, _ = enabled()
+    model, _ = enabled(layers=2)
     options = {"max_new_tokens": 4, "do_sample": False}
     tokens = model.generate(**inputs(), adapter_ids=NAMES, **options)
     rows = row_by_row(model, NAMES, inputs(), lambda row: model.generate(**row, **options))
@@ -284,7 +284,7 @@ def test_generate(launches):
 def compiled(request):
     """A model, its handle, the model compiled as one graph, and the list of graphs made so far."""
     torch._dynamo.reset()
-    model, mb = enabled(getattr(request, "param", True))
+    model, mb = enabled(*getattr(request, "param", ()))
     graphs = []
 
     def backend(graph, example_inputs):
@@ -296,7 +296,7 @@ def compiled(request):
     return model, mb, torch.compile(model.get_base_model(), fullgraph=True, backend=backend), graphs
 
 
-@pytest.mark.parametrize("compiled", [True, "weights"], indirect=True)
+@pytest.mark.parametrize("compiled", [(True, 2), ("weights", 2)], indirect=True, ids=["True", "weights"])
 def test_one_graph_for_any_mix(compiled, launches):
     model, mb, fast, graphs = compiled
     for mix in MIXES:

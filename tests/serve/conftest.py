@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from asynchronous import asynchronous
 from peft import PeftModel
@@ -11,8 +13,23 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 from serving import save_adapters, save_tokenizer, serving, tiny_model
 
+from peft_multibatch.serve import engine
+
 
 __all__ = ["asynchronous"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stays_frozen():
+    """Keep engines in this process from collecting, freezing and thawing everything, which takes seconds for each.
+
+    The libraries are frozen already, and thawed objects would slow down all tests that follow. Servers in processes of
+    their own, as in `test_command.py`, do it.
+    """
+    nothing = SimpleNamespace(collect=lambda: None, freeze=lambda: None, unfreeze=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "gc", nothing)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -499,7 +499,7 @@ HALVES = [{"three": 0.5, "eight": 0.5}] * 6
 
 
 def test_graphs_of_continuous_batching_are_captured_again_for_more_adapters_per_sample():
-    """Another thread else's mixture allocates plans that graphs captured before don't read."""
+    """Another call's mixture allocates plans that graphs captured before don't read."""
     model, mb = enabled()
     graph, names = mb._router.graph, mb.adapter_names
     with before_a_capture(mb):

@@ -143,9 +143,7 @@ def test_host_memory_that_cannot_be_pinned_costs_no_room(make, rows, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(Device, "pin", refuse)
         for _ in range(3):
-            with pytest.raises(
-                errors.AdapterFileError, match=r"'a0' can't be loaded .*out of memory that can be pinned"
-            ):
+            with pytest.raises(errors.StoreFullError, match=r"couldn't be allocated on cpu .*out of memory that can"):
                 ask(model, ["a0"])
     check(model, rows, ["a0", "a1"])
     assert store.stats().host_bytes == 2 * size

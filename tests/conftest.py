@@ -69,6 +69,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or Triton's bindings report what is left at exit as leaks
+
+
 def _remember_builtins(interpreter):
     """Make Triton's interpreter search its language for built-in functions once, not at every call of a function."""
     is_builtin, patch_attr = interpreter.tl.core.is_builtin, interpreter._patch_attr

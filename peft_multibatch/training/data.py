@@ -154,6 +154,9 @@ class AdapterBatchSampler(Sampler[list[int]]):
             missing = self._batch_size - sum(wanted.values())
             for name in sorted(credit, key=lambda name: wanted[name] - credit[name])[: max(missing, 0)]:
                 wanted[name] += 1
+            for _ in range(-missing):  # adapters that were ahead leave more than a batch for the others
+                last = min((name for name in wanted if wanted[name]), key=lambda name: credit[name] - wanted[name])
+                wanted[last] -= 1
             for name, count in wanted.items():
                 credit[name] -= count
             counts = {name: min(count, left[name]) for name, count in wanted.items() if count and left[name]}

@@ -54,13 +54,13 @@ class Family:
         self.model_type, self.media, self.kind, self.join = model_type, media, kind, join or side_by_side
         self.counts, self.mixes = counts, mixes
 
-    def model(self, modules_to_save: Sequence[str] = (), leave_out: str = "") -> Any:
-        """A model with three adapters on all of its linear layers."""
+    def model(self, modules_to_save: Sequence[str] = (), leave_out: str = "", targets: str = "all-linear") -> Any:
+        """A model with three adapters, by default on all of its linear layers."""
         self.tiny: Any = self.model_type() if callable(self.model_type) else build(self.model_type, head=True)
         model = None
         for name, rank in RANKS.items():
             config = LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False,
+                r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False,
                 modules_to_save=[*modules_to_save] or None, exclude_modules=leave_out or None,
             )  # fmt: skip
             if model is None:

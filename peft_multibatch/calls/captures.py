@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from peft_multibatch.calls.batch_plan import BatchPlan
 
 
+class First(NamedTuple):
+    """What the first of several graphs reads. Later ones read as much or more.
+
+    Attributes:
+        layers: the layers with adapters, and their names.
+        components: the number of plans, the most adapters that a sample may have.
+    """
+
+    layers: Mapping[Any, str]
+    components: int
+
+
 class Captures:
     """Whose graphs were captured, with which layers, and whether they are outdated.
 
@@ -30,33 +42,30 @@ class Captures:
 
     Attributes:
         layers: all layers with adapters, and their names; a new mapping when any come or go.
-        components: the number of plans that the first graph reads, by whether it was a user's: the most adapters that
-            a sample may have.
         discards: how often graphs of continuous batching were discarded.
     """
 
     def __init__(self) -> None:
         self.layers: Mapping[Any, str] = {}
-        self._before: dict[bool, Mapping[Any, str]] = {}  # the layers at the first capture, by whether it was a user's
+        self._first: dict[bool, First] = {}  # by whether it was a user's
         self._outdated: list[Sequence[TableRows | Tensor]] = []  # which graphs of continuous batching may still read
         self._kept: list[Sequence[Tensor]] = []  # which users' graphs may read
         # the layers now, and the adapters that have weights only in layers of the first capture
         self._complete: dict[bool, tuple[Mapping[Any, str], WeakSet[AnyAdapter]]] = {}
-        self.components: dict[bool, int] = {}
         self.discards = 0
 
     def __bool__(self) -> bool:
-        return bool(self._before)
+        return bool(self._first)
 
     @property
     def of_users(self) -> bool:
         """Whether a user captured a graph."""
-        return True in self._before
+        return True in self._first
 
     @property
     def of_steps(self) -> bool:
         """Whether graphs of continuous batching were captured."""
-        return False in self._before
+        return False in self._first
 
     @property
     def are_outdated(self) -> bool:
@@ -70,14 +79,12 @@ class Captures:
             is_users: whether a user captures it, or else a step of continuous batching.
             components: the number of plans that it reads.
         """
-        self._before.setdefault(is_users, self.layers)
-        self.components.setdefault(is_users, components)  # later graphs read as many or more
+        self._first.setdefault(is_users, First(self.layers, components))
 
     def discard(self) -> None:
         """Record that the graphs of continuous batching, of all managers, must not be used any more."""
         self.discards += self.of_steps
-        self._before.pop(False, None)
-        self.components.pop(False, None)
+        self._first.pop(False, None)
         self._complete.pop(False, None)
         self._outdated.clear()
 
@@ -117,18 +124,22 @@ class Captures:
                 "has some that a replay would leave out: expected adapters on the layers that had adapters at "
                 "the capture. Call disable and enable, and capture the graph again."
             )
-        most = self.components.get(True, len(plan.components))
-        if len(plan.components) > most:
+        if self.lacks_components(plan, is_users=True):
             raise ModelStateError(
-                f"a CUDA graph was captured with at most {most} adapters per sample, and now a mixture has "
-                f"{len(plan.components)}: expected no more adapters in a mixture than at the capture. Call disable "
-                "and enable, and capture the graph again."
+                f"a CUDA graph was captured with at most {self._first[True].components} adapters per sample, and now "
+                f"a mixture has {len(plan.components)}: expected no more adapters in a mixture than at the capture. "
+                "Call disable and enable, and capture the graph again."
             )
+
+    def lacks_components(self, plan: BatchPlan, is_users: bool) -> bool:
+        """Whether a plan has more adapters for a sample than graphs read."""
+        first = self._first.get(is_users)
+        return first is not None and len(plan.components) > first.components
 
     def missing(self, plan: BatchPlan, is_users: bool) -> tuple[AnyAdapter, str] | None:
         """An adapter of a plan with weights in a layer that had no adapters at the capture, and the layer's name."""
-        before = self._before.get(is_users, self.layers)
-        if before is self.layers:
+        first = self._first.get(is_users)
+        if first is None or first.layers is self.layers:
             return None
         layers, complete = self._complete.get(is_users, (None, None))
         if layers is not self.layers or complete is None:
@@ -137,7 +148,7 @@ class Captures:
         for adapter in plan.adapters.values():
             if adapter not in complete:
                 for layer, name in self.layers.items():
-                    if layer not in before and adapter.has(layer):
+                    if layer not in first.layers and adapter.has(layer):
                         return adapter, name
                 complete.add(adapter)
         return None

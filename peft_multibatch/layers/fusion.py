@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from peft_multibatch.adapters.bank import Bank, base_device
 from peft_multibatch.adapters.checks import HOOKS
+from peft_multibatch.adapters.views import STATE
 from peft_multibatch.calls.graphs import Graph
 
 
@@ -121,7 +122,7 @@ class Group:
         self.reason = self.reason or reason
 
     def _keep(self, memory: list[Tensor]) -> None:
-        patch = getattr(self.layers[0], "_multibatch", None)
+        patch = getattr(self.layers[0], STATE, None)
         if patch is not None:  # the model is still enabled
             patch.router.graph.keep(memory)
 

@@ -195,20 +195,7 @@ def test_whole_images_among_patches(counts, copies):
         return Part(tokens, {"pixel_values": pixels, "image_sizes": torch.tensor(sizes[count])})
 
     family = Family(FAMILIES["LLaVA with Pixtral"].model_type, media, counts=counts)
-    family.tiny = family.model_type()
-    model = None
-    for adapter, rank in RANKS.items():
-        target = r".*q_proj" if copies else r".*(q_proj|patch_conv)"
-        config = LoraConfig(r=rank, target_modules=target, init_lora_weights=False, modules_to_save=copies)
-        if model is None:
-            model = get_peft_model(family.tiny.model, config, adapter_name=adapter)
-        else:
-            model.add_adapter(adapter, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.eval()
+    model = family.model(copies or (), targets=r".*q_proj" if copies else r".*(q_proj|patch_conv)")
     wanted = expected(family, model)
     peft_multibatch.enable(model)
     assert_all_close(logits(model, family.batch(family.samples()), adapter_ids=IDS), wanted)

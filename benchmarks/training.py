@@ -16,6 +16,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -75,52 +76,59 @@ class Steps:
     def one(self) -> None:
         self.loss(self.ids).backward()
 
-    def alone(self) -> None:
-        for index, name in enumerate(self.adapters):
-            self.model.set_adapter(name)
-            self.loss(self.ids[index * self._rows : (index + 1) * self._rows]).backward()
-        self.model.set_adapter("adapter0")
+    def alone(self, index: int) -> None:
+        self.loss(self.ids[index * self._rows : (index + 1) * self._rows]).backward()
 
-    def ready(self, way: str) -> Callable[[], None]:
-        """Prepare the model for a method, and return the method's step."""
+    def ready(self, way: str) -> list[Callable[[], None]]:
+        """Prepare the model for a method, and return the method's steps.
+
+        With one adapter at a time there is a step per adapter; ``seconds`` activates it before and doesn't time that,
+        because separate runs wouldn't have to.
+        """
         peft_multibatch.disable(self.model)
         if way == OURS:
             peft_multibatch.enable(self.model)
             self.model.set_requires_grad(self.adapters)
-            return self.mixed
+            return [self.mixed]
         self.model.set_adapter("adapter0")
-        return self.one if way == ONE else self.alone
+        return [self.one] if way == ONE else [partial(self.alone, index) for index in range(len(self.adapters))]
 
     def clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def gradients(self, way: str) -> Tensor:
-        step = self.ready(way)
+        steps = self.ready(way)
         self.clear()
-        step()
+        self.seconds(steps)
         found = [p.grad.float().cpu().flatten() for p in self.model.parameters() if p.grad is not None]
         self.clear()
         return torch.cat(found)
 
-    def seconds(self, step: Callable[[], None]) -> float:
+    def seconds(self, steps: list[Callable[[], None]]) -> float:
+        """Run steps and return their time in seconds; gradients stay until the next call."""
         self.clear()
-        self._wait()
         is_alone = self.device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if is_alone else time.perf_counter
-        begin = clock()
-        step()
-        self._wait()
-        return clock() - begin
+        total = 0.0
+        for step, name in zip(steps, self.adapters):
+            if len(steps) > 1:
+                self.model.set_adapter(name)
+            self._wait()
+            begin = clock()
+            step()
+            self._wait()
+            total += clock() - begin
+        return total
 
-    def peak(self, step: Callable[[], None]) -> float:
+    def peak(self, steps: list[Callable[[], None]]) -> float:
         """Measure the memory that a step adds, in GB."""
         self.clear()
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
+        self.seconds(steps)
         found = (torch.cuda.max_memory_allocated() - before) / 1e9
         self.clear()
         return found
@@ -169,11 +177,11 @@ def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float | str]:
     for number in track(range(rounds + 1), description="rounds", console=console):
         for way in list(times):
             try:
-                step = steps.ready(way)
-                steps.seconds(step)
-                took = statistics.median(steps.seconds(step) for _ in range(repeats))
+                parts = steps.ready(way)
+                steps.seconds(parts)
+                took = statistics.median(steps.seconds(parts) for _ in range(repeats))
                 if not number and steps.device.type == "cuda":
-                    found[f"{way}, GB"] = round(steps.peak(step), 3)
+                    found[f"{way}, GB"] = round(steps.peak(parts), 3)
             except torch.cuda.OutOfMemoryError:
                 found[f"{way}, ms"] = "out of memory"
                 del times[way]

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from peft_multibatch.compat import disable_current_modes
+
 
 class _Device:
     """The streams of a device that calls have used."""
@@ -114,12 +116,17 @@ def marks(device: torch.device) -> list[torch.cuda.Event]:
     return _record(device, None)
 
 
+@torch.compiler.disable
 def keep_for_all(tensors: Iterable[Tensor]) -> None:
-    """Keep the memory of freed tensors until all streams have finished the work launched so far."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            for stream in list(_known(tensor.device).streams.values()):
-                tensor.record_stream(stream)
+    """Keep the memory of freed tensors until all streams have finished the work launched so far.
+
+    Finalizers call this at any moment, such as while torch.compile traces a graph, which must not contain it.
+    """
+    with disable_current_modes():
+        for tensor in tensors:
+            if tensor.is_cuda:
+                for stream in list(_known(tensor.device).streams.values()):
+                    tensor.record_stream(stream)
 
 
 def _known(device: torch.device) -> _Device:

@@ -140,6 +140,7 @@ class Arena:
             return self._streams.make(size)
         block = np.empty(size, dtype=np.uint8)
         if self._is_pinned:
+            block.fill(0)  # maps its pages, for which pinning would block the driver, and with it all launches
             self._streams.pin(block)
         return block
 

@@ -1,0 +1,50 @@
+"""What the garbage collector runs while something else is being traced."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peft_multibatch import streams
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def freed(request, monkeypatch):
+    """A tensor that kernels may still read, and the calls of `record_stream`; on a CPU, a stand-in for one on a GPU."""
+    tensor = torch.zeros(4, device=request.param)
+    calls = []
+
+    def record_stream(stream):
+        calls.append(stream)
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+        else:
+            tensor.add(1)  # an operation that modes see
+
+    device = tensor.device if tensor.is_cuda else torch.device("cuda", 99)
+    if tensor.is_cuda:
+        streams.note(device)
+    else:
+        known = streams._Device()
+        known.streams[0] = None
+        monkeypatch.setitem(streams._devices, device, known)
+    return SimpleNamespace(is_cuda=True, device=device, record_stream=record_stream), calls
+
+
+def test_memory_is_freed_while_torch_traces_a_graph(freed):
+    tensor, calls = freed
+
+    def step(x):
+        streams.keep_for_all([tensor])  # as a finalizer does
+        return x + 1
+
+    with FakeTensorMode() as mode:
+        found = step(mode.from_tensor(torch.zeros(3)))
+    graph = make_fx(step, tracing_mode="fake")(torch.zeros(3)).graph
+    assert found.shape == (3,)
+    assert calls
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]

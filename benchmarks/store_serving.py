@@ -13,13 +13,13 @@ Host memory has room for 512 of them, device memory for 16, 64 or 128.
 - ``throughput``: streams of requests whose adapters follow Zipf's law with exponent 1 over 10,000, or are uniform over
   1,000 or 10,000; all requests are queued at the start, with prompts of 16 to 128 tokens and answers of 64. Every
   round has different requests. ``of resident`` compares with a session with device memory for all adapters of a round,
-  loaded before it starts, with the same requests, adapters and settings. ``64 in use`` is another baseline: the same
-  requests for 64 adapters (the name's number modulo 64), all resident.
+  loaded before it starts, with the same requests, adapters and settings, and is the median over rounds. ``64 in use``
+  is another baseline: the same requests for 64 adapters (the name's number modulo 64), all resident.
 - ``first token``: time to the first token of one request at a time, next to 16 running ones, with its adapter on the
   device, in host memory, in a file in the page cache, or in a file that isn't (written out and dropped with
   ``posix_fadvise``).
 - ``step``: time between tokens of 16 requests for pinned adapters, while nothing is loaded, while adapters are copied
-  from host memory to the device one after the other, and while they are read from files; no request uses these.
+  from host memory to the device, four at a time, and while they are read from files; no request uses these.
 
 Sessions start with rounds that aren't timed, until a round captures no CUDA graph. Before anything is timed, rows of a
 mixed batch must match those of PEFT's ``load_adapter`` to the precision of bfloat16, and first tokens of continuous
@@ -262,6 +262,7 @@ def make_resident(store: Any, numbers: list[int]) -> None:
 
 def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int, only: str) -> list[dict]:
     records = []
+    taken: dict[tuple[str, str], list[float]] = {}
     kinds = {name: draw for name, draw in streams(sizes).items() if name.startswith(only)}
     most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
     for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
@@ -287,6 +288,7 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
                             make_resident(store, numbers)
                             before = store.stats() if not times else before
                         times.append(play(sizes, manager, numbers, seed))
+                    taken[name, label] = times
                     after = store.stats()
                     hits, misses = after.hits - before.hits, after.misses - before.misses
                     seconds = statistics.median(times)
@@ -301,9 +303,9 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
                         "captured": len(captured) - late,
                     })  # fmt: skip
                     console.print(records[-1])
-    resident = {each["stream"]: each["tokens_per_s"] for each in records if each["way"] == RESIDENT}
     for record in records:
-        record["of resident"] = round(record["tokens_per_s"] / resident[record["stream"]], 3)
+        mine, theirs = (taken[record["stream"], way] for way in (record["way"], RESIDENT))
+        record["of resident"] = round(statistics.median(their / my for my, their in zip(mine, theirs)), 3)
     return records
 
 
@@ -454,15 +456,13 @@ def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
     for what, numbers in turns:
         with Running(sizes, store, manager) as running:
             first, begin, known = len(running.times), time.perf_counter(), store.stats().loads
+            wanted: list[int] = []
             while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended:
-                if numbers is None:
-                    time.sleep(0.01)
-                    continue
-                number = next(numbers)
-                store.prefetch(str(number))
-                deadline = time.perf_counter() + 1
-                while not store.is_loaded(store._names.ids[str(number)]) and time.perf_counter() < deadline:
-                    time.sleep(0.0005)
+                if numbers is not None and all(map(store.is_loaded, wanted)):
+                    some = [str(next(numbers)) for _ in range(4)]
+                    wanted = [store._names.ids[name] for name in some]
+                    store.prefetch(*some)
+                time.sleep(0.005)  # few wakeups, because a step waits for any thread that runs Python
             rates[what] += (store.stats().loads - known) / (time.perf_counter() - begin) / 2
             gaps[what] += [after - before for before, after in itertools.pairwise(running.times[first:])]
     quiet = gaps["nothing is loaded"]
@@ -504,7 +504,7 @@ def plot(records: list[dict], path: Path) -> None:
 
 def main(
     rooms: str = "",
-    rounds: int = 2,
+    rounds: int = 3,
     tiny: bool = typer.Option(False, "--tiny"),
     attention: str = "",
     only: Annotated[str, typer.Option(help="measure only streams whose names start with this")] = "",
@@ -512,7 +512,7 @@ def main(
     out: Path = RESULTS / "store_serving.csv",
     commit: str = typer.Option("", help="the measured commit; by default the checkout's"),
 ) -> None:
-    """Measure throughput for each of ROOMS, then times to the first token and of steps with room for 64."""
+    """Measure times to the first token and of steps with room for 64, then throughput for each of ROOMS."""
     if torch.cuda.is_available():
         torch.cuda.CUDAGraph.capture_begin = counted
     sizes = Sizes(tiny, attention)
@@ -526,9 +526,9 @@ def main(
         set_attention(model, attention)
         check(sizes, model, root)
         known = {"attention": attention or "sdpa"} | versions(commit)
-        records = throughput(sizes, model, root, counts, rounds, only)
+        records = latency(sizes, model, root, 16 if tiny else 64)
         write([record | known for record in records], out)
-        records += latency(sizes, model, root, 16 if tiny else 64)
+        records = throughput(sizes, model, root, counts, rounds, only) + records
         write([record | known for record in records], out, plot)
     finally:
         shutil.rmtree(root)

@@ -85,8 +85,8 @@ class Run:
         self.prompts = [torch.randint(0, most, (length,), generator=generator).tolist() for length in lengths]
         own = engines._batching
 
-        def with_more(*args: Any) -> Any:
-            config = own(*args)
+        def with_more(settings: Settings, device: torch.device) -> Any:
+            config = own(settings, device)
             for name, value in batching.items():
                 setattr(config, name, value)
             return config
@@ -109,7 +109,10 @@ class Run:
 
 def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
     """Run the requests with the manager; returns tokens, times to the first token and the total time in seconds."""
-    left, added, found, firsts = iter(range(run.requests)), {}, {}, {}
+    left = iter(range(run.requests))
+    added: dict[int, float] = {}
+    found: dict[int, list[int]] = {}
+    firsts: dict[int, float] = {}
 
     def add() -> None:
         for number in left:

@@ -244,8 +244,8 @@ def main(
             if device == "cuda":
                 steps.ready(OURS)
                 single = steps.launches(["adapter0"] * len(steps.names))
-                record["launches"] = steps.launches(steps.names)
-                record["launches × one adapter"] = round(record["launches"] / single, 3)
+                launches = steps.launches(steps.names)
+                record |= {"launches": launches, "launches × one adapter": round(launches / single, 3)}
             records.append(record | {"error": f"{error:.1e}"})
             console.print(record)
             write([each | {"layers": layers, "rank": rank, "dropout": dropout} | known for each in records], out, plot)

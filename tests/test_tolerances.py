@@ -15,6 +15,11 @@ def test_one_percent_is_caught(dtype):
         assert_close((expected * 1.01).to(dtype), expected)
 
 
+def test_float32_is_not_tf32_on_a_gpu():
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_nan_is_caught():
     expected = torch.randn(4)
     actual = expected.clone()

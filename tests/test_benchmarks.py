@@ -16,6 +16,9 @@ import torch
 from tolerances import RELATIVE_ERROR
 
 
+for package in ("matplotlib", "rich", "typer", "triton"):
+    pytest.importorskip(package, reason="needs the extra 'bench' and Triton")
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

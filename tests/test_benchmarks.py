@@ -15,6 +15,8 @@ import pytest
 import torch
 from tolerances import RELATIVE_ERROR
 
+from peft_multibatch.compat import SPLITS_ADAPTERS
+
 
 for package in ("matplotlib", "rich", "typer", "triton"):
     pytest.importorskip(package, reason="needs the extra 'bench' and Triton")
@@ -94,3 +96,23 @@ def test_scaling_out_keeps_what_it_has_measured(tmp_path):
     for what in ("generate, dynamic cache, adapters: 2", "round 1 of 1: mixed", "training step", "5 steps", "unknown"):
         assert what in done.stdout
     assert "requires_grad=True to a scalar" not in done.stderr
+
+
+def test_tensor_parallel_names_the_peft_that_it_needs(load, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    benchmark = load("tensor_parallel")
+    monkeypatch.setattr(benchmark, "SPLITS_ADAPTERS", False)
+    with pytest.raises(
+        SystemExit, match=r"peft 0\.\S+ can't run adapters of a split model: expected 0\.21\.1 or newer"
+    ):
+        benchmark.main()
+
+
+@pytest.mark.skipif(not SPLITS_ADAPTERS, reason="this PEFT doesn't split adapters with transformers' plans")
+def test_tensor_parallel(tmp_path):
+    sizes = ["--hidden-size", 64, "--intermediate-size", 64, "--vocab-size", 64, "--layers", 1]
+    options = ["--batch", 2, "--adapters", 2, "--rounds", 1, "--out", tmp_path / "found.csv"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = run(*ranks, BENCHMARKS / "tensor_parallel.py", *sizes, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["ranks"] for row in rows(tmp_path / "found.csv")] == ["2", "2"]

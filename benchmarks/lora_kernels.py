@@ -20,7 +20,7 @@ import multiprocessing
 import statistics
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib
 import torch
@@ -290,7 +290,13 @@ def main(
     grid: bool = False,
     graphs: bool = False,
     only: str = "",
-    out: Path | None = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the CSV; the plot is written next to it",
+            show_default="results/lora_kernels.csv, _grid.csv or _graphs.csv",
+        ),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Check and time every point; with --sweep, also search for better launches."""

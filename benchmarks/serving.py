@@ -324,7 +324,12 @@ def main(
     rounds: int = 3,
     attention: Annotated[str, typer.Option(help="as in transformers, such as flash_attention_3")] = "",
     batching: Annotated[str, typer.Option(help="JSON for transformers' ContinuousBatchingConfig")] = "{}",
-    out: Annotated[Path | None, typer.Option(help="the CSV; the plot is written next to it")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the CSV; the plot is written next to it", show_default="results/serving.csv, or serving_soak.csv"
+        ),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Measure requests per second and time to the first token, or memory over time."""

@@ -109,8 +109,8 @@ def measure(job: dict[str, Any]) -> None:
                 records += generate(job, state, model, workload, count)
             if state.is_main_process:
                 save(records, job)
-    say(job, state, "done")
     state.destroy_process_group()
+    say(job, state, "done")
 
 
 def save(records: list[dict[str, Any]], job: dict[str, Any]) -> None:
@@ -198,6 +198,7 @@ def train(job: dict[str, Any], state: PartialState, model: Any, count: int) -> d
     sums = torch.stack([each.double().sum() for each in weights]).tolist()
     if any(each != sums for each in gather_object([sums])):
         raise SystemExit("processes ended with different weights.")
+    say(job, state, "the weights are the same in all processes")
     peft_multibatch.disable(model)
     return {
         "processes": state.num_processes,

@@ -16,8 +16,9 @@ def test_one_percent_is_caught(dtype):
 
 
 def test_float32_is_not_tf32_on_a_gpu():
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
+    backends = torch.backends
+    for each in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+        assert each.fp32_precision != "tf32"
 
 
 def test_nan_is_caught():

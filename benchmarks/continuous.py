@@ -1,6 +1,7 @@
 """Benchmark continuous batching on a GPU: requests for many adapters, against the base model and one at a time.
 
     python benchmarks/continuous.py                    # results/continuous.csv and .png beside this script
+    python benchmarks/continuous.py --tiny --layers 2      # a tiny model on a CPU, to see it run
 
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
 seven projections; prompts have 16 to 256 tokens, answers 64. transformers' own continuous batching runs the base
@@ -16,12 +17,12 @@ import time
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import torch
 import typer
-from end_to_end import build, versions, write
+from end_to_end import DEVICE, TINY, build, versions, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +30,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import peft_multibatch
+from peft_multibatch.layers.fusion import Fuse
 
 
 matplotlib.use("Agg")
@@ -42,7 +44,7 @@ console = Console(width=130)
 
 def finish(manager: Any, names: list[str]) -> list[list[int]]:
     """Wait for all requests and return their tokens."""
-    found = {}
+    found: dict[str, list[int]] = {}
     while len(found) < len(names):
         output = manager.get_result(timeout=5)
         if output is None and not manager.is_running():
@@ -55,12 +57,19 @@ def finish(manager: Any, names: list[str]) -> list[list[int]]:
 
 
 captured: list[bool] = []  # one entry per CUDA graph
-begin_capture = torch.cuda.CUDAGraph.capture_begin
 
 
-def counted(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
-    captured.append(True)
-    begin_capture(graph, *args, **kwargs)
+def count_captures() -> None:
+    """Add an entry to ``captured`` for every graph from now on."""
+    if not torch.cuda.is_available():
+        return
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def counted(graph: torch.cuda.CUDAGraph, *args: Any, **kwargs: Any) -> None:
+        captured.append(True)
+        begin(graph, *args, **kwargs)
+
+    torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[method-assign, assignment]
 
 
 def set_attention(model: Any, name: str) -> None:
@@ -75,7 +84,9 @@ def without_block_table(attention: str) -> dict[str, int]:
 
 def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: Any) -> tuple[dict[str, Any], list]:
     """Return the times of the first and the timed rounds in seconds, the number of graphs captured, and tokens."""
-    first, times, tokens, late = 0.0, [], [], 0
+    first, late = 0.0, 0
+    times: list[float] = []
+    tokens: list[list[int]] = []
     with session as manager:
         while len(times) < rounds:
             before, begin = len(captured), time.perf_counter()
@@ -91,7 +102,7 @@ def timed(session: AbstractContextManager, prompts: list, rounds: int, **ids: An
 def one_at_a_time(model: Any, prompts: list, names: list[str], options: Any) -> tuple[dict[str, Any], list]:
     """Run every adapter's requests in a separate session; starting sessions isn't timed."""
     sums: Counter[str] = Counter()
-    tokens = {}
+    tokens: dict[int, list[int]] = {}
     for name in track(list(dict.fromkeys(names)), description="one at a time", console=console):
         model.set_adapter(name)
         own = [index for index, each in enumerate(names) if each == name]
@@ -133,13 +144,16 @@ def main(
     asynchronous: bool = True,
     attention: str = "",
     fuse: str = "",
+    tiny: bool = False,
     out: Path = RESULTS / "continuous.csv",
     commit: str = "",
 ) -> None:
     """Measure throughput for every number of adapters; FUSE="weights" is passed to ``enable``."""
-    torch.cuda.CUDAGraph.capture_begin = counted
+    if DEVICE.type == "cpu":
+        graphs = asynchronous = False  # both need a GPU
+    count_captures()
     counts = [int(each) for each in adapters.split(",")]
-    base, model = build(max(counts), rank, layers)
+    base, model = build(max(counts), rank, layers, DEVICE, "", **(TINY if tiny else {}))
     for each in (base, model.get_base_model()):
         set_attention(each, attention)
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -158,14 +172,14 @@ def main(
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(16, 257, (requests,), generator=generator).tolist()
-    prompts = [torch.randint(1, 128000, (length,), generator=generator).tolist() for length in lengths]
+    prompts = [torch.randint(1, base.config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
     known = versions(commit)
-    records = []
+    records: list[dict[str, Any]] = []
     for count in track(counts, description="adapters", console=console):
         # measured again for every number of adapters, because a host's speed varies
         baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
         names = [f"adapter{index % count}" for index in range(requests)]
-        mb = peft_multibatch.enable(model, fuse=fuse or True)
+        mb = peft_multibatch.enable(model, fuse=cast(Fuse, fuse or True))
         session = mb.continuous_batching(**options())
         ours, tokens = timed(session, prompts, rounds, adapter_ids=names)
         mb.disable()

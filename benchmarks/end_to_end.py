@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                    # results/end_to_end.csv and .png beside this script
     python benchmarks/end_to_end.py --quantize "bitsandbytes 4-bit" --points 32:32 --compiled "" --out quantized.csv
+    python benchmarks/end_to_end.py --tiny --layers 2 --points 4:2 --compiled 4:2      # on a CPU, to see it run
 
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
 seven projections. Before anything is timed, the logits of the mixed batch must match PEFT's to the precision of
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import peft
@@ -32,6 +34,7 @@ from rich.table import Table
 from transformers import BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import peft_multibatch
+from peft_multibatch.layers.fusion import Fuse
 
 
 matplotlib.use("Agg")
@@ -44,6 +47,14 @@ MEASURES = ("decode_ms", "generate32_s", "prefill512_ms")
 TITLES = dict(zip(MEASURES, ("a decode step", "generate, 32 tokens", "prefill, 512 tokens")))
 BASE, OURS, FUSED = "base", "peft_multibatch", "peft_multibatch fuse='weights'"
 ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a time"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 999,
+}
 console = Console(width=150)
 
 
@@ -61,10 +72,21 @@ def quantization(kind: str) -> BitsAndBytesConfig | TorchAoConfig:
 
 
 def build(
-    num_adapters: int, rank: int, layers: int, device: str | torch.device = "cuda", quantize: str = "", **sizes: int
+    num_adapters: int, rank: int, layers: int, device: torch.device = DEVICE, quantize: str = "", **sizes: int
 ) -> tuple[LlamaForCausalLM, peft.PeftModel]:
-    """Build the base model and a separate model with adapters, both on the device; by default with Llama 8B's
-    sizes."""
+    """Build the base model and a separate model with adapters, both on the device."""
+    models = [llama(layers, device, **sizes) for _ in range(2)]
+    if quantize:
+        with tempfile.TemporaryDirectory() as folder:
+            models.pop().save_pretrained(folder)
+            models.clear()
+            options = {"dtype": torch.bfloat16, "device_map": device, "quantization_config": quantization(quantize)}
+            models += [LlamaForCausalLM.from_pretrained(folder, **options).eval() for _ in range(2)]
+    return models[0], with_adapters(models[1], num_adapters, rank)
+
+
+def llama(layers: int, device: torch.device, **sizes: int) -> LlamaForCausalLM:
+    """Build a model with random weights, by default with Llama 8B's sizes."""
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -73,26 +95,22 @@ def build(
         "vocab_size": 128256,
     } | sizes
     config = LlamaConfig(num_hidden_layers=layers, eos_token_id=None, pad_token_id=0, dtype=torch.bfloat16, **sizes)
-    models = []
+    torch.manual_seed(0)
     with torch.device(device):
-        for _ in range(2):
-            torch.manual_seed(0)
-            models.append(LlamaForCausalLM(config).to(torch.bfloat16).eval())
-    if quantize:
-        with tempfile.TemporaryDirectory() as folder:
-            models.pop().save_pretrained(folder)
-            models.clear()
-            options = {"dtype": torch.bfloat16, "device_map": device, "quantization_config": quantization(quantize)}
-            models += [LlamaForCausalLM.from_pretrained(folder, **options).eval() for _ in range(2)]
-    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def with_adapters(base: LlamaForCausalLM, num_adapters: int, rank: int) -> peft.PeftModel:
+    """Add ``adapter0`` and so on, on all projections."""
+    with base.device:
         lora = LoraConfig(r=rank, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(models[1], lora, adapter_name="adapter0", autocast_adapter_dtype=False)
+        model = get_peft_model(base, lora, adapter_name="adapter0", autocast_adapter_dtype=False)
         for index in track(range(1, num_adapters), description="adding adapters", console=console):
             model.add_adapter(f"adapter{index}", lora, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(0.1)  # the scale of trained adapters, so that logits stay in range
-    return models[0], model.eval()
+    return model.eval()
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -104,7 +122,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def calls(target, prompt: torch.Tensor, wide: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
+def calls(target: Any, prompt: torch.Tensor, wide: torch.Tensor, **ids: Any) -> dict[str, Callable[[], float]]:
     """Return the measurements of one method: a decode step after 128 tokens, `generate` of 32, prefill of 512."""
     cache = DynamicCache(config=target.config)
     target(input_ids=prompt, past_key_values=cache, **ids)
@@ -125,7 +143,7 @@ def calls(target, prompt: torch.Tensor, wide: torch.Tensor, **ids) -> dict[str, 
     return dict(zip(MEASURES, (decode, generate, prefill)))
 
 
-def compiled_calls(target, prompt: torch.Tensor, **ids) -> dict[str, Callable[[], float]]:
+def compiled_calls(target: Any, prompt: torch.Tensor, **ids: Any) -> dict[str, Callable[[], float]]:
     """The same with a static cache, for which transformers compiles the decode step, which is a mean over 64 steps."""
 
     def generate(tokens: int) -> float:
@@ -135,7 +153,9 @@ def compiled_calls(target, prompt: torch.Tensor, **ids) -> dict[str, Callable[[]
     return {"decode_ms": lambda: 1e3 * (generate(65) - generate(1)) / 64, "generate32_s": lambda: generate(32)}
 
 
-def alone_calls(model, names: list[str], prompt: torch.Tensor, wide: torch.Tensor) -> dict[str, Callable[[], float]]:
+def alone_calls(
+    model: Any, names: list[str], prompt: torch.Tensor, wide: torch.Tensor
+) -> dict[str, Callable[[], float]]:
     """One adapter at a time: every adapter's rows in a separate batch."""
     adapters = list(dict.fromkeys(names))
     rows = {name: [row for row, each in enumerate(names) if each == name] for name in adapters}
@@ -167,7 +187,7 @@ class Timings:
     def measure(self, ways: dict[str, dict[str, Callable[[], float]]], rounds: int, warm_up: bool = True) -> None:
         """Time methods and compare them with the first one; methods that already have a record get no second one."""
         base, measures = next(iter(ways)), list(next(iter(ways.values())))
-        times = {(way, measure): [] for way in ways for measure in measures}
+        times: dict[tuple[str, str], list[float]] = {(way, measure): [] for way in ways for measure in measures}
         what = f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]
         for index in track(range(rounds + warm_up), description=what, console=console):
             for measure in measures:
@@ -186,7 +206,7 @@ class Timings:
             console.print(record)
 
 
-def correct(base, model, prompt: torch.Tensor, names: list[str]) -> tuple[float, float]:
+def correct(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> tuple[float, float]:
     """Return the relative distances of our logits and of the base model's from PEFT's."""
     theirs = model(input_ids=prompt, adapter_names=names).logits[:, -1].float()
     plain = base(input_ids=prompt).logits[:, -1].float()
@@ -196,10 +216,10 @@ def correct(base, model, prompt: torch.Tensor, names: list[str]) -> tuple[float,
     return float((ours - theirs).norm() / theirs.norm()), float((plain - theirs).norm() / theirs.norm())
 
 
-def memory(base, model, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
+def memory(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
     """Return peak memory of `generate` in GB, and memory kept between calls relative to the adapters' size."""
 
-    def peak(target, **ids) -> float:
+    def peak(target: Any, **ids: Any) -> float:
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -277,13 +297,16 @@ def main(
     alone: str = "32:32",
     compiled: str = "32:32,64:64",
     quantize: str = "",
+    tiny: bool = False,
     out: Path = RESULTS / "end_to_end.csv",
     commit: str = "",
 ) -> None:
     """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, base weights fused
     only if they aren't quantized."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
-    base, model = build(max(adapters for _, adapters in pairs), rank, layers, quantize=quantize)
+    base, model = build(
+        max(adapters for _, adapters in pairs), rank, layers, DEVICE, quantize, **(TINY if tiny else {})
+    )
     known = {"base weights": quantize or "bfloat16"} | versions(commit)
     found: list[Timings] = []
     batches = []
@@ -291,8 +314,9 @@ def main(
         point = f"{batch}:{adapters}"
         torch._dynamo.reset()
         names = [f"adapter{row * adapters // batch}" for row in range(batch)]
-        prompt = torch.randint(1, 128000, (batch, 128), device="cuda")
-        wide = torch.randint(1, 128000, (batch, 512), device="cuda")
+        prompt, wide = (
+            torch.randint(1, base.config.vocab_size, (batch, length), device=DEVICE) for length in (128, 512)
+        )
         error, effect = correct(base, model, prompt, names)
         console.print(f"{point}: error against PEFT {error:.4f}, effect of the adapters {effect:.2f}")
         if not error < 0.03 < effect:  # two roundings of bfloat16 are this far apart
@@ -300,14 +324,15 @@ def main(
         timings = Timings(batch, adapters)
         found.append(timings)
         batches.append((point, names, prompt, wide))
-        used = memory(base, model, prompt, names)
+        used = memory(base, model, prompt, names) if DEVICE.type == "cuda" else {}
         plain = calls(base, prompt, wide)
-        for way, fuse in ((OURS, True), (FUSED, "weights"))[: 1 if quantize else 2]:
+        ours: list[tuple[str, Fuse]] = [(OURS, True), (FUSED, "weights")]
+        for way, fuse in ours[: 1 if quantize else 2]:
             peft_multibatch.enable(model, fuse=fuse)
             timings.measure({BASE: plain, way: calls(model, prompt, wide, adapter_ids=names)}, rounds)
             if point in compiled.split(","):
-                ours = compiled_calls(model, prompt, adapter_ids=names)
-                timings.measure({f"{BASE}, compiled": compiled_calls(base, prompt), f"{way}, compiled": ours}, rounds)
+                mixed = compiled_calls(model, prompt, adapter_ids=names)
+                timings.measure({f"{BASE}, compiled": compiled_calls(base, prompt), f"{way}, compiled": mixed}, rounds)
             peft_multibatch.disable(model)
         timings.measure({BASE: plain, ONE: calls(model, prompt, wide)}, rounds)
         timings.records[1] |= used | {"error": round(error, 4)}

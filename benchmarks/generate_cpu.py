@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -93,7 +94,7 @@ def main(
 
 def measure(
     label: str, targets: list[str], names: list[str], prompt: int, new_tokens: int, rank: int, repeats: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     count, batch = len({*names}), len(names)
     base_model, model = build(count, rank, targets)
     torch.manual_seed(1)

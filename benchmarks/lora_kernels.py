@@ -20,7 +20,7 @@ import multiprocessing
 import statistics
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib
 import torch
@@ -29,9 +29,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Rows
+from torch import Tensor
 
 from peft_multibatch import SegmentBuffer, Segments
-from peft_multibatch.adapters.tables import LayerWeights, TableRows, WeightTable
+from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, WeightTable
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
 from peft_multibatch.plan.segments import piece_for
@@ -43,6 +44,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 PROCESSES = 12  # compile in parallel
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU, tests check a point
 console = Console(width=170)
 
 
@@ -104,8 +106,8 @@ def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[LayerWeight
     return {
         slot: [
             LayerWeights(
-                torch.randn(point.rank, point.inputs, device="cuda", dtype=dtype) / point.inputs**0.5,
-                torch.randn(width, point.rank, device="cuda", dtype=dtype),
+                torch.randn(point.rank, point.inputs, device=DEVICE, dtype=dtype) / point.inputs**0.5,
+                torch.randn(width, point.rank, device=DEVICE, dtype=dtype),
                 0.5 + slot % 3,
             )
             for width in point.widths
@@ -131,24 +133,25 @@ class Case:
         self.bytes = point.adapters * per_adapter + point.rows * dtype.itemsize * (
             point.inputs + 2 * sum(point.widths)
         )
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = copies or max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
+        if copies is None:
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            copies = max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
         self.parts = [random_parts(point, dtype) for _ in range(copies)]
         self.tables = []
         for parts in self.parts:
-            table = WeightTable(dtype, max(16, point.adapters), len(point.widths), "cuda")
+            table = WeightTable(dtype, max(16, point.adapters), len(point.widths), DEVICE)
             table.update(parts)
             self.tables.append(table.describe(parts))
         self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
-        self.plan = self.segments.pack().cuda()
+        self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
-            buffer = SegmentBuffer(max(point.rows, 1024), "cuda")
+            buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
             buffer.update(self.segments.cut(piece_for(point.rows)))
             self.plan = buffer.packed
-        self.x = torch.randn(point.rows, point.inputs, device="cuda", dtype=dtype)
-        self.ys = [torch.randn(point.rows, width, device="cuda", dtype=dtype) for width in point.widths]
+        self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
+        self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]
 
-    def run(self, table: TableRows, ys, launch=None) -> None:
+    def run(self, table: TableRows, ys: list[Tensor], launch: cutting.Launch | None = None) -> None:
         if self.for_any_plan:
             triton_backend.add_(ys, self.x, self.point.widths, self.plan, [table])
             return
@@ -157,18 +160,19 @@ class Case:
         )
         product(ys, self.x, self.plan, table.rows)
 
-    def check(self, launch=None) -> float:
+    def check(self, launch: cutting.Launch | None = None) -> float:
+        """Return the relative error of a product, compared with float64."""
         ys = [y.clone() for y in self.ys]
         expected = [y.double() for y in self.ys]
-        weights = {
-            slot: [(a.t().double(), b.t().double(), scaling) for a, b, scaling in parts]
+        weights: dict[int, SlotWeights] = {
+            slot: [(part.lora_a.t().double(), part.lora_b.t().double(), part.scaling) for part in parts]
             for slot, parts in self.parts[0].items()
         }
         torch_backend.apply_(expected, self.x.double(), self.segments, weights)
         self.run(self.tables[0], ys, launch)
         return max(float((y.double() - e).norm() / e.norm()) for y, e in zip(ys, expected))
 
-    def time(self, launch=None, repeats: int = 15) -> list[float]:
+    def time(self, launch: cutting.Launch | None = None, repeats: int = 15) -> list[float]:
         """Return the time of one product in microseconds, for each of `repeats` replays."""
         scratch = [y.clone() for y in self.ys]
         self.run(self.tables[0], scratch, launch)
@@ -188,6 +192,13 @@ class Case:
             for y in scratch:
                 y.zero_()
         return times
+
+
+def choose(case: Case, processors: int) -> cutting.Launch:
+    """Return the launch that the package chooses for a plan that it knows."""
+    point, segments = case.point, case.segments
+    rank = triton_backend.padded(point.rank)
+    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, processors)
 
 
 def copy_bandwidth() -> float:
@@ -279,7 +290,13 @@ def main(
     grid: bool = False,
     graphs: bool = False,
     only: str = "",
-    out: Path | None = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the CSV; the plot is written next to it",
+            show_default="results/lora_kernels.csv, _grid.csv or _graphs.csv",
+        ),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Check and time every point; with --sweep, also search for better launches."""
@@ -294,11 +311,7 @@ def main(
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
         case = Case(point, for_any_plan=graphs)
-        rank = triton_backend.padded(point.rank)
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-        chosen = cutting.choose(
-            case.segments.num_segments, case.segments.longest, point.inputs, point.widths, rank, processors
-        )
+        chosen = choose(case, torch.cuda.get_device_properties(0).multi_processor_count)
         error = case.check(chosen)
         if not error < 8e-3:
             raise SystemExit(f"{point}: relative error {error:.1e}; nothing is timed")

@@ -40,6 +40,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import matplotlib
@@ -299,10 +300,10 @@ def measure_added(points: list[Point], rounds: int) -> None:
             point.forward()
 
 
-def summarize(points: list[Point], known: dict[str, str]) -> list[dict[str, object]]:
+def summarize(points: list[Point], known: dict[str, str]) -> list[dict[str, Any]]:
     """Compute percentiles over all samples of a point, and the median ratio to REFERENCE adapters within rounds."""
     reference = next((each for each in points if (each.registered, each.reach) == (REFERENCE, EVERYWHERE)), None)
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for what in LABELS:
         for point in [point for point in points if point.times.get(what)]:
             rounds = point.times[what]

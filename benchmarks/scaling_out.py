@@ -11,7 +11,8 @@ static cache, transformers compiles the decode step, and the GPU is the bottlene
 
 Before anything is timed, tokens of a mixed batch must equal PEFT's, one adapter at a time, in float32; before
 training, losses and norms of gradients must match PEFT's over the rows of all processes, to the precision of bfloat16.
-A round starts when all processes are ready and ends with the slowest one.
+A round starts when all processes are ready and ends with the slowest one. The CSV is written after every workload, so
+a run that is stopped leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
-from end_to_end import build, versions, write
+from end_to_end import TINY, llama, versions, with_adapters, write
 from rich.console import Console
 from rich.table import Table
 
@@ -48,13 +50,6 @@ RESULTS = Path(__file__).parent / "results"
 MIXED, GROUPED, BASE = "mixed", "grouped by adapter", "base model"
 CACHES = {"generate, dynamic cache": {}, "generate, static cache": {"cache_implementation": "static"}}
 TRAINING = "training step"
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 999,
-}
 console = Console(width=130)
 
 
@@ -75,6 +70,12 @@ def check(model: Any, prompts: torch.Tensor, names: list[str], new_tokens: int =
     model.to(dtype)
 
 
+def say(job: dict[str, Any], state: PartialState, what: str) -> None:
+    """Print what begins or has ended, and the time since the benchmark started; only once for all processes."""
+    if state.is_main_process:
+        console.print(f"{time.time() - job['begin']:5.0f} s, {state.num_processes} × {what}", highlight=False)
+
+
 def seconds(state: PartialState, run: Callable[[], object]) -> float:
     """Measure the time from when all processes are ready to when the slowest has finished."""
     state.wait_for_everyone()
@@ -85,29 +86,55 @@ def seconds(state: PartialState, run: Callable[[], object]) -> float:
     return max(gather_object([time.perf_counter() - begin]))
 
 
-def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the measurements of one process; all return the same records."""
+def measure(job: dict[str, Any]) -> None:
+    """Run the measurements of one process; the first one writes the records of all."""
     state = PartialState(cpu=not torch.cuda.is_available())
-    sizes = TINY if job["tiny"] else {}
-    model = build(max(job["adapters"]), job["rank"], job["layers"], state.device, **sizes)[1]
+    say(job, state, "model")
+    base = llama(job["layers"], state.device, **(TINY if job["tiny"] else {}))
+    model = with_adapters(base, max(job["adapters"]), job["rank"])
     torch.manual_seed(state.process_index)
-    records = []
+    if any(workload in CACHES for workload in job["workloads"]):
+        few = min(8, max(job["adapters"]))
+        say(job, state, f"tokens of {few} adapters against PEFT's")
+        prompts = torch.randint(1, base.config.vocab_size, (few, job["prompt_tokens"]), device=state.device)
+        with torch.no_grad():
+            check(model, prompts, [f"adapter{row}" for row in range(few)])
+    records = list(job["records"])
     for workload in job["workloads"]:
         for count in job["adapters"]:
+            say(job, state, f"{workload}, adapters: {count}")
             if workload == TRAINING:
                 records.append(train(job, state, model, count))
             else:
                 records += generate(job, state, model, workload, count)
+            if state.is_main_process:
+                save(records, job)
     state.destroy_process_group()
-    return records
+    say(job, state, "done")
+
+
+def save(records: list[dict[str, Any]], job: dict[str, Any]) -> None:
+    """Write everything measured so far: the CSV, the plot, and what `launch` returns."""
+    known = versions(job["commit"])
+    write([record | known for record in compared(records)], Path(job["out"]), plot)
+    Path(job["found"]).write_text(json.dumps(records))
+
+
+def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the tokens per second of a process relative to those with the first number of processes."""
+    first: dict[tuple[str, int, str], float] = {}
+    found = []
+    for record in records:
+        each = record["tokens_per_s"] / record["processes"]
+        reference = first.setdefault((record["workload"], record["adapters"], record["way"]), each)
+        found.append(record | {"efficiency": round(each / reference, 3)})
+    return found
 
 
 @torch.no_grad()
 def generate(job: dict[str, Any], state: PartialState, model: Any, workload: str, count: int) -> list[dict[str, Any]]:
     """Measure `generate` with mixed and grouped rows, and with the base model."""
     prompts = torch.randint(1, model.config.vocab_size, (job["rows"], job["prompt_tokens"]), device=state.device)
-    few = min(8, count)
-    check(model, prompts[:few], [f"adapter{row}" for row in range(few)])
     peft_multibatch.enable(model)
     options = CACHES[workload] | {"max_new_tokens": job["new_tokens"], "do_sample": False}
     names = [f"adapter{row % count}" for row in range(job["rows"])]
@@ -118,12 +145,15 @@ def generate(job: dict[str, Any], state: PartialState, model: Any, workload: str
         for part in some:
             model.generate(input_ids=prompts[part], adapter_ids=ids[part], **options)
 
-    for ids in ways.values():
-        run(ids, parts[:1])  # warm-up
+    for way, ids in ways.items():
+        took = seconds(state, partial(run, ids, parts[:1]))
+        say(job, state, f"warm-up, {way}: {took:.2f} s for a batch")
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(job["rounds"]):
+    for number in range(job["rounds"]):
         for way, ids in ways.items():
-            times[way].append(seconds(state, lambda ids=ids: run(ids, parts)))
+            times[way].append(seconds(state, partial(run, ids, parts)))
+        found = ", ".join(f"{way} {each[-1]:.2f} s" for way, each in times.items())
+        say(job, state, f"round {number + 1} of {job['rounds']}: {found}")
     peft_multibatch.disable(model)
     tokens = state.num_processes * job["rows"] * job["new_tokens"]
     return [
@@ -149,6 +179,7 @@ def train(job: dict[str, Any], state: PartialState, model: Any, count: int) -> d
     names = [f"adapter{row % count}" for row in range(job["batch"])]
     adapters = list(dict.fromkeys(names))
     expected = {name: alone(model, ids[[each == name for each in names]], name) for name in adapters}
+    say(job, state, "losses and gradients of PEFT, one adapter at a time, computed")
     peft_multibatch.enable(model)
     with AdapterOptimizer(model, {name: Run(lr=1e-4) for name in adapters}) as optimizer:
 
@@ -162,9 +193,12 @@ def train(job: dict[str, Any], state: PartialState, model: Any, count: int) -> d
             if not all(abs(mine - peft) < 0.05 * peft for mine, peft in zip(ours, theirs)):
                 raise SystemExit(f"{name}: loss and norm {ours} differ from PEFT's {theirs}. Nothing is timed.")
         times = [seconds(state, step) for _ in range(5 * job["rounds"])]
-    sums = [float(each.double().sum()) for key, each in model.named_parameters() if "lora_" in key]
+        say(job, state, f"{len(times)} steps: {sum(times):.2f} s")
+    weights = [each.detach() for key, each in model.named_parameters() if "lora_" in key]
+    sums = torch.stack([each.double().sum() for each in weights]).tolist()
     if any(each != sums for each in gather_object([sums])):
         raise SystemExit("processes ended with different weights.")
+    say(job, state, "the weights are the same in all processes")
     peft_multibatch.disable(model)
     return {
         "processes": state.num_processes,
@@ -189,7 +223,7 @@ def alone(model: Any, ids: torch.Tensor, name: str) -> tuple[float, float]:
 
 
 def launch(processes: int, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of a separate run with a number of processes."""
+    """Run the measurements with a number of processes, and return all records so far."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "records.json"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
@@ -237,7 +271,10 @@ def main(
     commit: str = "",
 ) -> None:
     """Measure every number of PROCESSES and compare them with the first one."""
-    job = {
+    job: dict[str, Any] = {
+        "begin": time.time(),
+        "out": str(out),
+        "commit": commit,
         "adapters": [int(count) for count in adapters.split(",")],
         "workloads": workloads.split(";"),
         "rows": rows,
@@ -251,24 +288,16 @@ def main(
         "tiny": tiny,
     }
     records: list[dict[str, Any]] = []
-    alone: dict[tuple[str, int, str], float] = {}
     for number in map(int, processes.split(",")):
-        for record in launch(number, job):
-            each = record["tokens_per_s"] / number
-            first = alone.setdefault((record["workload"], record["adapters"], record["way"]), each)
-            records.append(record | {"efficiency": round(each / first, 3)})
-        write([record | versions(commit) for record in records], out, plot)
-    table = Table(*records[0])
-    for record in records:
+        records = launch(number, job | {"records": records})
+    table = Table(*compared(records)[0])
+    for record in compared(records):
         table.add_row(*map(str, record.values()))
     console.print(table)
 
 
 if __name__ == "__main__":
     if "SCALING_OUT_JOB" in os.environ:  # started by `launch`
-        job = json.loads(os.environ["SCALING_OUT_JOB"])
-        found = measure(job)
-        if int(os.environ.get("RANK", 0)) == 0:
-            Path(job["found"]).write_text(json.dumps(found))
+        measure(json.loads(os.environ["SCALING_OUT_JOB"]))
     else:
         typer.run(main)

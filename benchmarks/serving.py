@@ -85,8 +85,8 @@ class Run:
         self.prompts = [torch.randint(0, most, (length,), generator=generator).tolist() for length in lengths]
         own = engines._batching
 
-        def with_more(*args: Any) -> Any:
-            config = own(*args)
+        def with_more(settings: Settings, device: torch.device) -> Any:
+            config = own(settings, device)
             for name, value in batching.items():
                 setattr(config, name, value)
             return config
@@ -109,7 +109,10 @@ class Run:
 
 def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
     """Run the requests with the manager; returns tokens, times to the first token and the total time in seconds."""
-    left, added, found, firsts = iter(range(run.requests)), {}, {}, {}
+    left = iter(range(run.requests))
+    added: dict[int, float] = {}
+    found: dict[int, list[int]] = {}
+    firsts: dict[int, float] = {}
 
     def add() -> None:
         for number in left:
@@ -321,7 +324,12 @@ def main(
     rounds: int = 3,
     attention: Annotated[str, typer.Option(help="as in transformers, such as flash_attention_3")] = "",
     batching: Annotated[str, typer.Option(help="JSON for transformers' ContinuousBatchingConfig")] = "{}",
-    out: Annotated[Path | None, typer.Option(help="the CSV; the plot is written next to it")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the CSV; the plot is written next to it", show_default="results/serving.csv, or serving_soak.csv"
+        ),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Measure requests per second and time to the first token, or memory over time."""

@@ -33,6 +33,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -46,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_multibatch
+from peft_multibatch import AdapterStore, Multibatch
 
 
 matplotlib.use("Agg")
@@ -86,7 +88,7 @@ def make_folder(root: Path, count: int) -> None:
                 os.link(root / str(number % DIFFERENT) / file, folder / file)
 
 
-def make_store(max_host_memory: str = "1GB"):
+def make_store(max_host_memory: str = "1GB") -> tuple[LlamaForCausalLM, Multibatch, AdapterStore]:
     model = base_model()
     mb = peft_multibatch.enable(model)
     return model, mb, mb.adapter_store(max_host_memory=max_host_memory)
@@ -167,7 +169,7 @@ def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) 
         return time.perf_counter() - begin, time.process_time() - cpu
 
     def ours(number: int) -> list[tuple[float, float]]:
-        return [timed(lambda each=each: store.adapters([each])) for each in itertools.islice(ids, number)]
+        return [timed(partial(store.adapters, [each])) for each in itertools.islice(ids, number)]
 
     def medians(taken: list[tuple[float, float]]) -> tuple[float, float]:
         return statistics.median(each[0] for each in taken), statistics.median(each[1] for each in taken)
@@ -186,7 +188,7 @@ def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) 
         found, ratios = [], []
         for each in range(rounds):
             path = str(root / str(each % (DIFFERENT - 1) + 1))
-            found.append(timed(lambda path=path: model.load_adapter(path, "new")))
+            found.append(timed(partial(model.load_adapter, path, "new")))
             model.delete_adapter("new")
             near = medians(ours(20) or taken)
             ratios.append([theirs / mine for theirs, mine in zip(found[-1], near)])
@@ -225,7 +227,7 @@ def main(
     loads: int = typer.Option(5, help="how often PEFT loads one"),
     commit: str = typer.Option("", help="the measured commit; by default the checkout's"),
     out: Path = RESULTS / "store.csv",
-):
+) -> None:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp())
     try:

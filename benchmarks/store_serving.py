@@ -47,13 +47,12 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 import typer
-from continuous import captured, counted, finish, set_attention, without_block_table
-from end_to_end import PROJECTIONS, versions, write
+from continuous import captured, count_captures, finish, set_attention, without_block_table
+from end_to_end import PROJECTIONS, TINY, versions, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
-from scaling_out import TINY
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
@@ -128,7 +127,7 @@ def write_adapters(sizes: Sizes, root: Path) -> None:
         with lock:
             generator = torch.Generator(sizes.device).manual_seed(number)
             numbers = torch.randn(len(factors), generator=generator, device=sizes.device).mul_(factors)
-            data = numbers.bfloat16().view(torch.uint8).cpu().numpy()
+            data = numbers.bfloat16().view(torch.uint8).cpu().numpy().data
         folder = root / str(number)
         folder.mkdir(exist_ok=True)
         with (folder / WEIGHTS).open("wb") as file:
@@ -280,7 +279,7 @@ def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: i
                 for label, change in ((way, lambda each: each), (IN_USE, lambda each: each % sizes.in_use)):
                     if label == IN_USE and way != RESIDENT:
                         continue
-                    times = []
+                    times: list[float] = []
                     before, late = store.stats(), len(captured)
                     for seed in range(rounds):
                         numbers = [change(each) for each in draw(seed)]
@@ -513,8 +512,7 @@ def main(
     commit: str = typer.Option("", help="the measured commit; by default the checkout's"),
 ) -> None:
     """Measure times to the first token and of steps with room for 64, then throughput for each of ROOMS."""
-    if torch.cuda.is_available():
-        torch.cuda.CUDAGraph.capture_begin = counted
+    count_captures()
     sizes = Sizes(tiny, attention)
     counts = [int(each) for each in (rooms or ("4,8,16" if tiny else "16,64,128")).split(",")]
     begin = time.perf_counter()

@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py    # results/tensor_parallel.csv beside this script
 
+It needs peft 0.21.1 or newer, which splits adapters with the model.
+
 The model is that of end_to_end.py: the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and
 adapters of rank 16 on all seven projections. Before anything is timed, the logits of the mixed batch must match
 PEFT's, one adapter at a time on the same split model, to the precision of bfloat16. Rounds alternate between the base
@@ -16,6 +18,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import peft
 import torch
 import torch.distributed as dist
 import typer
@@ -25,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import peft_multibatch
+from peft_multibatch.compat import SPLITS_ADAPTERS
 
 
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
@@ -91,6 +95,8 @@ def main(
     commit: str = "",
 ) -> None:
     """Time a decode step, `generate` and prefill of the mixed batch and the base model."""
+    if not SPLITS_ADAPTERS:
+        raise SystemExit(f"peft {peft.__version__} can't run adapters of a split model: expected 0.21.1 or newer")
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib
 import torch
@@ -219,11 +220,16 @@ def main(
     rounds: int = 5,
     repeats: int = 3,
     dropout: float = 0.0,
-    out: Path = Path(),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="the CSV; the plot is written next to it", show_default="results/training.csv, or training_cpu.csv"
+        ),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Measure every point ADAPTERS:ROWS:TOKENS, with adapters in float32 and in the base model's dtype."""
-    out = out if out.name else RESULTS / ("training.csv" if device == "cuda" else "training_cpu.csv")
+    out = out or RESULTS / ("training.csv" if device == "cuda" else "training_cpu.csv")
     sizes = [tuple(map(int, point.split(":"))) for point in (points or POINTS[device]).split(",")]
     base_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     known, records = versions(commit), []
@@ -244,8 +250,8 @@ def main(
             if device == "cuda":
                 steps.ready(OURS)
                 single = steps.launches(["adapter0"] * len(steps.names))
-                record["launches"] = steps.launches(steps.names)
-                record["launches × one adapter"] = round(record["launches"] / single, 3)
+                launches = steps.launches(steps.names)
+                record |= {"launches": launches, "launches × one adapter": round(launches / single, 3)}
             records.append(record | {"error": f"{error:.1e}"})
             console.print(record)
             write([each | {"layers": layers, "rank": rank, "dropout": dropout} | known for each in records], out, plot)

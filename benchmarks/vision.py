@@ -16,6 +16,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -123,11 +124,14 @@ def main(
     side: int = 32,
     tokens: int = 128,
     rounds: int = 7,
-    out: Path = Path(),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the CSV", show_default="results/vision.csv, or vision_cpu.csv"),
+    ] = None,
     commit: str = "",
 ) -> None:
     """Measure every point SAMPLES:ADAPTERS."""
-    out = out if out.name else RESULTS / ("vision.csv" if device == "cuda" else "vision_cpu.csv")
+    out = out or RESULTS / ("vision.csv" if device == "cuda" else "vision_cpu.csv")
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     model = build(max(adapters for _, adapters in pairs), rank, depth, layers, device)
     known, records = versions(commit), []

@@ -18,6 +18,7 @@ from peft.functional import set_adapter, set_requires_grad
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import calculate_alora_offsets
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -39,6 +40,7 @@ from transformers.utils import logging
 
 __all__ = [
     "ALORA_OFFSETS",
+    "SPLITS_ADAPTERS",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
@@ -73,6 +75,9 @@ logger = logging.get_logger(__name__)
 
 ALORA_OFFSETS = "alora_offsets"
 """The argument with which PEFT's hooks pass the offsets of aLoRA adapters to layers."""
+
+SPLITS_ADAPTERS = hasattr(lora_model, "add_lora_tp_hooks_dtensor")
+"""Whether PEFT splits adapters of models that transformers 5.17 and newer split over devices; 0.21.1 is the first."""
 
 # The oldest and the newest release that were tested; patch releases of the newest count as tested.
 TESTED = {"peft": ("0.21.0", "0.21"), "transformers": ("5.17.0", "5.24"), "torch": ("2.11.0", "2.15")}

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,10 @@ from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
 torch.set_num_threads(1)  # in case torch was imported before
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch 2.9 and newer also have settings per operation
+    # with TF32 in its convolutions, a base model's rows depend on the size of their batch
+    torch.backends.cudnn.allow_tf32 = False
 
 # pytest's handlers go to all loggers that don't propagate, and with one torch.compile describes each of its steps
 trace = logging.getLogger("torch.__trace")

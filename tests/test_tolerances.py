@@ -15,6 +15,12 @@ def test_one_percent_is_caught(dtype):
         assert_close((expected * 1.01).to(dtype), expected)
 
 
+def test_float32_is_not_tf32_on_a_gpu():
+    backends = torch.backends
+    for each in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+        assert each.fp32_precision != "tf32"
+
+
 def test_nan_is_caught():
     expected = torch.randn(4)
     actual = expected.clone()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_multibatch.compat import LoraLayer, lora
+from peft_multibatch.compat import SPLITS_ADAPTERS, LoraLayer, lora
 from peft_multibatch.errors import AdapterIdsError, UnsupportedError
 
 
@@ -89,10 +90,15 @@ def check(name: str, layer: Any, advice: str) -> None:
         raise UnsupportedError(f"{name} is a {what} that is split over devices: {EXPECTED}. {advice}")
     weight: Any = base._parameters["weight"]
     plan = getattr(base, "_hf_tp_plan", None)
+    if plan is None and not SPLITS_ADAPTERS:
+        raise UnsupportedError(
+            f"{name} is split over devices, and peft {version('peft')} doesn't split its adapters, so that PEFT can't "
+            "run them either: expected peft 0.21.1 or newer. Upgrade peft."
+        )
     if plan not in PLANS or not isinstance(weight, SHARDED) or weight.placements != (Shard(PLANS.index(plan)),):
         raise UnsupportedError(
             f"{name} is split over devices by the plan {plan!r}, for which PEFT doesn't split adapters: {EXPECTED} "
-            f"by transformers, and peft 0.21.1 or newer. {advice}"
+            f"by transformers. {advice}"
         )
 
 

@@ -323,8 +323,9 @@ def test_weights_side_by_side_are_not_for_several_devices(devices, saved):
 def test_device_maps_by_name(how, saved):
     memory = {0: "210KB", 1: "10GB"} if how == "sequential" else None
     model = transformers.AutoModelForCausalLM.from_pretrained(saved[0] / "base", device_map=how, max_memory=memory)
-    assert {*model.hf_device_map.values()} == {0, 1}
-    check(with_adapters(model, saved[0]), saved, [torch.device(0), torch.device(1)])
+    used = sorted({*model.hf_device_map.values()})
+    assert len(used) > 1 and (how != "sequential" or used == [0, 1])
+    check(with_adapters(model, saved[0]), saved, [torch.device(each) for each in used])
 
 
 @pytest.mark.parametrize("devices", SEVERAL)

@@ -12,16 +12,18 @@ import transformers
 from mixtures import MIXTURES, OTHERS, expected
 from models import LLAMA_LIKE, SIZES, left_padded, lora_configs, row_by_row
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import model as peft_lora
 from ranks import launched, main, report
 from tolerances import assert_close, relative_error
 from transformers.distributed import DistributedConfig
 
 import peft_multibatch
 from peft_multibatch import errors
+from peft_multibatch.adapters import shards
+from peft_multibatch.compat import SPLITS_ADAPTERS
 from peft_multibatch.layers.table import choose
 
 
+UPGRADE = r"peft 0\.\S+ doesn't split its adapters.*: expected peft 0\.21\.1 or newer\. Upgrade peft\."
 NAMES = ["three", "__base__", "eight", "four", "eight", "three"]
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 MODELS = {
@@ -304,10 +306,13 @@ def what_cannot_be_split_is_refused(folder, device):
     layer = layer.lora_B["three"]
     before, base = layer.weight, split.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     base._hf_tp_plan = None  # as versions of PEFT that don't know transformers' plans leave it
-    mb = peft_multibatch.enable(split)
-    with pytest.raises(errors.UnsupportedError, match=r"the plan None.*peft 0\.21\.1 or newer"):
-        logits(split, inputs_on(device), adapter_ids=NAMES)
-    mb.disable()
+    for splits_adapters, message in ((True, "the plan None.*expected plain LoRA"), (False, UPGRADE)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "SPLITS_ADAPTERS", splits_adapters)
+            mb = peft_multibatch.enable(split)
+        with pytest.raises(errors.UnsupportedError, match=message):
+            logits(split, inputs_on(device), adapter_ids=NAMES)
+        mb.disable()
     base._hf_tp_plan = "colwise"
     mb, inputs = peft_multibatch.enable(split), inputs_on(device)
     others = [name if name != "three" else "eight" for name in NAMES]
@@ -319,6 +324,15 @@ def what_cannot_be_split_is_refused(folder, device):
     layer.weight = before
     logits(split, inputs, adapter_ids=NAMES)
     mb.disable()
+
+
+def an_older_peft_is_named(folder, device):
+    """It adds adapters to split layers, and fails in its own forward."""
+    split = read(folder, "llama", device, True)
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        logits(split, inputs_on(device))
+    with pytest.raises(errors.UnsupportedError, match=UPGRADE):
+        peft_multibatch.enable(split)
 
 
 CASES = [
@@ -334,9 +348,14 @@ on_cpus, on_gpus = launched(__file__, "gloo"), launched(__file__, "nccl")
 
 
 needs_plans = pytest.mark.skipif(
-    not hasattr(peft_lora, "add_lora_tp_hooks_dtensor"),
-    reason="this PEFT doesn't split adapters with transformers' plans",
+    not SPLITS_ADAPTERS, reason="this PEFT doesn't split adapters with transformers' plans"
 )
+
+
+@pytest.mark.skipif(SPLITS_ADAPTERS, reason="needs peft 0.21.0")
+def test_an_older_peft_is_named(on_cpus):
+    report(on_cpus["files"])
+    report(on_cpus["an_older_peft_is_named"])
 
 
 @needs_plans
@@ -353,4 +372,4 @@ def test_two_gpus(on_gpus, case):
 
 
 if __name__ == "__main__":
-    main(CASES)
+    main(CASES if SPLITS_ADAPTERS else [files, an_older_peft_is_named])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
+
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
+nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
+pytest.importorskip("ipykernel", reason="needs ipykernel")
+pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"))
 
@@ -27,5 +30,5 @@ def test_notebooks_run(path, tmp_path):
     """They compare with PEFT themselves, and fail if they differ."""
     notebook = nbformat.read(path, as_version=4)
     assert len(plots(notebook)) == 1, "the outputs are part of the file, for readers who don't run it"
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert len(plots(notebook)) == 1

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,10 @@ def benchmark_rows() -> list[list[str]]:
         ways = ("peft_multibatch", "vLLM")
         ours, theirs = (measured("continuous_vllm.csv", way=way, layers="32", adapters=adapters) for way in ways)
         rows.append([adapters if adapters != "0" else "none", "", ours["tokens_per_s"], "", theirs["tokens_per_s"]])
+    for adapters in ("8", "32"):
+        ways = ("base", "peft_multibatch")
+        base, ours = (measured("continuous_h200.csv", way=way, adapters=adapters) for way in ways)
+        rows.append([adapters, base["tokens_per_s"], cell(ours["tokens_per_s"], ours["× base"], 0), "", ""])
     for adapters in ("1", "8", "32"):
         ways = ["peft_multibatch"] + ["one adapter at a time"] * (adapters != "1")
         base = measured("continuous.csv", way="base", adapters=adapters)
@@ -138,6 +143,45 @@ def test_the_benchmarks_are_those_measured():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("|")][2:]
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines] == benchmark_rows()
+
+
+ONE, ALONE, MIXED = "PEFT, one adapter", "PEFT, one at a time", "peft_multibatch, mixed"
+
+
+def training_row(row: dict[str, str]) -> list[str]:
+    point = row["point"].replace(":", " × ")
+    one, alone = f"{row[f'{ONE}, ms']} ({row['× one adapter']})", f"{row[f'{ALONE}, ms']} ({row['× one at a time']})"
+    return [point, row["adapter dtype"], row[f"{MIXED}, ms"], one, alone, row[f"{MIXED}, GB"], row[f"{ONE}, GB"]]
+
+
+def vision_row(row: dict[str, str]) -> list[str]:
+    times = [f"{row[f'{way}, ms']} ({row[f'{way} / base']})" for way in (MIXED, ALONE)]
+    return [row["samples"], row["adapters"], f"{int(row['patches']):,}", row["base model, ms"], *times]
+
+
+def whole_model_row(row: dict[str, str]) -> list[str]:
+    measures = ("decode_ms", "generate32_s", "prefill512_ms")
+    times = [row[each] and f"{float(row[each]):.4g} ({float(row[f'{each} × base']):.2f} ×)" for each in measures]
+    return [row["batch"], row["adapters"], row["way"], *times]
+
+
+def requests_row(row: dict[str, str]) -> list[str]:
+    return [row["adapters"], row["way"], row["tokens_per_s"], row["× base"], f"{float(row['first_s']):.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "cells"),
+    [
+        ("training.md", "training.csv", training_row),
+        ("vision-language.md", "vision.csv", vision_row),
+        ("explanation/benchmarks-log.md", "end_to_end_h200.csv", whole_model_row),
+        ("explanation/benchmarks-log.md", "continuous_h200.csv", requests_row),
+    ],
+)
+def test_tables_are_those_measured(page: str, name: str, cells: Callable[[dict[str, str]], list[str]]):
+    with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
+        lines = ["| " + " | ".join(cells(row)) + " |" for row in csv.DictReader(file)]
+    assert len(lines) > 2 and "\n".join(lines) in (ROOT / "docs" / page).read_text()
 
 
 def test_the_readme_is_short():

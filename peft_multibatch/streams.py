@@ -116,7 +116,6 @@ def marks(device: torch.device) -> list[torch.cuda.Event]:
     return _record(device, None)
 
 
-@torch.compiler.disable
 def keep_for_all(tensors: Iterable[Tensor]) -> None:
     """Keep the memory of freed tensors until all streams have finished the work launched so far.
 

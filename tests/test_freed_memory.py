@@ -14,7 +14,7 @@ from peft_multibatch import streams
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def freed(request, monkeypatch):
-    """A tensor that kernels may still read, and the calls of `record_stream`; on a CPU, a stand-in for one on a GPU."""
+    """A tensor that kernels may still read, and the calls of `record_stream`; on a CPU, a stand-in."""
     tensor = torch.zeros(4, device=request.param)
     calls = []
 

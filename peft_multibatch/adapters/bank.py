@@ -194,13 +194,13 @@ class Bank:
     ) -> bool:
         served = self._served.setdefault(device, {})
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
-        if self.graph_tables and serials.items() <= served.items():
+        if self.graph_tables and (serials.items() <= served.items() or self.serves(adapters, device, self._slots)):
+            served.update(serials)
             return False
         before = {id(table.rows): table for table in self.graph_tables}
         likely = {} if is_fixed else self._likely(device)
-        made = {*likely} if not is_capturing else set()
         found = []
-        for dtype, table in self._make_tables(device, made, self._slots).items():
+        for dtype, table in self._make_tables(device, set() if is_capturing else {*likely}, self._slots).items():
             now = table.describe(adapters)
             rank, is_aligned = likely.get(dtype, (0, True))
             was = before.get(id(now.rows), now)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from models import left_padded, lora_configs, peft_model, row_by_row
+from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter
 from tolerances import assert_close
 
@@ -285,6 +286,30 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     bank.extend_for_graphs(after, device, is_fixed=False)
     assert [table.rank for table in bank.graph_tables] == [40]
     assert found.rows[[*after], :, 2].tolist() == [[40]]
+
+
+def test_an_adapter_that_graphs_can_run_costs_no_look_at_the_others(monkeypatch):
+    """Otherwise, a step in which an adapter is new would take longer the more adapters there are."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    bank, device = layer_of(model)._multibatch.bank, torch.device("cpu")
+
+    def extend(number):
+        adapters = {adapter.slot: adapter for adapter in mb._registry.adapters([number]).values()}
+        bank.tables(adapters, device, 16)
+        return bank.extend_for_graphs(adapters, device, is_fixed=False)
+
+    assert extend(0)
+    tables, looked = bank.graph_tables, []
+    likely = bank._likely
+    monkeypatch.setattr(bank, "_likely", lambda device: looked.append(1) or likely(device))
+    assert not extend(1)
+    assert bank.graph_tables is tables
+    assert not looked
+    model.add_adapter("larger", LoraConfig(r=64, target_modules=["q_proj"], init_lora_weights=False))
+    assert extend(3)
+    assert looked
+    assert [table.rank for table in bank.graph_tables] == [64]
 
 
 def test_threads_that_make_a_table_at_the_same_time(monkeypatch):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 STARVED = 1.0
 """Seconds after which a request without memory for its adapters makes later ones wait."""
 
+AHEAD = 4
+"""Adapters are loaded ahead for as many requests as a batch holds, divided by this."""
+
 
 class Waiting(NamedTuple):
     """A waiting request.
@@ -105,8 +108,9 @@ class StoredRequests:
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
         """Return the requests that may run now, in order; the adapters of others start to load.
 
-        Adapters are loaded for only as many requests as may start, so that a long queue doesn't evict the adapters of
-        those at its head. Loading never evicts an adapter that a request that may run now needs.
+        Adapters are loaded for the requests that may start now, and ahead for few of those that come next, so that a
+        long queue doesn't evict the adapters of those at its head. Loading never evicts an adapter that a request that
+        may run now needs.
 
         Args:
             states: the waiting requests.
@@ -131,7 +135,8 @@ class StoredRequests:
         late = [each for each in waiting if each.is_late]
         others = [each for each in waiting if not each.is_late]
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded & active.keys())
-        late = late[: max(min(places, half), places - len(others), 0)]
+        count = max(min(places, half), places - len(others), 0)
+        late, later = late[:count], late[count:]
         starved = self._starved(late)
         if starved is not None:
             late = late[: late.index(starved) + 1]
@@ -149,6 +154,11 @@ class StoredRequests:
                 found.add(each.state.request_id)
             ahead += each.ids
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
+        if not short:
+            later = later[: max(scheduler.max_requests_per_batch // AHEAD, 1)]
+            self._loaded |= {each.state.request_id for each in later}
+            soon = [number for each in [*late, *others[: scheduler.max_requests_per_batch]] for number in each.ids]
+            store.look_ahead([number for each in later for number in each.ids], soon)
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), time.monotonic()
         return [state for state in states if state.request_id in found]

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 import peft_multibatch
 from peft_multibatch.adapters.store import loading
 from peft_multibatch.adapters.store.arena import Arena, size_class
+from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.continuous import stored
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler
 
@@ -75,6 +76,7 @@ def make(folder):
         handles.append(mb)
         return mb, store
 
+    make.folder = folder
     yield make
     for mb in handles:
         mb.disable()
@@ -453,6 +455,32 @@ def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, mo
             assert begun.wait(20)
         assert results(manager, 1)[request].generated_tokens == texts["a3"][1]
     assert (store.stats().hits, store.stats().misses) == (0, 1)
+
+
+@pytest.mark.parametrize("has_memory", [False, True], ids=["one tier", "two tiers"])
+def test_adapters_are_loaded_ahead_for_requests_that_come_next(make, inputs, texts, monkeypatch, has_memory):
+    """While others have all places; into host memory if there is no more room where calls compute."""
+    monkeypatch.setattr(Streams, "has_memory", has_memory)  # a device with memory of its own
+    model = base_model().to(DEVICE)
+    mb = peft_multibatch.enable(model)
+    store = mb.adapter_store(6 * SIZE, SIZE if has_memory else 6 * SIZE, timeout=20)
+    store.register_folder(make.folder)
+    read, done = loading.read_weights, {}
+    monkeypatch.setattr(
+        loading, "read_weights", lambda *args: (read(*args), done.setdefault(args[0], threading.Event()).set())[0]
+    )
+    done["a1"] = threading.Event()
+    with serve(mb, max_requests_per_batch=1) as manager:
+        manager.add_request(inputs[0], adapter_id="__base__")
+        results(manager, 1)
+        with manager._gate:  # the next turn sees both
+            first = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=400)
+            second = manager.add_request(inputs[1], adapter_id="a1")
+        assert done["a1"].wait(20)
+        assert manager.get_result(timeout=0.01) is None  # the first one still runs
+        manager.cancel_request(first)
+        assert results(manager, 2)[second].generated_tokens == texts["a1"][1]
+    mb.disable()
 
 
 def test_cold_adapters_have_every_place_where_nobody_else_wants_one(make, inputs, texts):

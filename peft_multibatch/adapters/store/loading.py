@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class Loader:
         self._timeout = timeout
         self._queue: deque[weakref.ref[Ticket]] = deque()
         self._threads = ThreadPoolExecutor(THREADS, "peft_multibatch_store")
+        self._ahead: set[Version] = set()  # those that are being read into host memory before they are needed
         self._staging = threading.local()
         self._is_closed = False
 
@@ -138,6 +140,26 @@ class Loader:
         """
         if version.loading is None and version not in self.final and not self._is_awaited():
             self._begin([version], stay)
+
+    def look_ahead(self, versions: Sequence[Version], stay: Sequence[Version]) -> None:
+        """Start loading adapters that will be needed next, in this order, without evicting others (``stay``) for them.
+
+        Into the memory where calls compute if there is room that no batch waits for, otherwise into host memory, and
+        with at most half of the threads. The caller holds the lock.
+        """
+        missing = [each for each in dict.fromkeys(versions) if each not in self.final]
+        free = THREADS // 2 - len(self._ahead) - sum(each.loading is not None for each in missing)
+        for version in missing:
+            if free <= 0:
+                return
+            if version.loading is not None or version in self._ahead:
+                continue
+            if self._is_awaited() or not self._begin([version], stay):
+                if self.final is self.host or version in self.host:
+                    continue
+                self._ahead.add(version)
+                self._threads.submit(self._read_ahead, version)
+            free -= 1
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
         """The weights of adapters, which are loaded if needed. Waits until there is room for all of them at once.
@@ -255,11 +277,9 @@ class Loader:
             "to adapter_store, or run fewer batches."
         )
 
-    # These run in the reader threads.
-
+    # In the reader threads.
     def _run(self, load: Load) -> None:
-        version = load.version
-        begin = time.perf_counter()
+        version, begin = load.version, time.perf_counter()
         try:
             with torch.no_grad():
                 if self.final is self.host:
@@ -283,7 +303,14 @@ class Loader:
             self.lock.notify_all()
         self.on_loaded()
 
-    def _in_host(self, version: Version) -> Tensor:
+    def _read_ahead(self, version: Version) -> None:
+        with suppress(Exception), torch.no_grad():  # the load for its request raises again
+            self._in_host(version, is_ahead=True)
+        with self.lock:
+            self._ahead.discard(version)
+            self.lock.notify_all()
+
+    def _in_host(self, version: Version, is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:
@@ -291,7 +318,8 @@ class Loader:
                 memory = self.host.get(version)
                 if memory is not None:
                     return memory
-                if self.host.make_room([version.layout.size], (), self.let_go):
+                is_read = version in self._ahead and not is_ahead  # by another thread
+                if not is_read and self.host.make_room([version.layout.size], (), self.let_go):
                     reserved = self.host.arena.reserve(version.layout.size)
                     break
                 if time.monotonic() > deadline:

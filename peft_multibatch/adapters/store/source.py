@@ -156,6 +156,19 @@ class StoredAdapters:
             for version in versions:
                 self._loader.prefetch(version, versions)
 
+    def look_ahead(self, ids: Sequence[int], stay: Sequence[int]) -> None:
+        """Start loading adapters that are needed next; see ``Loader.look_ahead``.
+
+        Args:
+            ids: the adapters, in the order in which they are needed; those that were unregistered are left out.
+            stay: other adapters, which must not be evicted for these.
+        """
+        with self._lock:
+            wanted, others = (
+                [self._versions[each] for each in some if each in self._versions] for some in (ids, stay)
+            )
+            self._loader.look_ahead(wanted, [*wanted, *others])
+
     def on_loaded(self, call: Callable[[], object]) -> None:
         """Register a function to call whenever an adapter was loaded."""
         self._loader.on_loaded = call

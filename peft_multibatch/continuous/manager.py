@@ -29,7 +29,7 @@ from peft_multibatch.continuous.prefixes import Prefixes
 from peft_multibatch.continuous.prompts import check_name, check_options, ends_of, limit_of, prefix_of, tokens_of
 from peft_multibatch.continuous.quarantine import Quarantine
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
-from peft_multibatch.continuous.steps import Steps
+from peft_multibatch.continuous.steps import Steps, finish_writes
 from peft_multibatch.continuous.stored import StoredRequests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.plan.ids import BASE_NAME, Entry, check_keywords, check_requests, ids_of, resolve
@@ -223,6 +223,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                     self._changing.remove(threading.get_ident())
                     self._registry.renew(ids)
                     self._held -= Counter(ids)
+                    finish_writes(self.model.device)
         finally:
             with self._request_lock:
                 self._changes -= 1
@@ -292,6 +293,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
                 if hasattr(cache, name):
                     setattr(cache, name, self._prefixes.salted_mark(getattr(cache, name)))
+        finish_writes(self.model.device)
         return processor
 
     def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:

@@ -26,6 +26,16 @@ CHECKS = 1
 """Number of adapters compared with PEFT's state per step, in rotation: comparing dozens takes a millisecond."""
 
 
+def finish_writes(device: torch.device) -> None:
+    """Wait for what was written on the current stream: steps run on other streams, which don't wait for it.
+
+    If a new or reset batch processor fills its tensors late, as on a busy device, that would overwrite the inputs that
+    the first asynchronous steps have copied already.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Steps:
     """Runs steps under the entries of their requests.
 
@@ -126,9 +136,14 @@ class Steps:
         self._drop_graphs()
         del plan  # waiting for memory below must not keep adapters that may have to be evicted
         for_graphs, left_out = self._admission.uses_graphs, self._admission.left_out
+        stream = self._io.compute_stream
+        if stream is not None and not hasattr(self._io, "io_pairs"):
+            # without asynchronous batching, transformers writes the inputs on the current stream, and doesn't wait for
+            # the last of these writes
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
         # plans must be copied on the stream that computes
         routing = self._router.routing(entries, expands=False, packed=True, checks=CHECKS, base_layers=left_out)
-        with on_stream(self._io.compute_stream), routing as call:
+        with on_stream(stream), routing as call:
             graph = self._router.graph  # which another thread's call may have changed just before this one began
             self._is_contended = graph.contended or graph.outgrown_by(call.plan) or self._are_discarded()
             call.begin_model()

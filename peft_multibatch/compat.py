@@ -32,6 +32,7 @@ from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
 from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
+from torch.autograd.variable import Variable
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +55,7 @@ __all__ = [
     "PeftMixedModel",
     "PeftModel",
     "TrainableTokensWrapper",
+    "after_backward",
     "calculate_alora_offsets",
     "check",
     "check_serving",
@@ -70,6 +72,9 @@ __all__ = [
     "set_adapter",
     "set_requires_grad",
 ]
+
+after_backward = Variable._execution_engine.queue_callback
+"""Call a function when the backward pass that is running has completed."""
 
 logger = logging.get_logger(__name__)
 

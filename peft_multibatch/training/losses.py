@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from peft_multibatch.errors import UnsupportedError
 
+
+LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+"""Relative difference between two ways of computing a loss; in other dtypes the model rounds it more."""
 
 IGNORED = -100
 """The label that is ignored, as in transformers."""
@@ -49,3 +54,28 @@ def sample_losses(logits: Tensor, labels: Tensor, shift: bool = True) -> tuple[T
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+
+
+def matching_shift(logits: Tensor, labels: Tensor, loss: Tensor, expected: bool) -> bool:
+    """Find out whether a model shifts labels, from the loss that it computed.
+
+    Args:
+        logits: as in ``sample_losses``.
+        labels: as in ``sample_losses``.
+        loss: the model's mean loss.
+        expected: what to assume if both fit.
+
+    Raises:
+        UnsupportedError: neither fits, because the model computes another loss.
+    """
+    tolerance, found = LOSS_TOLERANCE.get(loss.dtype, 2e-2), []
+    for shift in (expected, not expected):
+        losses, items = sample_losses(logits, labels, shift)
+        found.append((losses.sum() / items.sum()).item())
+        if math.isclose(found[-1], loss.item(), rel_tol=tolerance, abs_tol=tolerance):
+            return shift
+    raise UnsupportedError(
+        f"the model computed a loss of {loss.item():.6g} for a batch whose mean cross entropy is {found[0]:.6g} (or "
+        f"{found[1]:.6g}): expected the mean over labels, which can be divided among samples. Pass loss_func=..., which "
+        "returns the loss of each sample and numbers of items."
+    )

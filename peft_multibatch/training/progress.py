@@ -85,8 +85,15 @@ class Progress:
         self.optimizer.step()
         self.schedule.step()
         self.steps += 1
+        self._finish()
+
+    def _finish(self) -> None:
         if self.run.steps is not None and self.steps >= self.run.steps:
-            self.stopped = f"it has finished its {self.steps} steps"
+            self.stopped = self._finished
+
+    @property
+    def _finished(self) -> str:
+        return f"it has finished its {self.steps} steps"
 
     def clear(self) -> None:
         """Discard what was accumulated."""
@@ -113,3 +120,7 @@ class Progress:
         self._kept = {name: kept.clone().to(self.parameters[name].device) for name, kept in state["kept"].items()}
         for name in ("steps", "stopped", "batches", "loss", "items"):
             setattr(self, name, state[name])
+        if self.stopped == self._finished:  # the run may have more steps now, or fewer
+            self.stopped = ""
+        if not self.stopped:
+            self._finish()

@@ -22,14 +22,16 @@ class Run:
         lr: learning rate, the peak of the schedule.
         optimizer: creates the optimizer, called as ``optimizer(parameters, lr=..., weight_decay=..., **options)``;
             ``torch.optim.AdamW`` if None.
-        weight_decay: weight decay of all parameters of the adapter.
+        weight_decay: weight decay of the adapter's parameters; ``MultiAdapterTrainer`` leaves out biases and norms,
+            as ``Trainer`` does.
         options: further arguments of the optimizer, such as ``{"betas": (0.9, 0.95)}``.
         max_grad_norm: clip the norm of this adapter's gradient; None or 0 doesn't clip.
         schedule: a name for ``transformers.get_scheduler``, such as ``"linear"`` or ``"cosine"``, or a function that
             takes the optimizer and returns a scheduler; constant if None. It advances with this adapter's steps.
         warmup_steps: number of steps during which the learning rate rises; no warmup if None.
         schedule_options: further arguments of a schedule given by name.
-        accumulate: number of batches with rows of this adapter per optimizer step.
+        accumulate: number of batches with rows of this adapter per optimizer step; in ``MultiAdapterTrainer``, an
+            epoch's last step may have fewer, as in ``Trainer``.
         steps: number of optimizer steps after which the adapter is finished; also the length of its schedule.
         batch_size: number of rows of this adapter in a batch, over all processes. This and the following attributes
             are for ``MultiAdapterTrainer``, which divides its batch size among adapters if no run sets one.

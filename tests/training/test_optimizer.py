@@ -328,6 +328,79 @@ def test_rows_without_labels_are_no_batch():
     assert optimizer.steps["four"] == 0
 
 
+def test_rows_without_labels_whose_gradients_are_not_finite():
+    """Infinite weights, in rows that count for nothing, stop neither their adapter nor the others."""
+    model, _ = enabled()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, each in model.named_parameters():
+            if ".four." in key:
+                each.fill_(float("inf"))
+    runs = {name: Run(lr=0.1, optimizer=torch.optim.SGD) for name in ADAPTERS}
+    optimizer, ids = AdapterOptimizer(model, runs), ["three", "four", "three"]
+    batch = batch_of("eight", 0)
+    labels = batch.pop("labels")
+    labels[1] = -100
+    losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    optimizer.loss(losses, items, ids).backward()
+    assert any(each.grad.isnan().any() for each in model.parameters() if each.grad is not None)
+    assert optimizer.step().keys() == {"three"}
+    assert not optimizer.stopped and all(each.grad is None for each in model.parameters())
+    plain.set_adapter("three")
+    own = {key: value[[0, 2]] for key, value in batch.items()}
+    plain(**own, labels=labels[[0, 2]]).loss.backward()
+    for key, value in plain.named_parameters():
+        if ".three." in key:
+            assert relative_error(model.get_parameter(key), value - 0.1 * value.grad) <= TOLERANCES[torch.float32], key
+
+
+def test_a_loss_over_no_items_stops_its_adapter():
+    model, _ = enabled()
+    optimizer, ids = AdapterOptimizer(model, {name: Run(lr=0.1) for name in ADAPTERS}), ["three", "four", "eight"]
+    batch = batch_of("eight", 0)
+    losses, items = sample_losses(model(batch["input_ids"], adapter_ids=ids).logits, batch["labels"])
+    optimizer.loss(losses, items * torch.tensor([1, 0, 1]), ids).backward()
+    assert optimizer.step().keys() == {"three", "eight"}
+    assert "over no items" in optimizer.stopped["four"]
+
+
+@pytest.mark.parametrize("where", ["backward", "step", "clip"])
+def test_continuing_after_an_interrupt(monkeypatch, where):
+    """What was interrupted counts for nothing: neither incomplete gradients nor a batch without them."""
+    (model, _), (other, _) = enabled(torch.float64), enabled(torch.float64)
+    runs = {name: Run(lr=0.1, optimizer=torch.optim.SGD) for name in ADAPTERS}
+    optimizer = AdapterOptimizer(model, runs)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if where == "backward":
+            handle = next(each for key, each in model.named_parameters() if ".eight." in key and "layers.0" in key
+                          or ".h.0." in key and ".eight." in key).register_hook(interrupt)  # fmt: skip
+        elif where == "clip":
+            patched.setattr("torch.nn.utils.get_total_norm", interrupt)
+        else:
+            patched.setattr("peft_multibatch.training.progress.Progress.take", interrupt)
+        train(model, optimizer, [0])
+    if where == "backward":
+        handle.remove()
+        assert any(each.grad is not None for each in model.parameters())
+    train(model, optimizer, range(1, 4))
+    train(other, AdapterOptimizer(other, runs), range(1, 4))
+    for (key, mine), theirs in zip(model.named_parameters(), other.parameters()):
+        assert relative_error(mine, theirs) <= 1e-12, key
+
+
+def test_an_error_in_a_step_leaves_no_gradients():
+    model, _ = enabled()
+    optimizer = AdapterOptimizer(model, adamw_runs())
+    model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
+    with pytest.raises(errors.ModelStateError, match="unknown loss"):
+        optimizer.step()
+    assert all(each.grad is None for each in model.parameters())
+
+
 def test_close_restores_what_has_gradients():
     model, _ = enabled()
     model.set_adapter("four")
@@ -455,6 +528,14 @@ class TestRefused:
         optimizer = AdapterOptimizer(model, adamw_runs())
         model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
         with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' from an unknown loss"):
+            optimizer.step()
+
+    def test_a_negative_factor(self):
+        """It would cancel out: gradient ascent would descend."""
+        model, _ = enabled()
+        optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
+        (-optimizer.loss(*self.losses(model, ids), ids)).backward()
+        with pytest.raises(errors.ModelStateError, match=r"negative factor.*Negate the losses"):
             optimizer.step()
 
     def test_a_loss_beside_those_that_were_counted(self):

@@ -9,7 +9,7 @@ from peft_multibatch.compat import after_backward
 
 
 class Counts:
-    """Sums of the losses, items and rows of each adapter, over the backward passes since ``take``.
+    """Sums over the samples of each adapter, and over the backward passes since ``take``.
 
     Args:
         adapters: number of adapters.
@@ -39,7 +39,7 @@ class Counts:
 
         def begin(factor: Tensor) -> None:
             self._begun += 1
-            after_backward(lambda: end(sums * factor))
+            after_backward(lambda: end(torch.cat([sums[:2] * factor, sums[1:]])))
 
         def end(counted: Tensor) -> None:
             self._begun -= 1
@@ -48,11 +48,16 @@ class Counts:
         total.register_hook(begin)
 
     def take(self, device: torch.device) -> Tensor:
-        """Return the sums, ``[3, adapters]``, in float64 where the device has it, and begin anew."""
+        """Return the sums and begin anew.
+
+        Returns:
+            For each adapter, losses and items multiplied by the factor, items, and number of rows; ``[4, adapters]``,
+            in float64 where the device has it.
+        """
         dtype = torch.float32 if device.type == "mps" else torch.float64
         found = [each.to(device, dtype) for each in self._done]
         self.clear()
-        none = torch.zeros(3, self._adapters, dtype=dtype, device=device)
+        none = torch.zeros(4, self._adapters, dtype=dtype, device=device)
         return torch.stack(found).sum(0) if found else none
 
     def clear(self) -> None:

@@ -28,10 +28,19 @@ class MixedDataset(Dataset):
 
     Attributes:
         sizes: number of rows of each adapter.
+
+    Raises:
+        UnsupportedError: a dataset has no length.
     """
 
     def __init__(self, datasets: Mapping[str, Any]) -> None:
         self.datasets = dict(datasets)
+        for name, each in self.datasets.items():
+            if not hasattr(each, "__len__"):
+                raise UnsupportedError(
+                    f"the dataset of {name!r} is a {type(each).__name__}, which has no length: expected one that can "
+                    "be indexed, because batches are divided by size. Convert a stream to a list or a datasets.Dataset."
+                )
         self.sizes = {name: len(each) for name, each in self.datasets.items()}
 
     def __len__(self) -> int:

@@ -111,8 +111,9 @@ class AdapterOptimizer:
         """Sum the losses of a batch, and record whose they are when ``backward`` runs.
 
         ``step`` divides each adapter's gradient by its items. A factor on the result, such as that of gradient
-        accumulation or a gradient scaler, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the
-        base model and of stopped adapters are ignored.
+        accumulation, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the base model and of
+        stopped adapters are ignored. ``torch.amp.GradScaler`` isn't supported, because one adapter's overflow would
+        skip the steps of all: use bfloat16, or a constant factor if gradients underflow in float16.
 
         Args:
             losses: the loss of each sample, summed over its items; ``[samples]``.
@@ -179,7 +180,7 @@ class AdapterOptimizer:
         runs: dict[str, Progress] = {}
         try:
             counted = self._count()
-            for name, (loss, items) in counted.items():
+            for name, (loss, items, _) in counted.items():
                 if not math.isfinite(loss) or not items:
                     over = "" if items else " over no items"
                     self.stop(name, f"its loss was {loss}{over} at step {self._runs[name].steps + 1}")
@@ -277,12 +278,12 @@ class AdapterOptimizer:
             rows.append(None if name is None or self._runs[name].stopped else self._places[name])
         return rows
 
-    def _count(self) -> dict[str, tuple[float, float]]:
-        """Losses and items over all processes, for adapters with rows since the last step."""
+    def _count(self) -> dict[str, tuple[float, float, float]]:
+        """Losses and items with their factor, and items, over all processes, for adapters with items or losses."""
         device = next(iter(next(iter(self._runs.values())).parameters.values())).device
         sums = self._counts.take(device)
-        for (name, each), (_, items, rows) in zip(self._runs.items(), sums.T.tolist()):
-            if rows < 0:
+        for (name, each), (_, scaled, items, _) in zip(self._runs.items(), sums.T.tolist()):
+            if scaled * items < 0:
                 raise ModelStateError(
                     f"the loss of {name!r} was multiplied by a negative factor, which dividing by its items would "
                     "cancel out: expected a positive one. Negate the losses that you pass to AdapterOptimizer.loss."
@@ -294,9 +295,9 @@ class AdapterOptimizer:
                 )
         everywhere = (self._ranks.sum(sums) if self._ranks.size > 1 else sums).T.tolist()
         found = {}
-        for (name, each), (loss, items, rows) in zip(self._runs.items(), everywhere):
-            if (items or loss) and not each.stopped:
-                found[name] = loss, items
+        for (name, each), (loss, scaled, items, rows) in zip(self._runs.items(), everywhere):
+            if (scaled or loss) and not each.stopped:
+                found[name] = loss, scaled, items
                 continue
             if not each.stopped and not rows and each.has_gradients(other_than_zero=True):
                 raise ModelStateError(
@@ -321,13 +322,16 @@ class AdapterOptimizer:
             for name, norm in finite.items():
                 each = runs[name]
                 self.moved[name] = {
-                    "loss": each.loss / each.items, "grad_norm": norm, "lr": each.lr, "items": each.items,
+                    "loss": each.loss / each.scaled, "grad_norm": norm, "lr": each.lr, "items": each.items,
                 }  # fmt: skip
                 each.step(norms[name])
                 each.clear()
         for name, norm in zip(runs, values):
             if name not in finite:
-                self.stop(name, f"its gradient had a norm of {norm} at step {runs[name].steps + 1}")
+                each = runs[name]
+                scale = each.scaled / each.items if each.items else 1.0
+                overflow = f", computed from a loss that was multiplied by {scale:g}" if scale > 1 else ""
+                self.stop(name, f"its gradient had a norm of {norm} at step {each.steps + 1}{overflow}")
         for each in self._runs.values():
             each.zero_grad()
         return self.moved

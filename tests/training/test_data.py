@@ -133,6 +133,11 @@ def test_a_collator_leaves_all_else_to_another(ids):
     assert "adapter_ids" in rows[0]
 
 
+def test_a_stream_has_no_length():
+    with pytest.raises(errors.UnsupportedError, match=r"dataset of 'b' is a list_iterator.*Convert a stream"):
+        MixedDataset({"a": [{"x": 1}], "b": iter([{"x": 1}])})
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["first row lacks it", "first row has it"])
 def test_a_column_that_only_some_datasets_have(order):
     """Collators read the columns of the first row, so an adapter's rows would lose their mask to another's."""

@@ -140,10 +140,13 @@ def test_a_wrong_normalization_is_seen():
 
 
 def test_a_factor_on_the_loss_cancels_out():
-    """Such as that of gradient accumulation, or of a gradient scaler."""
+    """Such as that of gradient accumulation."""
     (one, _), (other, _) = enabled(torch.float64), enabled(torch.float64)
-    train(one, AdapterOptimizer(one, sgd_runs()), range(6))
-    train(other, AdapterOptimizer(other, sgd_runs()), range(6), scale=1 / 3)
+    found = train(one, AdapterOptimizer(one, sgd_runs()), range(6))
+    scaled = train(other, AdapterOptimizer(other, sgd_runs()), range(6), scale=1 / 3)
+    for name, steps in found.items():
+        for key in ("loss", "items", "grad_norm"):
+            assert [each[key] for each in scaled[name]] == pytest.approx([each[key] for each in steps], rel=1e-12)
     for mine, theirs in zip(one.parameters(), other.parameters()):
         assert relative_error(mine, theirs) <= 1e-12
 
@@ -240,6 +243,7 @@ def test_an_adapter_that_is_not_finite_stops_alone(monkeypatch, fault):
     optimizer.loss(losses, items, ids).backward()
     optimizer.step()
     train(model, optimizer, range(3, STEPS))
+    assert "multiplied" not in optimizer.stopped["four"]
     message = "its gradient had a norm of" if fault == "gradient" else "its loss was"
     assert optimizer.stopped["four"].startswith(message) and optimizer.steps["four"] == 0
     assert "eight" in optimizer.running and optimizer.steps["three"] == 20
@@ -250,6 +254,20 @@ def test_an_adapter_that_is_not_finite_stops_alone(monkeypatch, fault):
     for (key, one), two in zip(model.named_parameters(), others.parameters()):
         if ".four." not in key:
             assert relative_error(one, two) <= TOLERANCES[torch.float32], key
+
+
+def test_a_factor_that_overflows_in_float16(monkeypatch):
+    """The reason names the factor, as that of a gradient scaler."""
+    model, _ = enabled()
+    warned(monkeypatch)
+    optimizer = AdapterOptimizer(model, {name: Run() for name in ADAPTERS})
+    batch, ids = mixed_batch(0)
+    labels = batch.pop("labels")
+    with torch.autocast("cpu", torch.float16):
+        losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    (optimizer.loss(losses, items, ids) * 2.0**18).backward()
+    optimizer.step()
+    assert optimizer.stopped["three"].endswith("computed from a loss that was multiplied by 262144")
 
 
 def test_when_all_have_stopped(monkeypatch):

@@ -11,11 +11,15 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from peft_multibatch.compat import PeftModel
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.training.data import AdapterBatchSampler
 from peft_multibatch.training.runs import Run
+
+
+logger = logging.get_logger(__name__)
 
 
 def filled_runs(
@@ -37,6 +41,11 @@ def filled_runs(
     for name, run in runs.items():
         # like Trainer, an incomplete accumulation at the end of an epoch is a step
         steps = epochs * math.ceil(whole[name] / run.accumulate) + math.ceil(part[name] / run.accumulate)
+        if run.steps is not None and run.steps > steps:
+            logger.warning(
+                f"the run of {name!r} has steps={run.steps}, but there are batches for only {steps}: raise "
+                "num_train_epochs or max_steps of TrainingArguments, or its schedule will not end."
+            )
         steps = run.steps or max(steps, 1)
         filled: dict[str, Any] = {"steps": steps}
         if run.optimizer is None:

@@ -39,7 +39,8 @@ class Counts:
 
         def begin(factor: Tensor) -> None:
             self._begun += 1
-            after_backward(lambda: end(torch.cat([sums[:2] * factor, sums[1:]])))
+            counted = torch.cat([sums[:2] * factor, sums[1:]])
+            after_backward(lambda: end(counted))
 
         def end(counted: Tensor) -> None:
             self._begun -= 1

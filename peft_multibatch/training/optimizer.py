@@ -141,7 +141,8 @@ class AdapterOptimizer:
         if any(each.training for each in self._norms):
             raise UnsupportedError(
                 "the model has BatchNorm in training mode, which normalizes the samples of all adapters together: "
-                "expected it to use running statistics. Call eval() on these modules."
+                "expected it to use running statistics. Call eval() on these modules, and if a Trainer calls "
+                "train() on the model before every step, also replace their train method by one that does nothing."
             )
         kept = [row for row, place in enumerate(rows) if place is not None]
         if losses.dtype in (torch.float16, torch.bfloat16):

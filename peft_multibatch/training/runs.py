@@ -66,12 +66,26 @@ class Run:
             raise ValueError(f"Run got weight={self.weight!r}: expected a positive number.")
 
     def build_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
-        """Create the optimizer for these parameters."""
+        """Create the optimizer for these parameters.
+
+        Raises:
+            UnsupportedError: it would update other parameters too.
+        """
+        parameters = list(parameters)
         options = dict(self.options)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
                 options[name] = value
-        return (self.optimizer or AdamW)(list(parameters), **options)
+        optimizer = (self.optimizer or AdamW)(parameters, **options)
+        own = {*parameters}
+        others = sum(each not in own for group in optimizer.param_groups for each in group["params"])
+        if others:
+            raise UnsupportedError(
+                f"the optimizer of a run, {type(optimizer).__name__}, has {others} parameters besides those of its "
+                "adapter, and would update other adapters too: expected only parameters that Run(optimizer=...) is "
+                "called with. Make groups of those, for example for LoRA+."
+            )
+        return optimizer
 
     def build_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """Create the scheduler for an optimizer.

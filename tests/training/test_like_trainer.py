@@ -275,6 +275,15 @@ def test_options_of_a_schedule_from_the_arguments(tmp_path):
     assert trainer.optimizer.lrs["three"] == pytest.approx(1e-3)
 
 
+def test_more_steps_than_batches(tmp_path, monkeypatch):
+    warnings, model = [], peft_model()
+    monkeypatch.setattr("peft_multibatch.training.arguments.logger.warning", warnings.append)
+    peft_multibatch.enable(model)
+    runs = {"three": Run(steps=30, train_dataset=dataset("three")), "eight": Run(train_dataset=dataset("eight"))}
+    MultiAdapterTrainer(model, arguments(tmp_path, max_steps=2), runs).train()
+    assert ["'three' has steps=30, but there are batches for only 2" in each for each in warnings] == [True]
+
+
 def test_parts_that_stay_frozen(tmp_path):
     """A user who froze lora_A trains only lora_B, as with PEFT alone; resuming too."""
     model = peft_model()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from tolerances import assert_close, relative_error
 from training_runs import ADAPTERS, STEPS, adamw_runs, alone, batch_of, has_rows, mixed_batch, sgd_runs
 
@@ -285,6 +286,27 @@ def test_when_all_have_stopped(monkeypatch):
     train(model, optimizer, range(3))
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
     assert len(warnings) == 4
+
+
+def test_groups_as_in_lora_plus():
+    """Groups with different learning rates, as PEFT's create_loraplus_optimizer makes them for one adapter."""
+    model, _ = enabled(torch.float64)
+    plain, names = copy.deepcopy(model), {each: key for key, each in model.named_parameters()}
+
+    def lora_plus(parameters, lr, **options):
+        groups = [[each for each in parameters if part in names[each]] for part in (".lora_A.", ".lora_B.")]
+        return torch.optim.SGD([{"params": groups[0], "lr": lr}, {"params": groups[1], "lr": 16 * lr}])
+
+    optimizer = AdapterOptimizer(model, {name: Run(lr=0.01, optimizer=lora_plus) for name in ADAPTERS})
+    train(model, optimizer, [0])
+    for name in ADAPTERS:
+        plain.set_adapter(name)
+        own = create_loraplus_optimizer(plain, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=16)
+        plain(**batch_of(name, 0)).loss.backward()
+        own.step()
+        plain.zero_grad()
+    for (key, mine), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert relative_error(mine, theirs) <= 1e-7, key
 
 
 def test_steps_end_a_run():
@@ -582,6 +604,18 @@ class TestRefused:
         mb.adapter_store(max_host_memory="10MB").register("stored", tmp_path / "eight")
         with pytest.raises(errors.UnsupportedError, match="stored adapters can't be trained"):
             AdapterOptimizer(model, {"stored": Run()})
+
+    def test_an_optimizer_of_other_adapters_too(self):
+        """Such as one made from the whole model."""
+        model, _ = enabled()
+
+        def made(parameters, **options):
+            return torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+
+        before = {key: each.requires_grad for key, each in model.named_parameters()}
+        with pytest.raises(errors.UnsupportedError, match=r"SGD, has \d+ parameters besides.*LoRA\+"):
+            AdapterOptimizer(model, {"three": Run(optimizer=made), "four": Run()})
+        assert before == {key: each.requires_grad for key, each in model.named_parameters()}
 
     def test_a_schedule_that_needs_metrics(self):
         with pytest.raises(errors.UnsupportedError, match="ReduceLROnPlateau"):

@@ -48,8 +48,9 @@ def filled_runs(
             )
         steps = run.steps or max(steps, 1)
         filled: dict[str, Any] = {"steps": steps}
-        if run.optimizer is None:
-            filled["optimizer"], filled["options"] = made, {**defaults, **run.options}
+        make = run.optimizer
+        if make is None:
+            make, filled["options"] = made, {**defaults, **run.options}
         if run.schedule is None:
             filled["schedule"] = args.lr_scheduler_type
             filled["schedule_options"] = run.schedule_options or args.lr_scheduler_kwargs
@@ -60,7 +61,7 @@ def filled_runs(
             "warmup_steps": args.get_warmup_steps(steps),
         }
         filled |= {key: value for key, value in given.items() if getattr(run, key) is None}
-        filled["optimizer"] = functools.partial(_with_decay, filled.get("optimizer") or run.optimizer, undecayed)
+        filled["optimizer"] = functools.partial(_with_decay, make, undecayed)
         found[name] = dataclasses.replace(run, **filled)
     return found
 
@@ -93,8 +94,8 @@ def check_arguments(model: nn.Module, args: TrainingArguments, options: Mapping[
         "label_smoothing_factor": (args.label_smoothing_factor, "Pass a loss_func that smooths labels."),
         "load_best_model_at_end": (
             args.load_best_model_at_end,
-            "Every adapter has its own best step: save at every evaluation, and load the adapter's folder from the "
-            "checkpoint that trainer.early_stop.best names.",
+            "Every adapter has its own best step: save at every evaluation, without save_total_limit, and load the "
+            "adapter's folder from the checkpoint that trainer.early_stop.best names.",
         ),
         "fsdp": (
             args.fsdp,

@@ -39,7 +39,7 @@ class MixedDataset(Dataset):
             if not hasattr(each, "__len__"):
                 raise UnsupportedError(
                     f"the dataset of {name!r} is a {type(each).__name__}, which has no length: expected one that can "
-                    "be indexed, because batches are divided by size. Convert a stream to a list or a datasets.Dataset."
+                    "be indexed, because batches are divided by size. Convert a stream to a list or datasets.Dataset."
                 )
         self.sizes = {name: len(each) for name, each in self.datasets.items()}
 

@@ -167,8 +167,9 @@ class AdapterOptimizer:
     def step(self) -> dict[str, dict[str, float]]:
         """Collect the gradients of the backward passes since the last step, and update the adapters that are due.
 
-        Gradients are None afterwards, also after an exception; accumulated ones are kept separately. While continuous batching runs on the
-        model, running requests of an adapter finish before it is updated, with the weights they started with.
+        Gradients are None afterwards, also after an exception; accumulated ones are kept separately. While
+        continuous batching runs on the model, running requests of an adapter finish before it is updated, with the
+        weights they started with.
 
         Returns:
             For each updated adapter: ``loss`` per item, ``grad_norm`` before clipping, ``lr`` and ``items``.

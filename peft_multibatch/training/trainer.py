@@ -19,7 +19,7 @@ from peft_multibatch.plan.ids import BASE_NAME
 from peft_multibatch.training.arguments import check_arguments, filled_runs
 from peft_multibatch.training.data import COLUMN, AdapterBatchSampler, AdapterCollator, MixedDataset
 from peft_multibatch.training.early_stop import EarlyStop
-from peft_multibatch.training.losses import matching_shift, sample_losses
+from peft_multibatch.training.losses import IGNORED, matching_shift, sample_losses
 from peft_multibatch.training.optimizer import AdapterOptimizer
 from peft_multibatch.training.parameters import handle_of
 from peft_multibatch.training.runs import Run
@@ -39,16 +39,19 @@ class MultiAdapterTrainer(Trainer):
 
     Args:
         model: an enabled ``PeftModel``.
-        args: settings of the run; ``num_train_epochs`` counts epochs of every adapter's dataset.
+        args: settings of the run; ``num_train_epochs`` counts epochs of every adapter's dataset, and ``max_steps``
+            batches.
         runs: settings and data of each adapter, by its name.
         data_collator: a collator; it needn't handle ``adapter_ids``.
         loss_func: called with the model's output and the labels; returns the loss of each sample, summed over its
-            items, and the numbers of items. By default ``sample_losses``.
+            items, and the numbers of items. By default ``sample_losses``, whose mean is compared, once, with the
+            loss that the model itself computes.
         **options: further arguments of ``Trainer``.
 
     Raises:
         NotEnabledError: the model isn't enabled.
-        UnsupportedError: ``args`` contain settings that all adapters would share, or that aren't supported.
+        UnsupportedError: ``args`` contain settings that all adapters would share, or that aren't supported; or the
+            model's own loss isn't the mean cross entropy and there is no ``loss_func``.
 
     Example:
         ```python
@@ -71,6 +74,10 @@ class MultiAdapterTrainer(Trainer):
         self._handle = handle_of(model)
         check_arguments(model, args, options)
         self._runs, self._loss_func = dict(runs), loss_func
+        if not self._runs:
+            raise UnsupportedError(
+                "MultiAdapterTrainer got no runs: expected at least one, such as {'sql': Run(...)}."
+            )
         training = {name: run.train_dataset for name, run in self._runs.items()}
         absent = [name for name, rows in training.items() if rows is None]
         if absent:
@@ -202,14 +209,14 @@ class MultiAdapterTrainer(Trainer):
             for each, mode in modes:
                 each.training = mode
         own = getattr(outputs, "loss", None)
-        losses, items = self._losses(outputs, labels, expected)
+        self._losses(outputs, labels, expected)  # checks the output and the labels
         if not isinstance(own, Tensor):
             raise UnsupportedError(
                 f"{type(self._handle._inner).__name__} computes no loss from labels, which would show whether it "
                 "shifts them: expected outputs with a loss. Pass loss_func=..., which returns the loss of each sample "
                 "and numbers of items."
             )
-        if not items.any() or not own.isfinite():
+        if not (labels != IGNORED).any() or not own.isfinite():
             return expected  # the next batch may tell
         self._shift = matching_shift(outputs.logits, labels, own, expected)
         return self._shift

@@ -146,7 +146,10 @@ def test_a_column_that_only_some_datasets_have(order):
         AdapterCollator()(rows[::order])
     batch = AdapterCollator(lambda rows: {"x": [row["x"] for row in rows], "attention_mask": "made"})(rows)
     assert batch["attention_mask"] == "made"
-    assert AdapterCollator()([{"x": 1, "adapter_ids": 0}, {"x": 2, "adapter_ids": 1, "note": "-"}])["x"].tolist() == [1, 2]
+    assert AdapterCollator()([{"x": 1, "adapter_ids": 0}, {"x": 2, "adapter_ids": 1, "note": "-"}])["x"].tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_a_row_without_an_adapter():

@@ -200,7 +200,8 @@ def trainer(folder, device):
 
 CASES = [
     separate_runs_with_adamw, separate_runs_with_sgd, wrapped_in_ddp, prepared_by_accelerate,
-    a_process_without_rows, a_process_without_rows_in_float64, an_adapter_that_is_not_finite, other_runs_are_refused, fsdp_is_refused, trainer,
+    a_process_without_rows, a_process_without_rows_in_float64, an_adapter_that_is_not_finite, other_runs_are_refused,
+    fsdp_is_refused, trainer,
 ]  # fmt: skip
 
 

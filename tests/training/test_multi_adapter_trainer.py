@@ -291,6 +291,8 @@ def test_what_else_is_refused(tmp_path):
         MultiAdapterTrainer(model.get_base_model(), args, runs())
     with pytest.raises(errors.NotEnabledError):
         MultiAdapterTrainer(peft_model(), args, runs())
+    with pytest.raises(errors.UnsupportedError, match="no runs"):
+        MultiAdapterTrainer(model, args, {})
     with pytest.raises(errors.UnsupportedError, match="'four' has no train_dataset"):
         MultiAdapterTrainer(model, args, {"four": Run()})
     some = {"three": Run(batch_size=1, train_dataset=dataset("three")), "four": Run(train_dataset=dataset("four"))}

@@ -416,8 +416,8 @@ def test_continuing_after_an_interrupt(monkeypatch, where):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if where == "backward":
-            handle = next(each for key, each in model.named_parameters() if ".eight." in key and "layers.0" in key
-                          or ".h.0." in key and ".eight." in key).register_hook(interrupt)  # fmt: skip
+            first = next(each for key, each in model.named_parameters() if ".h.0." in key and ".eight." in key)
+            handle = first.register_hook(interrupt)
         elif where == "clip":
             patched.setattr("torch.nn.utils.get_total_norm", interrupt)
         else:
@@ -631,3 +631,5 @@ class TestRefused:
     def test_labels_of_another_kind(self):
         with pytest.raises(errors.UnsupportedError, match=r"logits \[2, 1\] and labels \[2\] of torch.float32"):
             sample_losses(torch.zeros(2, 1), torch.zeros(2))
+        with pytest.raises(errors.UnsupportedError, match="two classes or more"):
+            sample_losses(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))

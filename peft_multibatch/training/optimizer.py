@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -180,27 +181,35 @@ class AdapterOptimizer:
         """
         self._drop_interrupted()
         runs: dict[str, Progress] = {}
-        try:
+        with self._dropping(runs):
             counted = self._count()
             for name, (loss, items, _) in counted.items():
                 if not math.isfinite(loss) or not items:
                     over = "" if items else " over no items"
                     self.stop(name, f"its loss was {loss}{over} at step {self._runs[name].steps + 1}")
-            runs = {name: self._runs[name] for name in counted if not self._runs[name].stopped}
+            runs.update((name, self._runs[name]) for name in counted if not self._runs[name].stopped)
             # includes adapters that aren't due, so that every process has the same state
             self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
             for name, each in runs.items():
                 each.take(*counted[name])
-            return self._move([name for name, each in runs.items() if each.is_due])
-        except BaseException:
-            self.zero_grad()  # the next step would add these gradients to its own
-            for each in runs.values():
-                each.clear()
-            raise
+            return self._move({name: each for name, each in runs.items() if each.is_due})
 
     def flush(self) -> dict[str, dict[str, float]]:
         """Update the adapters with an incomplete accumulation, at the end of a run."""
-        return self._move([name for name in self.running if self._runs[name].batches])
+        runs = {name: self._runs[name] for name in self.running if self._runs[name].batches}
+        with self._dropping(runs):
+            return self._move(runs)
+
+    @contextmanager
+    def _dropping(self, runs: Mapping[str, Progress]) -> Iterator[None]:
+        """If the block is interrupted, drop gradients, which the next step would add to its own."""
+        try:
+            yield
+        except BaseException:
+            self.zero_grad()
+            for each in runs.values():
+                each.clear()
+            raise
 
     def stop(self, name: str, reason: str) -> None:
         """Stop training an adapter. Its weights stay as they are, and all others continue.
@@ -310,9 +319,8 @@ class AdapterOptimizer:
             each.zero_grad()  # compiled code leaves zeros, and rows without labels zeros or NaN
         return found
 
-    def _move(self, names: list[str]) -> dict[str, dict[str, float]]:
+    def _move(self, runs: Mapping[str, Progress]) -> dict[str, dict[str, float]]:
         """Take a step for each of these adapters."""
-        runs = {name: self._runs[name] for name in names}
         for each in runs.values():
             each.gather()
         norms = {name: each.normalize() for name, each in runs.items()}

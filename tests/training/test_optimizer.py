@@ -432,6 +432,18 @@ def test_continuing_after_an_interrupt(monkeypatch, where):
         assert relative_error(mine, theirs) <= 1e-12, key
 
 
+def test_an_interrupt_while_flushing(monkeypatch):
+    model, _ = enabled()
+    optimizer = AdapterOptimizer(model, {"three": Run(accumulate=2)})
+    train(model, optimizer, [0], names=("three",))
+    before = weights(model)
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("torch.nn.utils.get_total_norm", lambda *_: 1 / 0)
+        optimizer.flush()
+    assert optimizer.flush() == {} and all(each.grad is None for each in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+
+
 def test_an_error_in_a_step_leaves_no_gradients():
     model, _ = enabled()
     optimizer = AdapterOptimizer(model, adamw_runs())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -73,8 +74,11 @@ __all__ = [
     "set_requires_grad",
 ]
 
-after_backward = Variable._execution_engine.queue_callback
-"""Call a function when the backward pass that is running has completed."""
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that is running has completed."""
+    Variable._execution_engine.queue_callback(function)
+
 
 logger = logging.get_logger(__name__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -32,6 +33,7 @@ from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
 from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
+from torch.autograd.variable import Variable
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +56,7 @@ __all__ = [
     "PeftMixedModel",
     "PeftModel",
     "TrainableTokensWrapper",
+    "after_backward",
     "calculate_alora_offsets",
     "check",
     "check_serving",
@@ -70,6 +73,12 @@ __all__ = [
     "set_adapter",
     "set_requires_grad",
 ]
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that is running has completed."""
+    Variable._execution_engine.queue_callback(function)
+
 
 logger = logging.get_logger(__name__)
 

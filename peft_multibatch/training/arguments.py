@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from peft_multibatch.compat import PeftModel
 from peft_multibatch.errors import UnsupportedError
@@ -16,19 +19,41 @@ from peft_multibatch.training.data import AdapterBatchSampler
 from peft_multibatch.training.runs import Run
 
 
-def filled_runs(runs: Mapping[str, Run], args: TrainingArguments, sampler: AdapterBatchSampler) -> dict[str, Run]:
-    """Fill in what runs leave open: settings from the arguments, and the number of steps from their data."""
+logger = logging.get_logger(__name__)
+
+
+def filled_runs(
+    runs: Mapping[str, Run], args: TrainingArguments, sampler: AdapterBatchSampler, undecayed: Collection[nn.Parameter]
+) -> dict[str, Run]:
+    """Fill in what runs leave open: settings from the arguments, and the number of steps from their data.
+
+    Args:
+        runs: the runs as given.
+        args: the trainer's arguments.
+        sampler: its batches.
+        undecayed: parameters without weight decay.
+    """
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(sampler))
-    batches = sampler.batches(total)
+    epochs, rest = divmod(total, len(sampler))
+    whole, part = sampler.batches(len(sampler)), sampler.batches(rest)
     made, defaults = Trainer.get_optimizer_cls_and_kwargs(args)
     found = {}
     for name, run in runs.items():
-        steps = run.steps or max(math.ceil(batches[name] / run.accumulate), 1)
+        # like Trainer, an incomplete accumulation at the end of an epoch is a step
+        steps = epochs * math.ceil(whole[name] / run.accumulate) + math.ceil(part[name] / run.accumulate)
+        if run.steps is not None and run.steps > steps:
+            logger.warning(
+                f"the run of {name!r} has steps={run.steps}, but there are batches for only {steps}: raise "
+                "num_train_epochs or max_steps of TrainingArguments, or its schedule will not end."
+            )
+        steps = run.steps or max(steps, 1)
         filled: dict[str, Any] = {"steps": steps}
-        if run.optimizer is None:
-            filled["optimizer"], filled["options"] = made, {**defaults, **run.options}
+        make = run.optimizer
+        if make is None:
+            make, filled["options"] = made, {**defaults, **run.options}
         if run.schedule is None:
-            filled["schedule"], filled["schedule_options"] = args.lr_scheduler_type, args.lr_scheduler_kwargs
+            filled["schedule"] = args.lr_scheduler_type
+            filled["schedule_options"] = run.schedule_options or args.lr_scheduler_kwargs
         given = {
             "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
@@ -36,8 +61,25 @@ def filled_runs(runs: Mapping[str, Run], args: TrainingArguments, sampler: Adapt
             "warmup_steps": args.get_warmup_steps(steps),
         }
         filled |= {key: value for key, value in given.items() if getattr(run, key) is None}
+        filled["optimizer"] = functools.partial(_with_decay, make, undecayed)
         found[name] = dataclasses.replace(run, **filled)
     return found
+
+
+def _with_decay(
+    make: Callable[..., Optimizer],
+    undecayed: Collection[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> Optimizer:
+    """Create an optimizer with the parameter groups of Trainer."""
+    decayed = [each for each in parameters if each not in undecayed]
+    if not weight_decay or len(decayed) == len(parameters):
+        return make(parameters, weight_decay=weight_decay, **options)
+    rest = [each for each in parameters if each in undecayed]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return make([each for each in groups if each["params"]], weight_decay=weight_decay, **options)
 
 
 def check_arguments(model: nn.Module, args: TrainingArguments, options: Mapping[str, Any]) -> None:
@@ -52,8 +94,8 @@ def check_arguments(model: nn.Module, args: TrainingArguments, options: Mapping[
         "label_smoothing_factor": (args.label_smoothing_factor, "Pass a loss_func that smooths labels."),
         "load_best_model_at_end": (
             args.load_best_model_at_end,
-            "Every adapter has its own best step: save at every evaluation, and load the adapter's folder from the "
-            "checkpoint that trainer.early_stop.best names.",
+            "Every adapter has its own best step: save at every evaluation, without save_total_limit, and load the "
+            "adapter's folder from the checkpoint that trainer.early_stop.best names.",
         ),
         "fsdp": (
             args.fsdp,

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import default_data_collator
 
-from peft_multibatch.errors import AdapterIdsError
+from peft_multibatch.errors import AdapterIdsError, UnsupportedError
 from peft_multibatch.plan.ids import BASE_NAME
 
 
@@ -28,10 +28,19 @@ class MixedDataset(Dataset):
 
     Attributes:
         sizes: number of rows of each adapter.
+
+    Raises:
+        UnsupportedError: a dataset has no length.
     """
 
     def __init__(self, datasets: Mapping[str, Any]) -> None:
         self.datasets = dict(datasets)
+        for name, each in self.datasets.items():
+            if not hasattr(each, "__len__"):
+                raise UnsupportedError(
+                    f"the dataset of {name!r} is a {type(each).__name__}, which has no length: expected one that can "
+                    "be indexed, because batches are divided by size. Convert a stream to a list or datasets.Dataset."
+                )
         self.sizes = {name: len(each) for name, each in self.datasets.items()}
 
     def __len__(self) -> int:
@@ -103,6 +112,7 @@ class AdapterBatchSampler(Sampler[list[int]]):
         self._batch_size = batch_size
         self.stopped: Collection[str] = ()
         self._epoch = self._start = 0
+        self._length = sum(1 for _ in self._counts())
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Set the epoch to iterate next.
@@ -114,7 +124,7 @@ class AdapterBatchSampler(Sampler[list[int]]):
         self._epoch, self._start = epoch, start
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._counts())
+        return self._length
 
     def batches(self, total: int) -> dict[str, int]:
         """Count the batches with rows of each adapter among the first ``total`` batches."""
@@ -174,6 +184,7 @@ class AdapterCollator:
 
     Raises:
         AdapterIdsError: a row lacks the column.
+        UnsupportedError: the other collator dropped a column that only some rows have.
 
     Example:
         ```python
@@ -195,6 +206,15 @@ class AdapterCollator:
             )
         ids = [row[COLUMN] for row in rows]
         batch = self.inner([{key: value for key, value in row.items() if key != COLUMN} for row in rows])
+        for place, row in enumerate(rows):
+            for key, value in row.items():
+                # many collators read the columns of the first row only
+                if key not in rows[0] and key not in batch and not isinstance(value, str):
+                    raise UnsupportedError(
+                        f"row {place} of a batch, of {row[COLUMN]!r}, has a column {key!r} that row 0, of "
+                        f"{rows[0][COLUMN]!r}, doesn't have, and the collator dropped it: expected the same columns "
+                        "in every row. Add the column to all datasets, or remove it from all."
+                    )
         try:
             batch[COLUMN] = torch.tensor([operator.index(each) for each in ids], dtype=torch.int64, device="cpu")
         except TypeError:  # names, or values that the model will reject

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback
@@ -20,13 +21,19 @@ class EarlyStop(TrainerCallback):
         self.best: dict[str, tuple[float, int]] = {}
         self.waited: dict[str, int] = {}
 
+    def reset(self) -> None:
+        """Forget the previous run."""
+        self.best, self.waited = {}, {}
+        self._trainer._sampler.stopped = ()
+
     def on_epoch_begin(self, args, state, control, **_):
         self._trainer._sampler.set_epoch(int(state.epoch + 1e-6))  # resuming may start in the middle of an epoch
 
     def on_optimizer_step(self, args, state, control, **_):
         trainer = self._trainer
         moved = dict(trainer.optimizer.moved)
-        if state.global_step + 1 >= state.max_steps:
+        step = state.global_step + 1
+        if step >= state.max_steps or step % len(trainer._sampler) == 0:  # like Trainer, at the end of an epoch
             moved |= trainer.optimizer.flush()
         for name, metrics in moved.items():
             trainer._moved[name].append(metrics)
@@ -40,7 +47,7 @@ class EarlyStop(TrainerCallback):
             loss = metrics.get(f"eval_{name}_loss")
             if loss is None or not trainer.is_in_train or trainer.optimizer is None:
                 continue
-            if name not in self.best or loss < self.best[name][0]:
+            if name not in self.best or loss < self.best[name][0] or math.isnan(self.best[name][0]):
                 self.best[name], self.waited[name] = (loss, state.global_step), 0
             else:
                 self.waited[name] += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from peft_multibatch.errors import AdapterIdsLengthError, ModelStateError, UnknownAdapterError, UnsupportedError
 from peft_multibatch.plan.ids import AdapterIds, ids_of, label_of, resolve
 from peft_multibatch.plan.segments import BASE
+from peft_multibatch.training.counts import Counts
 from peft_multibatch.training.distributed import Ranks
 from peft_multibatch.training.parameters import handle_of, make_trainable
 from peft_multibatch.training.progress import Progress
@@ -86,7 +88,7 @@ class AdapterOptimizer:
             raise
         self._norms = [each for each in self._handle._inner.modules() if isinstance(each, _BatchNorm)]
         self._places = {name: place for place, name in enumerate(runs)}
-        self._noted: list[Tensor] = []
+        self._counts = Counts(len(runs))
         self.moved: dict[str, dict[str, float]] = {}
 
     @property
@@ -110,8 +112,9 @@ class AdapterOptimizer:
         """Sum the losses of a batch, and record whose they are when ``backward`` runs.
 
         ``step`` divides each adapter's gradient by its items. A factor on the result, such as that of gradient
-        accumulation or a gradient scaler, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the
-        base model and of stopped adapters are ignored.
+        accumulation, cancels out; to weight samples, weight ``losses`` and ``items``. Rows of the base model and of
+        stopped adapters are ignored. ``torch.amp.GradScaler`` isn't supported, because one adapter's overflow would
+        skip the steps of all: use bfloat16, or a constant factor if gradients underflow in float16.
 
         Args:
             losses: the loss of each sample, summed over its items; ``[samples]``.
@@ -127,6 +130,7 @@ class AdapterOptimizer:
             UnsupportedError: a row has a mixture, or BatchNorm is in training mode.
             ModelStateError: the losses have no gradients, for example because an adapter was frozen.
         """
+        self._drop_interrupted()
         rows = self._rows(adapter_ids)
         if losses.shape != (len(rows),) or items.shape != losses.shape:
             raise AdapterIdsLengthError(
@@ -138,7 +142,8 @@ class AdapterOptimizer:
         if any(each.training for each in self._norms):
             raise UnsupportedError(
                 "the model has BatchNorm in training mode, which normalizes the samples of all adapters together: "
-                "expected it to use running statistics. Call eval() on these modules."
+                "expected it to use running statistics. Call eval() on these modules, and if a Trainer calls "
+                "train() on the model before every step, also replace their train method by one that does nothing."
             )
         kept = [row for row, place in enumerate(rows) if place is not None]
         if losses.dtype in (torch.float16, torch.bfloat16):
@@ -157,38 +162,54 @@ class AdapterOptimizer:
                 "trained. Check whether set_adapter froze them, or torch.no_grad is active."
             )
         places = torch.tensor([rows[row] for row in kept], dtype=torch.long, device=losses.device)
-        sums = torch.stack([losses.detach(), items.to(losses)])
-        sums = sums.new_zeros(2, len(self._runs)).index_add_(1, places, sums)
-        total.register_hook(lambda factor: self._noted.append(sums * factor))
+        self._counts.add(total, losses, items, places)
         return total
 
     def step(self) -> dict[str, dict[str, float]]:
         """Collect the gradients of the backward passes since the last step, and update the adapters that are due.
 
-        Gradients are None afterwards; accumulated ones are kept separately. While continuous batching runs on the
-        model, running requests of an adapter finish before it is updated, with the weights they started with.
+        Gradients are None afterwards, also after an exception; accumulated ones are kept separately. While
+        continuous batching runs on the model, running requests of an adapter finish before it is updated, with the
+        weights they started with.
 
         Returns:
             For each updated adapter: ``loss`` per item, ``grad_norm`` before clipping, ``lr`` and ``items``.
 
         Raises:
-            ModelStateError: there are gradients of losses that didn't come from ``loss``, or an adapter with rows got
-                no gradients.
+            ModelStateError: there are gradients of losses that didn't come from ``loss``, an adapter with rows got no
+                gradients, or the loss had a negative factor.
         """
-        counted = self._count()
-        for name, (loss, _) in counted.items():
-            if not math.isfinite(loss):
-                self.stop(name, f"its loss was {loss} at step {self._runs[name].steps + 1}")
-        runs = {name: self._runs[name] for name in counted if not self._runs[name].stopped}
-        # includes adapters that aren't due, so that every process has the same state
-        self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
-        for name, each in runs.items():
-            each.take(*counted[name])
-        return self._move([name for name, each in runs.items() if each.is_due])
+        self._drop_interrupted()
+        runs: dict[str, Progress] = {}
+        with self._dropping(runs):
+            counted = self._count()
+            for name, (loss, items, _) in counted.items():
+                if not math.isfinite(loss) or not items:
+                    over = "" if items else " over no items"
+                    self.stop(name, f"its loss was {loss}{over} at step {self._runs[name].steps + 1}")
+            runs.update((name, self._runs[name]) for name in counted if not self._runs[name].stopped)
+            # includes adapters that aren't due, so that every process has the same state
+            self._ranks.sum_gradients([list(each.parameters.values()) for each in runs.values()])
+            for name, each in runs.items():
+                each.take(*counted[name])
+            return self._move({name: each for name, each in runs.items() if each.is_due})
 
     def flush(self) -> dict[str, dict[str, float]]:
         """Update the adapters with an incomplete accumulation, at the end of a run."""
-        return self._move([name for name in self.running if self._runs[name].batches])
+        runs = {name: self._runs[name] for name in self.running if self._runs[name].batches}
+        with self._dropping(runs):
+            return self._move(runs)
+
+    @contextmanager
+    def _dropping(self, runs: Mapping[str, Progress]) -> Iterator[None]:
+        """If the block is interrupted, drop gradients, which the next step would add to its own."""
+        try:
+            yield
+        except BaseException:
+            self.zero_grad()
+            for each in runs.values():
+                each.clear()
+            raise
 
     def stop(self, name: str, reason: str) -> None:
         """Stop training an adapter. Its weights stay as they are, and all others continue.
@@ -208,9 +229,14 @@ class AdapterOptimizer:
 
     def zero_grad(self) -> None:
         """Drop gradients since the last step; those accumulated in earlier steps are kept."""
-        self._noted.clear()
+        self._counts.clear()
         for each in self._runs.values():
             each.zero_grad()
+
+    def _drop_interrupted(self) -> None:
+        if self._counts.was_interrupted:
+            logger.warning("backward was interrupted: its incomplete gradients are dropped.")
+            self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed to resume, without the weights, in plain types and tensors."""
@@ -229,7 +255,7 @@ class AdapterOptimizer:
             )
         for name, each in self._runs.items():
             each.load_state_dict(state[name])
-        self._noted.clear()
+        self._counts.clear()
 
     def close(self) -> None:
         """Drop gradients and restore ``requires_grad`` of all parameters; further calls do nothing."""
@@ -263,37 +289,38 @@ class AdapterOptimizer:
             rows.append(None if name is None or self._runs[name].stopped else self._places[name])
         return rows
 
-    def _count(self) -> dict[str, tuple[float, float]]:
-        """Losses and items over all processes, for adapters with rows since the last step."""
+    def _count(self) -> dict[str, tuple[float, float, float]]:
+        """Losses and items with their factor, and items, over all processes, for adapters with items or losses."""
         device = next(iter(next(iter(self._runs.values())).parameters.values())).device
-        noted = [each.to(device) for each in self._noted]
-        none = torch.zeros(2, len(self._runs), dtype=torch.float32, device=device)
-        sums = torch.stack(noted).sum(0) if noted else none
-        self._noted.clear()
-        for (name, each), items in zip(self._runs.items(), sums[1].tolist()):
+        sums = self._counts.take(device)
+        for (name, each), (_, scaled, items, _) in zip(self._runs.items(), sums.T.tolist()):
+            if scaled * items < 0:
+                raise ModelStateError(
+                    f"the loss of {name!r} was multiplied by a negative factor, which dividing by its items would "
+                    "cancel out: expected a positive one. Negate the losses that you pass to AdapterOptimizer.loss."
+                )
             if items and not each.stopped and not each.has_gradients():
                 raise ModelStateError(
                     f"{name!r} had rows in a batch but got no gradients: expected trainable parameters. It may have "
                     "been frozen by set_adapter, or deleted and added again. Close the optimizer and create a new one."
                 )
-        losses, everywhere = (self._ranks.sum(sums) if self._ranks.size > 1 else sums).tolist()
+        everywhere = (self._ranks.sum(sums) if self._ranks.size > 1 else sums).T.tolist()
         found = {}
-        for (name, each), loss, items in zip(self._runs.items(), losses, everywhere):
-            if items and not each.stopped:
-                found[name] = loss, items
+        for (name, each), (loss, scaled, items, rows) in zip(self._runs.items(), everywhere):
+            if (scaled or loss) and not each.stopped:
+                found[name] = loss, scaled, items
                 continue
-            if not each.stopped and each.has_gradients(other_than_zero=True):
+            if not each.stopped and not rows and each.has_gradients(other_than_zero=True):
                 raise ModelStateError(
                     f"step found gradients of {name!r} from an unknown loss, which it can't divide by that adapter's "
                     "number of items: expected losses from AdapterOptimizer.loss. Use "
                     "optimizer.loss(losses, items, adapter_ids).backward()."
                 )
-            each.zero_grad()  # compiled code leaves zeros
+            each.zero_grad()  # compiled code leaves zeros, and rows without labels zeros or NaN
         return found
 
-    def _move(self, names: list[str]) -> dict[str, dict[str, float]]:
+    def _move(self, runs: Mapping[str, Progress]) -> dict[str, dict[str, float]]:
         """Take a step for each of these adapters."""
-        runs = {name: self._runs[name] for name in names}
         for each in runs.values():
             each.gather()
         norms = {name: each.normalize() for name, each in runs.items()}
@@ -305,13 +332,16 @@ class AdapterOptimizer:
             for name, norm in finite.items():
                 each = runs[name]
                 self.moved[name] = {
-                    "loss": each.loss / each.items, "grad_norm": norm, "lr": each.lr, "items": each.items,
+                    "loss": each.loss / each.scaled, "grad_norm": norm, "lr": each.lr, "items": each.items,
                 }  # fmt: skip
                 each.step(norms[name])
                 each.clear()
         for name, norm in zip(runs, values):
             if name not in finite:
-                self.stop(name, f"its gradient had a norm of {norm} at step {runs[name].steps + 1}")
+                each = runs[name]
+                scale = each.scaled / each.items if each.items else 1.0
+                overflow = f", computed from a loss that was multiplied by {scale:g}" if scale > 1 else ""
+                self.stop(name, f"its gradient had a norm of {norm} at step {each.steps + 1}{overflow}")
         for each in self._runs.values():
             each.zero_grad()
         return self.moved

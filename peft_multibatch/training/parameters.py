@@ -36,6 +36,8 @@ def make_trainable(
 ) -> tuple[dict[str, dict[str, nn.Parameter]], Callable[[], None]]:
     """Make exactly these adapters trainable; PEFT's ``set_adapter`` freezes all except one.
 
+    If only some parameters of an adapter are trainable, the user froze the others, and they stay frozen.
+
     Args:
         handle: the model's handle.
         names: names of the adapters.
@@ -73,6 +75,9 @@ def make_trainable(
                 "it, or train with bias='none'."
             )
         found = {name: trainable([name]) for name in names}
+        for name, own in found.items():
+            some = {key: each for key, each in own.items() if before[key]}
+            found[name] = some or own
         owners: dict[nn.Parameter, str] = {}
         for name, own in found.items():
             for key, each in own.items():
@@ -82,7 +87,10 @@ def make_trainable(
                         "parameters. Train them in separate runs."
                     )
                 owners[each] = name
-        trainable(names)
+        trainable([])
+        for own in found.values():
+            for each in own.values():
+                each.requires_grad_(True)
     except BaseException:
         restore()
         raise

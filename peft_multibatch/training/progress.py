@@ -11,6 +11,9 @@ from peft_multibatch.adapters.dropout import DropoutState
 from peft_multibatch.training.runs import Run
 
 
+COUNTERS = ("steps", "stopped", "batches", "loss", "scaled", "items")
+
+
 class Progress:
     """The state of one adapter's run.
 
@@ -24,8 +27,9 @@ class Progress:
         steps: number of optimizer steps so far.
         stopped: why the run has stopped, or the empty string.
         batches: number of batches accumulated for the next step.
-        loss: sum of their losses.
-        items: number of items that the sum is divided by.
+        loss: sum of their losses, multiplied by the factors that ``backward`` ran with.
+        scaled: number of their items, multiplied by the same factors, which gradients are divided by.
+        items: number of their items.
     """
 
     def __init__(self, run: Run, parameters: dict[str, nn.Parameter], dropout: DropoutState) -> None:
@@ -34,7 +38,7 @@ class Progress:
         self.optimizer = run.build_optimizer(parameters.values())
         self.schedule = run.build_schedule(self.optimizer)
         self.steps, self.stopped = 0, ""
-        self.batches, self.loss, self.items = 0, 0.0, 0.0
+        self.batches, self.loss, self.scaled, self.items = 0, 0.0, 0.0, 0.0
         self._kept: dict[str, Tensor] = {}
 
     @property
@@ -46,9 +50,10 @@ class Progress:
         """Whether any of its parameters has a gradient."""
         return any(not other_than_zero or bool(each.any()) for each in self.gradients())
 
-    def take(self, loss: float, items: float) -> None:
+    def take(self, loss: float, scaled: float, items: float) -> None:
         """Add a batch with rows of this adapter, after its backward pass."""
-        self.batches, self.loss, self.items = self.batches + 1, self.loss + loss, self.items + items
+        self.batches, self.loss = self.batches + 1, self.loss + loss
+        self.scaled, self.items = self.scaled + scaled, self.items + items
         if self.batches == 1 and self.is_due:
             return  # nothing else is accumulated, so the gradients needn't be copied
         for name, each in self.parameters.items():
@@ -75,7 +80,7 @@ class Progress:
     def normalize(self) -> Tensor:
         """Divide the gradients by the number of items and return their norm."""
         gradients = self.gradients()
-        torch._foreach_div_(gradients, self.items)
+        torch._foreach_div_(gradients, self.scaled)
         return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, norm: Tensor) -> None:
@@ -85,12 +90,19 @@ class Progress:
         self.optimizer.step()
         self.schedule.step()
         self.steps += 1
+        self._finish()
+
+    def _finish(self) -> None:
         if self.run.steps is not None and self.steps >= self.run.steps:
-            self.stopped = f"it has finished its {self.steps} steps"
+            self.stopped = self._finished
+
+    @property
+    def _finished(self) -> str:
+        return f"it has finished its {self.steps} steps"
 
     def clear(self) -> None:
         """Discard what was accumulated."""
-        self.batches, self.loss, self.items = 0, 0.0, 0.0
+        self.batches, self.loss, self.scaled, self.items = 0, 0.0, 0.0, 0.0
         self._kept = {}
 
     def zero_grad(self) -> None:
@@ -103,7 +115,7 @@ class Progress:
             "schedule": self.schedule.state_dict(),
             "kept": self._kept,
             "dropout": self._dropout.state_dict(),
-            **{name: getattr(self, name) for name in ("steps", "stopped", "batches", "loss", "items")},
+            **{name: getattr(self, name) for name in COUNTERS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,5 +123,9 @@ class Progress:
         self.schedule.load_state_dict(state["schedule"])
         self._dropout.load_state_dict(state["dropout"])
         self._kept = {name: kept.clone().to(self.parameters[name].device) for name, kept in state["kept"].items()}
-        for name in ("steps", "stopped", "batches", "loss", "items"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
+        if self.stopped == self._finished:  # the run may have more steps now, or fewer
+            self.stopped = ""
+        if not self.stopped:
+            self._finish()

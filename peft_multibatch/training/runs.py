@@ -22,14 +22,16 @@ class Run:
         lr: learning rate, the peak of the schedule.
         optimizer: creates the optimizer, called as ``optimizer(parameters, lr=..., weight_decay=..., **options)``;
             ``torch.optim.AdamW`` if None.
-        weight_decay: weight decay of all parameters of the adapter.
+        weight_decay: weight decay of the adapter's parameters; ``MultiAdapterTrainer`` leaves out biases and norms,
+            as ``Trainer`` does.
         options: further arguments of the optimizer, such as ``{"betas": (0.9, 0.95)}``.
         max_grad_norm: clip the norm of this adapter's gradient; None or 0 doesn't clip.
         schedule: a name for ``transformers.get_scheduler``, such as ``"linear"`` or ``"cosine"``, or a function that
             takes the optimizer and returns a scheduler; constant if None. It advances with this adapter's steps.
         warmup_steps: number of steps during which the learning rate rises; no warmup if None.
         schedule_options: further arguments of a schedule given by name.
-        accumulate: number of batches with rows of this adapter per optimizer step.
+        accumulate: number of batches with rows of this adapter per optimizer step; in ``MultiAdapterTrainer``, an
+            epoch's last step may have fewer, as in ``Trainer``.
         steps: number of optimizer steps after which the adapter is finished; also the length of its schedule.
         batch_size: number of rows of this adapter in a batch, over all processes. This and the following attributes
             are for ``MultiAdapterTrainer``, which divides its batch size among adapters if no run sets one.
@@ -64,12 +66,26 @@ class Run:
             raise ValueError(f"Run got weight={self.weight!r}: expected a positive number.")
 
     def build_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
-        """Create the optimizer for these parameters."""
+        """Create the optimizer for these parameters.
+
+        Raises:
+            UnsupportedError: it would update other parameters too.
+        """
+        parameters = list(parameters)
         options = dict(self.options)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if value is not None:
                 options[name] = value
-        return (self.optimizer or AdamW)(list(parameters), **options)
+        optimizer = (self.optimizer or AdamW)(parameters, **options)
+        own = {*parameters}
+        others = sum(each not in own for group in optimizer.param_groups for each in group["params"])
+        if others:
+            raise UnsupportedError(
+                f"the optimizer of a run, {type(optimizer).__name__}, has {others} parameters besides those of its "
+                "adapter, and would update other adapters too: expected only parameters that Run(optimizer=...) is "
+                "called with. Make groups of those, for example for LoRA+."
+            )
+        return optimizer
 
     def build_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """Create the scheduler for an optimizer.

@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from peft_multibatch.errors import AdapterIdsError, UnsupportedError
+from peft_multibatch.errors import AdapterIdsError, ModelStateError, UnsupportedError
+from peft_multibatch.plan.ids import BASE_NAME
 from peft_multibatch.training.arguments import check_arguments, filled_runs
 from peft_multibatch.training.data import COLUMN, AdapterBatchSampler, AdapterCollator, MixedDataset
 from peft_multibatch.training.early_stop import EarlyStop
-from peft_multibatch.training.losses import sample_losses
+from peft_multibatch.training.losses import IGNORED, matching_shift, sample_losses
 from peft_multibatch.training.optimizer import AdapterOptimizer
 from peft_multibatch.training.parameters import handle_of
 from peft_multibatch.training.runs import Run
@@ -37,16 +39,19 @@ class MultiAdapterTrainer(Trainer):
 
     Args:
         model: an enabled ``PeftModel``.
-        args: settings of the run; ``num_train_epochs`` counts epochs of every adapter's dataset.
+        args: settings of the run; ``num_train_epochs`` counts epochs of every adapter's dataset, and ``max_steps``
+            batches.
         runs: settings and data of each adapter, by its name.
         data_collator: a collator; it needn't handle ``adapter_ids``.
         loss_func: called with the model's output and the labels; returns the loss of each sample, summed over its
-            items, and the numbers of items. By default ``sample_losses``.
+            items, and the numbers of items. By default ``sample_losses``, whose mean is compared, once, with the
+            loss that the model itself computes.
         **options: further arguments of ``Trainer``.
 
     Raises:
         NotEnabledError: the model isn't enabled.
-        UnsupportedError: ``args`` contain settings that all adapters would share, or that aren't supported.
+        UnsupportedError: ``args`` contain settings that all adapters would share, or that aren't supported; or the
+            model's own loss isn't the mean cross entropy and there is no ``loss_func``.
 
     Example:
         ```python
@@ -69,6 +74,10 @@ class MultiAdapterTrainer(Trainer):
         self._handle = handle_of(model)
         check_arguments(model, args, options)
         self._runs, self._loss_func = dict(runs), loss_func
+        if not self._runs:
+            raise UnsupportedError(
+                "MultiAdapterTrainer got no runs: expected at least one, such as {'sql': Run(...)}."
+            )
         training = {name: run.train_dataset for name, run in self._runs.items()}
         absent = [name for name, rows in training.items() if rows is None]
         if absent:
@@ -89,6 +98,7 @@ class MultiAdapterTrainer(Trainer):
         self._sampler = self._make_sampler()
         self._moved: dict[str, list[dict[str, float]]] = {}
         self._mean: Tensor | None = None
+        self._shift: bool | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -111,7 +121,10 @@ class MultiAdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> AdapterOptimizer:
         if self.optimizer is not None:
             self.optimizer.close()
-        self.optimizer = AdapterOptimizer(self.model, filled_runs(self._runs, self.args, self._sampler))
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        undecayed = {each for name, each in self.model.named_parameters() if name not in decayed}
+        self.optimizer = AdapterOptimizer(self.model, filled_runs(self._runs, self.args, self._sampler, undecayed))
+        self.early_stop.reset()
         self._moved = {name: [] for name in self._runs}
         return self.optimizer
 
@@ -132,6 +145,7 @@ class MultiAdapterTrainer(Trainer):
                 f"a batch has no {COLUMN}: expected an id or a name per row. Add the column to the dataset."
             )
         labels = inputs.get("labels")
+        shift = self._find_shift(inputs, labels) if self._loss_func is None else False
         # given labels, the model would also compute its own loss; encoder-decoders derive decoder_input_ids from them
         without = not self._is_encoder_decoder or "decoder_input_ids" in inputs
         outputs = model(**{key: value for key, value in inputs.items() if not (key == "labels" and without)})
@@ -140,7 +154,7 @@ class MultiAdapterTrainer(Trainer):
                 "the model returned one load-balancing loss for all adapters of a batch: expected none. "
                 "Call it without output_router_logits."
             )
-        losses, items = self._losses(outputs, labels)
+        losses, items = self._losses(outputs, labels, shift)
         if torch.is_grad_enabled() and model.training:
             loss = self.optimizer.loss(losses, items, ids)
             self._mean = loss.detach() / items.sum().clamp_min(1)
@@ -166,7 +180,7 @@ class MultiAdapterTrainer(Trainer):
                     moved.clear()
         super().log(logs, start_time)
 
-    def _losses(self, outputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    def _losses(self, outputs: Any, labels: Any, shift: bool) -> tuple[Tensor, Tensor]:
         if self._loss_func is not None:
             return self._loss_func(outputs, labels)
         logits = getattr(outputs, "logits", None)
@@ -177,12 +191,53 @@ class MultiAdapterTrainer(Trainer):
                 "a loss per sample: expected logits and labels. Pass loss_func=..., which returns losses and numbers "
                 "of items; losses that compare samples, such as contrastive ones, would mix the gradients of adapters."
             )
-        kind = LOSS_MAPPING.get(getattr(self._handle._inner, "loss_type", None))
-        return sample_losses(logits, labels, kind is ForCausalLMLoss and not self._is_encoder_decoder)
+        return sample_losses(logits, labels, shift)
+
+    def _find_shift(self, inputs: Mapping[str, Any], labels: Any) -> bool:
+        """Whether the model's own loss shifts labels, by comparing it, once, with the losses of samples."""
+        if self._shift is not None:
+            return self._shift
+        kind = LOSS_MAPPING.get(getattr(self._handle._inner, "loss_type", None), ForCausalLMLoss)
+        expected = kind is ForCausalLMLoss and not self._is_encoder_decoder
+        modes = [(each, each.training) for each in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                # not the adapters, whose weights may not be finite
+                outputs = self.model(**{**inputs, COLUMN: [BASE_NAME] * len(inputs[COLUMN])})
+        finally:
+            for each, mode in modes:
+                each.training = mode
+        own = getattr(outputs, "loss", None)
+        self._losses(outputs, labels, expected)  # checks the output and the labels
+        if not isinstance(own, Tensor):
+            raise UnsupportedError(
+                f"{type(self._handle._inner).__name__} computes no loss from labels, which would show whether it "
+                "shifts them: expected outputs with a loss. Pass loss_func=..., which returns the loss of each sample "
+                "and numbers of items."
+            )
+        if not (labels != IGNORED).any() or not own.isfinite():
+            return expected  # the next batch may tell
+        self._shift = matching_shift(outputs.logits, labels, own, expected)
+        return self._shift
 
     @property
     def _is_encoder_decoder(self) -> bool:
         return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the folder of every run's adapter; Trainer may load one of them into the active adapter."""
+        trainable = [(each, each.requires_grad) for each in self.model.parameters()]
+        for name in self._runs:
+            folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
+            if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+                raise ModelStateError(
+                    f"the checkpoint {resume_from_checkpoint} doesn't contain the adapter {name!r}: expected one that "
+                    "was saved with the same runs."
+                )
+            self.model.load_adapter(folder, name, is_trainable=True)
+        for each, is_trained in trainable:
+            each.requires_grad_(is_trained)
 
     def _make_sampler(self) -> AdapterBatchSampler:
         sizes = {name: run.batch_size for name, run in self._runs.items()}

@@ -130,6 +130,31 @@ def test_compiled_training():
         assert torch.equal(mine, before[key]) or ".three." in key or ".eight." in key
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd():
+    """Compiled backward passes count like others."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = with_adapters(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})))
+    plain = copy.deepcopy(model)
+    peft_multibatch.enable(model)
+    inputs, ids = torch.cat([rows("a", 0), rows("b", 0)]), ["a"] * 2 + ["b"] * 3
+    run = Run(lr=0.05, optimizer=torch.optim.SGD)
+    with AdapterOptimizer(model, dict.fromkeys(NAMES, run)) as optimizer:
+        losses, items = sample_losses(model(inputs, adapter_ids=ids).logits, inputs)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            optimizer.loss(losses, items, ids).backward()
+        assert optimizer.step().keys() == {"a", "b"}
+    for name, own in (("a", inputs[:2]), ("b", inputs[2:])):
+        plain.set_adapter(name)
+        sgd = torch.optim.SGD([each for each in plain.parameters() if each.requires_grad], lr=0.05)
+        plain(own, labels=own).loss.backward()
+        sgd.step()
+        plain.zero_grad()
+    for (key, mine), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert relative_error(mine, theirs) <= 2e-5, key
+
+
 def test_bfloat16_base():
     """Losses and gradient norms are in float32, and match single runs within bfloat16's rounding."""
     torch.manual_seed(0)

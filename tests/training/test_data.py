@@ -133,6 +133,25 @@ def test_a_collator_leaves_all_else_to_another(ids):
     assert "adapter_ids" in rows[0]
 
 
+def test_a_stream_has_no_length():
+    with pytest.raises(errors.UnsupportedError, match=r"dataset of 'b' is a list_iterator.*Convert a stream"):
+        MixedDataset({"a": [{"x": 1}], "b": iter([{"x": 1}])})
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first row lacks it", "first row has it"])
+def test_a_column_that_only_some_datasets_have(order):
+    """Collators read the columns of the first row, so an adapter's rows would lose their mask to another's."""
+    rows = [{"x": 1, "adapter_ids": "a", "note": "-"}, {"x": 2, "adapter_ids": "b", "attention_mask": [0, 1]}]
+    with pytest.raises((errors.UnsupportedError, KeyError), match=r"attention_mask"):
+        AdapterCollator()(rows[::order])
+    batch = AdapterCollator(lambda rows: {"x": [row["x"] for row in rows], "attention_mask": "made"})(rows)
+    assert batch["attention_mask"] == "made"
+    assert AdapterCollator()([{"x": 1, "adapter_ids": 0}, {"x": 2, "adapter_ids": 1, "note": "-"}])["x"].tolist() == [
+        1,
+        2,
+    ]
+
+
 def test_a_row_without_an_adapter():
     with pytest.raises(errors.AdapterIdsError, match=r"row 1 of a batch has no adapter_ids \(one of 2.*remove_unused"):
         AdapterCollator()([{"x": 1, "adapter_ids": 0}, {"x": 2}, {"x": 3, "adapter_ids": None}])

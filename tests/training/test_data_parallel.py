@@ -121,6 +121,27 @@ def a_process_without_rows(_, device):
             assert relative_error(mine, theirs - 0.1 * theirs.grad) <= TOLERANCE, key
 
 
+def a_process_without_rows_in_float64(_, device):
+    """Its sums have the dtype of the other's."""
+    torch.manual_seed(0)
+    model = peft_model("gpt2", torch.float64).to(device)
+    peft_multibatch.enable(model)
+    optimizer = AdapterOptimizer(model, {"three": Run(lr=0.1, optimizer=torch.optim.SGD)})
+    alone = copy.deepcopy(model)
+    batch = {key: value.to(device) for key, value in batch_of("three", 0).items()}
+    labels, ids = batch.pop("labels"), ["three"] * 2 if dist.get_rank() else [-1, -1]
+    losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    optimizer.loss(losses, items, ids).backward()
+    moved = optimizer.step()
+    alone.set_adapter("three")
+    loss = alone(**batch, labels=labels).loss
+    assert abs(moved["three"]["loss"] - loss.item()) <= 1e-5
+    loss.backward()
+    for (key, mine), theirs in zip(model.named_parameters(), alone.parameters()):
+        if ".three." in key:
+            assert relative_error(mine, theirs - 0.1 * theirs.grad) <= TOLERANCE, key
+
+
 def an_adapter_that_is_not_finite(_, device):
     """An adapter fails on one process only, and stops on both."""
     model = enabled(device)
@@ -179,7 +200,8 @@ def trainer(folder, device):
 
 CASES = [
     separate_runs_with_adamw, separate_runs_with_sgd, wrapped_in_ddp, prepared_by_accelerate,
-    a_process_without_rows, an_adapter_that_is_not_finite, other_runs_are_refused, fsdp_is_refused, trainer,
+    a_process_without_rows, a_process_without_rows_in_float64, an_adapter_that_is_not_finite, other_runs_are_refused,
+    fsdp_is_refused, trainer,
 ]  # fmt: skip
 
 

@@ -76,21 +76,20 @@ def alone(model, name, run, args):
     model.set_adapter(name)
     mixed = MixedDataset({name: dataset(name) for name in ROWS})
     sampler = AdapterBatchSampler(mixed.sizes, {name: run.batch_size for name, run in runs().items()}, seed=args.seed)
-    batches = []
+    accumulated = []  # like Trainer, not beyond the end of an epoch
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         own = [[mixed[row] for row in batch if mixed[row]["adapter_ids"] == name] for batch in sampler]
-        batches.extend(filter(None, own))
+        own = [*filter(None, own)]
+        accumulated.extend(own[start : start + run.accumulate] for start in range(0, len(own), run.accumulate))
     parameters = [each for each in model.parameters() if each.requires_grad]
-    steps = -(-len(batches) // run.accumulate)
     decay = args.weight_decay if run.weight_decay is None else run.weight_decay
     lr = args.learning_rate if run.lr is None else run.lr
     clip = args.max_grad_norm if run.max_grad_norm is None else run.max_grad_norm
     optimizer = (run.optimizer or torch.optim.AdamW)(parameters, lr=lr, weight_decay=decay)
-    schedule = transformers.get_scheduler(run.schedule or "linear", optimizer, args.warmup_steps, steps)
+    schedule = transformers.get_scheduler(run.schedule or "linear", optimizer, args.warmup_steps, len(accumulated))
     losses = []
-    for step in range(steps):
-        some = batches[step * run.accumulate : (step + 1) * run.accumulate]
+    for some in accumulated:
         labels = [torch.stack([row["labels"] for row in batch])[:, 1:] for batch in some]
         items = sum(int((each != -100).sum()) for each in labels)
         total = 0
@@ -292,6 +291,8 @@ def test_what_else_is_refused(tmp_path):
         MultiAdapterTrainer(model.get_base_model(), args, runs())
     with pytest.raises(errors.NotEnabledError):
         MultiAdapterTrainer(peft_model(), args, runs())
+    with pytest.raises(errors.UnsupportedError, match="no runs"):
+        MultiAdapterTrainer(model, args, {})
     with pytest.raises(errors.UnsupportedError, match="'four' has no train_dataset"):
         MultiAdapterTrainer(model, args, {"four": Run()})
     some = {"three": Run(batch_size=1, train_dataset=dataset("three")), "four": Run(train_dataset=dataset("four"))}

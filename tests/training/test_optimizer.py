@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from tolerances import assert_close, relative_error
 from training_runs import ADAPTERS, STEPS, adamw_runs, alone, batch_of, has_rows, mixed_batch, sgd_runs
 
@@ -140,10 +141,13 @@ def test_a_wrong_normalization_is_seen():
 
 
 def test_a_factor_on_the_loss_cancels_out():
-    """Such as that of gradient accumulation, or of a gradient scaler."""
+    """Such as that of gradient accumulation."""
     (one, _), (other, _) = enabled(torch.float64), enabled(torch.float64)
-    train(one, AdapterOptimizer(one, sgd_runs()), range(6))
-    train(other, AdapterOptimizer(other, sgd_runs()), range(6), scale=1 / 3)
+    found = train(one, AdapterOptimizer(one, sgd_runs()), range(6))
+    scaled = train(other, AdapterOptimizer(other, sgd_runs()), range(6), scale=1 / 3)
+    for name, steps in found.items():
+        for key in ("loss", "items", "grad_norm"):
+            assert [each[key] for each in scaled[name]] == pytest.approx([each[key] for each in steps], rel=1e-12)
     for mine, theirs in zip(one.parameters(), other.parameters()):
         assert relative_error(mine, theirs) <= 1e-12
 
@@ -240,6 +244,7 @@ def test_an_adapter_that_is_not_finite_stops_alone(monkeypatch, fault):
     optimizer.loss(losses, items, ids).backward()
     optimizer.step()
     train(model, optimizer, range(3, STEPS))
+    assert "multiplied" not in optimizer.stopped["four"]
     message = "its gradient had a norm of" if fault == "gradient" else "its loss was"
     assert optimizer.stopped["four"].startswith(message) and optimizer.steps["four"] == 0
     assert "eight" in optimizer.running and optimizer.steps["three"] == 20
@@ -250,6 +255,20 @@ def test_an_adapter_that_is_not_finite_stops_alone(monkeypatch, fault):
     for (key, one), two in zip(model.named_parameters(), others.parameters()):
         if ".four." not in key:
             assert relative_error(one, two) <= TOLERANCES[torch.float32], key
+
+
+def test_a_factor_that_overflows_in_float16(monkeypatch):
+    """The reason names the factor, as that of a gradient scaler."""
+    model, _ = enabled()
+    warned(monkeypatch)
+    optimizer = AdapterOptimizer(model, {name: Run() for name in ADAPTERS})
+    batch, ids = mixed_batch(0)
+    labels = batch.pop("labels")
+    with torch.autocast("cpu", torch.float16):
+        losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    (optimizer.loss(losses, items, ids) * 2.0**18).backward()
+    optimizer.step()
+    assert optimizer.stopped["three"].endswith("computed from a loss that was multiplied by 262144")
 
 
 def test_when_all_have_stopped(monkeypatch):
@@ -267,6 +286,27 @@ def test_when_all_have_stopped(monkeypatch):
     train(model, optimizer, range(3))
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
     assert len(warnings) == 4
+
+
+def test_groups_as_in_lora_plus():
+    """Groups with different learning rates, as PEFT's create_loraplus_optimizer makes them for one adapter."""
+    model, _ = enabled(torch.float64)
+    plain, names = copy.deepcopy(model), {each: key for key, each in model.named_parameters()}
+
+    def lora_plus(parameters, lr, **options):
+        groups = [[each for each in parameters if part in names[each]] for part in (".lora_A.", ".lora_B.")]
+        return torch.optim.SGD([{"params": groups[0], "lr": lr}, {"params": groups[1], "lr": 16 * lr}])
+
+    optimizer = AdapterOptimizer(model, {name: Run(lr=0.01, optimizer=lora_plus) for name in ADAPTERS})
+    train(model, optimizer, [0])
+    for name in ADAPTERS:
+        plain.set_adapter(name)
+        own = create_loraplus_optimizer(plain, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=16)
+        plain(**batch_of(name, 0)).loss.backward()
+        own.step()
+        plain.zero_grad()
+    for (key, mine), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert relative_error(mine, theirs) <= 1e-7, key
 
 
 def test_steps_end_a_run():
@@ -326,6 +366,91 @@ def test_rows_without_labels_are_no_batch():
     optimizer.loss(losses, items, ids).backward()
     assert optimizer.step().keys() == {"three", "eight"}
     assert optimizer.steps["four"] == 0
+
+
+def test_rows_without_labels_whose_gradients_are_not_finite():
+    """Infinite weights, in rows that count for nothing, stop neither their adapter nor the others."""
+    model, _ = enabled()
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, each in model.named_parameters():
+            if ".four." in key:
+                each.fill_(float("inf"))
+    runs = {name: Run(lr=0.1, optimizer=torch.optim.SGD) for name in ADAPTERS}
+    optimizer, ids = AdapterOptimizer(model, runs), ["three", "four", "three"]
+    batch = batch_of("eight", 0)
+    labels = batch.pop("labels")
+    labels[1] = -100
+    losses, items = sample_losses(model(**batch, adapter_ids=ids).logits, labels)
+    optimizer.loss(losses, items, ids).backward()
+    assert any(each.grad.isnan().any() for each in model.parameters() if each.grad is not None)
+    assert optimizer.step().keys() == {"three"}
+    assert not optimizer.stopped and all(each.grad is None for each in model.parameters())
+    plain.set_adapter("three")
+    own = {key: value[[0, 2]] for key, value in batch.items()}
+    plain(**own, labels=labels[[0, 2]]).loss.backward()
+    for key, value in plain.named_parameters():
+        if ".three." in key:
+            assert relative_error(model.get_parameter(key), value - 0.1 * value.grad) <= TOLERANCES[torch.float32], key
+
+
+def test_a_loss_over_no_items_stops_its_adapter():
+    model, _ = enabled()
+    optimizer, ids = AdapterOptimizer(model, {name: Run(lr=0.1) for name in ADAPTERS}), ["three", "four", "eight"]
+    batch = batch_of("eight", 0)
+    losses, items = sample_losses(model(batch["input_ids"], adapter_ids=ids).logits, batch["labels"])
+    optimizer.loss(losses, items * torch.tensor([1, 0, 1]), ids).backward()
+    assert optimizer.step().keys() == {"three", "eight"}
+    assert "over no items" in optimizer.stopped["four"]
+
+
+@pytest.mark.parametrize("where", ["backward", "step", "clip"])
+def test_continuing_after_an_interrupt(monkeypatch, where):
+    """What was interrupted counts for nothing: neither incomplete gradients nor a batch without them."""
+    (model, _), (other, _) = enabled(torch.float64), enabled(torch.float64)
+    runs = {name: Run(lr=0.1, optimizer=torch.optim.SGD) for name in ADAPTERS}
+    optimizer = AdapterOptimizer(model, runs)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if where == "backward":
+            first = next(each for key, each in model.named_parameters() if ".h.0." in key and ".eight." in key)
+            handle = first.register_hook(interrupt)
+        elif where == "clip":
+            patched.setattr("torch.nn.utils.get_total_norm", interrupt)
+        else:
+            patched.setattr("peft_multibatch.training.progress.Progress.take", interrupt)
+        train(model, optimizer, [0])
+    if where == "backward":
+        handle.remove()
+        assert any(each.grad is not None for each in model.parameters())
+    train(model, optimizer, range(1, 4))
+    train(other, AdapterOptimizer(other, runs), range(1, 4))
+    for (key, mine), theirs in zip(model.named_parameters(), other.parameters()):
+        assert relative_error(mine, theirs) <= 1e-12, key
+
+
+def test_an_interrupt_while_flushing(monkeypatch):
+    model, _ = enabled()
+    optimizer = AdapterOptimizer(model, {"three": Run(accumulate=2)})
+    train(model, optimizer, [0], names=("three",))
+    before = weights(model)
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("torch.nn.utils.get_total_norm", lambda *_: 1 / 0)
+        optimizer.flush()
+    assert optimizer.flush() == {} and all(each.grad is None for each in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+
+
+def test_an_error_in_a_step_leaves_no_gradients():
+    model, _ = enabled()
+    optimizer = AdapterOptimizer(model, adamw_runs())
+    model(**batch_of("three", 0), adapter_ids=["three"] * 2).loss.backward()
+    with pytest.raises(errors.ModelStateError, match="unknown loss"):
+        optimizer.step()
+    assert all(each.grad is None for each in model.parameters())
 
 
 def test_close_restores_what_has_gradients():
@@ -457,6 +582,14 @@ class TestRefused:
         with pytest.raises(errors.ModelStateError, match=r"gradients of 'three' from an unknown loss"):
             optimizer.step()
 
+    def test_a_negative_factor(self):
+        """It would cancel out: gradient ascent would descend."""
+        model, _ = enabled()
+        optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
+        (-optimizer.loss(*self.losses(model, ids), ids)).backward()
+        with pytest.raises(errors.ModelStateError, match=r"negative factor.*Negate the losses"):
+            optimizer.step()
+
     def test_a_loss_beside_those_that_were_counted(self):
         model, _ = enabled()
         optimizer, ids = AdapterOptimizer(model, adamw_runs()), ["three", "four", "eight"]
@@ -484,6 +617,18 @@ class TestRefused:
         with pytest.raises(errors.UnsupportedError, match="stored adapters can't be trained"):
             AdapterOptimizer(model, {"stored": Run()})
 
+    def test_an_optimizer_of_other_adapters_too(self):
+        """Such as one made from the whole model."""
+        model, _ = enabled()
+
+        def made(parameters, **options):
+            return torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+
+        before = {key: each.requires_grad for key, each in model.named_parameters()}
+        with pytest.raises(errors.UnsupportedError, match=r"SGD, has \d+ parameters besides.*LoRA\+"):
+            AdapterOptimizer(model, {"three": Run(optimizer=made), "four": Run()})
+        assert before == {key: each.requires_grad for key, each in model.named_parameters()}
+
     def test_a_schedule_that_needs_metrics(self):
         with pytest.raises(errors.UnsupportedError, match="ReduceLROnPlateau"):
             AdapterOptimizer(enabled()[0], {"three": Run(schedule="reduce_lr_on_plateau")})
@@ -498,3 +643,5 @@ class TestRefused:
     def test_labels_of_another_kind(self):
         with pytest.raises(errors.UnsupportedError, match=r"logits \[2, 1\] and labels \[2\] of torch.float32"):
             sample_losses(torch.zeros(2, 1), torch.zeros(2))
+        with pytest.raises(errors.UnsupportedError, match="two classes or more"):
+            sample_losses(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))

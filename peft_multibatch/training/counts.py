@@ -52,7 +52,7 @@ class Counts:
         total.register_hook(begin)
 
     def take(self, device: torch.device) -> Tensor:
-        """Return the sums and begin anew.
+        """Return the sums and begin again.
 
         Returns:
             For each adapter, losses and items multiplied by the factor, items, and number of rows; ``[4, adapters]``,

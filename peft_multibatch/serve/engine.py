@@ -180,6 +180,7 @@ class Engine:
         self.check()
         inbox = Inbox()
         under_way: dict[str, Sequence] = {}
+        progress = self.manager.output_router.progress
         number = next(self._ids)
         left = job.arrived + self.settings.request_timeout - time.perf_counter()
         timer = asyncio.get_running_loop().call_later(left, inbox.fail, took_too_long(self.settings.request_timeout))
@@ -200,6 +201,7 @@ class Engine:
                         delta = found.take(output, [] if job.ignore_eos else self.ends)
                         if delta.reason is not None:
                             del under_way[output.request_id]
+                            progress.forget(output.request_id)
                             if not output.is_finished():
                                 self.manager.cancel_request(output.request_id)
                         job.count(delta, output)
@@ -208,6 +210,7 @@ class Engine:
                 timer.cancel()
                 del self._jobs[number]
                 for name in under_way:
+                    progress.forget(name)
                     self.manager.cancel_request(name)
 
     @contextmanager
@@ -241,7 +244,7 @@ class Engine:
                 del self.running[label]
 
     def _add(self, name: str, job: Job, sequence: Sequence, inbox: Inbox) -> None:
-        causes = self.manager.output_router.causes
+        causes, progress = self.manager.output_router.causes, self.manager.output_router.progress
 
         def hand_on(output: Any) -> None:
             inbox.put(output, causes.pop(output.request_id, None))
@@ -259,6 +262,8 @@ class Engine:
         if added is None:
             raise unavailable("The server can't run requests: its operator should check the log.", "broken")
         self.manager.register_result_handler(name, hand_on)
+        if job.is_streamed and not job.stops:  # a stop string should end its request at once
+            progress.follow(name, hand_on)
 
     def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
         if isinstance(cause, ApiError):

@@ -53,6 +53,8 @@ class Sequence:
             ends: tokens that end the text.
         """
         ids, logprobs = output.generated_tokens[self._known :], output.logprobs[self._known :]
+        if "logprobs" in self.options:
+            ids = ids[: len(logprobs)]  # the newest token's may not have been known yet
         tokens = list(zip(ids, logprobs or [None] * len(ids)))
         text = ""
         if not self._text.has_stops:
@@ -66,7 +68,7 @@ class Sequence:
         if not output.is_finished():
             return Delta(self.index, text, tokens, None)
         text += self._text.finish()
-        is_end = bool(ids) and ids[-1] in ends
+        is_end = bool(output.generated_tokens) and output.generated_tokens[-1] in ends
         return Delta(self.index, text, tokens, "stop" if is_end or self._text.is_stopped else "length")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 from peft_multibatch.continuous.admission import vocabulary_of
 from peft_multibatch.continuous.manager import AdapterBatchingManager
 from peft_multibatch.continuous.outputs import Outputs
+from peft_multibatch.serve.progress import Progress
 from peft_multibatch.serve.sampling import Sampling
 
 
@@ -53,11 +54,21 @@ class Causes(Outputs):
 
     Attributes:
         causes: exceptions by request; readers remove them.
+        progress: streams that get further tokens without outputs.
+
+    Args:
+        find: returns a running request by its id, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[Any], RequestState | None]) -> None:
         super().__init__()
         self.causes: dict[Any, Exception] = {}
+        self.progress = Progress(find)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        """Deliver the outputs of a step."""
+        self.progress.delivered(outputs)
+        super().deliver_batch(outputs)
 
     def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
         """End a request with an error."""
@@ -74,13 +85,29 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.output_router = Causes()
+        self.output_router = Causes(self._running)
         self.current_batch = 0  # transformers sets it only when the loop starts
 
     def _create_batch_processor(self) -> Any:
+        is_new = self.batch_processor is None
         processor = super()._create_batch_processor()
-        self._steps.holds = self.logit_processor.masks.holds
+        if is_new:
+            self._steps.holds = self.logit_processor.masks.holds
+            processor.update_batch = self._with_progress(processor.update_batch)
         return processor
+
+    def _with_progress(self, update: Callable[[], None]) -> Callable[[], None]:
+        """Wrap the reading of a step's tokens to pass them on to streams."""
+
+        def update_with_progress() -> None:
+            update()
+            self.output_router.progress.step_ended()
+
+        return update_with_progress
+
+    def _running(self, request_id: Any) -> RequestState | None:
+        processor = self.batch_processor
+        return None if processor is None else processor.scheduler.active_requests.get(request_id)
 
     def _fail_hopeless(self) -> None:
         masks = self.logit_processor.masks

@@ -166,7 +166,9 @@ class Job:
 
     def sequences(self, tokenizer: Any) -> Iterator[Sequence]:
         """The answers to be generated, in the order of the prompts."""
-        seed = secrets.randbits(63) if self.seed is None else self.seed
+        seed = self.seed or 0
+        if self.seed is None and "temperature" in self.options:
+            seed = secrets.randbits(63)
         for index in range(len(self.prompts) * self.n):
             options = dict(self.options)
             if "temperature" in options:

@@ -58,7 +58,9 @@ async def completion_job(engine: Engine, body: CompletionRequest, request_id: st
         ApiError: the request is invalid.
     """
     target = await engine.catalog.find(body.model, body.adapter)
-    prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt, engine.max_model_len)
+    prompts = _as_tokens(body.prompt)
+    if prompts is None:
+        prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt, engine.max_model_len)
     known = engine.manager.vocabulary
     if any(token >= known for prompt in prompts for token in prompt):
         raise invalid(f"'prompt' has tokens outside the vocabulary: expected 0 to {known - 1}.", "prompt")
@@ -143,14 +145,16 @@ def _plain(message: Message) -> dict[str, str]:
     return {"role": role, "content": text} | ({"name": message.name} if message.name else {})
 
 
-def _completion_tokens(tokenizer: Any, prompt: Any, limit: int) -> list[list[int]]:
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    if isinstance(prompt[0], list):
-        return prompt
-    found = [tokens_of(tokenizer, each, limit, "prompt") for each in prompt]
+def _as_tokens(prompt: Any) -> list[list[int]] | None:
+    """Return the tokens of prompts that were sent as tokens, or None if they are texts."""
+    if isinstance(prompt, str) or isinstance(prompt[0], str):
+        return None
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+def _completion_tokens(tokenizer: Any, prompt: str | list[str], limit: int) -> list[list[int]]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    found = [tokens_of(tokenizer, each, limit, "prompt") for each in texts]
     if all(found):
         return found
     start = tokenizer.bos_token_id

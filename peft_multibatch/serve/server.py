@@ -8,16 +8,13 @@ from typing import Any
 import uvicorn
 
 from peft_multibatch.serve.app import build_app
+from peft_multibatch.serve.connections import Connection
 from peft_multibatch.serve.engine import Engine
 from peft_multibatch.serve.logs import log_request
 
 
 AFTER_GRACE = 5
 """Seconds for clients to read the errors of requests that were cut off after the grace period."""
-
-
-MAX_HEADERS = 64 * 1024
-"""Maximum size in bytes of a request's line and headers."""
 
 
 def configuration(app: Any, grace: float, host: str, port: int) -> uvicorn.Config:
@@ -32,7 +29,7 @@ def configuration(app: Any, grace: float, host: str, port: int) -> uvicorn.Confi
     return uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=int(grace) + AFTER_GRACE, timeout_keep_alive=30,
-        http="h11", h11_max_incomplete_event_size=MAX_HEADERS,  # httptools has no such limit
+        http=Connection,
     )  # fmt: skip
 
 

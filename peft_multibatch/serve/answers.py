@@ -1,11 +1,12 @@
 """Convert generated text to OpenAI's response format, whole or in chunks.
 
-Responses are plain dictionaries, because a chunk is built for every token of every client, in competition with the
-model's thread for the GIL.
+Responses are plain dictionaries, and what all chunks of a stream begin with is encoded once, because they are built in
+competition with the model's thread for the GIL.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -42,16 +43,17 @@ class Answer:
         choices = [self._choice(_joined(found[index])) for index in sorted(found)]
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._job.usage()}
 
-    async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
-        """Build the chunks of a stream."""
+    async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[list[str]]:
+        """Build the chunks of a stream as JSON, those of each delta together."""
         head = {**self._head, "object": self.chunk_kind}
         if self._with_usage:
             head["usage"] = None
+        start = json.dumps({**head, "choices": []}).removesuffix("]}")
         async for delta in deltas:
-            for choice in self._parts(delta):
-                yield {**head, "choices": [choice]}
+            if found := [f"{start}{json.dumps(choice)}]}}" for choice in self._parts(delta)]:
+                yield found
         if self._with_usage:
-            yield {**head, "choices": [], "usage": self._job.usage()}
+            yield [json.dumps({**head, "choices": [], "usage": self._job.usage()})]
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError

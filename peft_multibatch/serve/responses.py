@@ -50,25 +50,29 @@ class ResponseAnswer:
         found = [delta async for delta in deltas]
         return self._response("".join(delta.text for delta in found), found[-1].reason)
 
-    async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Event]:
-        """Build the events of a stream, each with its name."""
+    async def events(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[list[Event]]:
+        """Build the events of a stream, each with its name, in lists to be sent together."""
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         begun = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
-        yield self._event("response.created", response=begun)
-        yield self._event("response.in_progress", response=begun)
         item = {"id": self._item, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._event("response.content_part.added", **place, part=_part(""))
+        yield [
+            self._event("response.created", response=begun),
+            self._event("response.in_progress", response=begun),
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._event("response.content_part.added", **place, part=_part("")),
+        ]
         text, reason = "", None
         async for delta in deltas:
             text, reason = text + delta.text, delta.reason
             if delta.text:
-                yield self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
-        yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **place, part=_part(text))
+                yield [self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])]
         response = self._response(text, reason)
-        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
-        yield self._event(f"response.{response['status']}", response=response)
+        yield [
+            self._event("response.output_text.done", **place, text=text, logprobs=[]),
+            self._event("response.content_part.done", **place, part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=response["output"][0]),
+            self._event(f"response.{response['status']}", response=response),
+        ]
 
     def _event(self, name: str, **fields: Any) -> Event:
         self._count += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -16,6 +16,8 @@ from peft_multibatch.serve.gate import LEFT, Record
 
 
 T = TypeVar("T")
+
+Event = str | tuple[str, dict[str, Any]]
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +57,7 @@ class EventStream(Response):
     """Server-sent events, which end when the client disconnects.
 
     Args:
-        events: the data of each event, written as JSON, or its name and data.
+        events: lists of events to be sent together: the data of each as JSON, or its name and data.
         source: the generator behind the events, which is closed at the end.
         record: the request's record.
         timeout: maximum duration in seconds, for clients that don't read.
@@ -66,7 +68,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[Any],
+        events: AsyncIterator[Sequence[Event]],
         source: AsyncGenerator[Any, None],
         record: Record,
         timeout: float,
@@ -92,28 +94,29 @@ class EventStream(Response):
 
     async def _send(self, send: Any) -> None:
         try:
-            async for event in self._events:
-                await send(_message(event))
+            async for events in self._events:
+                await send(_message(*events))
         except ApiError as error:
             self._record.error = error
-            await send(_message(error.body()))
+            await send(_message(json.dumps(error.body()), is_last=True))
         except Exception as error:
             logger.error(f"request {self._record.request_id} failed: {error!r}", exc_info=True)
             self._record.error = failed()
-            await send(_message(self._record.error.body()))
+            await send(_message(json.dumps(self._record.error.body()), is_last=True))
         else:
-            if self._last is not None:
-                await send(_message(self._last))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send(_message(*([] if self._last is None else [self._last]), is_last=True))
 
 
-def _message(event: Any) -> dict[str, Any]:
-    if isinstance(event, tuple):
-        name, data = event
-        text = f"event: {name}\ndata: {json.dumps(data)}\n\n"
-    else:
-        text = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
-    return {"type": "http.response.body", "body": text.encode(), "more_body": True}
+def _message(*events: Event, is_last: bool = False) -> dict[str, Any]:
+    """Encode events as one part of a response's body, because each write costs a system call."""
+    lines = []
+    for event in events:
+        if isinstance(event, tuple):
+            name, data = event
+            lines.append(f"event: {name}\ndata: {json.dumps(data)}\n\n")
+        else:
+            lines.append(f"data: {event}\n\n")
+    return {"type": "http.response.body", "body": "".join(lines).encode(), "more_body": not is_last}
 
 
 async def _has_left(receive: Any) -> None:

@@ -249,6 +249,8 @@ class Engine:
         def hand_on(output: Any) -> None:
             inbox.put(output, causes.pop(output.request_id, None))
 
+        if job.is_streamed and not job.stops:  # a stop string should end its request at once
+            progress.follow(name, hand_on)
         added = self.manager.add_request(
             sequence.prompt,
             name,
@@ -260,10 +262,9 @@ class Engine:
             **sequence.options,
         )
         if added is None:
+            progress.forget(name)
             raise unavailable("The server can't run requests: its operator should check the log.", "broken")
         self.manager.register_result_handler(name, hand_on)
-        if job.is_streamed and not job.stops:  # a stop string should end its request at once
-            progress.follow(name, hand_on)
 
     def _as_api_error(self, cause: Exception | None, job: Job) -> ApiError:
         if isinstance(cause, ApiError):

@@ -19,7 +19,7 @@ PER_STREAM, LONGEST = 0.0005, 0.05
 
 
 class Progress:
-    """Reads the new tokens of requests that are streamed.
+    """Reads the new tokens of requests that are streamed, in one event loop at a time.
 
     Args:
         find: returns a running request by its id, or None.
@@ -39,7 +39,9 @@ class Progress:
             request_id: the request's id.
             callback: called in the thread of the running event loop; not for the request's last output.
         """
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._is_due = loop, False  # a closed loop may have left a round that never began
         self._followed[request_id] = callback
 
     def forget(self, request_id: Any) -> None:

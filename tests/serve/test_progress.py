@@ -83,6 +83,25 @@ def test_streams_of_a_closed_event_loop_are_forgotten():
     assert not progress._followed
 
 
+def test_a_round_that_a_closed_event_loop_left_holds_up_no_later_one():
+    states, found = started(range(64)), []
+    progress = Progress(states.get)
+
+    async def main(pause):
+        for name in states:
+            progress.follow(name, found.append)
+        progress.delivered([state.to_generation_output() for state in states.values()])
+        for _ in range(2):
+            progress.step_ended()
+            await asyncio.sleep(pause)
+
+    asyncio.run(main(0.001))
+    assert progress._is_due
+    found.clear()
+    asyncio.run(main(0.1))
+    assert len(found) == 2 * len(states)
+
+
 def test_streamed_tokens_build_no_outputs_in_the_thread_of_the_model(served, monkeypatch):
     built, build = Counter(), RequestState.to_generation_output
 

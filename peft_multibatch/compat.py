@@ -122,6 +122,8 @@ SERVING: dict[str, tuple[str, ...]] = {
     "continuous_api.ContinuousBatchingManager._run_generation_loop": ("current_batch",),
     "continuous_api.BackgroundThreadStatus.record_fatal_error": ("fatal_error",),
     "requests.RequestState.create_equivalent_initial_request": ("_true_initial_tokens",),
+    "requests.RequestState.to_generation_output": ("generated_tokens", "logprobs", "status"),
+    "continuous_api.ContinuousBatchProcessor.update_batch": ("streaming", "deliver_batch", "to_generation_output"),
 }
 """Internal methods of transformers' continuous batching -> the names that they must use for the server to work."""
 

@@ -80,7 +80,7 @@ class Call:
         draws: the seeds and steps of its adapters' dropout masks.
         workspaces: memory for intermediate results, by device and stream.
         stacks: copies of weights for the steps of ``generate`` on a CPU.
-        rows: the number of rows in the model's last forward inside ``generate``.
+        rows: the number of rows in the model's last forward inside ``generate``, or in an encoder of media.
         invocations: where aLoRA adapters start; None if no adapter in use is one.
         prompts: the input tokens of ``generate``, if the user's own code builds the rows.
         head: the call for the layer that computes logits, if it gets other rows than the rest of the model.
@@ -124,7 +124,7 @@ class Call:
         self._noted_by: nn.Module | None = None
         self.is_media = False
         self.images: tuple[BatchPlan, int] | None = None
-        self.media: dict[Any, tuple[BatchPlan, tuple[BatchPlan, int] | None]] = {}
+        self.media: dict[Any, tuple[BatchPlan, tuple[BatchPlan, int] | None, int | None]] = {}
         self.media_error = ""
 
     @property
@@ -168,18 +168,19 @@ class Call:
         self._noted_by = model
         self.arguments, self.media, self.media_error = arguments, {}, ""
 
-    def of_media(self, plan: BatchPlan, images: tuple[BatchPlan, int] | None) -> Call:
+    def of_media(self, plan: BatchPlan, images: tuple[BatchPlan, int] | None, rows: int | None = None) -> Call:
         """The call for a part of the model that encodes media.
 
         Args:
             plan: an entry for every share of the rows.
             images: if the rows are patches, which layers may get in a single row: the plan for layers that see whole
                 images, and the number of images.
+            rows: the number of rows in the encoder's layers, if it is known.
         """
         media = Call(plan, False, False, self.base_layers)
         media.draws = self.draws  # which repeat nothing
         media.sibling_outputs = self.sibling_outputs  # layers of a group may each have a call of their own
-        media.inside, media.is_media, media.images = True, True, images
+        media.inside, media.is_media, media.images, media.rows = True, True, images, rows
         return media
 
     def dim_of_rows(self, shape: Sequence[int]) -> int:

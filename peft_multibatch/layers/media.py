@@ -52,6 +52,7 @@ class MediaPlan(NamedTuple):
 
     plan: BatchPlan
     images: tuple[BatchPlan, int] | None
+    rows: int | None = None
     media: Media | None = None
 
 
@@ -91,7 +92,8 @@ class MediaEncoder:
         plan = call.plan.of_runs(shares.rows)
         images = (call.plan.of_runs(shares.media), len(media.tokens)) if media.is_flat else None
         has_tokens = any(arguments.get(name) is not None for name in TEXTS)
-        return MediaPlan(plan, images, media if has_tokens else None)
+        rows = sum(media.rows) if media.is_exact else None
+        return MediaPlan(plan, images, rows, media if has_tokens else None)
 
 
 class MediaMethod(MediaEncoder):
@@ -123,7 +125,7 @@ class MediaMethod(MediaEncoder):
         except RowMappingError as error:  # raised by the first layer in which an adapter of the batch has weights
             call.media_error = str(error)
             return self.original(*args, **kwargs)
-        with self.router.routing(functools.partial(call.of_media, found.plan, found.images)):
+        with self.router.routing(functools.partial(call.of_media, *found[:3])):
             output = self.original(*args, **kwargs)
         if found.media is not None:
             self._rows.check(found.media, output)
@@ -190,7 +192,7 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
             )
         known = call.media.get(patch.encoder)
         if known is None:  # once for all layers of a forward
-            known = call.media[patch.encoder] = patch.encoder.plan(call, {})[:2]
+            known = call.media[patch.encoder] = patch.encoder.plan(call, {})[:3]
         with patch.router.routing(functools.partial(call.of_media, *known)):
             return handler(self, *args, **kwargs)
 

@@ -66,11 +66,13 @@ class Media(NamedTuple):
         tokens: placeholder tokens of each.
         rows: rows of each in the encoder's layers, up to a common factor.
         is_flat: whether these are patches, which layers may get in a single row instead of one row for each image.
+        is_exact: whether ``rows`` are the numbers themselves, without a common factor.
     """
 
     tokens: list[int]
     rows: list[int]
     is_flat: bool = False
+    is_exact: bool = False
 
 
 class Shares(NamedTuple):
@@ -182,7 +184,7 @@ class MediaRows:
         if mask is not None and kind is AUDIO:
             return self._clips(mask)
         if isinstance(inputs, Tensor) and inputs.dim() == kind.dims:
-            return self._in_proportion([1] * len(inputs), total)
+            return self._in_proportion([1] * len(inputs), total)._replace(is_exact=True)
         return Media([*counts], [*counts])  # such as images of one size, padded to one number for each sample
 
     def _in_proportion(self, rows: list[int], total: int, is_flat: bool = False) -> Media:
@@ -196,7 +198,7 @@ class MediaRows:
         lengths, encoder = mask.sum(-1), getattr(self._model, "audio_tower", None)
         if encoder is not None and hasattr(encoder, "_get_feat_extract_output_lengths"):
             _, lengths = encoder._get_feat_extract_output_lengths(lengths)
-        return Media(lengths.tolist(), [1] * len(lengths))
+        return Media(lengths.tolist(), [1] * len(lengths), is_exact=True)
 
     def _tiles(self, given: dict[str, Any], sizes: list[list[int]]) -> Media:
         """Images cut into tiles; their features are cropped to the image's shape, with one more at each line's end."""
@@ -217,7 +219,7 @@ class MediaRows:
                 options[name] = given.get(name) or getattr(model.config, name)
         newline = torch.zeros(1, dtype=torch.float32, device="cpu")
         _, tokens = model.pack_image_features(features, sizes, image_newline=newline, **options)
-        return Media(_numbers(tokens), tiles)
+        return Media(_numbers(tokens), tiles, is_exact=True)
 
     def _error(self, given: str, expected: str) -> RowMappingError:
         return RowMappingError(

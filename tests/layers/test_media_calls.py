@@ -88,6 +88,16 @@ def test_mixtures_with_the_same_first_adapter(name):
     assert_all_close(logits(model, family.batch(family.samples()), adapter_ids=ids), wanted)
 
 
+@pytest.mark.parametrize(("name", "counts"), [("LLaVA", (2, 1)), ("LLaVA", (3, 3)), ("LLaVA-NeXT", (1, 2))])
+def test_positions_that_images_share(name, counts):
+    """An encoder looks up one row of positions for all of its images."""
+    family = family_of(name, counts)
+    model = family.model(targets=".*(position_embedding|q_proj)")
+    wanted = expected(family, model)
+    peft_multibatch.enable(model)
+    assert_all_close(logits(model, family.batch(family.samples()), adapter_ids=IDS), wanted)
+
+
 class Wrapper(nn.Module):
     """A model that passes its inputs on under other names, as users' own modules do."""
 

@@ -297,10 +297,13 @@ def test_a_name_that_nobody_has_among_ten_thousand():
     names = AdapterNames()
     for number in range(10_000):
         names.add_stored(f"customer-{number}-sql")
-    begin = time.perf_counter()
-    with pytest.raises(errors.UnknownAdapterError, match=r"such as 77 \('customer-77-sql'\)"):
-        resolve(["customer-77-sqk"], names)
-    assert time.perf_counter() - begin < 0.15  # comparing with all names takes 0.25
+    times = []
+    for _ in range(3):
+        begin = time.thread_time()
+        with pytest.raises(errors.UnknownAdapterError, match=r"such as 77 \('customer-77-sql'\)"):
+            resolve(["customer-77-sqk"], names)
+        times.append(time.thread_time() - begin)
+    assert min(times) < 0.15  # comparing with all names takes 0.25
 
 
 def test_a_store_without_adapters():

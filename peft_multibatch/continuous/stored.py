@@ -156,9 +156,11 @@ class StoredRequests:
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
         if not short:
             later = later[: max(scheduler.max_requests_per_batch // AHEAD, 1)]
-            self._loaded |= {each.state.request_id for each in later}
             soon = [number for each in [*late, *others[: scheduler.max_requests_per_batch]] for number in each.ids]
             store.look_ahead([number for each in later for number in each.ids], soon)
+            for each in later:
+                if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
+                    self._loaded.add(each.state.request_id)
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), time.monotonic()
         return [state for state in states if state.request_id in found]

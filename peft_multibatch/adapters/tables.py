@@ -94,6 +94,7 @@ class WeightTable:
         self.dtype = dtype
         with torch.inference_mode(False):  # the table is reused by later calls
             self._mirror = torch.zeros((slots, slices, 4), dtype=torch.int64, device="cpu")
+            self._numbers = self._mirror.numpy()  # the same memory
             self.rows = self._mirror.to(device, copy=True)
         streams.after_write(self.rows.device)
         weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
@@ -131,14 +132,13 @@ class WeightTable:
         return Row(a, b, rank, part.scaling, _aligned(a, b, rank))
 
     def _write(self, changed: Mapping[int, Sequence[Row | None]]) -> None:
-        rows = [row or NO_ROW for slices in changed.values() for row in slices]
-        numbers = [
-            number for row in rows for number in (row.a, row.b, row.rank, *_BITS.unpack(_FLOAT.pack(row.scaling)))
-        ]
+        for slot, rows in changed.items():
+            self._numbers[slot] = [
+                (row.a, row.b, row.rank, *_BITS.unpack(_FLOAT.pack(row.scaling)))
+                for row in (each or NO_ROW for each in rows)
+            ]
         span = slice(min(changed), max(changed) + 1)
         with torch.inference_mode(False), streams.writing(self.rows.device):
-            values = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(-1, *self._mirror.shape[1:])
-            self._mirror[list(changed) if len(changed) > 1 else span] = values
             # a copy from the host instead of a kernel, because kernels read tables before they wait for the kernel
             # that was launched right before them
             self.rows[span].copy_(self._mirror[span], non_blocking=True)

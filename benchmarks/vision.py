@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -159,24 +159,16 @@ def main(
             ALONE: [(name, functools.partial(last, inputs)) for name, inputs in zip(names, alone)],
         }
 
-        def took(way: str, ways: dict = ways) -> float:
-            total = 0.0
+        def runs(way: str, ways: dict = ways) -> Iterator[Callable[[], Tensor]]:
             for name, run in ways[way]:
                 if name:
                     model.set_adapter(name)
-                total += seconds(run)
-            return total
+                yield run
 
-        def logits(way: str, ways: dict = ways) -> Tensor:
+        found = {}
+        for way in (ALONE, OURS):
             ready(way)
-            found = []
-            for name, run in ways[way]:
-                if name:
-                    model.set_adapter(name)
-                found.append(run().float())
-            return torch.cat(found)
-
-        found = {way: logits(way) for way in (ALONE, OURS)}
+            found[way] = torch.cat([run().float() for run in runs(way)])
         error = float((found[OURS] - found[ALONE]).norm() / found[ALONE].norm())
         console.print(f"{samples}:{adapters}: error of the logits against PEFT {error:.2e}")
         if not error < (0.05 if device == "cuda" else 1e-4):
@@ -185,8 +177,8 @@ def main(
         for number in track(range(rounds + 1), description="rounds", console=console):
             for way in ways:
                 ready(way)
-                took(way)
-                median = statistics.median(took(way) for _ in range(3))
+                took = [sum(map(seconds, runs(way))) for _ in range(4)]  # the first one warms up
+                median = statistics.median(took[1:])
                 if number:
                     times[way].append(1e3 * median)
         record: dict[str, object] = {

@@ -74,18 +74,24 @@ def test_synchronous_steps_wait_for_their_inputs(enabled, monkeypatch, graphs):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_steps_after_a_change_read_the_new_weights(backend):
-    model = peft_model().cuda()
+    model, alone = peft_model().cuda(), peft_model().cuda()
     mb = peft_multibatch.enable(model, backend=backend)
+    peft_multibatch.enable(alone, backend=backend)
     prompt = prompts(1)[0]
+
+    def change(model):
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.eight"):
+                module.weight.data.mul_(-2)
+
     with mb.continuous_batching(
         generation_config=generation(), continuous_batching_config=settings(40, use_async_batching=True)
     ) as manager:
         for _ in range(2):  # the first round compiles kernels and allocates memory
             with manager.changing("eight"):
                 torch.cuda._sleep(LONG)
-                for name, module in model.named_modules():
-                    if name.endswith("lora_B.eight"):
-                        module.weight.data.mul_(-2)
+                change(model)
             manager.add_request(prompt, adapter_id="eight")
             (output,) = results(manager, 1).values()
-            assert [output.generated_tokens] == row_by_row(model, [prompt], ["eight"])
+            change(alone)
+            assert [output.generated_tokens] == row_by_row(alone, [prompt], ["eight"])

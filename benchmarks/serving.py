@@ -6,13 +6,16 @@
 
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and 32 adapters of rank 16 on
 all seven projections. 64 concurrent requests are greedy and streamed, with prompts of 16 to 256 tokens and answers of
-64, for 1, 8 and 32 adapters. One process runs plain continuous batching (`mb.continuous_batching`), the server's own
-manager, and the server; the clients run in another process. Nothing is downloaded; the tokenizer is synthetic.
+64, for 1, 8 and 32 adapters. Plain continuous batching (`mb.continuous_batching`) and the server's own manager run in
+this process; the server's model runs in a second process and the clients in a third, as they would elsewhere. Nothing
+is downloaded; the tokenizer is synthetic.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import queue
 import shutil
 import statistics
 import subprocess
@@ -38,8 +41,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import peft_multibatch
-from peft_multibatch.serve import engine as engines
+from peft_multibatch.serve import core as cores
 from peft_multibatch.serve.app import build_app
+from peft_multibatch.serve.engine import Engine
+from peft_multibatch.serve.messages import Order, Output, Target
+from peft_multibatch.serve.process import CoreProcess
 from peft_multibatch.serve.server import configuration
 from peft_multibatch.serve.settings import Settings
 
@@ -49,6 +55,8 @@ import matplotlib.pyplot as plt
 
 
 HERE = Path(__file__).parent
+MEMORY = ("http_mb", "model_mb", "gpu_mb")
+"""Resident memory of both processes, and memory in use on the GPU."""
 PLAIN, MANAGER, SERVER = "continuous batching", "manager", "server"
 
 
@@ -83,15 +91,24 @@ class Run:
         lengths = torch.randint(16, self.longest + 1, (self.requests,), generator=generator).tolist()
         most = sizes.model["vocab_size"]
         self.prompts = [torch.randint(0, most, (length,), generator=generator).tolist() for length in lengths]
-        own = engines._batching
+        self.attention, self.batching = attention, batching
+
+    def load(self) -> tuple[Any, PreTrainedTokenizerFast]:
+        """Build the model; in the process that runs it."""
+        own, more = cores._batching, self.batching
 
         def with_more(settings: Settings, device: torch.device) -> Any:
             config = own(settings, device)
-            for name, value in batching.items():
+            for name, value in more.items():
                 setattr(config, name, value)
             return config
 
-        engines._batching = with_more
+        cores._batching = with_more
+        model = build_model(self.sizes)
+        if self.sizes.is_tiny:
+            model = model.float()
+        set_attention(model, self.attention)
+        return model, self.tokenizer
 
     def settings(self, root: Path) -> Settings:
         cache = self.clients * (self.longest + self.tokens + 256)
@@ -107,8 +124,8 @@ class Run:
         return {"model": name, "prompt": self.prompts[number], **plain, **options}
 
 
-def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
-    """Run the requests with the manager; returns tokens, times to the first token and the total time in seconds."""
+def by_plain(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
+    """Run the requests without a server; returns tokens, times to the first token and the total time in seconds."""
     left = iter(range(run.requests))
     added: dict[int, float] = {}
     found: dict[int, list[int]] = {}
@@ -136,8 +153,40 @@ def by_manager(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]
     return [found[number] for number in numbers], [firsts[number] for number in numbers], took
 
 
+def by_manager(run: Run, core: cores.Core, names: list[str]) -> tuple[list[list[int]], list[float], float]:
+    """Run the requests with the server's manager, without HTTP; returns the same."""
+    outputs: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+    core.listen(outputs.put)
+    targets = {name: asyncio.run(core.find(name)) for name in set(names)}
+    left = iter(range(run.requests))
+    added: dict[str, float] = {}
+    found: dict[int, list[int]] = {}
+    firsts: dict[int, float] = {}
+
+    def add() -> None:
+        for number in left:
+            added[str(number)] = time.perf_counter()
+            target: Target = targets[names[number]]
+            core.add(Order(str(number), "", target, run.prompts[number], run.tokens, True, False, False, {}))
+            return
+
+    begin = time.perf_counter()
+    for _ in range(run.clients):
+        add()
+    while len(found) < run.requests:
+        for output in outputs.get(timeout=60):
+            if output.error:
+                raise SystemExit(f"the manager stopped: {output.error}")
+            found[int(output.name)] = output.tokens
+            firsts[int(output.name)] = output.time - added[output.name]
+            add()
+    took = time.perf_counter() - begin
+    numbers = range(run.requests)
+    return [found[number] for number in numbers], [firsts[number] for number in numbers], took
+
+
 @contextmanager
-def served(engine: Any) -> Iterator[int]:
+def served(engine: Engine) -> Iterator[int]:
     """Run a server and yield its port."""
     server = uvicorn.Server(configuration(build_app(engine), 0, "127.0.0.1", 0))
     thread = threading.Thread(target=server.run)
@@ -174,7 +223,7 @@ def by_server(run: Run, port: int, names: list[str]) -> tuple[list[str], list[fl
     return [line["text"] for line in ordered], [line["first"] for line in ordered], lines[-1]["took"]
 
 
-def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, Any]]:
+def throughput(run: Run, root: Path, rounds: int) -> list[dict[str, Any]]:
     """Return a row per method and number of adapters, with the median over rounds."""
     counts, records = (1, 8, 32), []
     expected: dict[tuple[int, str], list[str]] = {}
@@ -199,36 +248,39 @@ def throughput(run: Run, root: Path, model: Any, rounds: int) -> list[dict[str, 
             raise SystemExit(f"texts of {way} differ from those of continuous batching for {count} adapters")
 
     settings = run.settings(root)
+    model, tokenizer = run.load()
     mb = peft_multibatch.enable(model)
     mb.adapter_store(max_host_memory="4GB", max_device_memory="4GB", roots=[root]).register_folder(root)
     options = {"generation_config": GenerationConfig(do_sample=False, eos_token_id=-1),
-               "continuous_batching_config": engines._batching(settings, model.device)}  # fmt: skip
+               "continuous_batching_config": cores._batching(settings, model.device)}  # fmt: skip
     with mb.continuous_batching(**options) as manager:
         for count in counts:
-            note(PLAIN, count, [by_manager(run, manager, run.names(count)) for _ in range(rounds + 1)])
+            note(PLAIN, count, [by_plain(run, manager, run.names(count)) for _ in range(rounds + 1)])
     mb.disable()
-    engine = engines.Engine(model, run.tokenizer, settings)
+    core, engine = cores.Core(model, tokenizer, settings), Engine(CoreProcess(run.load, settings))
+    core.start()
     engine.start()
     with served(engine) as port:
         for count in counts:
-            by_server(run, port, run.names(count))  # registers them
-            ways = {MANAGER: lambda names: by_manager(run, engine.manager, names),
+            ways = {MANAGER: lambda names: by_manager(run, core, names),
                     SERVER: lambda names: by_server(run, port, names)}  # fmt: skip
             results = [{way: ask(run.names(count)) for way, ask in ways.items()} for _ in range(rounds + 1)]
             for way in ways:
                 note(way, count, [each[way] for each in results])
+    core.stop()
     return records
 
 
-def resident() -> float:
-    """Return the resident memory of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(process: int | str) -> float:
+    """Return the resident memory of a process in MB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
 
 
-def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any]]:
+def soak(run: Run, root: Path, minutes: float) -> list[dict[str, Any]]:
     """Run streams, plain calls and clients that disconnect for some minutes; returns a row every few seconds."""
-    engine = engines.Engine(model, run.tokenizer, run.settings(root))
+    core = CoreProcess(run.load, run.settings(root))
+    engine = Engine(core)
     engine.start()
     requests = []
     for number, name in enumerate(run.names(32)):
@@ -240,8 +292,8 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
     counts: Counter[str] = Counter()
 
     def note(seconds: float) -> None:
-        cuda = torch.cuda.memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
-        memory = {"resident_mb": resident(), "cuda_allocated_mb": cuda}
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        memory = dict(zip(MEMORY, (resident("self"), resident(core.pid or "self"), (total - free) / 1e6)))
         records.append({"seconds": seconds, **memory, **{name: counts[name] for name in names}})
 
     names = ("sent", "answered", "left", "lost")
@@ -266,13 +318,10 @@ def soak(run: Run, root: Path, model: Any, minutes: float) -> list[dict[str, Any
         end = time.monotonic() + 5
         while engine.running and time.monotonic() < end:
             time.sleep(0.05)
-        scheduler, router = engine.manager.batch_processor.scheduler, engine.manager.output_router
-        held = [engine.running, engine._jobs, scheduler.active_requests, scheduler.waiting_requests,
-                router.result_handlers, router.causes, list(router.output_queue.queue)]  # fmt: skip
+        active = asyncio.run(core.state()).active
+        held: list[Any] = [engine.running, engine._jobs, engine._places, core._orders, core._calls, range(active)]
     half = records[len(records) // 2 :]  # caches fill during the first half
-    growth = {
-        name: half[-1][name] / half[0][name] - 1 for name in ("resident_mb", "cuda_allocated_mb") if half[0][name]
-    }
+    growth = {name: half[-1][name] / half[0][name] - 1 for name in MEMORY if half[0][name]}
     print(dict(counts), {name: f"{each:+.2%}" for name, each in growth.items()}, "in the second half", flush=True)
     if counts["lost"] or any(held):
         raise SystemExit(f"requests were lost, or state is left over: {counts}, {[len(each) for each in held]}")
@@ -302,10 +351,10 @@ def plot(records: list[dict], path: Path) -> None:
 
 def plot_soak(records: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4))
-    for name in ("resident_mb", "cuda_allocated_mb"):
+    for name in MEMORY:
         if records[-1][name]:
             axis.plot([row["seconds"] / 60 for row in records], [row[name] for row in records], label=name)
-    axis.set_ylim(0, 1.2 * max(row[name] for row in records for name in ("resident_mb", "cuda_allocated_mb")))
+    axis.set_ylim(0, 1.2 * max(row[name] for row in records for name in MEMORY))
     axis.set_xlabel("minutes")
     axis.set_ylabel("MB")
     last = records[-1]
@@ -337,16 +386,12 @@ def main(
     root = Path(tempfile.mkdtemp())
     try:
         write_adapters(run.sizes, root)
-        model = build_model(run.sizes)
-        if tiny:
-            model = model.float()
-        set_attention(model, attention)
         known = {"attention": attention or "sdpa", "tiny": tiny} | versions(commit)
         if soak_minutes:
-            records = soak(run, root, model, soak_minutes)
+            records = soak(run, root, soak_minutes)
             name, draw = "serving_soak.csv", plot_soak
         else:
-            records, name, draw = throughput(run, root, model, rounds), "serving.csv", plot
+            records, name, draw = throughput(run, root, rounds), "serving.csv", plot
     finally:
         shutil.rmtree(root)
     write([record | known for record in records], out or HERE / "results" / name, draw)

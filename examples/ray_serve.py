@@ -32,6 +32,7 @@ from starlette.types import Scope
 
 from peft_multibatch.demo.model import ADAPTERS_DIR, MODEL_ID, load_model
 from peft_multibatch.serve.app import build_app
+from peft_multibatch.serve.core import Core
 from peft_multibatch.serve.engine import Engine
 from peft_multibatch.serve.errors import ApiError
 from peft_multibatch.serve.gate import respond
@@ -58,7 +59,7 @@ class Replica:
             tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         else:
             base, tokenizer = load_model(torch.float32, device)
-        self.engine = Engine(base, tokenizer, settings)
+        self.engine = Engine(Core(base, tokenizer, settings))
         self.engine.start()
         self.app = build_app(self.engine)
         self.name = serve.get_replica_context().replica_id.unique_id
@@ -97,13 +98,13 @@ class Replica:
 
     async def _is_there(self, adapter: str) -> bool:
         try:
-            return bool((await self.engine.catalog.find(adapter)).names)
+            return bool((await self.engine.core.find(adapter)).names)
         except ApiError:  # the server answers with this error
             return False
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raise if the server is unhealthy, so that Ray restarts the replica."""
-        problem = self.engine.problem()
+        problem = await self.engine.problem()
         if problem is not None:
             raise RuntimeError(problem)
 

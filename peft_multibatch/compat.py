@@ -120,7 +120,7 @@ SERVING: dict[str, tuple[str, ...]] = {
     "cb_logits_processors.ContinuousBatchingLogitsProcessorList.fill_defaults": (),
     "continuous_api.ContinuousBatchingManager._create_batch_processor": ("logit_processor",),
     "continuous_api.ContinuousBatchingManager._run_generation_loop": ("current_batch",),
-    "continuous_api.BackgroundThreadStatus.record_fatal_error": ("fatal_error",),
+    "continuous_api.ContinuousBatchingManager._handle_critical_error": ("record_fatal_error",),
     "requests.RequestState.create_equivalent_initial_request": ("_true_initial_tokens",),
     "requests.RequestState.to_generation_output": ("generated_tokens", "logprobs", "status"),
     "continuous_api.ContinuousBatchProcessor.update_batch": ("streaming", "deliver_batch", "to_generation_output"),

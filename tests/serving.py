@@ -17,7 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peft_multibatch.serve.app import build_app
+from peft_multibatch.serve.core import Core
 from peft_multibatch.serve.engine import Engine
+from peft_multibatch.serve.process import CoreProcess
 from peft_multibatch.serve.server import configuration
 from peft_multibatch.serve.settings import Settings
 
@@ -54,8 +56,8 @@ class Served:
         records: records of the finished requests.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
-        self.engine = Engine(model, tokenizer, settings)
+    def __init__(self, core: Core | CoreProcess, settings: Settings) -> None:
+        self.engine = Engine(core)
         self.engine.start()
         self.records: list = []
         self.settings = settings
@@ -94,10 +96,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: Any, tokenizer: Any, folder: Path | None = None, **options: Any):
-    """Run a server inside a block."""
+def serving(model: Any, tokenizer: Any = None, folder: Path | None = None, **options: Any):
+    """Run a server inside a block; the model runs in a process of its own if it is a function that loads it."""
     limits = {"max_cache_tokens": 2048, "max_batch_tokens": 64, "max_batch": 16} | options
-    served = Served(model, tokenizer, Settings(adapters_dir=folder, **limits))
+    settings = Settings(adapters_dir=folder, **limits)
+    served = Served(CoreProcess(model, settings) if tokenizer is None else Core(model, tokenizer, settings), settings)
     try:
         yield served
     finally:

@@ -104,7 +104,7 @@ async def models(request: Request) -> dict[str, Any]:
     """List the base model and its adapters."""
     engine = _engine(request)
     base = engine.settings.model_names[0]
-    adapters = [_model(name, written, base) for name, written in await engine.catalog.names()]
+    adapters = [_model(name, written, base) for name, written in await engine.core.names()]
     return {"object": "list", "data": [_model(name, 0) for name in engine.settings.model_names] + adapters}
 
 
@@ -120,14 +120,15 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 @admin.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, request: Request) -> Response:
     """Register an adapter, or replace it while requests run."""
-    await _engine(request).catalog.load(body.lora_name, body.lora_path, body.load_inplace)
+    await _engine(request).core.load(body.lora_name, body.lora_path, body.load_inplace)
+    request.app.state.metrics.remember(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @admin.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, request: Request) -> Response:
     """Unregister an adapter; running requests still finish with it."""
-    await _engine(request).catalog.unload(body.lora_name)
+    await _engine(request).core.unload(body.lora_name)
     request.app.state.metrics.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -135,7 +136,7 @@ async def unload_lora_adapter(body: UnloadRequest, request: Request) -> Response
 @status.get("/health")
 async def health(request: Request) -> Response:
     """Whether the server is alive and able to run requests."""
-    problem = _engine(request).problem()
+    problem = await _engine(request).problem()
     return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)
 
 
@@ -143,14 +144,14 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether new requests should be sent here."""
     engine = _engine(request)
-    problem = engine.problem() or ("it is about to stop" if engine.is_stopping else None)
+    problem = await engine.problem() or ("it is about to stop" if engine.is_stopping else None)
     return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)
 
 
 @status.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
-    return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(request.app.state.metrics.text(await _engine(request).state()), media_type=CONTENT_TYPE_LATEST)
 
 
 @status.get("/", include_in_schema=False)

@@ -13,31 +13,18 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft_multibatch.adapters.store.files import CONFIG, WEIGHTS
 from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.errors import AdapterFileError, MultibatchError, UnknownAdapterError
 from peft_multibatch.plan.ids import BASE_NAME
 from peft_multibatch.serve.errors import ApiError, from_adapter, invalid, unavailable, unknown_model
+from peft_multibatch.serve.messages import Target
 from peft_multibatch.serve.settings import NAME, Settings
 
 
 THREADS = 32
-
-
-class Target(NamedTuple):
-    """The adapters of a request.
-
-    Attributes:
-        entry: the ``adapter_id`` for continuous batching.
-        label: an adapter's name, the base model's, or ``"mixture"``; for logs and metrics.
-        names: the names of its adapters.
-    """
-
-    entry: Any
-    label: str
-    names: tuple[str, ...] = ()
 
 
 class Catalog:

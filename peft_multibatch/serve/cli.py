@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -66,6 +67,7 @@ def serve(
         sys.exit(f"serve needs {', '.join(missing)}: install them with pip install 'peft-multibatch[serve]'")
     from peft_multibatch.serve.engine import Engine
     from peft_multibatch.serve.logs import set_up
+    from peft_multibatch.serve.process import CoreProcess
     from peft_multibatch.serve.server import Server
     from peft_multibatch.serve.settings import Settings
 
@@ -105,11 +107,11 @@ def serve(
     except ValueError as error:
         sys.exit(str(error))
     set_up(log_format)
-    model, tokenizer = load_base(base, device, dtype, attn_implementation, allow_download)
-    engine = Engine(model, tokenizer, settings)
+    load = functools.partial(load_base, base, device, dtype, attn_implementation, allow_download)
+    engine = Engine(CoreProcess(load, settings, log_format))
     try:
         engine.start()
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     Server(engine, host, port).run()
 

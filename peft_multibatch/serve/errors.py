@@ -36,6 +36,9 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = headers or {}
 
+    def __reduce__(self) -> tuple:  # it may be raised in another process
+        return type(self), (self.status, self.message, self.code, self.param, self.headers)
+
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's format."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -104,3 +107,8 @@ def failed() -> ApiError:
     return ApiError(
         500, "The request failed. The server's log has the reason under the request's id.", "internal_error"
     )
+
+
+def broken() -> ApiError:
+    """An error for a server that can't run requests any more."""
+    return unavailable("The server can't run requests: its operator should check the log.", "broken")

@@ -70,12 +70,15 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._checks = asyncio.Semaphore(2)
 
-    async def compile(self, schema: dict[str, Any], threads: Executor) -> Grammar:
-        """Compile a JSON schema to a grammar.
+    async def compile(self, schema: dict[str, Any], threads: Executor) -> str:
+        """Check and compile a JSON schema.
 
         Args:
             schema: as in OpenAI's API; keywords that llguidance doesn't know are errors.
             threads: compiles it.
+
+        Returns:
+            The schema as text, for ``get``.
 
         Raises:
             ApiError: llguidance isn't installed, doesn't support the model, or can't compile the schema.
@@ -89,14 +92,17 @@ class Grammars:
             raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected at most {MAX_BYTES}.", PARAM)
         if text in self._kept:
             self._kept.move_to_end(text)
-            return self._kept[text]
+            return text
         async with self._checks:
             await self._check(text)
-        found = await asyncio.get_running_loop().run_in_executor(threads, self._compile, text)
-        self._kept[text] = found
+        self._kept[text] = await asyncio.get_running_loop().run_in_executor(threads, self._compile, text)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return found
+        return text
+
+    def get(self, text: str) -> Grammar:
+        """Return the grammar of a schema that ``compile`` returned; if others displaced it, compile it again."""
+        return self._kept.get(text) or self._compile(text)
 
     def _check_possible(self) -> None:
         try:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from peft_multibatch.serve.catalog import Target
 from peft_multibatch.serve.errors import ApiError, too_long
 from peft_multibatch.serve.logprobs import TokenLogprobs
+from peft_multibatch.serve.messages import Order, Output, Target
 from peft_multibatch.serve.text import Text
 
 
@@ -37,25 +37,25 @@ class Sequence:
     Args:
         index: the answer's index.
         prompt: tokens of the prompt.
-        options: options for the manager's ``add_request``.
+        options: sampling options.
         text: an empty text.
     """
 
     def __init__(self, index: int, prompt: list[int], options: dict[str, Any], text: Text) -> None:
         self.index, self.prompt, self.options = index, prompt, options
-        self._text, self._known = text, 0
+        self._text = text
+        self._last: int | None = None  # the newest token
 
-    def take(self, output: Any, ends: list[int]) -> Delta:
-        """Return what is new in one of the manager's outputs.
+    def take(self, output: Output, ends: list[int]) -> Delta:
+        """Return what an output adds.
 
         Args:
-            output: the output, with all tokens so far.
+            output: the next output.
             ends: tokens that end the text.
         """
-        ids, logprobs = output.generated_tokens[self._known :], output.logprobs[self._known :]
-        if "logprobs" in self.options:
-            ids = ids[: len(logprobs)]  # the newest token's may not have been known yet
-        tokens = list(zip(ids, logprobs or [None] * len(ids)))
+        ids = output.tokens
+        logprobs: list[TokenLogprobs | None] = [*output.logprobs] or [None] * len(ids)
+        tokens = list(zip(ids, logprobs))
         text = ""
         if not self._text.has_stops:
             text = self._text.push(ids)
@@ -64,25 +64,25 @@ class Sequence:
                 text += self._text.push([token])
                 if self._text.is_stopped:
                     return Delta(self.index, text, tokens[:taken], "stop")
-        self._known += len(ids)
-        if not output.is_finished():
+        self._last = ids[-1] if ids else self._last
+        if not output.is_finished:
             return Delta(self.index, text, tokens, None)
         text += self._text.finish()
-        is_end = bool(output.generated_tokens) and output.generated_tokens[-1] in ends
-        return Delta(self.index, text, tokens, "stop" if is_end or self._text.is_stopped else "length")
+        return Delta(self.index, text, tokens, "stop" if self._last in ends or self._text.is_stopped else "length")
 
 
 class Inbox:
-    """The newest output of each answer of a job, which includes all previous ones."""
+    """What is new in each answer of a job."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, tuple[Any, Exception | None]] = {}
+        self._found: dict[str, Output] = {}
         self._error: ApiError | None = None
         self._is_new = asyncio.Event()
 
-    def put(self, output: Any, cause: Exception | None) -> None:
-        """Add one of the manager's outputs, and the exception behind its error."""
-        self._found[output.request_id] = output, cause
+    def put(self, output: Output) -> None:
+        """Add the next output of an answer."""
+        before = self._found.get(output.name)
+        self._found[output.name] = output if before is None else before.followed_by(output)
         self._is_new.set()
 
     def fail(self, error: ApiError) -> None:
@@ -90,8 +90,8 @@ class Inbox:
         self._error = error
         self._is_new.set()
 
-    async def take(self) -> list[tuple[Any, Exception | None]]:
-        """Wait for new outputs and return them.
+    async def take(self) -> list[Output]:
+        """Wait for new outputs and return them, joined for each answer.
 
         Raises:
             ApiError: the job was ended with an error.
@@ -116,7 +116,7 @@ class Job:
         n: number of answers per prompt.
         max_tokens: maximum number of tokens per answer; by default as many as fit.
         stops: stop strings.
-        options: sampling options for the manager's ``add_request``, without the seed.
+        options: sampling options as in ``Order``, without the seed.
         seed: seed of the first answer; each further answer's is one higher.
         ignore_eos: whether to continue after the model's end token.
         is_streamed: whether the answer is streamed.
@@ -175,9 +175,28 @@ class Job:
                 options["seed"] = seed + index
             yield Sequence(index, self.prompts[index // self.n], options, Text(tokenizer, self.stops))
 
-    def count(self, delta: Delta, output: Any) -> None:
+    def order(self, sequence: Sequence, name: str, limit: int) -> Order:
+        """Order an answer.
+
+        Args:
+            sequence: one of ``sequences``.
+            name: the answer's name.
+            limit: maximum number of tokens of a prompt and its answer.
+        """
+        return Order(
+            name,
+            self.request_id,
+            self.target,
+            sequence.prompt,
+            self.max_tokens_of(sequence.prompt, limit),
+            self.ignore_eos,
+            is_streamed=self.is_streamed or bool(self.stops),
+            is_urgent=bool(self.stops),  # a stop string should end its request at once
+            options=sequence.options,
+        )
+
+    def count(self, delta: Delta, output: Output) -> None:
         """Update the token counts and times."""
         self.completion_tokens += len(delta.tokens)
         if self.first_token is None and delta.tokens:
-            came = output.timestamps[0] if output.timestamps else time.perf_counter()
-            self.first_token = came - self.arrived
+            self.first_token = output.time - self.arrived

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.admission import vocabulary_of
 from peft_multibatch.continuous.manager import AdapterBatchingManager
-from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.serve.progress import Progress
 from peft_multibatch.serve.sampling import Sampling
 
@@ -49,33 +48,6 @@ class SamplingManager(ContinuousBatchingManager):
         return processor
 
 
-class Causes(Outputs):
-    """An output router that keeps exceptions, because an output contains only their text.
-
-    Attributes:
-        causes: exceptions by request; readers remove them.
-        progress: streams that get further tokens without outputs.
-
-    Args:
-        find: returns a running request by its id, or None.
-    """
-
-    def __init__(self, find: Callable[[Any], RequestState | None]) -> None:
-        super().__init__()
-        self.causes: dict[Any, Exception] = {}
-        self.progress = Progress(find)
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Deliver the outputs of a step."""
-        self.progress.delivered(outputs)
-        super().deliver_batch(outputs)
-
-    def fail_and_deliver(self, state: RequestState, error: Exception) -> None:
-        """End a request with an error."""
-        self.causes[state.request_id] = error
-        super().fail_and_deliver(state, error)
-
-
 class ServingManager(AdapterBatchingManager, SamplingManager):
     """A manager with an adapter and sampling options per request.
 
@@ -85,8 +57,13 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.output_router = Causes(self._running)
+        self.output_router: Progress = Progress(self._running)
         self.current_batch = 0  # transformers sets it only when the loop starts
+        self.has_failed = False  # whether an error ended the loop
+
+    def _handle_critical_error(self, *args: Any) -> None:
+        self.has_failed = True  # before the errors of its requests are handed on
+        super()._handle_critical_error(*args)
 
     def _create_batch_processor(self) -> Any:
         is_new = self.batch_processor is None
@@ -97,11 +74,11 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
         return processor
 
     def _with_progress(self, update: Callable[[], None]) -> Callable[[], None]:
-        """Wrap the reading of a step's tokens to pass them on to streams."""
+        """Wrap the reading of a step's tokens to hand them on to streams."""
 
         def update_with_progress() -> None:
             update()
-            self.output_router.progress.step_ended()
+            self.output_router.step_ended()
 
         return update_with_progress
 

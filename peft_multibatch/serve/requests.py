@@ -38,8 +38,8 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
         raise unsupported("max_tokens", "'max_completion_tokens' as well")
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("'top_logprobs' was given without 'logprobs': expected 'logprobs' to be true.", "top_logprobs")
-    target = await engine.catalog.find(body.model, body.adapter)
-    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, body.messages, engine.max_model_len)
+    target = await engine.core.find(body.model, body.adapter)
+    prompt = await engine.tokenize(chat_tokens, body.messages, engine.max_model_len)
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = _job(engine, body, Job(request_id, target, [prompt], "messages", max_tokens=limit), logprobs)
@@ -47,7 +47,7 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     if schema is not None:
         if body.ignore_eos:
             raise unsupported("ignore_eos", "'response_format' as well, whose answers must end")
-        job.options["grammar"] = await engine.grammar(schema)
+        job.options["grammar"] = await engine.core.grammar(schema)
     return job
 
 
@@ -57,11 +57,11 @@ async def completion_job(engine: Engine, body: CompletionRequest, request_id: st
     Raises:
         ApiError: the request is invalid.
     """
-    target = await engine.catalog.find(body.model, body.adapter)
+    target = await engine.core.find(body.model, body.adapter)
     prompts = _as_tokens(body.prompt)
     if prompts is None:
-        prompts = await engine.tokenize(_completion_tokens, engine.tokenizer, body.prompt, engine.max_model_len)
-    known = engine.manager.vocabulary
+        prompts = await engine.tokenize(_completion_tokens, body.prompt, engine.max_model_len)
+    known = engine.core.vocabulary
     if any(token >= known for prompt in prompts for token in prompt):
         raise invalid(f"'prompt' has tokens outside the vocabulary: expected 0 to {known - 1}.", "prompt")
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -74,7 +74,7 @@ async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -
     Raises:
         ApiError: the request is invalid.
     """
-    target = await engine.catalog.find(body.model, body.adapter)
+    target = await engine.core.find(body.model, body.adapter)
     messages = [Message(role="system", content=body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
         messages.append(Message(role="user", content=body.input))
@@ -83,7 +83,7 @@ async def response_job(engine: Engine, body: ResponseRequest, request_id: str) -
             given = each.content
             parts = given if isinstance(given, str) else [TextPart(type="text", text=part.text) for part in given]
             messages.append(Message(role=each.role, content=parts))
-    prompt = await engine.tokenize(chat_tokens, engine.tokenizer, messages, engine.max_model_len, "input")
+    prompt = await engine.tokenize(chat_tokens, messages, engine.max_model_len, "input")
     job = Job(request_id, target, [prompt], "input", max_tokens=body.max_output_tokens)
     job.is_streamed = bool(body.stream)
     job.options = sampling_options(1.0 if body.temperature is None else body.temperature, body.top_p)

@@ -55,11 +55,11 @@ def change(served, verb, headers=ADMIN, **body):
 
 
 def test_an_adapter_costs_nothing_until_it_is_named(served, own, expected):
-    assert len(served.engine.store) == 0
+    assert len(served.engine.core.store) == 0
     assert {model.id for model in served.client().models.list()} == {"base", "red", "green", "blue"}
-    assert len(served.engine.store) == 0
+    assert len(served.engine.core.store) == 0
     assert ask(served, "red") == expected["red"]
-    assert list(served.engine.store) == ["red"]
+    assert list(served.engine.core.store) == ["red"]
     shutil.copytree(own / "blue", own / "late")
     assert ask(served, "late") == expected["blue"]
 
@@ -116,7 +116,7 @@ def test_what_can_not_be_loaded(served, tmp_path, body, status):
     found = change(served, "load", **body)
     assert found.status_code == status, found.text
     assert str(tmp_path) not in found.text
-    assert len(served.engine.store) == 0
+    assert len(served.engine.core.store) == 0
 
 
 def spoil_config(folder, **values):

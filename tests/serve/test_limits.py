@@ -30,7 +30,7 @@ def wait_until(condition, seconds=2.0):
 
 
 def is_idle(served):
-    scheduler = served.engine.manager.batch_processor.scheduler
+    scheduler = served.engine.core.manager.batch_processor.scheduler
     return not (scheduler.active_requests or scheduler.waiting_requests or served.engine.running)
 
 
@@ -45,13 +45,13 @@ def begin(served, **options):
 @pytest.fixture
 def slow(served, monkeypatch):
     """A server with slow steps."""
-    step = served.engine.manager._generation_step
+    step = served.engine.core.manager._generation_step
 
     def slowly():
         time.sleep(0.05)
         step()
 
-    monkeypatch.setattr(served.engine.manager, "_generation_step", slowly)
+    monkeypatch.setattr(served.engine.core.manager, "_generation_step", slowly)
     yield served
     wait_until(lambda: is_idle(served), 30)
 
@@ -74,7 +74,7 @@ def post(body: dict) -> bytes:
 def test_a_client_that_leaves_frees_its_request(slow, is_streamed):
     body = {"model": "red", "messages": HELLO, "max_tokens": 480, "ignore_eos": True, "n": 3, "stream": is_streamed}
     with raw(slow, post(body)) as connection:
-        wait_until(lambda: len(slow.engine.manager.batch_processor.scheduler.active_requests) == 3)
+        wait_until(lambda: len(slow.engine.core.manager.batch_processor.scheduler.active_requests) == 3)
         if is_streamed:
             assert b"data: " in connection.recv(65536) + connection.recv(65536)
     wait_until(lambda: is_idle(slow), 2)
@@ -146,8 +146,8 @@ def test_one_adapter_does_not_take_all_places(tokenizer, folder):
 
 def test_a_request_that_takes_too_long_ends(tokenizer, folder, monkeypatch):
     with serving(tiny_model(tokenizer), tokenizer, folder, request_timeout=0.5) as served:
-        step = served.engine.manager._generation_step
-        monkeypatch.setattr(served.engine.manager, "_generation_step", lambda: (time.sleep(0.05), step()))
+        step = served.engine.core.manager._generation_step
+        monkeypatch.setattr(served.engine.core.manager, "_generation_step", lambda: (time.sleep(0.05), step()))
         with pytest.raises(openai.APIStatusError) as caught:
             served.client(max_retries=2).chat.completions.create(model="red", messages=HELLO, **LONG)
         assert (caught.value.status_code, caught.value.body["code"]) == (504, "timeout")
@@ -270,7 +270,7 @@ def test_the_server_stops_when_its_loop_has_ended(tokenizer, folder):
     with serving(tiny_model(tokenizer), tokenizer, folder) as served:
         assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
         stream = begin(served)
-        served.engine.manager.batch_processor.prepare_next_batch = _broken
+        served.engine.core.manager.batch_processor.prepare_next_batch = _broken
         with pytest.raises(openai.APIError, match="can't run requests"):
             list(stream)
         assert httpx.get(f"{served.url}/health").status_code == 503
@@ -285,12 +285,12 @@ def _broken():
 
 
 def test_health_sees_a_loop_that_hangs(served, monkeypatch):
-    from peft_multibatch.serve import engine
+    from peft_multibatch.serve import core
 
-    monkeypatch.setattr(engine, "STALLED", 0.2)
+    monkeypatch.setattr(core, "STALLED", 0.2)
     held = threading.Event()
-    step = served.engine.manager._generation_step
-    monkeypatch.setattr(served.engine.manager, "_generation_step", lambda: (held.wait(), step()))
+    step = served.engine.core.manager._generation_step
+    monkeypatch.setattr(served.engine.core.manager, "_generation_step", lambda: (held.wait(), step()))
     waiting = threading.Thread(target=lambda: served.client().completions.create(model="red", prompt="x"))
     waiting.start()
     try:

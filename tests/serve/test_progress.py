@@ -6,111 +6,126 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
+from peft_multibatch.serve import progress
 from peft_multibatch.serve.connections import MAX_HEADERS
+from peft_multibatch.serve.errors import invalid
 from peft_multibatch.serve.jobs import Job, Sequence
 from peft_multibatch.serve.logprobs import TokenLogprobs
+from peft_multibatch.serve.messages import Order, Output, Target
 from peft_multibatch.serve.progress import Progress
 from peft_multibatch.serve.text import Text
 
 
-def started(names):
+def order(name, **options):
+    urgent = options.pop("is_urgent", False)
+    return Order(name, "id", Target("red", "red", ("red",)), [1], 100, False, True, urgent, options)
+
+
+def started(names, **options):
+    """A router that follows requests, those requests after their first token, and what was handed on since."""
     states = {name: RequestState(name, [1], streaming=True) for name in names}
-    for state in states.values():
+    progress, handed = Progress(states.get), []
+    progress.hand_on = handed.append
+    for name, state in states.items():
+        progress.follow(order(name, **options))
         state.status = RequestStatus.DECODING
         state.generated_tokens.append(0)
-    return states
+    progress.deliver_batch([state.to_generation_output() for state in states.values()])
+    ((*first,),) = handed
+    assert [(each.name, each.tokens) for each in first] == [(name, [0]) for name in names]
+    handed.clear()
+    return progress, states, handed
 
 
-def test_one_call_to_the_event_loop_serves_all_streams_and_several_steps():
-    async def main():
-        states, calls, found = started(range(64)), [], {}
-        progress, loop = Progress(states.get), asyncio.get_running_loop()
-        call = loop.call_soon_threadsafe
-        loop.call_soon_threadsafe = lambda *args: calls.append(args) or call(*args)
-        for name in states:
-            progress.follow(name, lambda output: found.setdefault(output.request_id, []).append(output))
-        progress.delivered([state.to_generation_output() for state in states.values()])
-        assert not any(state.streaming for state in states.values())
-        for token in range(1, 11):
-            for state in states.values():
-                state.generated_tokens.append(token)
-            progress.step_ended()
-        assert len(calls) == 1
-        await asyncio.sleep(0.2)
-        assert {name: [each.generated_tokens for each in outputs] for name, outputs in found.items()} == {
-            name: [list(range(11))] for name in states
-        }
-        progress.step_ended()
-        assert len(calls) == 2
-
-    asyncio.run(main())
-
-
-def test_requests_without_a_token_and_ended_ones_are_left_to_the_router():
-    async def main():
-        states, found = started(["new", "running", "failed", "gone", "forgotten"]), []
-        progress = Progress(states.get)
-        for name in states:
-            progress.follow(name, found.append)
-        progress.delivered([state.to_generation_output() for name, state in states.items() if name != "new"])
-        states["failed"].status = RequestStatus.FAILED
-        del states["gone"]
-        progress.forget("forgotten")
-        progress.step_ended()
-        await asyncio.sleep(0.1)
-        assert [output.request_id for output in found] == ["running"]
-
-    asyncio.run(main())
-
-
-def test_streams_of_a_closed_event_loop_are_forgotten():
-    states = started("ab")
-    progress = Progress(states.get)
-
-    async def main():
-        progress.follow("a", lambda output: None)
-
-    asyncio.run(main())
+def step(progress, states, token):
+    for state in states.values():
+        state.generated_tokens.append(token)
     progress.step_ended()
+
+
+def test_one_handover_serves_all_streams_and_several_steps():
+    names = [str(number) for number in range(64)]
+    progress, states, handed = started(names)
+    assert not any(state.streaming for state in states.values())
+    step(progress, states, 1)
+    assert len(handed) == 1  # the first round is due at once
+    for token in range(2, 10):
+        step(progress, states, token)
+    assert len(handed) == 1
+    time.sleep(0.05)
+    step(progress, states, 10)
+    assert [[each.tokens for each in outputs] for outputs in handed] == [[[1]] * 64, [[*range(2, 11)]] * 64]
+    for state in states.values():
+        state.generated_tokens.append(11)
+        state.status = RequestStatus.FINISHED
     progress.step_ended()
-    assert not progress._followed
+    progress.deliver_batch([state.to_generation_output() for state in states.values()])
+    assert {(each.name, *each.tokens, each.is_finished) for each in handed[-1]} == {(name, 11, True) for name in names}
+    assert len(handed) == 3 and not len(progress)
 
 
-def test_a_round_that_a_closed_event_loop_left_holds_up_no_later_one():
-    states, found = started(range(64)), []
-    progress = Progress(states.get)
-
-    async def main(pause):
-        for name in states:
-            progress.follow(name, found.append)
-        progress.delivered([state.to_generation_output() for state in states.values()])
-        for _ in range(2):
-            progress.step_ended()
-            await asyncio.sleep(pause)
-
-    asyncio.run(main(0.001))
-    assert progress._is_due
-    found.clear()
-    asyncio.run(main(0.1))
-    assert len(found) == 2 * len(states)
+def test_a_single_stream_gets_each_token_at_once():
+    progress, states, handed = started(["a"])
+    for token in range(1, 5):
+        time.sleep(0.001)
+        step(progress, states, token)
+    assert [each.tokens for (each,) in handed] == [[1], [2], [3], [4]]
 
 
-def test_streamed_tokens_build_no_outputs_in_the_thread_of_the_model(served, monkeypatch):
+def test_tokens_with_stop_strings_are_delivered_one_by_one():
+    progress, states, handed = started(["a"], is_urgent=True)
+    assert states["a"].streaming
+    step(progress, states, 1)
+    assert not handed
+    progress.deliver_batch([states["a"].to_generation_output()])
+    assert [each.tokens for (each,) in handed] == [[1]]
+
+
+def test_only_followed_requests_are_handed_on_and_each_ends_once():
+    progress, states, handed = started(["running", "failed", "gone", "forgotten"])
+    assert progress.forget("forgotten") and not progress.forget("forgotten")
+    progress.explain = lambda cause, order: invalid(f"{order.name}: {cause}")
+    progress.fail_and_deliver(states["failed"], ValueError("why"))
+    ((failed,),) = handed
+    assert failed.is_finished and failed.error.message == "failed: why"
+    gone = states.pop("gone")
+    step(progress, states, 1)
+    assert [each.name for each in handed[-1]] == ["running"]
+    progress.deliver_batch([states["forgotten"].to_generation_output(), states["failed"].to_generation_output()])
+    assert len(handed) == 2
+    gone.status = RequestStatus.FINISHED
+    progress.deliver_batch([gone.to_generation_output()])
+    assert handed[-1][0].is_finished and len(progress) == 1
+    assert progress.output_queue.empty() and not progress._causes and len(progress._streams) == 1
+
+
+def test_a_restarted_request_goes_on_where_it_was():
+    progress, states, handed = started(["a"])
+    states["a"].generated_tokens.append(1)
+    states["a"] = states["a"].create_equivalent_initial_request()
+    states["a"].status = RequestStatus.DECODING
+    step(progress, states, 2)
+    assert [each.tokens for (each,) in handed] == [[1, 2]]
+
+
+def test_between_rounds_no_outputs_are_built(served, monkeypatch):
     built, build = Counter(), RequestState.to_generation_output
 
     def counted(state):
-        if threading.current_thread() is served.engine.manager._generation_thread:
+        if threading.current_thread() is served.engine.core.manager._generation_thread:
             built[state.request_id] += 1
         return build(state)
 
     monkeypatch.setattr(RequestState, "to_generation_output", counted)
+    monkeypatch.setattr(progress, "PER_STREAM", 60)
+    monkeypatch.setattr(progress, "LONGEST", 60)
     client = served.client()
     options = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -124,14 +139,14 @@ def test_streamed_tokens_build_no_outputs_in_the_thread_of_the_model(served, mon
     with ThreadPoolExecutor(8) as pool:
         for streamed, whole in pool.map(ask, range(8)):
             assert streamed == whole
-    assert len(built) == 16 and max(built.values()) <= 3  # the second may be built before the first is handed over
+    assert len(built) == 16 and max(built.values()) <= 3
 
 
 def test_a_slow_reader_gets_every_token_in_fewer_parts(served):
     engine = served.engine
 
     async def read(pause):
-        target = await engine.catalog.find("red", None)
+        target = await engine.core.catalog.find("red", None)
         job = Job("x", target, [[5, 6, 7]], "prompt", max_tokens=60, options={"logprobs": 2}, ignore_eos=True,
                   is_streamed=True)  # fmt: skip
         deltas = []
@@ -151,18 +166,25 @@ def test_a_slow_reader_gets_every_token_in_fewer_parts(served):
     assert [delta.reason for delta in slow] == [None] * (len(slow) - 1) + ["length"]
 
 
-def test_a_token_waits_for_its_logprob_and_an_end_that_was_seen_before_counts(tokenizer):
-    found = TokenLogprobs(-1.0, [])
-    sequence = Sequence(0, [1], {"logprobs": 0}, Text(tokenizer))
+def test_a_token_waits_for_its_logprob():
+    state, handed = RequestState("a", [1], streaming=True), []
+    state.status = RequestStatus.DECODING
+    progress = Progress({"a": state}.get)
+    progress.hand_on = handed.extend
+    progress.follow(order("a", logprobs=0))
+    found = [TokenLogprobs(-float(number), []) for number in range(3)]
+    for tokens, logprobs in (([5], []), ([5, 6], found[:1]), ([5, 6, 7], found)):
+        state.generated_tokens[:], state.logprobs[:] = tokens, logprobs
+        progress.deliver_batch([state.to_generation_output()])
+    assert [(each.tokens, each.logprobs) for each in handed] == [([], []), ([5], found[:1]), ([6, 7], found[1:])]
 
-    def output(tokens, logprobs, ended=False):
-        return SimpleNamespace(generated_tokens=tokens, logprobs=logprobs, is_finished=lambda: ended)
 
-    assert sequence.take(output([5], []), [9]).tokens == []
-    assert sequence.take(output([5, 9], [found]), [9]).tokens == [(5, found)]
-    assert sequence.take(output([5, 9], [found] * 2), [9]).tokens == [(9, found)]
-    last = sequence.take(output([5, 9], [found] * 2, ended=True), [9])
+def test_an_end_that_was_seen_before_counts(tokenizer):
+    sequence = Sequence(0, [1], {}, Text(tokenizer))
+    assert sequence.take(Output("a", [5, 9], [], False, None, 0.0), [9]).reason is None
+    last = sequence.take(Output("a", [], [], True, None, 0.0), [9])
     assert last.tokens == [] and last.reason == "stop"
+    assert sequence.take(Output("a", [5], [], True, None, 0.0), [9]).reason == "length"
 
 
 PIECE = b"x" * 8000

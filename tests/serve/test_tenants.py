@@ -85,9 +85,9 @@ def test_an_error_in_the_middle_of_a_step_is_its_own_tenants(shared):
     stream = begin_as(shared, "other")
     job = next(number for number, inbox in shared.engine._jobs.items() if number == max(shared.engine._jobs))
     name = f"{job}-0"
-    leaving = shared.engine.manager._leaving
+    leaving = shared.engine.core.manager._leaving
     fail = RuntimeError(f"{NAME}: {PROMPT}")
-    shared.engine.manager._stored.failed.append((leaving.find(name), fail))
+    shared.engine.core.manager._stored.failed.append((leaving.find(name), fail))
     with pytest.raises(openai.APIError) as caught:
         list(stream)
     assert caught.value.body["code"] == "internal_error"

@@ -261,9 +261,12 @@ def throughput(run: Run, root: Path, rounds: int) -> list[dict[str, Any]]:
     core.start()
     engine.start()
     with served(engine) as port:
+        ways = {MANAGER: lambda names: by_manager(run, core, names),
+                SERVER: lambda names: by_server(run, port, names)}  # fmt: skip
+        for count in counts:  # registers adapters and captures graphs
+            for ask in ways.values():
+                ask(run.names(count))
         for count in counts:
-            ways = {MANAGER: lambda names: by_manager(run, core, names),
-                    SERVER: lambda names: by_server(run, port, names)}  # fmt: skip
             results = [{way: ask(run.names(count)) for way, ask in ways.items()} for _ in range(rounds + 1)]
             for way in ways:
                 note(way, count, [each[way] for each in results])

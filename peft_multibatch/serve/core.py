@@ -25,6 +25,7 @@ from peft_multibatch.serve.errors import ApiError, broken, failed, from_adapter,
 from peft_multibatch.serve.grammars import Grammars
 from peft_multibatch.serve.manager import ServingManager
 from peft_multibatch.serve.messages import Order, Output, State, Target
+from peft_multibatch.serve.progress import Progress
 from peft_multibatch.serve.settings import Settings
 
 
@@ -77,7 +78,7 @@ class Core:
         )
         self.vocabulary = self.manager.vocabulary
         self._grammars = Grammars(tokenizer, self.ends, self.manager.logit_processor.vocabulary)
-        self._progress = self.manager.output_router
+        self.manager.output_router = self._progress = Progress(self.manager.find_running)
         self._progress.explain = self._explain
         self.max_model_len = settings.max_model_len or 0
         self._positions = getattr(config, "max_position_embeddings", None)

@@ -52,14 +52,17 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
     """A manager with an adapter and sampling options per request.
 
     ``add_request`` also accepts ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``,
-    ``frequency_penalty``, ``logprobs`` and ``grammar``. Requests without a seed and a temperature are greedy.
+    ``frequency_penalty``, ``logprobs`` and ``grammar``. Requests without a seed and a temperature are greedy. Its
+    ``output_router`` may be a ``Progress``.
+
+    Attributes:
+        has_failed: whether an error ended the loop.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.output_router: Progress = Progress(self._running)
         self.current_batch = 0  # transformers sets it only when the loop starts
-        self.has_failed = False  # whether an error ended the loop
+        self.has_failed = False
 
     def _handle_critical_error(self, *args: Any) -> None:
         self.has_failed = True  # before the errors of its requests are handed on
@@ -78,11 +81,13 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
 
         def update_with_progress() -> None:
             update()
-            self.output_router.step_ended()
+            if isinstance(self.output_router, Progress):
+                self.output_router.step_ended()
 
         return update_with_progress
 
-    def _running(self, request_id: Any) -> RequestState | None:
+    def find_running(self, request_id: Any) -> RequestState | None:
+        """Return a running request by its id, or None."""
         processor = self.batch_processor
         return None if processor is None else processor.scheduler.active_requests.get(request_id)
 

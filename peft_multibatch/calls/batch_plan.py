@@ -62,7 +62,7 @@ class BatchPlan:
         slots: the number of slots, in use or not.
         mixed: the slots of adapters that are part of a mixture.
         placed: the positions at which graphs of ops last took the adapters, and the plans packed with them.
-        products: what the Triton backend prepared for each bank and stream.
+        products: what the Triton backend prepared for each bank and stream, and whether it adds.
 
     Args:
         ids: one entry per sample.
@@ -88,7 +88,7 @@ class BatchPlan:
         self._special = {slot: adapter for slot, adapter in adapters.items() if not adapter.is_plain}
         self.serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         self.slots = slots
-        self.products: dict[tuple[Bank, int], Any] = {}
+        self.products: dict[tuple[Bank, int, bool], Any] = {}
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
         # by device and stream: see streams.py
         self._tables: dict[tuple[Bank, torch.device, int], tuple[TableRows, ...]] = {}

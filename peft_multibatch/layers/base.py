@@ -37,6 +37,20 @@ def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 
+def bare_weights(layers: Iterable[LoraLayer], x: Tensor) -> list[nn.Parameter] | None:
+    """The weight of each layer's base layer, if all outputs for ``x`` are ``x @ weight.T`` and nothing else."""
+    found = []
+    for layer in layers:
+        base = layer.base_layer
+        if not is_plain(base) or base._parameters["bias"] is not None:
+            return None
+        weight = base._parameters["weight"]
+        if type(weight) is not nn.Parameter or (weight.dtype, weight.device) != (x.dtype, x.device):
+            return None
+        found.append(weight)
+    return found
+
+
 def frozen_bases(layers: Iterable[LoraLayer], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weight and bias of each layer's base layer; None if any of them is trained or isn't a plain linear layer.
 

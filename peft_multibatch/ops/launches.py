@@ -10,7 +10,7 @@ class Launch(NamedTuple):
     """How a product is divided into programs.
 
     Attributes:
-        tiles: programs that share a segment's rows.
+        tiles: programs of ``shrink_kernel`` that share a segment's rows.
         block_t: rows per tile.
         splits: splits of K, whose partial sums ``expand_kernel`` adds up.
         split_blocks: blocks of x per split.
@@ -18,6 +18,8 @@ class Launch(NamedTuple):
         block_n: columns of y per program of ``expand_kernel``.
         shrink_warps: warps per program of ``shrink_kernel``.
         expand_warps: warps per program of ``expand_kernel``.
+        expand_tiles: programs of ``expand_kernel`` that share a segment's rows.
+        expand_block_t: rows per tile of these.
     """
 
     tiles: int
@@ -28,6 +30,8 @@ class Launch(NamedTuple):
     block_n: int
     shrink_warps: int
     expand_warps: int
+    expand_tiles: int
+    expand_block_t: int
 
 
 def choose(
@@ -37,7 +41,8 @@ def choose(
 
     With few adapters, latency dominates, so K is split and columns are narrow, to read the weights with many programs
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
-    per segment, tiles are tall, so that weights are read once for many rows.
+    per segment, tiles are tall, so that weights are read once for many rows; in prefill, where y is most of the memory
+    traffic, a program keeps its columns of ``lora_B`` for several short tiles, so that more of y is on its way.
 
     Args:
         num_segments: segments of the plan, or those for which a graph has programs.
@@ -47,6 +52,7 @@ def choose(
         rank: largest rank, as padded for the kernels.
         processors: number of multiprocessors of the GPU.
     """
+    expand = None
     if longest <= 64:
         block_t, tiles = 16, _cdiv(longest, 32)
         programs = num_segments * tiles
@@ -65,14 +71,18 @@ def choose(
         while block_n > 64 and columns < block_n * processors:
             block_n //= 2
     else:
-        block_t = 32 if num_segments * longest <= 1024 else 64
+        is_prefill = num_segments * longest > 1024
+        block_t = 64 if is_prefill else 32
         tiles = _cdiv(longest, block_t)
         programs = num_segments * tiles * len(widths)
         block_k = 128 if rank <= 64 else 64
         splits = min(3 * processors // programs, 4) if rank <= 32 else 1
-        shrink_warps, expand_warps = 8 if rank > 32 else 2 if block_t == 64 else 4, 4
-        block_n = 256 if len(widths) > 1 and rank <= 32 and block_t == 64 else 128 if rank <= 128 else 64
-    return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs)
+        shrink_warps, expand_warps = 8 if rank > 32 else 2 if is_prefill else 4, 4
+        block_n = 128 if rank <= 128 else 64
+        if is_prefill and rank <= 32:
+            block_k = 64 if len(widths) > 2 else 128
+            expand = _cdiv(longest, 128), 32
+    return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand)
 
 
 def cut(
@@ -84,12 +94,14 @@ def cut(
     shrink_warps: int,
     expand_warps: int,
     num_inputs: int,
+    expand: tuple[int, int] | None = None,
 ) -> Launch:
-    """A launch with at most this many splits, none of them empty."""
+    """A launch with at most this many splits, none of them empty, and the same tiles for both kernels by default."""
     blocks = _cdiv(num_inputs, block_k)
     split_blocks = _cdiv(blocks, splits)
     splits = _cdiv(blocks, split_blocks)
-    return Launch(tiles, block_t, splits, split_blocks, block_k, block_n, shrink_warps, expand_warps)
+    expand = expand or (tiles, block_t)
+    return Launch(tiles, block_t, splits, split_blocks, block_k, block_n, shrink_warps, expand_warps, *expand)
 
 
 def _cdiv(number: int, divisor: int) -> int:

@@ -52,10 +52,11 @@ class Product:
         )  # fmt: skip
         self._shrink_options = {"num_warps": launch.shrink_warps, **options}
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
-        self._expand_grid = key.num_segments * launch.tiles, columns, 1
+        self._expand_grid = key.num_segments * launch.expand_tiles, columns, 1
         self._expand_args = (
             num_rows, *[*widths, *[widths[0]] * self._missing], *[*key.strides, *[key.strides[0]] * self._missing],
-            launch.tiles, len(widths), rank, launch.block_t, launch.block_n, launch.splits, *shared,
+            launch.expand_tiles, len(widths), rank, launch.expand_block_t, launch.block_n, launch.splits, key.adds,
+            *shared,
         )  # fmt: skip
         self._expand_options = {"num_warps": launch.expand_warps, **options}
         self._bare: tuple | None = None
@@ -63,7 +64,7 @@ class Product:
     def __call__(
         self, ys: Sequence[Tensor], x: Tensor, plan: Tensor, table: Tensor, workspaces: dict | None = None
     ) -> None:
-        """Add the deltas of ``x`` to ``ys``.
+        """Add the deltas of ``x`` to ``ys``, or write them there.
 
         Args:
             ys: the base layer's outputs, with the shapes of the product.
@@ -140,6 +141,7 @@ class ProductKey(NamedTuple):
         weights: dtype of the weights.
         rank: largest rank in the table.
         is_aligned: whether weights can be read 16 bytes at a time.
+        adds: whether deltas are added to ``ys``; otherwise they are written there, zeros for rows without an adapter.
     """
 
     device: torch.device
@@ -157,6 +159,7 @@ class ProductKey(NamedTuple):
     weights: torch.dtype
     rank: int
     is_aligned: bool
+    adds: bool
 
 
 _products: dict[tuple, Product] = {}
@@ -172,6 +175,7 @@ def product(
     table: TableRows,
     launch: Launch | None = None,
     loops: bool = False,
+    adds: bool = True,
 ) -> Product:
     """The product for tensors of these shapes.
 
@@ -185,6 +189,7 @@ def product(
         table: the bank's table.
         launch: the launch parameters; chosen automatically by default.
         loops: whether programs loop until all segments are done.
+        adds: whether deltas are added to ``ys`` or, without ``loops``, written there.
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)
@@ -192,7 +197,7 @@ def product(
     key = ProductKey(
         x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], _row_stride(x),
         tuple(widths), tuple(strides), is_whole,
-        num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned,
+        num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned, adds,
     )  # fmt: skip
     found = _products.get((key, launch))
     if found is None:
@@ -213,6 +218,7 @@ class Products:
         components: the segments of each component.
         plans: the same, packed, on the device.
         tables: the bank's tables, one per dtype.
+        adds: as in ``product``; without, there can be only one component and table.
     """
 
     def __init__(
@@ -223,8 +229,10 @@ class Products:
         components: Sequence[Segments],
         plans: Sequence[Tensor],
         tables: Sequence[TableRows],
+        adds: bool = True,
     ) -> None:
-        self.can_run = takes(ys, x, tables)
+        tables = [table for table in tables if table.rank]
+        self.can_run = takes(ys, x, tables) and (adds or len(components) == len(tables) == 1)
         self._shape = x.shape
         self._dtypes = [x.dtype, *(y.dtype for y in ys)]
         self._products: list[tuple[Product, Tensor, Tensor]] = []
@@ -233,10 +241,13 @@ class Products:
             rows = _rows(x)
             per_entry = rows.numel() // rows.shape[-1] // components[0].num_entries
             self._products = [
-                (product(ys, rows, widths, each.num_segments, each.longest * per_entry, table), plan, table.rows)
+                (
+                    product(ys, rows, widths, each.num_segments, each.longest * per_entry, table, adds=adds),
+                    plan,
+                    table.rows,
+                )
                 for each, plan in zip(components, plans)
                 for table in tables
-                if table.rank
             ]
 
     def fit(self, ys: Sequence[Tensor], x: Tensor) -> bool:
@@ -250,7 +261,7 @@ class Products:
         )
 
     def __call__(self, ys: Sequence[Tensor], x: Tensor, workspaces: dict[tuple, Tensor]) -> None:
-        """Add the deltas of ``x`` to ``ys``."""
+        """Add the deltas of ``x`` to ``ys``, or write them there."""
         x = _rows(x)
         for each, plan, table in self._products:
             each(ys, x, plan, table, workspaces)

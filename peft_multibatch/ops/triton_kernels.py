@@ -165,7 +165,7 @@ def _expand_segment(
     y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation, per_entry,
     num_rows, width, stride, tiles,
     SLICES: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    ADDS: tl.constexpr, WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute this program's tiles of a segment's rows."""
     ranks = tl.arange(0, R)
@@ -183,14 +183,20 @@ def _expand_segment(
         rows = _rows(position, live, is_permuted, permutation, per_entry)
         y_tile = y + rows[:, None] * stride + columns[None, :]
         mask = live[:, None] & (columns < width)[None, :]
-        before = tl.load(y_tile, mask=mask, other=0.0)
+        if ADDS:
+            before = tl.load(y_tile, mask=mask, other=0.0)
         place = h + (position.to(tl.int64)[:, None] * SLICES + i) * R + ranks[None, :]
-        sums = tl.load(place, mask=live[:, None], other=0.0)
+        has_sums = live[:, None]
+        if not ADDS:  # `shrink_kernel` wrote nothing for segments without an adapter
+            has_sums = has_sums & (ranks < rank)[None, :]
+        sums = tl.load(place, mask=has_sums, other=0.0)
         for split in range(1, SPLITS):  # unrolling this loop makes it slower by a third
             plane = split * num_rows.to(tl.int64) * (SLICES * R)
-            sums += tl.load(place + plane, mask=live[:, None], other=0.0)
-        delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee")
-        tl.store(y_tile, (before.to(tl.float32) + delta * scaling).to(y.dtype.element_ty), mask=mask)
+            sums += tl.load(place + plane, mask=has_sums, other=0.0)
+        delta = tl.dot(sums.to(WEIGHTS), tl.trans(b_tile), input_precision="ieee") * scaling
+        if ADDS:
+            delta += before.to(tl.float32)
+        tl.store(y_tile, delta.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
@@ -214,18 +220,24 @@ def expand_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    ADDS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Grid: (segments (fewer with ``LOOP``) × tiles, blocks of columns of all slices together)."""
+    """Grid: (segments (fewer with ``LOOP``) × tiles, blocks of columns of all slices together).
+
+    Without ``ADDS``, deltas are written instead of added, zeros for rows without an adapter; not with ``LOOP``.
+    """
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     block = tl.program_id(1)
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if not LOOP:
-        slot = tl.where(index < num_segments, slot, -1)
-        if slot < 0:
+        is_done = index >= num_segments
+        if ADDS:
+            is_done = is_done | (slot < 0)
+        if is_done:
             _end(PDL)
             return
     i, y, width, stride = 0, y0, width0, stride0
@@ -252,17 +264,17 @@ def expand_kernel(
                 _expand_segment(
                     y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation,
                     num_rows // num_entries, num_rows, width, stride, tiles,
-                    SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+                    SLICES, R, BLOCK_T, BLOCK_N, SPLITS, ADDS, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
             index += tl.num_programs(0) // tiles
             _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:
         row = table + (slot.to(tl.int64) * SLICES + i) * 4
-        lora_b = tl.load(row + 1).to(tl.pointer_type(WEIGHTS))
-        rank = tl.load(row + 2).to(tl.int32)
-        scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True) * weight
-        if rank == 0:
+        lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
+        rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
+        scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight
+        if ADDS and rank == 0:
             _end(PDL)
             return
         if ALIGNED:
@@ -271,5 +283,5 @@ def expand_kernel(
         _expand_segment(
             y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation,
             num_rows // num_entries, num_rows, width, stride, tiles,
-            SLICES, R, BLOCK_T, BLOCK_N, SPLITS, WEIGHTS, ALIGNED, PDL,
+            SLICES, R, BLOCK_T, BLOCK_N, SPLITS, ADDS, WEIGHTS, ALIGNED, PDL,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_multibatch
 from peft_multibatch import Segments
-from peft_multibatch.layers import linear
+from peft_multibatch.layers import deltas, linear
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -177,7 +177,7 @@ def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
 
     with before_a_capture(mb, ["three"] * 6) as call:
         monkeypatch.setattr(triton_backend, "is_capturing", lambda: True)
-        monkeypatch.setattr(linear, "check_not_capturing", refuse)
+        monkeypatch.setattr(deltas, "check_not_capturing", refuse)
         with pytest.raises(peft_multibatch.UnsupportedError):
             model(**inputs(), use_cache=False)
         assert not call.plan._plans
@@ -194,6 +194,50 @@ def test_every_row_is_its_own_adapters(launches, fuse):
     for _ in range(2):
         logits(model)
     assert len(launches) == 5 * 2 * 4
+
+
+@pytest.fixture
+def base_last(monkeypatch):
+    """How deltas reach the outputs of products, which in batches of any size are written before base products."""
+    found, original = [], triton_backend.Products.__init__
+
+    def record(self, *args):
+        original(self, *args)
+        found.append(self.can_run and not args[-1])
+
+    monkeypatch.setattr(triton_backend.Products, "__init__", record)
+    monkeypatch.setattr(linear, "BASE_LAST", 1)
+    return found
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_base_products_can_be_added_to_deltas(base_last, mode):
+    model, _ = enabled()
+    for names in (NAMES, ["__base__", "three"], ["four", "four", "three"]):
+        want = expected(model, names)
+        base_last.clear()
+        with mode():
+            assert_close(logits(model, names, len(names)), want)
+        # q/k/v, o, gate/up and down; "three" and "four" have no weights for o
+        assert base_last == [True] * 4 or (names is not NAMES and base_last == [True, False, False, True, True])
+
+
+def test_what_base_products_are_not_added_to(base_last):
+    model, _ = enabled()
+    want, base = expected(model), model.base_model.model.model.layers[0].mlp.down_proj.base_layer
+    calls = []
+    with base.register_forward_hook(lambda *_: calls.append(1)):
+        assert_close(logits(model), want)
+        assert base_last == [True, True, True, False] and calls
+    base_last.clear()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        logits(model)
+    mixture = [{"three": 0.5, "eight": -2.0}, *NAMES[1:]]
+    assert torch.isfinite(logits(model, mixture)).all()
+    with torch.no_grad():
+        base.bias = torch.nn.Parameter(torch.ones(len(base.weight), device=DEVICE))
+        assert_close(logits(model), expected(model))
+    assert base_last[-1] is False and len({*base_last[:-4]} - {False}) == 0
 
 
 def test_adapters_of_different_dtypes(launches):

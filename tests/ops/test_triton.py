@@ -69,21 +69,30 @@ def check(mix, ranks, inputs, widths, dtype=torch.float32, weights=None, rows=1,
     ops.torch_backend.apply_(expected, x.to(weights).double(), plan, exact(parts))
     longest = max((stop - start for _, start, stop in plan.spans), default=0) * rows
 
-    def run(outputs):
+    def run(outputs, adds=True):
         if x.numel() and table.rank:
-            product = triton_backend.product(outputs, x, widths, plan.num_segments, longest, table, launch)
+            sizes = widths, plan.num_segments, longest
+            product = triton_backend.product(outputs, x, *sizes, table, launch, adds=adds)
             product(outputs, x, plan.pack().to(DEVICE), table.rows)
 
+    deltas = [torch.zeros_like(y) for y in expected]
+    ops.torch_backend.apply_(deltas, x.to(weights).double(), plan, exact(parts))
+    written = [torch.full_like(y, float("nan")) for y in ys]
     again = [y.clone() for y in ys]
     untouched = [torch.tensor([(s < 0 or not ranks[s][i]) for s in plan.slots]) for i in range(len(widths))]
     kept = [y[u.repeat_interleave(rows)].clone() for y, u in zip(ys, untouched)]
     run(ys)
     run(again)
+    run(written, adds=False)
     coarsest = max(dtype, weights, key=lambda each: torch.finfo(each).eps)
     for y, want, twice, same, skip in zip(ys, expected, again, kept, untouched):
         assert_close(y, want, coarsest)
         assert torch.equal(y, twice)  # the same input gives the same bits
         assert torch.equal(y[skip.repeat_interleave(rows)], same)
+    if x.numel() and table.rank:
+        for y, want, skip in zip(written, deltas, untouched):
+            assert_close(y, want, coarsest)
+            assert y[skip.repeat_interleave(rows)].eq(0).all()
     if strided:
         assert torch.equal(whole[:, sum(widths) :], before[:, sum(widths) :])
 

@@ -128,7 +128,8 @@ class TorchProduct:
                 assert total is not None
                 grad_x_flat[rows] = total
         grads = [
-            each if each is None else each.to(parameter.dtype).contiguous() for each, parameter in zip(sums, parameters)
+            total if total is None else total.to(parameter.dtype).contiguous()
+            for total, parameter in zip(sums, parameters)
         ]
         return grad_x if grad_x is None else grad_x.to(self._dtype), grads
 

@@ -6,8 +6,11 @@
 
 The model has the shape of Llama 8B with 8 of its 32 layers and random weights in bfloat16 (on a CPU: hidden size 512,
 float32). Adapters have rank 16 on all seven projections, in float32, PEFT's default, or in the base model's dtype. A
-step is forward, loss and backward; the optimizer's work is the same for all methods. Before anything is timed, the
-gradients of the mixed step must match PEFT's, one adapter at a time; with dropout, in eval mode.
+step is forward, loss and backward; the optimizer's work is the same for all methods, and so is the loss, which
+``sample_losses`` computes. The base model alone, with gradients of its inputs, shows what any method has to spend on
+the batch: relative to one adapter at a time, this is the time that adapters without any cost would take. Before
+anything is timed, the gradients of the mixed step must match PEFT's, one adapter at a time; with dropout, in eval
+mode.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import torch
@@ -31,6 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_multibatch
+from peft_multibatch.training import sample_losses
 
 
 matplotlib.use("Agg")
@@ -38,6 +42,7 @@ import matplotlib.pyplot as plt
 
 
 OURS, ONE, ALONE = "peft_multibatch, mixed", "PEFT, one adapter", "PEFT, one at a time"
+BASE = "base model"
 SIZES = {
     "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
              "vocab_size": 128256},
@@ -64,12 +69,11 @@ class Steps:
         self.ids = torch.randint(1, model.config.vocab_size, (adapters * rows, tokens), device=self.device)
         self._rows = rows
 
-    def loss(self, ids: Tensor, **options: list[str]) -> Tensor:
+    def loss(self, ids: Tensor, **inputs: Any) -> Tensor:
         """Compute the loss, summed over tokens so that an adapter's gradients don't depend on the others."""
-        logits = self.model(input_ids=ids, use_cache=False, **options).logits
-        labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        return total / (len(ids[0]) * self._rows)
+        inputs = inputs if "inputs_embeds" in inputs else {"input_ids": ids, **inputs}
+        losses, _ = sample_losses(self.model(use_cache=False, **inputs).logits, ids)
+        return losses.sum() / (len(ids[0]) * self._rows)
 
     def mixed(self, names: list[str] | None = None) -> None:
         self.loss(self.ids, adapter_ids=names or self.names).backward()
@@ -80,6 +84,10 @@ class Steps:
     def alone(self, index: int) -> None:
         self.loss(self.ids[index * self._rows : (index + 1) * self._rows]).backward()
 
+    def base(self) -> None:
+        embeddings = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
+        self.loss(self.ids, inputs_embeds=embeddings).backward()
+
     def ready(self, way: str) -> list[Callable[[], None]]:
         """Prepare the model for a method, and return the method's steps.
 
@@ -87,6 +95,10 @@ class Steps:
         because separate runs wouldn't have to.
         """
         peft_multibatch.disable(self.model)
+        self.model.base_model.enable_adapter_layers()
+        if way == BASE:
+            self.model.base_model.disable_adapter_layers()
+            return [self.base]
         if way == OURS:
             peft_multibatch.enable(self.model)
             self.model.set_requires_grad(self.adapters)
@@ -173,7 +185,7 @@ def build(
 
 def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float | str]:
     """Return times in milliseconds and median ratios within rounds; every round runs each method once."""
-    times: dict[str, list[float]] = {way: [] for way in (OURS, ONE, ALONE)}
+    times: dict[str, list[float]] = {way: [] for way in (OURS, ONE, ALONE, BASE)}
     found: dict[str, float | str] = {}
     for number in track(range(rounds + 1), description="rounds", console=console):
         for way in list(times):
@@ -191,9 +203,10 @@ def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float | str]:
             if number:
                 times[way].append(1e3 * took)
     found |= {f"{way}, ms": round(statistics.median(took), 2) for way, took in times.items()}
-    for way, column in ((ONE, "× one adapter"), (ALONE, "× one at a time")):
-        if way in times and OURS in times:
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(times[OURS], times[way]))
+    ratios = [(OURS, ONE, "× one adapter"), (OURS, ALONE, "× one at a time"), (BASE, ALONE, "base × one at a time")]
+    for way, other, column in ratios:
+        if way in times and other in times:
+            ratio = statistics.median(mine / theirs for mine, theirs in zip(times[way], times[other]))
             found[column] = round(ratio, 3)
     return found
 

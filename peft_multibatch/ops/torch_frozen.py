@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_multibatch.ops.dropout import Masks
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted, gradients_of, without_autocast
+from peft_multibatch.ops.torch_backend import multiply
 from peft_multibatch.ops.torch_gradients import TorchProduct
 from peft_multibatch.plan.segments import Segments
 
@@ -149,9 +150,9 @@ class EvenProduct:
 
     def add_(self, outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """As in ``InPlaceProduct``; returns ``s · h`` of all slices, concatenated."""
-        h = self._scale_(torch.bmm(self._batch(x), self._lora_a().transpose(1, 2)))
+        h = self._scale_(multiply(self._batch(x), self._lora_a().mT))
         for i, (y, own) in enumerate(zip(outputs, h.split(self._ranks, dim=2))):
-            self._batch(y).baddbmm_(own, self._lora_b(i).transpose(1, 2))
+            self._batch(y).baddbmm_(own, self._lora_b(i).mT)
         return [h]
 
     def backward(
@@ -170,8 +171,8 @@ class EvenProduct:
                 all_ds.append(torch.zeros_like(own))
                 continue
             batch = self._batch(grad)
-            all_ds.append(torch.bmm(batch, self._lora_b(i)))
-            for slot, found in zip(self._slots, torch.bmm(batch.transpose(1, 2), own).unbind()):
+            all_ds.append(multiply(batch, self._lora_b(i)))
+            for slot, found in zip(self._slots, multiply(batch.mT, own).contiguous().unbind()):
                 grads[self._index[slot, i] + 1] = found
         ds = self._scale_(torch.cat(all_ds, dim=2) if len(all_ds) > 1 else all_ds[0])
         if self.wanted.x:
@@ -179,7 +180,7 @@ class EvenProduct:
                 grad_x = torch.bmm(ds, self._lora_a()).view(x.shape)
             else:
                 self._batch(grad_x).baddbmm_(ds, self._lora_a())
-        for slot, found in zip(self._slots, torch.bmm(ds.transpose(1, 2), self._batch(x)).unbind()):
+        for slot, found in zip(self._slots, torch.bmm(ds.mT, self._batch(x)).unbind()):
             for i, part in enumerate(found.split(self._ranks)):
                 grads[self._index[slot, i]] = part
         return grad_x, grads

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.ops.dropout import Mask, Masks, dropped
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.torch_backend import accumulator
+from peft_multibatch.ops.torch_backend import accumulator, multiply
 from peft_multibatch.plan.segments import Segments
 
 
@@ -69,9 +69,9 @@ class TorchProduct:
                 y, acc = flat[i], accumulator(x, a)
                 own_x = _cast(x_rows, a.dtype, acc)
                 if mask is None:
-                    h = torch.mm(own_x, a.t().to(acc))
+                    h = multiply(own_x, a.t().to(acc))
                 else:
-                    h = torch.mm(own_x.masked_fill(drops[slot][:, i], 0), a.t().to(acc)).mul_(mask.scale)
+                    h = multiply(own_x.masked_fill(drops[slot][:, i], 0), a.t().to(acc)).mul_(mask.scale)
                 if self.wanted.weights[index + 1]:
                     kept.append(h)
                 if isinstance(rows, slice) and y.dtype == acc:
@@ -112,7 +112,7 @@ class TorchProduct:
                     sums[index + 1] = _add_product(sums[index + 1], grad_rows.t(), own_h * scaling)
                 if total is None and not wants_a:
                     continue
-                ds = torch.mm(grad_rows, b.to(acc)).mul_(scaling)
+                ds = multiply(grad_rows, b.to(acc)).mul_(scaling)
                 own_drops = None
                 if mask is not None:
                     ds, own_drops = ds.mul_(mask.scale), drops[slot][:, i]
@@ -127,7 +127,10 @@ class TorchProduct:
             if grad_x_flat is not None and isinstance(rows, Tensor):
                 assert total is not None
                 grad_x_flat[rows] = total
-        grads = [each if each is None else each.to(parameter.dtype) for each, parameter in zip(sums, parameters)]
+        grads = [
+            total if total is None else total.to(parameter.dtype).contiguous()
+            for total, parameter in zip(sums, parameters)
+        ]
         return grad_x if grad_x is None else grad_x.to(self._dtype), grads
 
     def _dropped(self, device: torch.device) -> dict[int, Tensor]:
@@ -166,4 +169,4 @@ def _cast(rows: Tensor, dtype: torch.dtype, acc: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return torch.mm(left, right) if total is None else total.addmm_(left, right)
+    return multiply(left, right) if total is None else total.addmm_(left, right)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from peft_multibatch.errors import UnsupportedError
 
@@ -49,13 +50,53 @@ def sample_losses(logits: Tensor, labels: Tensor, shift: bool = True) -> tuple[T
         )
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    labels = labels.to(logits.device)
+    labels = labels.to(logits.device, torch.int64)
     if labels.dim() == 1:
         logits, labels = logits[:, None], labels[:, None]
-    elif shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    elif shift:  # shifting the labels instead of the logits saves a copy of the logits
+        labels = pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    is_chunked = logits.is_cpu and not torch.compiler.is_compiling()
+    losses = (_CrossEntropy.apply if is_chunked else _cross_entropy)(logits.flatten(0, 1), labels.flatten())
     return losses.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss of each row of ``[rows, classes]`` on a CPU, a few rows at a time.
+
+    ``cross_entropy`` makes three more tensors of the logits' size, and keeps one of them for backward. Large ones are
+    slow on a CPU: glibc gets new memory from the kernel for each. Here only the gradient has that size.
+    """
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor) -> Tensor:
+        parts = zip(*(each.split(_rows(logits)) for each in (logits, labels)))
+        return torch.cat([_cross_entropy(*part) for part in parts])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            return torch.autograd.grad(_cross_entropy(logits, labels), logits, grad, create_graph=True)[0], None
+        found = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for part, label, own, target in zip(*(each.split(_rows(logits)) for each in (logits, labels, grad, found))):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                losses = _cross_entropy(part, label)
+            target.copy_(*torch.autograd.grad(losses, part, own))
+        return found, None
+
+
+def _rows(logits: Tensor) -> int:
+    """The number of rows that have 256 K elements per thread, which stay in a core's cache."""
+    return max(1, (torch.get_num_threads() << 18) // logits.shape[1])
 
 
 def matching_shift(logits: Tensor, labels: Tensor, loss: Tensor, expected: bool) -> bool:

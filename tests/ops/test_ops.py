@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from peft_multibatch import Segments, ops
+from peft_multibatch.ops.torch_backend import multiply
 
 
 class Case(NamedTuple):
@@ -173,3 +174,15 @@ def test_ops_obey_the_rules_of_torch_library(grad):
     torch.library.opcheck(ops.shrink, (case.x, case.lora_a, case.plan, case.ranks))
     h = ops.shrink(case.x, case.lora_a, case.plan, case.ranks).detach().requires_grad_(grad)
     torch.library.opcheck(ops.expand, (h, case.lora_b, case.plan, case.ranks, case.scalings, case.slice_offsets))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["matrices", "batches"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "is_transposed"), [(20, 4, True), (20, 15, True), (20, 16, False), (4, 8, False)]
+)
+def test_narrow_products(rows, columns, is_transposed, batch):
+    """Results with few columns are computed as their transposes, unless these have even fewer."""
+    left, right = (torch.randn(*batch, *shape, dtype=torch.float64) for shape in ((rows, 7), (7, columns)))
+    found = multiply(left, right)
+    assert_close(found, (left[..., None] * right[..., None, :, :]).sum(-2))
+    assert found.mT.is_contiguous() == is_transposed

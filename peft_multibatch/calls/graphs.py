@@ -28,7 +28,7 @@ from peft_multibatch.plan.segments import BASE, Segments, packed_size
 if TYPE_CHECKING:
     from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.adapters.tables import TableRows
+    from peft_multibatch.adapters.tables import TableRows, Tables
 
 
 class Graph:
@@ -55,12 +55,15 @@ class Graph:
     Args:
         active_call: returns the active call of the current thread or task, and raises if it has ended.
         note: called with the call that compiled code runs under, and whether the code was compiled with gradients.
+        tables: all tables of the model.
     """
 
     packed = False
     base_layers: frozenset = frozenset()
 
-    def __init__(self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None]) -> None:
+    def __init__(
+        self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None], tables: Tables
+    ) -> None:
         self.key = number(self)
         self.active = False
         self.here = PerThread()
@@ -82,7 +85,7 @@ class Graph:
         self._positions = Positions()  # of adapters among the inputs of graphs of ops
         self._written: BatchPlan | None = None
         self.is_traced = self._runs_ops = False
-        self._tables = GraphTables()
+        self._tables = GraphTables(tables)
         self.captures = Captures()
         self._lock = threading.RLock()
 
@@ -228,10 +231,11 @@ class Graph:
         with self._lock:
             self.components = max(self.components, components)
 
-    def forget(self) -> None:
-        """Drop what was prepared for graphs, and free its memory; the next call prepares it again."""
+    def forget(self, is_changed: bool = True) -> None:
+        """Drop what was prepared for graphs, and free its memory. Tables are checked again if anything changed."""
         with self._lock:
-            self._tables.forget()
+            if is_changed:
+                self._tables.forget()
             self._synced = None
             self._positions.forget(self._in_use(), self.banks)
             if not self.active:

@@ -1,0 +1,32 @@
+"""Tables of weights that belong to no model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from peft_multibatch.adapters.adapter import serials
+from peft_multibatch.adapters.tables import Tables
+
+
+def make_table(dtype, slots, slices, device):
+    """Make a table behind another one, as in models, so that slots aren't next to each other in memory."""
+    memory, device = Tables(), torch.device(device)
+    first = memory.make(dtype, slots, ["other layer"], {dtype}, device)
+    table = memory.make(dtype, slots, [f"layer {i}" for i in range(slices)], {dtype, None}, device)
+    assert table.first == 1
+    table.others = memory, first
+    return table
+
+
+def update(table, parts):
+    """Write weights, by slot."""
+
+    def adapter(slot, row):
+        def parts_in(layers):
+            return row if layers == table.layers else None
+
+        return SimpleNamespace(serial=next(serials), rows=lambda block: block.read(slot, parts_in))
+
+    table.block.write({slot: adapter(slot, row) for slot, row in parts.items()})

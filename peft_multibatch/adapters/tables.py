@@ -179,6 +179,11 @@ class TableBlock:
         self._free: dict[int, list[int]] = {}  # first rows, by number of rows
         self._returned: deque[tuple[int, int]] = deque()  # appended without a lock, by any thread that frees a table
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any bank still uses a table in it."""
+        return len(self._tables) > 0
+
     def tables(self) -> list[WeightTable]:
         """The tables in it that banks still use."""
         return list(self._tables.values())
@@ -270,7 +275,7 @@ class Tables:
         device: torch.device,
     ) -> WeightTable:
         """A new table, in a block of this many slots; the other arguments are as in ``WeightTable``."""
-        self._blocks = [block for block in self._blocks if block.tables()]
+        self._blocks = [block for block in self._blocks if block.is_used]
         fitting = (block for block in self._blocks if block.device == device and block.slots == slots)
         table = next(filter(None, (block.add(dtype, layers, dtypes) for block in fitting)), None)
         if table is None:
@@ -286,7 +291,7 @@ class Tables:
     def write(self, adapters: Mapping[int, InSlot], device: torch.device) -> None:
         """Bring the rows of adapters, by slot, up to date in all tables of a device."""
         for block in self._blocks:
-            if block.device == device and block.tables():
+            if block.device == device and block.is_used:
                 block.write({slot: adapter for slot, adapter in adapters.items() if slot < block.slots})
 
 

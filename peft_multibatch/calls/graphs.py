@@ -53,7 +53,7 @@ class Graph:
         base_layers: as in ``Call``; always empty.
 
     Args:
-        active_call: returns the active call of the current thread or task, and raises if it has ended.
+        active: returns the active call of the current thread or task, and raises if it has ended.
         note: called with the call that compiled code runs under, and whether the code was compiled with gradients.
         tables: all tables of the model.
     """
@@ -61,9 +61,7 @@ class Graph:
     packed = False
     base_layers: frozenset = frozenset()
 
-    def __init__(
-        self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None], tables: Tables
-    ) -> None:
+    def __init__(self, active: Callable[[], Call | None], note: Callable[[Call, bool], None], tables: Tables) -> None:
         self.key = number(self)
         self.active = False
         self.here = PerThread()
@@ -76,7 +74,7 @@ class Graph:
         self.buffers = self._buffers.by_device
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._active_call, self._note = active_call, note
+        self._active_call, self._note = active, note
         self._calls: dict[Call, None] = {}  # the active calls
         self._is_closed = False
         self._innermost: list[Call] = []  # the innermost active call of each task
@@ -238,8 +236,7 @@ class Graph:
                 self._tables.forget()
             self._synced = None
             self._positions.forget(self._in_use(), self.banks)
-            if not self.active:
-                self._written = None
+            self._written = self._written if self.active else None
 
     def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
         """The packed plan of a component on the current thread, for an input of shape ``[..., K]``, padded with zeros.

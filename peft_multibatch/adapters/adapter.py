@@ -56,11 +56,12 @@ class AnyAdapter(ABC):
     @property
     def slot(self) -> int:
         """Its row in the tables that kernels read, until this version is freed."""
-        with self._lock:
-            if self._slot is None:
-                self._slot = self._slots.take()
-                weakref.finalize(self, self._slots.give_back, self._slot).atexit = False
-            return self._slot
+        if self._slot is None:
+            with self._lock:
+                if self._slot is None:
+                    self._slot = self._slots.take()
+                    weakref.finalize(self, self._slots.give_back, self._slot).atexit = False
+        return self._slot
 
     @abstractmethod
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:

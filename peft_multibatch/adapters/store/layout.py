@@ -118,6 +118,7 @@ class Layout:
         file_size: the bytes of the file after the header.
         copies: the ranges to copy from the file into memory.
         dropout: the probability of its dropout in train mode.
+        checked: the model's counter of changes when ``Layouts`` checked it last.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Layout:
         halves = self._halves(name, tensors)
         _check_names(name, halves, settings.names(name, model.module_names()))
         self.dropout = settings.dropout
+        self.checked = -1
         self._templates: MutableMapping[TableBlock, Template] = WeakKeyDictionary()
         self._shapes = {
             module: (found["A"].shape, found["B"].shape, settings.rank_of(module)) for module, found in halves.items()

@@ -132,7 +132,9 @@ class Fixed:
         self._table, self._parts = table, parts
 
     def rows(self, block: TableBlock) -> SlotRows:
-        return block.read(self.serial, lambda layers: self._parts if layers == self._table.layers else None)
+        return block.read(
+            self.serial, self.serial, lambda layers: self._parts if layers == self._table.layers else None
+        )
 
 
 class Case:

@@ -30,6 +30,7 @@ def update(table, parts):
         def parts_in(layers):
             return row if layers == table.layers else None
 
-        return SimpleNamespace(serial=next(serials), rows=lambda block: block.read(slot, parts_in))
+        serial = next(serials)
+        return SimpleNamespace(serial=serial, rows=lambda block: block.read(slot, serial, parts_in))
 
     table.block.write({slot: adapter(slot, row) for slot, row in parts.items()})

@@ -77,7 +77,7 @@ class AnyAdapter(ABC):
         def parts(layers: Sequence[LoraLayer]) -> list[LayerWeights | None] | None:
             return [self._parts[layer] for layer in layers] if all(layer in self._parts for layer in layers) else None
 
-        return block.read(self.slot, parts)
+        return block.read(self.slot, self.serial, parts)
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:

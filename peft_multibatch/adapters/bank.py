@@ -157,16 +157,20 @@ class Bank:
 
     def has_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether the rows of all these adapters are in the tables."""
-        return slots == self._slots and not self._without_rows(adapters, device)
+        known = self._serials(device)
+        return slots == self._slots and all(
+            serials.get(slot) == each.serial for serials in known for slot, each in adapters.items()
+        )
 
     def _without_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device) -> dict[int, AnyAdapter]:
         """Adapters whose rows aren't in all tables, also those of other dtypes, because a graph may read them."""
-        if device not in self._tables:
-            return {**adapters}
-        tables = [*self._tables[device].values()]
+        known = self._serials(device)
         return {
-            slot: each for slot, each in adapters.items() if not all(table.has(slot, each.serial) for table in tables)
+            slot: each for slot, each in adapters.items() if any(there.get(slot) != each.serial for there in known)
         }
+
+    def _serials(self, device: torch.device) -> list[dict[int, int]]:
+        return [each.serials for each in self._tables[device].values()] if device in self._tables else [{}]
 
     def extend_for_graphs(
         self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool = False
@@ -243,7 +247,7 @@ class Bank:
             self._last.clear()
             self._served.clear()
             for table in [table for tables in self._tables.values() for table in tables.values()]:
-                table.forget()
+                table.serials.clear()
 
     def _make_tables(
         self, device: torch.device, dtypes: set[torch.dtype | None], slots: int

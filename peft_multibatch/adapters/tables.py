@@ -28,9 +28,6 @@ SlotWeights = list[Projection | None]
 WIDTH = 512
 """The rows of a block for each slot: 16 kB. Copies of up to 64 kB from pageable memory never wait for the device."""
 
-NOTHING = -1
-"""No adapter's serial number."""
-
 
 class LayerWeights(NamedTuple):
     """The weights of one adapter in one layer, when it was read.
@@ -88,11 +85,11 @@ class SlotRows(NamedTuple):
 
     Attributes:
         numbers: int64 ``[used, 4]``, as in ``TableRows``.
-        known: an index of those that are up to date.
+        serials: those of the tables in which all of them are up to date.
     """
 
     numbers: np.ndarray
-    known: Any
+    serials: Sequence[dict[int, int]]
 
 
 class InSlot(Protocol):
@@ -121,6 +118,7 @@ class WeightTable:
             contiguous, or whose ``lora_A`` and ``lora_B`` have different dtypes.
         layers: the bank's layers, one per slice.
         dtypes: the dtypes of all of the bank's tables on this device, kept up to date.
+        serials: the serial numbers of the adapters whose rows are in the table, by slot.
         rows: as in ``TableRows``.
     """
 
@@ -134,16 +132,9 @@ class WeightTable:
     ) -> None:
         self.block, self.first, self.dtype, self.layers, self.dtypes = block, first, dtype, tuple(layers), dtypes
         self.span = slice(first, first + len(self.layers))
+        self.serials: dict[int, int] = {}
         with torch.inference_mode(False):
             self.rows = block.rows[:, self.span].data  # an input of graphs, which should be no view
-
-    def has(self, slot: int, serial: int) -> bool:
-        """Whether the slot's rows are those of the adapter with this serial number."""
-        return self.block.serials[slot, self.first] == serial
-
-    def forget(self) -> None:
-        """Write all rows again before they are read next."""
-        self.block.serials[:, self.span] = NOTHING
 
     def describe(self, slots: Iterable[int]) -> TableRows:
         """The table as an argument of kernels that read only these slots."""
@@ -160,7 +151,6 @@ class TableBlock:
         device: the device of all tables, and of all weights in them.
         rows: int64 ``[slots, WIDTH, 4]``.
         numbers: the same in host memory.
-        serials: int64 ``[slots, WIDTH]``, the serial numbers of the adapters whose rows these are.
         used: the rows per slot that tables have taken.
         changes: that of ``Tables``.
     """
@@ -168,7 +158,6 @@ class TableBlock:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.slots = slots
         self.numbers = np.zeros((slots, WIDTH, 4), dtype=np.int64)
-        self.serials = np.full((slots, WIDTH), NOTHING, dtype=np.int64)
         with torch.inference_mode(False):  # the tables are reused by later calls
             self.rows = torch.from_numpy(self.numbers).to(device, copy=True)
         self.device = self.rows.device
@@ -200,7 +189,6 @@ class TableBlock:
         self.used = max(self.used, first + count)
         self._clear(slice(first, first + count))
         table = self._tables[first] = WeightTable(self, first, dtype, layers, dtypes)
-        table.forget()
         # not when the table is freed, because captured graphs may still read its rows
         weakref.finalize(table.rows, self._returned.append, (first, count)).atexit = False
         return table
@@ -217,18 +205,24 @@ class TableBlock:
         self.rows[slot, span].copy_(torch.from_numpy(numbers), non_blocking=True)
         self.numbers[slot, span] = numbers
 
-    def read(self, slot: int, parts_in: Callable[[Sequence[Any]], Sequence[LayerWeights | None] | None]) -> SlotRows:
+    def read(
+        self, slot: int, serial: int, parts_in: Callable[[Sequence[Any]], Sequence[LayerWeights | None] | None]
+    ) -> SlotRows:
         """The rows of an adapter, from its weights in each table's layers, or None where they aren't known yet."""
         numbers = self.numbers[slot, : self.used].copy()
         places: list[int] = []
         found: list[tuple[int, int, int, int]] = []
+        serials = []
         for table in self.tables():
-            parts = parts_in(table.layers) or ()
+            parts = parts_in(table.layers) if table.serials.get(slot) != serial else None
+            if parts is None:
+                continue
             formats = [part and format_of(part) for part in parts]
             if all(
                 each is None or (each.devices == (self.device, self.device) and each.dtype in table.dtypes)
                 for each in formats
             ):
+                serials.append(table.serials)
                 places += range(table.first, table.first + len(parts))
                 found += [
                     (part.lora_a.data_ptr(), part.lora_b.data_ptr(), each.rank, bits(part.scaling))
@@ -238,7 +232,7 @@ class TableBlock:
                 ]
         if places:
             numbers[places] = found
-        return SlotRows(numbers, places)
+        return SlotRows(numbers, serials)
 
     def write(self, adapters: Mapping[int, InSlot]) -> None:
         """Bring the rows of adapters, by slot, up to date in all tables. Copies nothing if nothing changed."""
@@ -250,7 +244,8 @@ class TableBlock:
                 for slot in changed:
                     self._copy(slot, whole, found[slot].numbers)
         for slot, rows in found.items():
-            self.serials[slot, whole][rows.known] = adapters[slot].serial
+            for serials in rows.serials:
+                serials[slot] = adapters[slot].serial
 
 
 class Tables:

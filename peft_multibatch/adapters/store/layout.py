@@ -100,13 +100,13 @@ class Template(NamedTuple):
         changes: that of the block when this was made.
         offsets: int64 ``[used, 4]``.
         factors: int64 ``[used, 4]``: 1 for what the address of the adapter's memory is added to, otherwise 0.
-        known: as in ``SlotRows``.
+        serials: as in ``SlotRows``.
     """
 
     changes: int
     offsets: np.ndarray
     factors: np.ndarray
-    known: np.ndarray
+    serials: list[dict[int, int]]
 
 
 class Layout:
@@ -195,20 +195,21 @@ class Layout:
         found = self._templates.get(block)
         if found is None or found.changes != block.changes:
             found = self._templates[block] = self._template(block, names)
-        return SlotRows(found.offsets + found.factors * address, found.known)
+        return SlotRows(found.offsets + found.factors * address, found.serials)
 
     def _template(self, block: TableBlock, names: Mapping[Any, str]) -> Template:
         offsets = np.zeros((block.used, 4), dtype=np.int64)
-        known = np.ones(block.used, dtype=bool)
+        serials = []
         for table in block.tables():
             found = [self.layers.get(names.get(layer, "")) for layer in table.layers]
-            known[table.span] = {stored.dtype for stored in found if stored is not None}.issubset(table.dtypes)
+            if {stored.dtype for stored in found if stored is not None}.issubset(table.dtypes):
+                serials.append(table.serials)
             for place, stored in enumerate(found, table.first):
                 if stored is not None and stored.dtype == table.dtype:
                     a, b, rank = stored.lora_a.start, stored.lora_b.start, stored.lora_a.shape[0]
                     offsets[place] = a, b, rank, bits(stored.scaling)
         factors = (offsets[:, 2:3] > 0) * np.array([1, 1, 0, 0])
-        return Template(block.changes, offsets, factors, known)
+        return Template(block.changes, offsets, factors, serials)
 
     def fill(self, memory: Tensor, file: Tensor) -> None:
         """Copy weights from the file's contents into memory, and convert their dtypes.

@@ -125,7 +125,7 @@ class StoredAdapter(AnyAdapter):
     def rows(self, block: TableBlock) -> SlotRows:
         """As in ``AnyAdapter``, for all layers."""
         if self.memory.device != block.device:
-            return SlotRows(block.numbers[self.slot, : block.used], [])
+            return SlotRows(block.numbers[self.slot, : block.used], ())
         return self.version.layout.rows(block, self._names, self.memory.data_ptr())
 
     def view(self, layer: Any) -> Any:

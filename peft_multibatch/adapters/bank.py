@@ -165,9 +165,7 @@ class Bank:
     def _without_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device) -> dict[int, AnyAdapter]:
         """Adapters whose rows aren't in all tables, also those of other dtypes, because a graph may read them."""
         known = self._serials(device)
-        return {
-            slot: each for slot, each in adapters.items() if any(there.get(slot) != each.serial for there in known)
-        }
+        return {slot: each for slot, each in adapters.items() if any(own.get(slot) != each.serial for own in known)}
 
     def _serials(self, device: torch.device) -> list[dict[int, int]]:
         return [each.serials for each in self._tables[device].values()] if device in self._tables else [{}]

@@ -32,7 +32,15 @@ from rich.table import Table as Rows
 from torch import Tensor
 
 from peft_multibatch import SegmentBuffer, Segments
-from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, WeightTable
+from peft_multibatch.adapters.tables import (
+    LayerWeights,
+    SlotRows,
+    SlotWeights,
+    TableBlock,
+    TableRows,
+    Tables,
+    WeightTable,
+)
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
 from peft_multibatch.plan.segments import piece_for
@@ -116,6 +124,19 @@ def random_parts(point: Point, dtype: torch.dtype) -> dict[int, list[LayerWeight
     }
 
 
+class Fixed:
+    """An adapter that has weights in a single table."""
+
+    def __init__(self, table: WeightTable, slot: int, parts: list[LayerWeights]) -> None:
+        self.serial = slot
+        self._table, self._parts = table, parts
+
+    def rows(self, block: TableBlock) -> SlotRows:
+        return block.read(
+            self.serial, self.serial, lambda layers: self._parts if layers == self._table.layers else None
+        )
+
+
 class Case:
     """Random adapters, enough copies of them to fill the cache, and a plan; with ``for_any_plan`` at a fixed
     address."""
@@ -137,11 +158,13 @@ class Case:
             cache = torch.cuda.get_device_properties(0).L2_cache_size
             copies = max(2, min(400, triton.cdiv(2 * cache, point.adapters * per_adapter)))
         self.parts = [random_parts(point, dtype) for _ in range(copies)]
-        self.tables = []
-        for parts in self.parts:
-            table = WeightTable(dtype, max(16, point.adapters), len(point.widths), DEVICE)
-            table.update(parts)
-            self.tables.append(table.describe(parts))
+        memory, slots = Tables(), max(16, point.adapters)
+        self._tables = [
+            memory.make(dtype, slots, [object() for _ in point.widths], {dtype}, DEVICE) for _ in self.parts
+        ]
+        for table, parts in zip(self._tables, self.parts):
+            table.block.write({slot: Fixed(table, slot, row) for slot, row in parts.items()})
+        self.tables = [table.describe(parts) for table, parts in zip(self._tables, self.parts)]
         self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:

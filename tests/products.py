@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tolerances import assert_close
+from weight_tables import make_table, update
 
 from peft_multibatch import Segments
-from peft_multibatch.adapters.tables import LayerWeights, WeightTable
+from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.ops.dropout import DropTable, dropped, table_rows
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted, add_with_gradients
 from peft_multibatch.ops.torch_gradients import TorchProduct
@@ -86,8 +87,8 @@ class Case:
         wanted = Wanted(self.x.requires_grad, tuple(each.requires_grad for each in trained.parameters))
         if kind is TorchProduct:
             return TorchProduct(self.components, trained, wanted, self.masks), trained
-        table = WeightTable(self.weights_dtype, self.slots, len(self.ys), DEVICE)
-        table.update(self.parts)
+        table = make_table(self.weights_dtype, self.slots, len(self.ys), DEVICE)
+        update(table, self.parts)
         plans = [each.pack().to(DEVICE) for each in self.components]
         drops = self.drops() if self.masks else None
         return TritonProduct(self.components, plans, [table.describe(self.parts)], trained, wanted, drops), trained

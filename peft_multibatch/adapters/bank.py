@@ -7,7 +7,6 @@ weights aren't stacked.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.offload import loader
 from peft_multibatch.adapters.shards import own, split_of
-from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, WeightTable, dtype_of, is_aligned
+from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, Tables, WeightTable, format_of
 from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError
 
@@ -37,9 +36,10 @@ class Bank:
 
     Args:
         layers: the group's LoRA layers, one per slice, in the order of their outputs.
+        memory: all tables of the model.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+    def __init__(self, layers: Sequence[LoraLayer], memory: Tables) -> None:
         self.key = f"bank {next(_keys)}"  # a string, because dynamo may turn a number into a graph input
         self.layers = tuple(layers)
         self.splits = [split_of(layer) for layer in layers]
@@ -62,12 +62,12 @@ class Bank:
         # The tables that graphs of kernels read. Written by `extend_for_graphs`.
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
+        self._dtypes: dict[torch.device, set[torch.dtype | None]] = {}  # those of the tables
         self._slots = 0
-        self._lock = threading.Lock()
+        self._memory = memory
         # The last arguments and result of `tables`, because different plans often have the same adapters.
         self._last: dict[tuple[torch.device, int], tuple[dict[int, int], int, tuple[TableRows, ...]]] = {}
-        # Adapters whose rows are in the tables, and those that graphs can run: serials, by slot.
-        self._rows: dict[torch.device, dict[int, int]] = {}
+        # The adapters that graphs can run: serials, by slot.
         self._served: dict[torch.device, dict[int, int]] = {}
 
     def weights(self, adapter: AnyAdapter) -> SlotWeights:
@@ -142,29 +142,33 @@ class Bank:
         last = self._last.get(place)
         if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
-        with self._lock:  # another thread may be replacing the table that is written here
-            known = self._rows.get(device, {})
-            new = {slot: adapter for slot, adapter in adapters.items() if known.get(slot) != adapter.serial}
-            read = self._read_on(new, device)
-            dtypes = {dtype_of(part) for parts in read.values() for part in parts if part}
-            # a graph that is captured next may need any of these tables, which can't be made during a capture
-            likely = set() if device in self._tables else {*self._likely(device)}
-            tables = self._make_tables(device, dtypes | likely, slots)
-            if device not in self._rows:  # some tables are new and empty
-                read = self._read_on(adapters, device)
-            for table in tables.values():  # also tables of other dtypes, because a graph may read them
-                for slot in table.update(read):
-                    self._served.get(device, {}).pop(slot, None)
+        # a graph that is captured next may need any of these tables, which can't be made during a capture
+        likely = set() if device in self._tables else {*self._likely(device)}
+        with self._memory.lock:  # another thread may be replacing the table that is written here
+            new = self._without_rows(adapters, device)
+            tables = self._make_tables(device, likely | self._dtypes_of(new, device), slots)
+            new = self._without_rows(adapters, device)  # some tables may be new and empty
+            if new:
+                self._memory.write(new, device)
             found = tuple(rows for table in tables.values() if (rows := table.describe(adapters)).rank)
             streams.before_read(device)
             self._last[place] = serials, slots, found
-            self._rows.setdefault(device, {}).update(serials)
         return found
 
     def has_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether the rows of all these adapters are in the tables."""
-        rows = self._rows.get(device, {})
-        return slots == self._slots and all(rows.get(slot) == each.serial for slot, each in adapters.items())
+        known = self._serials(device)
+        return slots == self._slots and all(
+            serials.get(slot) == each.serial for serials in known for slot, each in adapters.items()
+        )
+
+    def _without_rows(self, adapters: Mapping[int, AnyAdapter], device: torch.device) -> dict[int, AnyAdapter]:
+        """Adapters whose rows aren't in all tables, also those of other dtypes, because a graph may read them."""
+        known = self._serials(device)
+        return {slot: each for slot, each in adapters.items() if any(own.get(slot) != each.serial for own in known)}
+
+    def _serials(self, device: torch.device) -> list[dict[int, int]]:
+        return [each.serials for each in self._tables[device].values()] if device in self._tables else [{}]
 
     def extend_for_graphs(
         self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool = False
@@ -186,74 +190,86 @@ class Bank:
         Raises:
             ModelStateError: a constant of a captured graph would have to change.
         """
-        with self._lock:
-            return self._extend(adapters, device, is_fixed, is_capturing)
-
-    def _extend(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool
-    ) -> bool:
-        served = self._served.setdefault(device, {})
+        likely = {} if is_fixed or self._are_served(adapters, device) else self._likely(device)
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
-        if self.graph_tables and (serials.items() <= served.items() or self.serves(adapters, device, self._slots)):
-            served.update(serials)
-            return False
-        before = {id(table.rows): table for table in self.graph_tables}
-        likely = {} if is_fixed else self._likely(device)
-        found = []
-        for dtype, table in self._make_tables(device, set() if is_capturing else {*likely}, self._slots).items():
-            now = table.describe(adapters)
-            rank, is_aligned = likely.get(dtype, (0, True))
-            was = before.get(id(now.rows), now)
-            found.append(
-                now._replace(
-                    rank=max(now.rank, was.rank, rank), is_aligned=now.is_aligned and was.is_aligned and is_aligned
+        with self._memory.lock:
+            if self._are_served(adapters, device):
+                self._served.setdefault(device, {}).update(serials)
+                return False
+            before = {id(table.rows): table for table in self.graph_tables}
+            found = []
+            for dtype, table in self._make_tables(device, set() if is_capturing else {*likely}, self._slots).items():
+                now = table.describe(adapters)
+                rank, is_aligned = likely.get(dtype, (0, True))
+                was = before.get(id(now.rows), now)
+                found.append(
+                    now._replace(
+                        rank=max(now.rank, was.rank, rank), is_aligned=now.is_aligned and was.is_aligned and is_aligned
+                    )
                 )
+            is_same = len(found) == len(self.graph_tables) and all(
+                now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.graph_tables)
             )
-        is_same = len(found) == len(self.graph_tables) and all(
-            now.rows is was.rows and now[1:] == was[1:] for now, was in zip(found, self.graph_tables)
-        )
-        if not is_same:
-            if is_fixed:
-                raise ModelStateError(
-                    "a CUDA graph was captured, and now more adapters are in use than it has room for, or adapters of "
-                    "a larger rank or another dtype: expected adapters like those at the capture. Call disable and "
-                    "enable, and capture the graph again."
-                )
-            self.graph_tables = tuple(found)
-        served.update(serials)
-        return not is_same
+            if not is_same:
+                if is_fixed:
+                    raise ModelStateError(
+                        "a CUDA graph was captured, and now more adapters are in use than it has room for, or "
+                        "adapters of a larger rank or another dtype: expected adapters like those at the capture. "
+                        "Call disable and enable, and capture the graph again."
+                    )
+                self.graph_tables = tuple(found)
+            self._served.setdefault(device, {}).update(serials)
+            return not is_same
+
+    def _are_served(self, adapters: Mapping[int, AnyAdapter], device: torch.device) -> bool:
+        """Whether graphs can run these adapters. Looks only at those that are new."""
+        served = self._served.get(device, {})
+        new = {slot: adapter for slot, adapter in adapters.items() if served.get(slot) != adapter.serial}
+        return bool(self.graph_tables) and (not new or self.serves(new, device, self._slots))
 
     def serves(self, adapters: Mapping[int, AnyAdapter], device: torch.device, slots: int) -> bool:
         """Whether captured graphs can run these adapters: they have tables for their dtypes and ranks."""
         rows = {dtype: table.rows for dtype, table in self._tables.get(device, {}).items()}  # maybe larger by now
         tables = {each.dtype: each for each in self.graph_tables if rows.get(each.dtype) is each.rows}
-        parts = [part for parts in self._read(adapters).values() for part in parts if part]
+        formats = [each for adapter in adapters.values() for each in adapter.formats(self.layers)]
         return slots == self._slots and all(
-            (table := tables.get(dtype_of(part))) is not None
-            and len(part.lora_a) <= table.rank
-            and (not table.is_aligned or is_aligned(part))
-            for part in parts
+            (table := tables.get(each.dtype)) is not None
+            and each.rank <= table.rank
+            and (each.is_aligned or not table.is_aligned)
+            for each in formats
         )
 
     def forget(self) -> None:
         """Drop everything that was recorded about adapters."""
-        with self._lock:
+        with self._memory.lock:
             self._last.clear()
-            self._rows.clear()
             self._served.clear()
+            for table in [table for tables in self._tables.values() for table in tables.values()]:
+                table.serials.clear()
 
     def _make_tables(
         self, device: torch.device, dtypes: set[torch.dtype | None], slots: int
     ) -> dict[torch.dtype | None, WeightTable]:
         """The bank's tables on a device, one per dtype seen so far, enlarged if needed."""
-        tables = self._tables.setdefault(device, {})
+        tables, known = self._tables.setdefault(device, {}), self._dtypes.setdefault(device, set())
+        known |= dtypes
         self._slots = slots
         for dtype in {*tables, *dtypes}:
             if dtype not in tables or len(tables[dtype].rows) < slots:
-                tables[dtype] = WeightTable(dtype, slots, len(self.layers), device)
-                self._rows.pop(device, None)
+                tables[dtype] = self._memory.make(dtype, slots, self.layers, known, device)
                 self._served.pop(device, None)
         return tables
+
+    def _dtypes_of(self, adapters: Mapping[int, AnyAdapter], device: torch.device) -> set[torch.dtype | None]:
+        """The dtypes of adapters in the bank's layers."""
+        found = [(adapter.name, each) for adapter in adapters.values() for each in adapter.formats(self.layers)]
+        for name, each in found:
+            if each.devices != (device, device):
+                raise ModelStateError(
+                    f"the weights of adapter {name!r} are on {each.devices[0]} and {each.devices[1]}, and the layer's "
+                    f"input is on {device}: expected them on one device. Move the adapter to the input's device."
+                )
+        return {each.dtype for _, each in found}
 
     def _likely(self, device: torch.device) -> Expected:
         """The dtypes of all adapters here, with the largest rank of each and whether all weights are aligned.
@@ -267,27 +283,10 @@ class Bank:
                 a, b = (half and half._parameters.get("weight") for half in halves)
                 if a is None or b is None or not a.dim() == b.dim() == 2 or not a.device == b.device == device:
                     continue
-                part = LayerWeights(own(a), own(b), 0.0)
-                rank, aligned = found.get(dtype_of(part), (0, True))
-                found[dtype_of(part)] = max(rank, len(part.lora_a)), aligned and is_aligned(part)
+                each = format_of(LayerWeights(own(a), own(b), 0.0))
+                rank, is_aligned = found.get(each.dtype, (0, True))
+                found[each.dtype] = max(rank, each.rank), is_aligned and each.is_aligned
         return found
-
-    def _read(self, adapters: Mapping[int, AnyAdapter]) -> dict[int, list[LayerWeights | None]]:
-        return {slot: adapter.parts(self.layers) for slot, adapter in adapters.items()}
-
-    def _read_on(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device
-    ) -> dict[int, list[LayerWeights | None]]:
-        read = self._read(adapters)
-        for slot, parts in read.items():
-            for part in parts:
-                if part and not part.lora_a.device == part.lora_b.device == device:
-                    raise ModelStateError(
-                        f"the weights of adapter {adapters[slot].name!r} are on {part.lora_a.device} and "
-                        f"{part.lora_b.device}, and the layer's input is on {device}: expected them on one device. "
-                        "Move the adapter to the input's device."
-                    )
-        return read
 
     def sync(self, adapters: Sequence[AnyAdapter | None], live: Collection[AnyAdapter]) -> None:
         """Bring the inputs of graphs of ops up to date, in new tensors because a later backward may need the old ones.

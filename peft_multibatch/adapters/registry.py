@@ -17,6 +17,7 @@ from peft_multibatch.adapters.adapter import AnyAdapter
 from peft_multibatch.adapters.checks import check_kind
 from peft_multibatch.adapters.dropout import DropoutState
 from peft_multibatch.adapters.slots import Slots
+from peft_multibatch.adapters.tables import Tables
 from peft_multibatch.adapters.weights import Adapter, ReadLayer
 from peft_multibatch.errors import AdapterMismatchError, ModelStateError, MultibatchError, UnsupportedError
 from peft_multibatch.plan.names import AdapterNames
@@ -85,6 +86,7 @@ class Registry:
     Attributes:
         names: names and ids.
         slots: the pool of slots for versions in use.
+        tables: the tables of all banks.
         source: reads weights from PEFT's modules.
         store: adapters whose weights are in files, or None.
         guard: set by continuous batching; returns a block in which no request runs with the given adapters.
@@ -93,6 +95,7 @@ class Registry:
     def __init__(self) -> None:
         self.names = AdapterNames()
         self.slots = Slots()
+        self.tables = Tables()
         self.source = PeftModules(self.slots)
         self.store: AdapterStore | None = None
         self.guard: weakref.WeakMethod | None = None

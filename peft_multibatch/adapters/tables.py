@@ -1,13 +1,19 @@
-"""Banks as kernels read them: addresses, ranks and scalings in a tensor at a fixed address."""
+"""Banks as kernels read them: addresses, ranks and scalings in tensors at fixed addresses.
+
+All tables of a device are in a few blocks, slot by slot, so that one copy brings all rows of a new adapter there, for
+every layer of the model.
+"""
 
 from __future__ import annotations
 
 import struct
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +24,9 @@ from peft_multibatch import streams
 # scaling, or None if the adapter has no weights for the slice.
 Projection = tuple[Tensor, Tensor, float]
 SlotWeights = list[Projection | None]
+
+WIDTH = 512
+"""The rows of a block for each slot: 16 kB. Copies of up to 64 kB from pageable memory never wait for the device."""
 
 
 class LayerWeights(NamedTuple):
@@ -42,7 +51,8 @@ class TableRows(NamedTuple):
     """A table as an argument of kernels.
 
     Attributes:
-        rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
+        rows: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling. Slots
+            may be any distance apart in memory.
         dtype: dtype of all weights in the table, or None if they aren't contiguous or don't share a dtype.
         rank: largest rank in use.
         is_aligned: whether all weights in use can be read 16 bytes at a time.
@@ -54,27 +64,46 @@ class TableRows(NamedTuple):
     is_aligned: bool
 
 
-class Row(NamedTuple):
-    """One slice of a slot.
+class WeightFormat(NamedTuple):
+    """What tables and graphs depend on, of the weights of one adapter in one layer.
 
     Attributes:
-        a: address of ``lora_A``.
-        b: address of ``lora_B``.
-        rank: its rank; 0 if the adapter has no weights there.
-        scaling: the factor of the product.
+        dtype: the common dtype of ``lora_A`` and ``lora_B``; None if they differ or aren't contiguous.
+        rank: their rank.
         is_aligned: whether both can be read 16 bytes at a time.
+        devices: the devices of both.
     """
 
-    a: int
-    b: int
+    dtype: torch.dtype | None
     rank: int
-    scaling: float
     is_aligned: bool
+    devices: tuple[torch.device, torch.device]
 
 
-NO_ROW = Row(0, 0, 0, 0.0, True)
+class SlotRows(NamedTuple):
+    """An adapter's rows in a block.
 
-_FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
+    Attributes:
+        numbers: int64 ``[used, 4]``, as in ``TableRows``.
+        serials: those of the tables in which all of them are up to date.
+    """
+
+    numbers: np.ndarray
+    serials: Sequence[dict[int, int]]
+
+
+class InSlot(Protocol):
+    """An adapter, as tables need it.
+
+    Attributes:
+        serial: as in ``AnyAdapter``.
+    """
+
+    serial: int
+
+    def rows(self, block: TableBlock) -> SlotRows:
+        """Its rows in a block."""
+        ...
 
 
 class WeightTable:
@@ -82,78 +111,196 @@ class WeightTable:
 
     The tensor never moves, so captured graphs see every update.
 
-    Args:
+    Attributes:
+        block: the block that contains it.
+        first, span: its first row there, and all of them.
         dtype: the dtype of the weights in this table; the rows of all others have rank 0. None for weights that aren't
             contiguous, or whose ``lora_A`` and ``lora_B`` have different dtypes.
-        slots: the number of slots.
-        slices: ``I``.
-        device: the device of the table and of all weights in it.
+        layers: the bank's layers, one per slice.
+        dtypes: the dtypes of all of the bank's tables on this device, kept up to date.
+        serials: the serial numbers of the adapters whose rows are in the table, by slot.
+        rows: as in ``TableRows``.
     """
 
-    def __init__(self, dtype: torch.dtype | None, slots: int, slices: int, device: torch.device | str) -> None:
-        self.dtype = dtype
-        with torch.inference_mode(False):  # the table is reused by later calls
-            self._mirror = torch.zeros((slots, slices, 4), dtype=torch.int64, device="cpu")
-            self._numbers = self._mirror.numpy()  # the same memory
-            self.rows = self._mirror.to(device, copy=True)
-        streams.after_write(self.rows.device)
-        weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
-        self._written: dict[int, list[Row | None]] = {}
-        self._lock = threading.Lock()
-
-    def update(self, read: Mapping[int, Sequence[LayerWeights | None]]) -> Iterable[int]:
-        """Bring the rows of these slots up to date. Copies nothing if nothing changed.
-
-        Args:
-            read: the weights of each slot, which the caller keeps alive as long as the slot is in use.
-
-        Returns:
-            The slots whose rows changed.
-        """
-        described = {slot: [self._row(part) for part in parts] for slot, parts in read.items()}
-        with self._lock:
-            changed = {slot: row for slot, row in described.items() if self._written.get(slot) != row}
-            if changed:
-                self._write(changed)
-                self._written.update(changed)
-        return changed
+    def __init__(
+        self,
+        block: TableBlock,
+        first: int,
+        dtype: torch.dtype | None,
+        layers: Sequence[Any],
+        dtypes: Collection[torch.dtype | None],
+    ) -> None:
+        self.block, self.first, self.dtype, self.layers, self.dtypes = block, first, dtype, tuple(layers), dtypes
+        self.span = slice(first, first + len(self.layers))
+        self.serials: dict[int, int] = {}
+        with torch.inference_mode(False):
+            self.rows = block.rows[:, self.span].data  # an input of graphs, which should be no view
 
     def describe(self, slots: Iterable[int]) -> TableRows:
         """The table as an argument of kernels that read only these slots."""
-        live = [row for slot in slots for row in self._written.get(slot, ()) if row is not None]
-        return TableRows(
-            self.rows, self.dtype, max((row.rank for row in live), default=0), all(row.is_aligned for row in live)
-        )
+        a, b, rank, _ = self.block.numbers[[*slots], self.span].reshape(-1, 4).T
+        is_aligned = not ((a | b | 2 * rank) % 16).any()
+        return TableRows(self.rows, self.dtype, int(rank.max(initial=0)), is_aligned)
 
-    def _row(self, part: LayerWeights | None) -> Row | None:
-        if part is None or dtype_of(part) != self.dtype:
+
+class TableBlock:
+    """Tables of many banks, slot by slot. Not thread-safe: callers hold the lock of ``Tables``.
+
+    Attributes:
+        slots: the number of slots.
+        device: the device of all tables, and of all weights in them.
+        rows: int64 ``[slots, WIDTH, 4]``.
+        numbers: the same in host memory.
+        used: the rows per slot that tables have taken.
+        changes: that of ``Tables``.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.slots = slots
+        self.numbers = np.zeros((slots, WIDTH, 4), dtype=np.int64)
+        with torch.inference_mode(False):  # the tables are reused by later calls
+            self.rows = torch.from_numpy(self.numbers).to(device, copy=True)
+        self.device = self.rows.device
+        streams.after_write(self.device)
+        weakref.finalize(self, streams.keep_for_all, [self.rows]).atexit = False
+        self.used = self.changes = 0
+        self._tables: weakref.WeakValueDictionary[int, WeightTable] = weakref.WeakValueDictionary()
+        self._free: dict[int, list[int]] = {}  # first rows, by number of rows
+        self._returned: deque[tuple[int, int]] = deque()  # appended without a lock, by any thread that frees a table
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any bank still uses a table in it."""
+        return len(self._tables) > 0
+
+    def tables(self) -> list[WeightTable]:
+        """The tables in it that banks still use."""
+        return list(self._tables.values())
+
+    def add(self, dtype: torch.dtype | None, layers: Sequence[Any], dtypes: Collection) -> WeightTable | None:
+        """A new table, without any adapter's rows; None if there is no room."""
+        while self._returned:
+            first, count = self._returned.popleft()
+            self._free.setdefault(count, []).append(first)
+        count, free = len(layers), self._free.get(len(layers))
+        if not free and self.used + count > WIDTH:
             return None
-        a, b, rank = part.lora_a.data_ptr(), part.lora_b.data_ptr(), part.lora_a.shape[0]
-        return Row(a, b, rank, part.scaling, _aligned(a, b, rank))
+        first = free.pop() if free else self.used
+        self.used = max(self.used, first + count)
+        self._clear(slice(first, first + count))
+        table = self._tables[first] = WeightTable(self, first, dtype, layers, dtypes)
+        # not when the table is freed, because captured graphs may still read its rows
+        weakref.finalize(table.rows, self._returned.append, (first, count)).atexit = False
+        return table
 
-    def _write(self, changed: Mapping[int, Sequence[Row | None]]) -> None:
-        for slot, rows in changed.items():
-            self._numbers[slot] = [
-                (row.a, row.b, row.rank, *_BITS.unpack(_FLOAT.pack(row.scaling)))
-                for row in (each or NO_ROW for each in rows)
-            ]
-        span = slice(min(changed), max(changed) + 1)
-        with torch.inference_mode(False), streams.writing(self.rows.device):
-            # a copy from the host instead of a kernel, because kernels read tables before they wait for the kernel
-            # that was launched right before them
-            self.rows[span].copy_(self._mirror[span], non_blocking=True)
+    def _clear(self, span: slice) -> None:
+        """Remove the rows of a table that was freed."""
+        with torch.inference_mode(False), streams.writing(self.device):
+            for slot in np.flatnonzero(self.numbers[:, span].any((1, 2))).tolist():
+                self._copy(slot, span, np.zeros_like(self.numbers[slot, span]))
+
+    def _copy(self, slot: int, span: slice, numbers: np.ndarray) -> None:
+        # a copy from the host instead of a kernel, because kernels read tables before they wait for the kernel that
+        # was launched right before them
+        self.rows[slot, span].copy_(torch.from_numpy(numbers), non_blocking=True)
+        self.numbers[slot, span] = numbers
+
+    def read(
+        self, slot: int, serial: int, parts_in: Callable[[Sequence[Any]], Sequence[LayerWeights | None] | None]
+    ) -> SlotRows:
+        """The rows of an adapter, from its weights in each table's layers, or None where they aren't known yet."""
+        numbers = self.numbers[slot, : self.used].copy()
+        places: list[int] = []
+        found: list[tuple[int, int, int, int]] = []
+        serials = []
+        for table in self.tables():
+            parts = parts_in(table.layers) if table.serials.get(slot) != serial else None
+            if parts is None:
+                continue
+            formats = [part and format_of(part) for part in parts]
+            if all(
+                each is None or (each.devices == (self.device, self.device) and each.dtype in table.dtypes)
+                for each in formats
+            ):
+                serials.append(table.serials)
+                places += range(table.first, table.first + len(parts))
+                found += [
+                    (part.lora_a.data_ptr(), part.lora_b.data_ptr(), each.rank, bits(part.scaling))
+                    if part is not None and each is not None and each.dtype == table.dtype
+                    else (0, 0, 0, 0)
+                    for part, each in zip(parts, formats)
+                ]
+        if places:
+            numbers[places] = found
+        return SlotRows(numbers, serials)
+
+    def write(self, adapters: Mapping[int, InSlot]) -> None:
+        """Bring the rows of adapters, by slot, up to date in all tables. Copies nothing if nothing changed."""
+        found = {slot: adapter.rows(self) for slot, adapter in adapters.items()}
+        whole = slice(0, self.used)
+        changed = [slot for slot, each in found.items() if not np.array_equal(each.numbers, self.numbers[slot, whole])]
+        if changed:
+            with torch.inference_mode(False), streams.writing(self.device):
+                for slot in changed:
+                    self._copy(slot, whole, found[slot].numbers)
+        for slot, rows in found.items():
+            for serials in rows.serials:
+                serials[slot] = adapters[slot].serial
 
 
-def dtype_of(part: LayerWeights) -> torch.dtype | None:
-    """The common dtype of ``lora_A`` and ``lora_B``; None if they differ or aren't contiguous."""
-    a, b = part.lora_a, part.lora_b
-    return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
+class Tables:
+    """All tables of a model, in blocks.
+
+    Attributes:
+        lock: held by those who call its methods, or change what they know about tables.
+        changes: a counter of tables that were made.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.changes = 0
+        self._blocks: list[TableBlock] = []
+
+    def make(
+        self,
+        dtype: torch.dtype | None,
+        slots: int,
+        layers: Sequence[Any],
+        dtypes: Collection[torch.dtype | None],
+        device: torch.device,
+    ) -> WeightTable:
+        """A new table, in a block of this many slots; the other arguments are as in ``WeightTable``."""
+        self._blocks = [block for block in self._blocks if block.is_used]
+        fitting = (block for block in self._blocks if block.device == device and block.slots == slots)
+        table = next(filter(None, (block.add(dtype, layers, dtypes) for block in fitting)), None)
+        if table is None:
+            block = TableBlock(slots, device)
+            self._blocks.append(block)
+            table = block.add(dtype, layers, dtypes)
+            assert table is not None, len(layers)
+        self.changes += 1
+        for block in self._blocks:
+            block.changes = self.changes
+        return table
+
+    def write(self, adapters: Mapping[int, InSlot], device: torch.device) -> None:
+        """Bring the rows of adapters, by slot, up to date in all tables of a device."""
+        for block in self._blocks:
+            if block.device == device and block.is_used:
+                block.write({slot: adapter for slot, adapter in adapters.items() if slot < block.slots})
 
 
-def is_aligned(part: LayerWeights) -> bool:
-    """Whether weights can be read 16 bytes at a time."""
-    return _aligned(part.lora_a.data_ptr(), part.lora_b.data_ptr(), len(part.lora_a))
+def format_of(part: LayerWeights) -> WeightFormat:
+    """The format of weights."""
+    a, b, rank = part.lora_a, part.lora_b, len(part.lora_a)
+    dtype = a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
+    is_aligned = a.data_ptr() % 16 == b.data_ptr() % 16 == rank % 8 == 0
+    return WeightFormat(dtype, rank, is_aligned, (a.device, b.device))
 
 
-def _aligned(a: int, b: int, rank: int) -> bool:
-    return a % 16 == b % 16 == rank % 8 == 0
+_FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
+
+
+def bits(scaling: float) -> int:
+    """The bits of a float32 scaling."""
+    return _BITS.unpack(_FLOAT.pack(scaling))[0]

@@ -72,7 +72,6 @@ class Adapter(AnyAdapter):
         self.apart: dict[Any, str] = {}
         self.dropouts: dict[Any, nn.Dropout] = {}
         self._get = itemgetter(name)
-        self._parts: dict[Any, LayerWeights | None] = {}
         weakref.finalize(self, _keep_for_kernels, self._parts).atexit = False
         self._views: dict[Any, Any] = {}
         self._seen: object = None  # the value of notices.now() at the last close check

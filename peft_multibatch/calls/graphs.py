@@ -28,7 +28,7 @@ from peft_multibatch.plan.segments import BASE, Segments, packed_size
 if TYPE_CHECKING:
     from peft_multibatch.adapters.adapter import AnyAdapter
     from peft_multibatch.adapters.bank import Bank
-    from peft_multibatch.adapters.tables import TableRows
+    from peft_multibatch.adapters.tables import TableRows, Tables
 
 
 class Graph:
@@ -53,14 +53,15 @@ class Graph:
         base_layers: as in ``Call``; always empty.
 
     Args:
-        active_call: returns the active call of the current thread or task, and raises if it has ended.
+        active: returns the active call of the current thread or task, and raises if it has ended.
         note: called with the call that compiled code runs under, and whether the code was compiled with gradients.
+        tables: all tables of the model.
     """
 
     packed = False
     base_layers: frozenset = frozenset()
 
-    def __init__(self, active_call: Callable[[], Call | None], note: Callable[[Call, bool], None]) -> None:
+    def __init__(self, active: Callable[[], Call | None], note: Callable[[Call, bool], None], tables: Tables) -> None:
         self.key = number(self)
         self.active = False
         self.here = PerThread()
@@ -73,7 +74,7 @@ class Graph:
         self.buffers = self._buffers.by_device
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
-        self._active_call, self._note = active_call, note
+        self._active_call, self._note = active, note
         self._calls: dict[Call, None] = {}  # the active calls
         self._is_closed = False
         self._innermost: list[Call] = []  # the innermost active call of each task
@@ -82,7 +83,7 @@ class Graph:
         self._positions = Positions()  # of adapters among the inputs of graphs of ops
         self._written: BatchPlan | None = None
         self.is_traced = self._runs_ops = False
-        self._tables = GraphTables()
+        self._tables = GraphTables(tables)
         self.captures = Captures()
         self._lock = threading.RLock()
 
@@ -228,14 +229,14 @@ class Graph:
         with self._lock:
             self.components = max(self.components, components)
 
-    def forget(self) -> None:
-        """Drop what was prepared for graphs, and free its memory; the next call prepares it again."""
+    def forget(self, is_changed: bool = True) -> None:
+        """Drop what was prepared for graphs, and free its memory. Tables are checked again if anything changed."""
         with self._lock:
-            self._tables.forget()
+            if is_changed:
+                self._tables.forget()
             self._synced = None
             self._positions.forget(self._in_use(), self.banks)
-            if not self.active:
-                self._written = None
+            self._written = self._written if self.active else None
 
     def plan(self, shape: Sequence[int], index: int, trains: bool) -> Tensor:
         """The packed plan of a component on the current thread, for an input of shape ``[..., K]``, padded with zeros.

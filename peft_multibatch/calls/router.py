@@ -57,7 +57,7 @@ class Router:
         self.call: ContextVar[Call | None] = ContextVar("peft_multibatch", default=None)
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())
         self.replays = Replays(self.routing)
-        self.graph = Graph(self.active, self.replays.note_compiled)
+        self.graph = Graph(self.active, self.replays.note_compiled, registry.tables)
         self._last: BatchPlan | None = None
 
     def current(self, layer: Any) -> Call | Graph | None:
@@ -171,7 +171,7 @@ class Router:
     def let_go(self) -> None:
         """Drop plans of calls that have ended, which may keep stored adapters in memory."""
         self._last = None
-        self.graph.forget()
+        self.graph.forget(is_changed=False)
 
     def forget(self) -> None:
         """Drop everything that was prepared for adapters, because some were added or deleted."""

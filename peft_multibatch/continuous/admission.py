@@ -52,11 +52,12 @@ class Admission:
         self._positions: int | None = None  # number of learned position embeddings, if the model has them
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # a problem of the model that keeps every request from running
-        self._then: tuple | None = None  # everything that requests' errors depend on, as of the last check
+        # what requests' errors depend on, as of the last check: problem, is_disabled, versions of adapters by id
+        self._then: tuple[MultibatchError | None, bool, dict[int, int]] = None, False, {}
         self._promised: dict[str, RequestState] = {}  # ids of future children → the request to be forked into them
         self._new: set[str] = set()  # requests added since the last check
         self._looked_at: tuple | None = None  # layers and head as of the last scan
-        self._checked: set[tuple] = set()  # entries that can run, with the versions of their adapters
+        self._checked: dict[Entry, tuple] = {}  # entries that can run, with the versions of their adapters
 
     def prepare(self, processor: Any) -> None:
         """Inspect the batch processor and the model before the first step."""
@@ -121,12 +122,13 @@ class Admission:
         self._is_disabled = any(layer.module._disable_adapters for layer in list(self._handle._layers.values()))
         states = list(states)
         used = {number for entry in {entry_of(state) for state in states} for number in ids_of(entry)}
-        now = self._problem, self._is_disabled, {number: self._registry.version(number) for number in sorted(used)}
-        if now == self._then:  # nothing changed, so only new requests and those without a limit need a check
+        versions = {number: self._registry.version(number) for number in used}
+        problem, is_disabled, known = self._then
+        is_same = (problem, is_disabled) == (self._problem, self._is_disabled)
+        if is_same and all(known.get(number, version) == version for number, version in versions.items()):
+            # only new requests and those without a limit need a check
             states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
-        else:
-            self._checked = {key for key in list(self._checked) if key[1] == self._prefixes.version(key[0])}
-        self._then = now
+        self._then = self._problem, self._is_disabled, versions
         self._new.clear()
         for state in states:
             error = self.why_not(state)
@@ -187,12 +189,12 @@ class Admission:
             UnsupportedError: it names an adapter or a mixture that continuous batching can't run.
         """
         # a replaced adapter may no longer be supported, and requests may be added before the loop starts
-        if (entry, self._prefixes.version(entry), self.uses_graphs) in self._checked:
+        if self._checked.get(entry) == (self._prefixes.version(entry), self.uses_graphs):
             return
         self._look_at_entry(entry)
         if len(self._checked) >= KEPT:
             self._checked.clear()
-        self._checked.add((entry, self._prefixes.version(entry), self.uses_graphs))
+        self._checked[entry] = self._prefixes.version(entry), self.uses_graphs
 
     def _look_at_entry(self, entry: Entry) -> None:
         store, whole = self._registry.store, entry

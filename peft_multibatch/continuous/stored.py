@@ -123,14 +123,18 @@ class StoredRequests:
         places = max(scheduler.max_requests_per_batch - len(active), 0)
         waiting: list[Waiting] = []
         early, self._early = self._early, set()  # other threads add to it
+        known: dict[Entry, tuple[list[int], bool]] = {}  # many requests share an adapter
         for state in states:
-            ids = [each for each in ids_of(entry_of(state)) if store.has(each)]
-            if entry_of(state) in early or entry_of(state) in self._unseen:
-                early.discard(entry_of(state))
-                self._unseen.discard(entry_of(state))
+            entry = entry_of(state)
+            if entry not in known:
+                ids = [each for each in ids_of(entry) if store.has(each)]
+                known[entry] = ids, all(map(store.is_loaded, ids))
+            if entry in early or entry in self._unseen:
+                early.discard(entry)
+                self._unseen.discard(entry)
                 self._loaded.add(state.request_id)
-            is_late = state.request_id in self._loaded or not all(map(store.is_loaded, ids))
-            waiting.append(Waiting(state, ids, is_late))
+            ids, is_there = known[entry]
+            waiting.append(Waiting(state, ids, not is_there or state.request_id in self._loaded))
         self._unseen = early
         late = [each for each in waiting if each.is_late]
         others = [each for each in waiting if not each.is_late]

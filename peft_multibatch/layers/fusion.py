@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from peft_multibatch.adapters.bank import Bank, base_device
 from peft_multibatch.adapters.checks import HOOKS
+from peft_multibatch.adapters.tables import Tables
 from peft_multibatch.adapters.views import STATE
 from peft_multibatch.calls.graphs import Graph
 
@@ -58,10 +59,10 @@ class Group:
         reason: why the layers, or their base weights, couldn't be fused; empty if they were.
     """
 
-    def __init__(self, name: str, layers: dict[str, LoraLayer]) -> None:
+    def __init__(self, name: str, layers: dict[str, LoraLayer], tables: Tables) -> None:
         self.name = name
         self.layers = tuple(layers.values())
-        self.bank = Bank(self.layers)
+        self.bank = Bank(self.layers, tables)
         self.label = f"fused {'/'.join(layers)}"
         self.reason = ""
         self.is_split = False
@@ -205,11 +206,12 @@ def _side_by_side(parameters: list[Tensor]) -> Tensor:
     return whole
 
 
-def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
+def find_groups(layers: dict[str, LoraLayer], tables: Tables) -> list[Group]:
     """Group the layers that can run as one product.
 
     Args:
         layers: the segmented layers, by name in the model.
+        tables: all tables of the model.
     """
     groups: list[Group] = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
@@ -218,7 +220,7 @@ def find_groups(layers: dict[str, LoraLayer]) -> list[Group]:
         for siblings in SIBLINGS:
             found = {child: layers[f"{parent}.{child}"] for child in siblings if f"{parent}.{child}" in layers}
             if len(found) > 1 and _alike(found.values()):
-                groups.append(Group(parent, found))
+                groups.append(Group(parent, found, tables))
     return groups
 
 

@@ -100,7 +100,7 @@ class PatchedLayer:
     def _choose(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         self.handler, self.reason, self.refusal = handler, reason, refusal
         self.is_fast = getattr(handler, "is_fast", False)
-        self.bank = Bank([self.module]) if self.is_fast else None
+        self.bank = Bank([self.module], self.router.registry.tables) if self.is_fast else None
         self.group: tuple[Group, int] | None = None
 
     def remove(self) -> None:

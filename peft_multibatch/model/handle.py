@@ -322,7 +322,7 @@ class Handle:
         """Fuse siblings. Groups that didn't change stay the same objects, because running calls may reference them."""
         fast = {layer.name: layer.module for layer in self._layers.values() if layer.is_fast}
         known = {group.layers: group for group in self._groups}
-        found = find_groups(fast) if self._fuse else []
+        found = find_groups(fast, self._registry.tables) if self._fuse else []
         self._groups = [known.get(group.layers, group) for group in found]
         for group in known.values():
             if group not in self._groups:

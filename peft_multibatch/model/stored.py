@@ -137,7 +137,9 @@ class StoredLayers:
 
     def device(self) -> torch.device:
         """The model's current device."""
-        return next(iter(self._model.parameters())).device
+        # several times faster than parameters()
+        found = (each for module in self._model.modules() for each in module._parameters.values() if each is not None)
+        return next(found).device
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -112,7 +112,8 @@ def add_(
         widths: ``N`` of each slice.
         plan: int32, the contents of a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] on the device. Segments of more
             than 16 entries are slow; [`Segments.cut`][peft_multibatch.Segments.cut] splits them.
-        table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling.
+        table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling;
+            slots may be any distance apart in memory.
         rank: largest rank in the table.
         is_aligned: whether all weights can be read 16 bytes at a time.
         dtype: dtype of the weights.

@@ -47,14 +47,15 @@ class Product:
         options = {"launch_pdl": True} if dependent else {}
         self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
         self._shrink_args = (
-            num_rows, num_inputs, key.stride_x, launch.split_blocks, launch.tiles,
+            key.stride_table, num_rows, num_inputs, key.stride_x, launch.split_blocks, launch.tiles,
             len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
         self._shrink_options = {"num_warps": launch.shrink_warps, **options}
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
         self._expand_grid = key.num_segments * launch.expand_tiles, columns, 1
         self._expand_args = (
-            num_rows, *[*widths, *[widths[0]] * self._missing], *[*key.strides, *[key.strides[0]] * self._missing],
+            key.stride_table, num_rows, *[*widths, *[widths[0]] * self._missing],
+            *[*key.strides, *[key.strides[0]] * self._missing],
             launch.expand_tiles, len(widths), rank, launch.expand_block_t, launch.block_n, launch.splits, key.adds,
             *shared,
         )  # fmt: skip
@@ -141,6 +142,7 @@ class ProductKey(NamedTuple):
         weights: dtype of the weights.
         rank: largest rank in the table.
         is_aligned: whether weights can be read 16 bytes at a time.
+        stride_table: the distance of slots in the table in elements.
         adds: whether deltas are added to ``ys``; otherwise they are written there, zeros for rows without an adapter.
     """
 
@@ -159,6 +161,7 @@ class ProductKey(NamedTuple):
     weights: torch.dtype
     rank: int
     is_aligned: bool
+    stride_table: int
     adds: bool
 
 
@@ -197,7 +200,7 @@ def product(
     key = ProductKey(
         x.device, x.dtype, ys[0].dtype, x.numel() // x.shape[-1], x.shape[-1], _row_stride(x),
         tuple(widths), tuple(strides), is_whole,
-        num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned, adds,
+        num_segments, longest, loops, table.dtype, padded(table.rank), table.is_aligned, table.rows.stride(0), adds,
     )  # fmt: skip
     found = _products.get((key, launch))
     if found is None:

@@ -10,12 +10,13 @@ from peft_multibatch.ops.triton_kernels import _rows, _segment
 from peft_multibatch.ops.triton_training_kernels import _pick, _slice_of
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles"])
 def grad_x_kernel(
     dx,  # [T, K]
     ds,  # [T, SLICES, R]
     plan,
     table,
+    stride_table,
     num_rows,
     num_inputs,
     stride,
@@ -48,7 +49,7 @@ def grad_x_kernel(
     live = position < stop * per_entry
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     for i in tl.static_range(SLICES):
-        row = table + (slot.to(tl.int64) * SLICES + i) * 4
+        row = table + slot.to(tl.int64) * stride_table + i * 4
         lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
         rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
         if ALIGNED:
@@ -82,7 +83,7 @@ def grad_x_kernel(
     tl.store(place, total.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows"])
 def grad_weight_kernel(
     grads,  # flat, of the dtype of the weights
     offsets,  # int64 [S, SLICES, 2]: offsets of the gradients of lora_A and lora_B; -1 if not wanted
@@ -92,6 +93,7 @@ def grad_weight_kernel(
     in2,  # [T, C] of each slice: x or dY
     plan,
     table,
+    stride_table,
     num_rows,
     width0,
     width1,
@@ -123,7 +125,7 @@ def grad_weight_kernel(
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if slot < 0:
         return
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    row = table + slot.to(tl.int64) * stride_table + i * 4
     rank = tl.load(row + 2).to(tl.int32)
     offset = tl.load(offsets + (slot.to(tl.int64) * SLICES + i) * 2 + (1 if IS_B else 0))
     if rank <= tl.program_id(2) * BLOCK_R or offset < 0:

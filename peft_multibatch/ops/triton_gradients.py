@@ -45,6 +45,11 @@ class Pass(NamedTuple):
         """The rows of the longest segment."""
         return self.segments.longest * (num_rows // self.segments.num_entries)
 
+    @property
+    def where(self) -> tuple[Tensor, Tensor, int]:
+        """The kernels' arguments for the plan and the table."""
+        return self.plan, self.table.rows, self.table.rows.stride(0)
+
     def dropout(self, of_input: bool = True) -> tuple[Tensor, Tensor, bool]:
         """The kernels' arguments for dropout: two tensors, and whether they are used, which is only so for inputs."""
         return (self.table.rows, self.plan, False) if self.drops is None or not of_input else (*self.drops, True)
@@ -147,7 +152,7 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
     block_c = 128 if rank <= 32 else 64 if rank <= 128 else 32
     tiles = triton.cdiv(each.longest(num_rows), block_t)
     shrink_kernel[each.num_segments * tiles * slices,](
-        out, *_three(inputs), each.plan, each.table.rows, num_rows,
+        out, *_three(inputs), *each.where, num_rows,
         *_three([x.shape[1] for x in inputs]), *_three([x.stride(0) for x in inputs]),
         tiles, *each.dropout(), slices, rank, block_t, block_c, is_backward, *each.weights, num_warps=4,
     )  # fmt: skip
@@ -163,7 +168,7 @@ def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tens
     # a program reads its weights once for several tiles of rows, if there are still enough programs for the whole GPU
     tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors(h.device), blocks * each.num_segments)))
     expand_kernel[each.num_segments * tiles, blocks](
-        *_three(to), *_three(sources), h, each.plan, each.table.rows, num_rows,
+        *_three(to), *_three(sources), h, *each.where, num_rows,
         *_three([y.shape[1] for y in to]), *_three([y.stride(0) for y in to]),
         tiles, slices, rank, block_t, block_c, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
@@ -175,7 +180,7 @@ def _grad_x(each: Pass, grad_x: Tensor, ds: Tensor, is_in_place: bool) -> None:
     block_c, block_r = 128 if rank <= 32 else 64, min(rank, 64)
     tiles = triton.cdiv(each.longest(num_rows), block_t)
     grad_x_kernel[each.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
-        grad_x, ds, each.plan, each.table.rows, num_rows, grad_x.shape[1], grad_x.stride(0),
+        grad_x, ds, *each.where, num_rows, grad_x.shape[1], grad_x.stride(0),
         tiles, *each.dropout(), slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
 
@@ -202,7 +207,7 @@ def _grad_weight(
         if blocks * each.num_segments * (rank // block_r) >= most:
             break
     grad_weight_kernel[blocks, each.num_segments, rank // block_r](
-        buffers[each.table.dtype], offsets, left, *_three(inputs), each.plan, each.table.rows, num_rows,
+        buffers[each.table.dtype], offsets, left, *_three(inputs), *each.where, num_rows,
         *_three(widths), *_three([x.stride(0) for x in inputs]),
         *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place,
         *each.weights, num_warps=4,

@@ -94,12 +94,13 @@ def _shrink_segment(
 
 
 # These numbers change between calls; specializing on them would compile kernels in the middle of a user's batch.
-@triton.jit(do_not_specialize=["num_rows", "split_blocks", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "split_blocks", "tiles"])
 def shrink_kernel(
     h,  # [SPLITS, T, SLICES, R]
     x,  # [T, K]
     plan,
-    table,  # int64 [S, SLICES, 4]
+    table,  # int64 [S, SLICES, 4]; slots are stride_table numbers apart
+    stride_table,
     num_rows,
     num_inputs,
     stride_x,
@@ -126,7 +127,7 @@ def shrink_kernel(
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     if LOOP:
         while index < num_segments:
-            row = table + (slot.to(tl.int64) * SLICES + i) * 4
+            row = table + slot.to(tl.int64) * stride_table + i * 4
             lora_a = tl.load(row, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
             rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
             if ALIGNED:  # not inside _shrink_segment, because hints on arguments of functions get lost
@@ -145,7 +146,7 @@ def shrink_kernel(
         if slot < 0:
             _end(PDL)
             return
-        row = table + (slot.to(tl.int64) * SLICES + i) * 4
+        row = table + slot.to(tl.int64) * stride_table + i * 4
         lora_a = tl.load(row).to(tl.pointer_type(WEIGHTS))
         rank = tl.load(row + 2).to(tl.int32)
         if rank == 0:
@@ -199,7 +200,7 @@ def _expand_segment(
         tl.store(y_tile, delta.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles"])
 def expand_kernel(
     y0,
     y1,
@@ -207,6 +208,7 @@ def expand_kernel(
     h,  # [SPLITS, T, SLICES, R]
     plan,
     table,
+    stride_table,
     num_rows,
     width0,
     width1,
@@ -253,7 +255,7 @@ def expand_kernel(
                     i, y, width, stride = 2, y2, width2, stride2
     if LOOP:
         while index < num_segments:
-            row = table + (slot.to(tl.int64) * SLICES + i) * 4
+            row = table + slot.to(tl.int64) * stride_table + i * 4
             lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
             rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
             scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight
@@ -270,7 +272,7 @@ def expand_kernel(
             _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:
-        row = table + (slot.to(tl.int64) * SLICES + i) * 4
+        row = table + slot.to(tl.int64) * stride_table + i * 4
         lora_b = tl.load(row + 1, mask=slot >= 0, other=0).to(tl.pointer_type(WEIGHTS))
         rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
         scaling = tl.load(row + 3, mask=slot >= 0, other=0).to(tl.int32).to(tl.float32, bitcast=True) * weight

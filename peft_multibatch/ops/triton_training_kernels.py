@@ -46,14 +46,15 @@ def _pick(i, value0, value1, value2, SLICES: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles"])
 def shrink_kernel(
     out,  # [T, SLICES, R]: h or dS
     in0,
     in1,
     in2,  # [T, C] of each slice: x or dY; repeated if there are fewer slices
     plan,
-    table,  # int64 [S, SLICES, 4]
+    table,  # int64 [S, SLICES, 4]; slots are stride_table numbers apart
+    stride_table,
     num_rows,
     width0,
     width1,
@@ -83,7 +84,7 @@ def shrink_kernel(
     first = start * per_entry + tile * BLOCK_T
     if slot < 0 or first >= stop * per_entry:
         return
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    row = table + slot.to(tl.int64) * stride_table + i * 4
     rank = tl.load(row + 2).to(tl.int32)
     if rank == 0:
         return
@@ -131,7 +132,7 @@ def shrink_kernel(
     tl.store(place, total.to(WEIGHTS), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles"])
 def expand_kernel(
     to0,
     to1,
@@ -142,6 +143,7 @@ def expand_kernel(
     h,  # [T, SLICES, R]
     plan,
     table,
+    stride_table,
     num_rows,
     width0,
     width1,
@@ -163,7 +165,7 @@ def expand_kernel(
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i, block = _slice_of(tl.program_id(1), tl.cdiv(width0, BLOCK_C), tl.cdiv(width1, BLOCK_C), SLICES)
     num_entries, _, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
-    row = table + (slot.to(tl.int64) * SLICES + i) * 4
+    row = table + slot.to(tl.int64) * stride_table + i * 4
     rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)
     if IN_PLACE:  # noqa: SIM102
         if rank == 0:

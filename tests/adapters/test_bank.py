@@ -13,9 +13,10 @@ from models import left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter
 from tolerances import assert_close
+from weight_tables import make_table, update
 
 import peft_multibatch
-from peft_multibatch.adapters.tables import WeightTable
+from peft_multibatch.adapters.tables import TableBlock, WeightTable
 
 
 NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
@@ -318,7 +319,7 @@ def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
     mb = peft_multibatch.enable(model)
     bank, device = layer_of(model)._multibatch.bank, torch.device("cpu")
     begun, written, done = threading.Event(), threading.Event(), threading.Event()
-    make, update, found = WeightTable.__init__, WeightTable.update, {}
+    make, write, found = WeightTable.__init__, TableBlock.write, {}
 
     def read(number):
         adapters = {adapter.slot: adapter for adapter in mb._registry.adapters([number]).values()}
@@ -331,15 +332,14 @@ def test_threads_that_make_a_table_at_the_same_time(monkeypatch):
             written.wait(1)  # the other thread may have to wait for this one, so this times out
         make(self, *args)
 
-    def update_and_wait(self, parts):
-        changed = update(self, parts)
+    def write_and_wait(self, adapters):
+        write(self, adapters)
         if threading.current_thread() is not slow:
             written.set()
             done.wait(1)
-        return changed
 
     monkeypatch.setattr(WeightTable, "__init__", make_late)
-    monkeypatch.setattr(WeightTable, "update", update_and_wait)
+    monkeypatch.setattr(TableBlock, "write", write_and_wait)
     slow = threading.Thread(target=lambda: (read(0), done.set()))
     slow.start()
     begun.wait(10)
@@ -355,8 +355,8 @@ def test_a_table_is_written_for_adapters_that_are_new_to_it(monkeypatch):
     bank = mb._router.graph.banks[0]
     cpu = torch.device("cpu")
     seen = []
-    update = WeightTable.update
-    monkeypatch.setattr(WeightTable, "update", lambda self, read: (seen.append(sorted(read)), update(self, read))[1])
+    write = TableBlock.write
+    monkeypatch.setattr(TableBlock, "write", lambda self, adapters: (seen.append([*adapters]), write(self, adapters)))
 
     def tables(names):
         registry = mb._registry
@@ -364,12 +364,12 @@ def test_a_table_is_written_for_adapters_that_are_new_to_it(monkeypatch):
         return bank.tables({adapter.slot: adapter for adapter in adapters.values()}, cpu, registry.slots.capacity)
 
     (first,), (both,), (again,) = tables(["three"]), tables(["three", "eight"]), tables(["three"])
-    assert [len(each) for each in seen] == [1, 1, 0]
+    assert [len(each) for each in seen] == [1, 1]
     assert (first.rank, both.rank, again.rank) == (3, 8, 3) and first.rows is both.rows
     layer_of(model).lora_A["three"].weight.data = torch.randn_like(layer_of(model).lora_A["three"].weight)
     tables(["three", "eight"])
     assert len(seen[-1]) == 1
-    fresh = WeightTable(torch.float32, len(both.rows), both.rows.shape[1], cpu)
+    fresh = make_table(torch.float32, len(both.rows), both.rows.shape[1], cpu)
     registry = mb._registry
     for adapter in registry.adapters([registry.names.ids[name] for name in ("three", "eight")]).values():
         update(fresh, {adapter.slot: adapter.parts(bank.layers)})

@@ -16,6 +16,7 @@ from peft_multibatch import errors
 from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.tables import TableBlock
 
 
 COUNT = 12
@@ -296,3 +297,46 @@ def test_graphs_are_made_for_all_that_is_registered(on_gpu, rows):
         eager = layer(hidden).clone()
         graph.replay()
         assert_close(output, eager)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_what_one_copy_wrote_for_all_layers(on_gpu, monkeypatch):
+    """Adapters that are loaded after the capture, while the device is far behind, and slots that are used again."""
+    model, _, _ = on_gpu(device=4, host=12)
+    mb = peft_multibatch.enable(model)
+    hidden = torch.randn(2, 9, 48, device="cuda")
+    attention = [layer.self_attn for layer in model.model.layers]
+    layers = [each for layer in attention for each in (layer.q_proj, layer.k_proj, layer.v_proj)]
+
+    def run():
+        return torch.cat([layer(hidden) for layer in layers], dim=-1)
+
+    names = [f"a{number}" for number in range(COUNT)]
+    pairs = list(zip(names, [*names[1:], names[0]]))
+    with torch.no_grad():
+        expected = {}
+        for pair in pairs:
+            with mb.batch([*pair]):
+                expected[pair] = run().clone()
+        with mb.batch([*pairs[0]]):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = run()
+        with mb.batch([*pairs[1]]):  # the first time after the capture, banks are looked at one by one
+            graph.replay()
+        copies, copy = [], TableBlock._copy
+        monkeypatch.setattr(TableBlock, "_copy", lambda self, *args: (copies.append(args[0]), copy(self, *args)))
+        found = []
+        for pair in pairs[2:]:
+            torch.cuda._sleep(20_000_000)
+            before = len(copies)
+            with mb.batch([*pair]):
+                graph.replay()
+                found.append(output.clone())
+            assert len(copies) - before == len({*copies[before:]}) <= 2  # one for each adapter that is new
+        assert copies
+    for pair, actual in zip(pairs[2:], found):
+        assert_close(actual, expected[pair])

@@ -405,7 +405,6 @@ def test_layouts_of_adapters_that_are_gone_go_as_well(rooted, saved):
         edit_config(folder, lora_alpha=number)
         store.register("one", folder)
     assert len(store._layouts._by_content) <= layouts.KNOWN_FILES + 1
-    assert len(store._layouts._checked) <= layouts.KNOWN_FILES + 1
 
 
 # Allowed locations of files.

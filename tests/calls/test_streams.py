@@ -91,15 +91,14 @@ def test_kernels_that_begin_early_read_what_was_written_right_before():
     rows = {name: expected(model, name, hidden) for name in {*mixes[0], *mixes[1]}}
     for names in mixes:
         run(model, mb, names, hidden)
-    tables = [table for bank in mb._router.graph.banks for each in bank._tables.values() for table in each.values()]
+    (block,) = mb._registry.tables._blocks
     torch.cuda.synchronize()
     torch.cuda._sleep(20 * LONG)
     found = []
     for index in range(200):
         mb._router.forget()
-        for table in tables:
-            table.rows.zero_()
-            table._written.clear()
+        block.rows.zero_()
+        block.numbers[:] = 0
         found.append(run(model, mb, mixes[index % 2], hidden))
     for index, actual in enumerate(found):
         check(actual, rows, mixes[index % 2])

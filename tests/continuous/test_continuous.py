@@ -599,6 +599,31 @@ def test_what_was_checked_of_old_versions_is_let_go(enabled):
         assert len(manager._admission._checked) <= 2
 
 
+def test_requests_are_checked_again_only_after_a_change(enabled, monkeypatch):
+    """Not whenever the last request of another adapter has ended, which would take long with many of them."""
+    model, mb = enabled
+    checked, why_not = Counter(), admission.Admission.why_not
+
+    def count(self, state):
+        checked[state.request_id] += 1
+        return why_not(self, state)
+
+    monkeypatch.setattr(admission.Admission, "why_not", count)
+    with mb.continuous_batching(generation_config=generation(), continuous_batching_config=settings()) as manager:
+        for number, name in enumerate(["three", "four", "eight"]):
+            manager.add_request([9] * 5, name, 4 + 4 * number, adapter_id=name)
+        assert [len(each.generated_tokens) for each in results(manager, 3).values()] == [4, 8, 12]
+        assert max(checked.values()) <= 2
+        manager.add_request([9] * 5, "long", 60, adapter_id="eight", streaming=True)
+        assert not manager.get_result(timeout=60).is_finished()
+        before = checked["long"]
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.eight"):
+                module.weight = torch.nn.Parameter(module.weight * -2)
+        results(manager, 1)
+    assert checked["long"] > before
+
+
 def test_requests_beyond_learned_positions_and_of_odd_numbers():
     model = peft_model("gpt2").to(DEVICE)  # it has 64 positions
     mb = peft_multibatch.enable(model)

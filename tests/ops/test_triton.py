@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tolerances import assert_close
+from weight_tables import make_table, update
 
 from peft_multibatch import SegmentBuffer, Segments, ops
-from peft_multibatch.adapters.tables import LayerWeights, WeightTable
+from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.ops import launches
 from peft_multibatch.plan.segments import piece_for
 
@@ -38,8 +39,8 @@ def random_parts(ranks, inputs, widths, dtype):
 
 
 def table_of(parts, dtype, slots=None):
-    table = WeightTable(dtype, slots or len(parts), len(parts[0]), DEVICE)
-    table.update(parts)
+    table = make_table(dtype, slots or len(parts), len(parts[0]), DEVICE)
+    update(table, parts)
     return table.describe(parts)
 
 
@@ -222,18 +223,18 @@ def test_partial_sums(splits):
 
 def test_a_table_follows_its_parts():
     parts = random_parts([[4], [8]], 32, [16], torch.float32)
-    table = WeightTable(torch.float32, 4, 1, DEVICE)
+    table = make_table(torch.float32, 4, 1, DEVICE)
     one = {1: parts[1]}
-    table.update(one)
+    update(table, one)
     assert table.rows[1, 0, 2] == 8 and table.rows[0].eq(0).all()
     assert table.describe(one)[1:] == (torch.float32, 8, True)
     place = table.rows.data_ptr()
-    table.update(parts)
+    update(table, parts)
     assert table.rows[:, 0, 2].tolist() == [4, 8, 0, 0]
     assert not table.describe(parts).is_aligned  # rows of four elements aren't a multiple of 16 bytes in every dtype
     a, b, *_ = parts[0][0]
     parts[0] = [LayerWeights(a.half(), b.half(), 3.0)]
-    table.update(parts)
+    update(table, parts)
     assert table.rows[:, 0, 2].tolist() == [0, 8, 0, 0]  # belongs in another table
     assert table.rows.data_ptr() == place
 
@@ -274,8 +275,8 @@ def test_sizes_on_a_gpu(mix, rows, slots):
 def test_a_graph_serves_every_mix():
     """Captured once with a plan buffer and a table; replays use what is written into both."""
     parts = random_parts([[8, 4], [16, 0], [3, 12]], 320, [96, 64], torch.bfloat16)
-    table = WeightTable(torch.bfloat16, 8, 2, "cuda")
-    table.update(parts)
+    table = make_table(torch.bfloat16, 8, 2, "cuda")
+    update(table, parts)
     buffer = SegmentBuffer(16, "cuda")
     buffer.update(Segments.from_ids([0] * 6))
     x = torch.randn(6, 320, device="cuda", dtype=torch.bfloat16)
@@ -288,7 +289,7 @@ def test_a_graph_serves_every_mix():
         if mix[0] == 1:
             a, b, *_ = parts[1][0]
             parts[1] = [LayerWeights(torch.randn_like(a), torch.randn_like(b), 7.0), None]
-            table.update(parts)
+            update(table, parts)
         plan = Segments.from_ids(mix)
         buffer.update(plan)
         for y in ys:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.checks import check_scaling
 from peft_multibatch.adapters.store.files import StoredTensor
 from peft_multibatch.adapters.store.settings import Settings
+from peft_multibatch.adapters.tables import SlotRows, TableBlock, bits
 from peft_multibatch.errors import AdapterMismatchError, AdapterUnsupportedError
 
 
@@ -90,6 +93,22 @@ class Copy(NamedTuple):
     to_dtype: torch.dtype
 
 
+class Template(NamedTuple):
+    """The rows of all adapters with a layout in a block, but with offsets instead of addresses.
+
+    Attributes:
+        changes: that of the block when this was made.
+        offsets: int64 ``[used, 4]``.
+        factors: int64 ``[used, 4]``: 1 for what the address of the adapter's memory is added to, otherwise 0.
+        serials: as in ``SlotRows``.
+    """
+
+    changes: int
+    offsets: np.ndarray
+    factors: np.ndarray
+    serials: list[dict[int, int]]
+
+
 class Layout:
     """The memory layout of an adapter's weights.
 
@@ -99,6 +118,7 @@ class Layout:
         file_size: the bytes of the file after the header.
         copies: the ranges to copy from the file into memory.
         dropout: the probability of its dropout in train mode.
+        checked: the model's counter of changes when ``Layouts`` checked it last.
     """
 
     def __init__(
@@ -113,6 +133,8 @@ class Layout:
         halves = self._halves(name, tensors)
         _check_names(name, halves, settings.names(name, model.module_names()))
         self.dropout = settings.dropout
+        self.checked = -1
+        self._templates: MutableMapping[TableBlock, Template] = WeakKeyDictionary()
         self._shapes = {
             module: (found["A"].shape, found["B"].shape, settings.rank_of(module)) for module, found in halves.items()
         }
@@ -146,6 +168,7 @@ class Layout:
             AdapterUnsupportedError: a layer can't have stored adapters.
         """
         covered = model.cover(name, self._shapes)
+        self._templates.clear()  # layers may have other names now
         for module, (a, b, rank) in self._shapes.items():
             layer = covered[module]
             if not (a == (rank, layer.in_features) and b == (layer.out_features, rank)):
@@ -160,6 +183,33 @@ class Layout:
                     "max_rank to adapter_store."
                 )
         return covered
+
+    def rows(self, block: TableBlock, names: Mapping[Any, str], address: int) -> SlotRows:
+        """The rows of an adapter with this layout, without a loop over layers.
+
+        Args:
+            block: the block of tables.
+            names: the names of the model's layers.
+            address: the address of the adapter's memory.
+        """
+        found = self._templates.get(block)
+        if found is None or found.changes != block.changes:
+            found = self._templates[block] = self._template(block, names)
+        return SlotRows(found.offsets + found.factors * address, found.serials)
+
+    def _template(self, block: TableBlock, names: Mapping[Any, str]) -> Template:
+        offsets = np.zeros((block.used, 4), dtype=np.int64)
+        serials = []
+        for table in block.tables():
+            found = [self.layers.get(names.get(layer, "")) for layer in table.layers]
+            if {stored.dtype for stored in found if stored is not None}.issubset(table.dtypes):
+                serials.append(table.serials)
+            for place, stored in enumerate(found, table.first):
+                if stored is not None and stored.dtype == table.dtype:
+                    a, b, rank = stored.lora_a.start, stored.lora_b.start, stored.lora_a.shape[0]
+                    offsets[place] = a, b, rank, bits(stored.scaling)
+        factors = (offsets[:, 2:3] > 0) * np.array([1, 1, 0, 0])
+        return Template(block.changes, offsets, factors, serials)
 
     def fill(self, memory: Tensor, file: Tensor) -> None:
         """Copy weights from the file's contents into memory, and convert their dtypes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, MutableMapping
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -33,8 +33,8 @@ class Layouts:
         self._model, self._max_rank, self._dtype = model, max_rank, dtype
         self._by_content: MutableMapping[tuple[tuple[StoredTensor, ...], Settings], Layout] = WeakValueDictionary()
         self._by_bytes: OrderedDict[tuple[bytes, int, bytes], Layout] = OrderedDict()
-        self._checked: MutableMapping[Layout, int] = WeakKeyDictionary()  # the value of model.changes at the check
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held while layers are prepared, which waits for running steps
+        self._content_lock = threading.Lock()
 
     def find(self, name: str, found: AdapterFiles) -> Layout:
         """The layout of an adapter's files, checked against the model.
@@ -57,8 +57,9 @@ class Layouts:
                 layout = self._by_content.get((tensors, settings))
                 if layout is None:
                     layout = Layout(name, tensors, settings, self._model, self._max_rank, self._dtype)
-                    self._by_content[tensors, settings] = layout
-                    self._checked[layout] = self._model.changes
+                    with self._content_lock:
+                        self._by_content[tensors, settings] = layout
+                    layout.checked = self._model.changes
                 self._by_bytes[key] = layout
                 if len(self._by_bytes) > KNOWN_FILES:
                     self._by_bytes.popitem(last=False)
@@ -68,7 +69,7 @@ class Layouts:
     def expect(self, modules: Iterable[str]) -> dict[torch.dtype | None, tuple[int, bool]]:
         """The dtypes of all adapters in these modules, with the largest rank of each, and whether all are aligned."""
         found: dict[torch.dtype | None, tuple[int, bool]] = {}
-        with self._lock:
+        with self._content_lock:
             known = [layout.layers for layout in self._by_content.values()]
         for layer in [layers[name] for layers in known for name in modules if name in layers]:
             rank, is_aligned = found.get(layer.dtype, (0, True))
@@ -82,6 +83,6 @@ class Layouts:
             AdapterUnsupportedError: a layer can't have stored adapters any more.
             AdapterMismatchError: the adapter doesn't fit the model any more.
         """
-        if self._checked.get(layout) != self._model.changes:
+        if layout.checked != self._model.changes:
             layout.check(name, self._model)
-            self._checked[layout] = self._model.changes
+            layout.checked = self._model.changes

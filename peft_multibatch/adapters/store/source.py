@@ -214,7 +214,7 @@ class StoredAdapters:
                 f"the model was moved to {self._model.device()}, and its adapter store has adapters on "
                 f"{self._device}: expected the same device. Move the model before you make its store."
             )
-        for version in versions:
+        for version in {version.layout: version for version in versions}.values():  # many share one
             self._layouts.check(version.name, version.layout)
             if version.layout.dropout and self._model.is_training():
                 raise UnsupportedError(

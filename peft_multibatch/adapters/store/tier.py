@@ -78,9 +78,10 @@ class Tier:
         return self._drop_unused(sizes, stay)
 
     def _drop_unused(self, sizes: Collection[int], stay: Collection[Version]) -> bool:
+        if self.arena.fits(sizes):
+            return True
+        stay = {*stay}
         for version in list(self._kept):
-            if self.arena.fits(sizes):
-                return True
             if version.is_pinned or version in stay:
                 continue
             memory = weakref.ref(self._kept[version])
@@ -88,6 +89,8 @@ class Tier:
             kept = memory()
             if kept is not None:  # a call reads it
                 self._kept[version] = kept
-            else:
-                self.evictions += 1
-        return self.arena.fits(sizes)
+                continue
+            self.evictions += 1
+            if self.arena.fits(sizes):
+                return True
+        return False

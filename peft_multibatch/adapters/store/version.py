@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from peft_multibatch.adapters import views
 from peft_multibatch.adapters.adapter import AnyAdapter, serials
 from peft_multibatch.adapters.slots import Slots
-from peft_multibatch.adapters.store.layout import Half, Layout, StoredLayer
-from peft_multibatch.adapters.tables import LayerWeights
+from peft_multibatch.adapters.store.layout import ALIGNMENT, Half, Layout, StoredLayer
+from peft_multibatch.adapters.tables import LayerWeights, SlotRows, TableBlock, WeightFormat
 
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class StoredAdapter(AnyAdapter):
         apart: always empty.
         dropouts: always empty.
         is_plain: always True.
+        layout: as in ``AnyAdapter``.
     """
 
     apart: Mapping[Any, str] = {}
@@ -88,8 +89,8 @@ class StoredAdapter(AnyAdapter):
         self.version = version
         self.memory = memory
         self._names = names
+        self.layout = version.layout if memory.data_ptr() % ALIGNMENT == 0 else None
         self._memory: dict[torch.dtype, Tensor] = {}
-        self._parts: dict[Any, LayerWeights | None] = {}
         self._views: dict[Any, Any] = {}
 
     @property
@@ -108,6 +109,24 @@ class StoredAdapter(AnyAdapter):
     def parts(self, layers: Iterable[LoraLayer]) -> list[LayerWeights | None]:
         """The adapter's weights in layers; None for layers where it has none."""
         return [self._parts[layer] if layer in self._parts else self._read(layer) for layer in layers]
+
+    def formats(self, layers: Sequence[LoraLayer]) -> list[WeightFormat]:
+        """As in ``AnyAdapter``."""
+        found = [self.version.layout.layers.get(self._names.get(layer, "")) for layer in layers]
+        device, is_aligned = self.memory.device, self.layout is not None
+        return [
+            WeightFormat(
+                each.dtype, each.lora_a.shape[0], is_aligned and each.lora_a.shape[0] % 8 == 0, (device, device)
+            )
+            for each in found
+            if each is not None
+        ]
+
+    def rows(self, block: TableBlock) -> SlotRows:
+        """As in ``AnyAdapter``, for all layers."""
+        if self.memory.device != block.device:
+            return SlotRows(block.numbers[self.slot, : block.used], ())
+        return self.version.layout.rows(block, self._names, self.memory.data_ptr())
 
     def view(self, layer: Any) -> Any:
         """A view of a layer with this adapter active, or with none if it has no weights there."""

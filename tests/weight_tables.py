@@ -15,7 +15,7 @@ ALL = {None, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def make_table(dtype, slots, slices, device):
     """Make a table behind another one, as in models, so that slots aren't next to each other in memory."""
-    memory, device = Tables(), torch.device(device)
+    memory, device = Tables(), torch.empty(0, device=device).device  # with its index
     first = memory.make(dtype, slots, ["other layer"], {dtype}, device)
     table = memory.make(dtype, slots, [f"layer {i}" for i in range(slices)], ALL, device)
     assert table.first == 1

@@ -104,7 +104,7 @@ async def models(request: Request) -> dict[str, Any]:
     """List the base model and its adapters."""
     engine = _engine(request)
     base = engine.settings.model_names[0]
-    adapters = [_model(name, written, base) for name, written in await engine.core.names()]
+    adapters = [_model(name, written, base) for name, written in await unless_left(request, engine.core.names())]
     return {"object": "list", "data": [_model(name, 0) for name in engine.settings.model_names] + adapters}
 
 
@@ -196,7 +196,7 @@ async def _begin(request: Request, preparing: Coroutine, body: Sampled) -> tuple
 
     async def first() -> tuple[Job, AsyncGenerator[Delta, None]]:
         try:
-            with engine.preparing():
+            async with engine.preparing():
                 record.job = job = await preparing
         finally:
             preparing.close()  # in case it was never awaited

@@ -113,7 +113,10 @@ def serve(
         engine.start()
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
-    Server(engine, host, port).run()
+    server = Server(engine, host, port)
+    server.run()
+    if server.has_failed:
+        sys.exit(1)
 
 
 def _named(adapters: list[str]) -> dict[str, Path]:

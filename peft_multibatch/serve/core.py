@@ -144,7 +144,7 @@ class Core:
                 adapter_id=order.target.entry,
                 **options,
             )
-            if added is None:
+            if added is None or not self.is_running:  # the loop may have ended while the request was added
                 raise broken()
         except Exception as error:
             if self._progress.forget(order.name):
@@ -173,13 +173,13 @@ class Core:
         """Unregister an adapter; see ``Catalog.unload``."""
         await self.catalog.unload(name)
 
-    async def grammar(self, schema: dict[str, Any]) -> str:
-        """Compile a JSON schema, and return it as an order's options contain it.
+    async def grammar(self, schema: str) -> None:
+        """Compile a JSON schema, so that orders may contain it as an option.
 
         Raises:
             ApiError: 400 if it can't be compiled.
         """
-        return await self._grammars.compile(schema, self._compiling)
+        await self._grammars.compile(schema, self._compiling)
 
     async def state(self) -> State:
         """The current state."""

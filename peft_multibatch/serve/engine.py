@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -112,14 +112,17 @@ class Engine:
 
         Raises:
             ApiError: the job can't run, or failed before its end.
+            RuntimeError: jobs of another event loop are running.
         """
         self.check()
-        inbox = Inbox()
+        loop = asyncio.get_running_loop()
+        if self._jobs and loop is not self._loop:
+            raise RuntimeError("jobs of another event loop are running: expected the same one. Run this job there.")
+        inbox, self._loop = Inbox(), loop
         under_way: dict[str, Sequence] = {}
         number = next(self._ids)
-        self._loop = asyncio.get_running_loop()
         left = job.arrived + self.settings.request_timeout - time.perf_counter()
-        timer = self._loop.call_later(left, inbox.fail, took_too_long(self.settings.request_timeout))
+        timer = loop.call_later(left, inbox.fail, took_too_long(self.settings.request_timeout))
         ends = [] if job.ignore_eos else self.core.ends
         with self._place(job.target.label, len(job.prompts) * job.n):
             self._jobs[number] = inbox
@@ -150,18 +153,22 @@ class Engine:
                     del self._places[name]
                 self.core.cancel([*under_way])
 
-    @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def preparing(self) -> AsyncIterator[None]:
         """Count a request while it is converted to a job; the limit is that of running and waiting sequences.
 
         Raises:
-            ApiError: 429 if there are too many.
+            ApiError: 429 if there are too many, 504 if it takes too long.
         """
+        limit = self.settings.request_timeout
         if self._prepared >= self.settings.max_batch + self.settings.max_queue:
             raise busy("The server has reached its limit of requests: try again later.", "queue_full")
         self._prepared += 1
         try:
-            yield
+            async with asyncio.timeout(limit):
+                yield
+        except TimeoutError:
+            raise took_too_long(limit) from None
         finally:
             self._prepared -= 1
 

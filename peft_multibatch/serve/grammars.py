@@ -70,38 +70,28 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._checks = asyncio.Semaphore(2)
 
-    async def compile(self, schema: dict[str, Any], threads: Executor) -> str:
-        """Check and compile a JSON schema.
+    async def compile(self, text: str, threads: Executor) -> None:
+        """Check and compile a JSON schema for ``get``.
 
         Args:
-            schema: as in OpenAI's API; keywords that llguidance doesn't know are errors.
+            text: from ``text_of``; keywords that llguidance doesn't know are errors.
             threads: compiles it.
-
-        Returns:
-            The schema as text, for ``get``.
 
         Raises:
             ApiError: llguidance isn't installed, doesn't support the model, or can't compile the schema.
         """
         self._check_possible()
-        try:
-            text = json.dumps(schema, allow_nan=False)
-        except ValueError:
-            raise invalid(f"'{PARAM}' contains a non-finite number: expected finite ones.", PARAM) from None
-        if len(text) > MAX_BYTES:
-            raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected at most {MAX_BYTES}.", PARAM)
         if text in self._kept:
             self._kept.move_to_end(text)
-            return text
+            return
         async with self._checks:
             await self._check(text)
         self._kept[text] = await asyncio.get_running_loop().run_in_executor(threads, self._compile, text)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return text
 
     def get(self, text: str) -> Grammar:
-        """Return the grammar of a schema that ``compile`` returned; if others displaced it, compile it again."""
+        """Return the grammar of a compiled schema; if others displaced it, compile it again."""
         return self._kept.get(text) or self._compile(text)
 
     def _check_possible(self) -> None:
@@ -149,6 +139,23 @@ class Grammars:
         if matcher.is_error():
             raise _unfit(_first_line(matcher.get_error()))
         return Grammar(matcher)
+
+
+def text_of(schema: dict[str, Any]) -> str:
+    """Convert a schema, as in OpenAI's API, to text.
+
+    Raises:
+        ApiError: it is too large, nested too deeply or contains a non-finite number.
+    """
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise invalid(f"'{PARAM}' contains a non-finite number: expected finite ones.", PARAM) from None
+    except RecursionError:
+        raise _unfit("it is nested too deeply") from None
+    if len(text) > MAX_BYTES:
+        raise invalid(f"The schema of '{PARAM}' has {len(text)} bytes: expected at most {MAX_BYTES}.", PARAM)
+    return text
 
 
 def too_complex() -> ApiError:

@@ -36,7 +36,7 @@ class Order(NamedTuple):
         is_streamed: whether there are outputs before the answer ends.
         is_urgent: whether there is one for each token.
         options: sampling options for the manager's ``add_request``, and ``grammar``, a schema that ``Core.grammar``
-            returned.
+            compiled.
     """
 
     name: str

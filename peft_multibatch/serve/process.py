@@ -2,7 +2,8 @@
 
 Messages are pickled and sent through a pipe. Each is a tuple that begins with its kind:
 
-    from the engine     "add", order     "cancel", names     "call", number, method, args     "stop"
+    from the engine     "add", order     "cancel", names     "stop"
+                        "call", number, method, args     "drop", the number of a call that nobody awaits any more
     from the core       "outputs", outputs     "value" or "error", number, what a call returned or raised
     once, in the beginning     "started", what the engine must know     or "failed", kind, message
 """
@@ -10,15 +11,18 @@ Messages are pickled and sent through a pipe. Each is a tuple that begins with i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any
@@ -34,8 +38,8 @@ from peft_multibatch.serve.settings import Settings
 
 logger = logging.get_logger(__name__)
 
-STOPS = 30.0
-"""Seconds for a core's process to end, after which it is killed."""
+STOPS = 5.0
+"""Seconds for a core's process to end, after which it is killed; it has nothing to save."""
 
 
 class CoreProcess:
@@ -71,7 +75,7 @@ class CoreProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, self._other = context.Pipe()
         args = self._other, load, settings, log_format
-        self._process = context.Process(target=_run, args=args, name="peft-multibatch-core", daemon=True)
+        self._process = context.Process(target=_run, args=args, name="peft-multibatch-core")
 
     def start(self) -> None:
         """Load the model; returns once the core can run requests.
@@ -80,31 +84,39 @@ class CoreProcess:
             RuntimeError: the model could not be loaded, or the process ended.
             ValueError: the settings don't fit the model.
         """
-        self._process.start()
+        with _interrupts_blocked():
+            self._process.start()
         self._other.close()
-        Finalize(self, _kill, (self._process,), exitpriority=100)  # or an exception here would leave it running
+        Finalize(self, _kill, (self._process,), exitpriority=100)  # or exiting would wait for it
         try:
-            kind, *found = self._pipe.recv()
+            kind, *found = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             self._process.join(STOPS)
             code = self._process.exitcode
-            raise RuntimeError(f"the model's process ended with code {code} before the model was loaded.") from None
+            raise RuntimeError(
+                f"the model's process ended with code {code} before the model was loaded: expected it to run. Its "
+                "output has the reason."
+            ) from None
         if kind == "failed":
-            self._process.join(STOPS)
+            _kill(self._process)  # threads that it started could keep it running
             error, message = found
             raise error(message)
         self.tokenizer, self.ends, self.vocabulary, self.max_model_len = found
         self.is_running = True
         for function in (self._read, self._write):
             threading.Thread(target=function, name=f"core{function.__name__}", daemon=True).start()
+        gc.collect()
+        gc.freeze()  # a collection of all libraries' objects would stop every stream for half a second
 
     def stop(self) -> None:
         """End the process."""
         if self._process.pid is None:
             return
+        gc.unfreeze()
         self._is_stopping = True
-        self._outgoing.put(("stop",))
-        self._process.join(STOPS)
+        if self.is_running:
+            self._outgoing.put(("stop",))
+            self._process.join(STOPS)
         _kill(self._process)
 
     @property
@@ -150,9 +162,9 @@ class CoreProcess:
         """Unregister an adapter; see ``Catalog.unload``."""
         await self._call("unload", name)
 
-    async def grammar(self, schema: dict[str, Any]) -> str:
+    async def grammar(self, schema: str) -> None:
         """Compile a JSON schema; see ``Core.grammar``."""
-        return await self._call("grammar", schema)
+        await self._call("grammar", schema)
 
     async def state(self) -> State:
         """The current state."""
@@ -165,11 +177,12 @@ class CoreProcess:
                 raise broken()
             number = self._numbers = self._numbers + 1
             self._calls[number] = result
-        self._outgoing.put(("call", number, method, args))
         try:
+            self._outgoing.put(("call", number, method, args))
             return await asyncio.wrap_future(result)
         finally:
-            self._calls.pop(number, None)
+            if self._calls.pop(number, None) is not None:  # cancelled before there was an answer
+                self._outgoing.put(("drop", number))
 
     def _write(self) -> None:
         """Send messages, which would block the event loop while the pipe is full."""
@@ -190,14 +203,14 @@ class CoreProcess:
                 with self._lock:
                     self._orders.difference_update(each.name for each in found[0] if each.is_finished)
                 self._listener(found[0])
-            elif (result := self._calls.get(found[0])) is not None and result.set_running_or_notify_cancel():
+            elif (result := self._calls.pop(found[0], None)) is not None and result.set_running_or_notify_cancel():
                 (result.set_result if kind == "value" else result.set_exception)(found[1])
         if not self._is_stopping:
             self._process.join(1)
             logger.error(f"the model's process ended with code {self._process.exitcode}")
         with self._lock:
             self.is_running = False
-            calls, orders = list(self._calls.values()), list(self._orders)
+            calls, self._calls, orders = list(self._calls.values()), {}, list(self._orders)
         self._outgoing.put(None)
         for result in calls:
             if result.set_running_or_notify_cancel():
@@ -211,32 +224,57 @@ class CoreProcess:
         self._listener([Output(name, [], [], True, broken(), now) for name in names])
 
 
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started in the block, which would be importing libraries, until ``_run``."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _kill(process: Any) -> None:
     process.kill()
     process.join()
 
 
 def _run(pipe: Connection, load: Callable[[], tuple[Any, Any]], settings: Settings, log_format: str | None) -> None:
-    """Run a core until the engine stops it, or its process ends."""
+    """Run a core until the engine stops it, or the engine's process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the engine gets as well
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if log_format is not None:
         set_up(log_format)
     try:
         model, tokenizer = load()
         core = Core(model, tokenizer, settings)
         core.start()
+        started = pickle.dumps(("started", tokenizer, core.ends, core.vocabulary, core.max_model_len))
     except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()
-        message = f"{error}" if isinstance(error, ValueError) else f"the model could not be loaded: {error}"
-        pipe.send(("failed", ValueError if isinstance(error, ValueError) else RuntimeError, message))
+        is_known = isinstance(error, ValueError)
+        if not is_known:
+            logger.error(f"the model could not be loaded: {error!r}", exc_info=True)
+        message = f"{error}" if is_known else f"the model could not be loaded: {error}"
+        pipe.send_bytes(pickle.dumps(("failed", ValueError if is_known else RuntimeError, message)))
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requests may finish after a signal to the process group
-    pipe.send(("started", tokenizer, core.ends, core.vocabulary, core.max_model_len))
-    try:
-        asyncio.run(_Served(core, pipe).run())
-    finally:
-        core.stop()
+    pipe.send_bytes(started)
+    asyncio.run(_Served(core, pipe).run())
+    if not core.is_running:
+        os._exit(1)  # the device may be unusable, and `stop` could wait for it
+    core.stop()
+
+
+def _end_with_parent() -> None:
+    """End this process, whatever it is doing, as soon as the engine's process has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Served:
@@ -245,37 +283,42 @@ class _Served:
     def __init__(self, core: Core, pipe: Connection) -> None:
         self._core, self._pipe = core, pipe
         self._lock = threading.Lock()  # outputs come from another thread than what calls return
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[int, asyncio.Task[None]] = {}
         self._has_stopped = asyncio.Event()
 
     async def run(self) -> None:
-        """Do what the engine asks for until it stops."""
+        """Do what the engine asks for until it stops, or the loop that runs requests has ended."""
         self._core.listen(lambda outputs: self._send("outputs", outputs))
         threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True).start()
-        await self._has_stopped.wait()
+        while self._core.is_running and not self._has_stopped.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._has_stopped.wait()
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
                 message = pickle.loads(self._pipe.recv_bytes())
-            except (EOFError, OSError):  # the engine's process has ended
-                message = ("stop",)
-            try:
-                loop.call_soon_threadsafe(self._take, *message)
-            except RuntimeError:  # it has stopped
+            except (EOFError, OSError):  # the engine's process has ended, and so will this one
                 return
-            if message == ("stop",):
-                return
+            kind, *args = message
+            if kind == "add":
+                self._core.add(*args)
+            elif kind == "cancel":
+                self._core.cancel(*args)
+            else:
+                loop.call_soon_threadsafe(self._take, kind, *args)
+                if kind == "stop":
+                    return
 
     def _take(self, kind: str, *args: Any) -> None:
-        if kind == "add":
-            self._core.add(*args)
-        elif kind == "cancel":
-            self._core.cancel(*args)
-        elif kind == "call":
-            task = asyncio.create_task(self._call(*args))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if kind == "call":
+            number = args[0]
+            self._calls[number] = task = asyncio.create_task(self._call(*args))
+            task.add_done_callback(lambda _: self._calls.pop(number))
+        elif kind == "drop":
+            if (found := self._calls.get(*args)) is not None:
+                found.cancel()
         else:
             self._has_stopped.set()
 
@@ -289,8 +332,6 @@ class _Served:
             self._send("error", number, failed())
 
     def _send(self, *message: Any) -> None:
-        try:
-            with self._lock:
-                self._pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            pass  # the engine's process has ended, which `_read` finds
+        found = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        with self._lock, contextlib.suppress(OSError):  # the engine's process has ended, and so will this one
+            self._pipe.send_bytes(found)

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft_multibatch.serve.engine import Engine
 from peft_multibatch.serve.errors import ApiError, invalid, too_long, unsupported
+from peft_multibatch.serve.grammars import text_of
 from peft_multibatch.serve.jobs import Job
 from peft_multibatch.serve.protocol import (
     ChatRequest,
@@ -47,7 +48,8 @@ async def chat_job(engine: Engine, body: ChatRequest, request_id: str) -> Job:
     if schema is not None:
         if body.ignore_eos:
             raise unsupported("ignore_eos", "'response_format' as well, whose answers must end")
-        job.options["grammar"] = await engine.core.grammar(schema)
+        job.options["grammar"] = text = text_of(schema)
+        await engine.core.grammar(text)
     return job
 
 

@@ -34,17 +34,20 @@ def configuration(app: Any, grace: float, host: str, port: int) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the engine when it is shutting down.
+    """uvicorn's server, which tells the engine when it is shutting down, and shuts down when its core has ended.
 
     Args:
         engine: a started engine; it is stopped on shutdown.
         host: address to listen on.
         port: port to listen on; 0 picks a free one.
+
+    Attributes:
+        has_failed: whether it shut down because the core has ended.
     """
 
     def __init__(self, engine: Engine, host: str, port: int) -> None:
         engine.settings.check_host(host)
-        self._engine = engine
+        self._engine, self.has_failed = engine, False
         super().__init__(configuration(build_app(engine, [log_request]), engine.settings.grace, host, port))
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -54,6 +57,12 @@ class Server(uvicorn.Server):
             engine.is_stopping = True
             self._loop.call_soon_threadsafe(self._loop.call_later, engine.settings.grace, engine.cancel_all)
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to shut down: also when no request can run any more, so that a supervisor starts it again."""
+        if not self._engine.is_stopping and not self._engine.core.is_running:
+            self._engine.is_stopping = self.has_failed = self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: Any = None) -> None:
         """Start listening."""

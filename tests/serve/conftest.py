@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 from serving import save_adapters, save_tokenizer, serving, tiny_model
 
-from peft_multibatch.serve import core
+from peft_multibatch.serve import core, process
 
 
 __all__ = ["asynchronous"]
@@ -28,7 +28,8 @@ def _stays_frozen():
     """
     nothing = SimpleNamespace(collect=lambda: None, freeze=lambda: None, unfreeze=lambda: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "gc", nothing)
+        for each in (core, process):
+            patch.setattr(each, "gc", nothing)
         yield
 
 

@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import typer
 from serving import chat_ids, serving, text_alone, tiny_model
+from test_limits import wait_until
 from typer.testing import CliRunner
 
 from peft_multibatch.serve.cli import serve
@@ -37,8 +39,8 @@ def base(tmp_path_factory, tokenizer):
 
 
 @contextlib.contextmanager
-def process(base, folder, *options, env=None):
-    """Run a server; yields its process, its URL and its log file."""
+def starting(base, folder, *options, env=None):
+    """Start a server in a process group of its own; yields its process, its URL and its log file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,14 +54,26 @@ def process(base, folder, *options, env=None):
         str(folder),
         "--port",
         str(port),
+        "--max-cache-tokens",
+        "2048",
     ]
     log = base.parent / f"log-{port}"
     with log.open("wb") as file:
         running = subprocess.Popen(
-            [*command, "--max-cache-tokens", "2048", *options], stderr=file, env=os.environ | (env or {})
+            [*command, *options], stderr=file, env=os.environ | (env or {}), start_new_session=True
         )
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        yield running, f"http://127.0.0.1:{port}", log
+    finally:
+        running.kill()
+        running.wait()
+
+
+@contextlib.contextmanager
+def process(*args, **options):
+    """Run a server; as ``starting``, once it is ready."""
+    with starting(*args, **options) as (running, url, log):
+        end = time.monotonic() + 120
         while True:
             assert running.poll() is None and time.monotonic() < end, log.read_text()
             with contextlib.suppress(httpx.TransportError):
@@ -67,9 +81,13 @@ def process(base, folder, *options, env=None):
                     break
             time.sleep(0.1)
         yield running, url, log
-    finally:
-        running.kill()
-        running.wait()
+
+
+def core_of(running):
+    """The id of the process that runs the model, or None if it hasn't been started."""
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    found = [int(each) for each in children if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return found[0] if found else None
 
 
 def stream_of(url, **options):
@@ -84,9 +102,12 @@ def test_it_serves_and_stops_when_requests_have_ended(base, folder, alone, token
         client, stream = stream_of(url, max_tokens=300)
         with client:
             assert {model.id for model in client.models.list()} == {"tiny-llama", "red", "green", "blue"}
-            running.send_signal(signal.SIGTERM)
+            running.send_signal(signal.SIGSTOP)
+            time.sleep(1)  # tokens wait in the pipe
+            running.send_signal(signal.SIGCONT)
+            os.killpg(running.pid, signal.SIGTERM)  # as systemd does
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        running.wait(20)
+        assert running.wait(20) in (0, -signal.SIGTERM)
         # imported libraries log before the format is set
         started = log.read_text()[log.read_text().index('{"time"') :]
         lines = [json.loads(line) for line in started.splitlines()]
@@ -109,6 +130,28 @@ def test_the_time_of_grace_is_an_end(base, folder):
                 list(stream)
         running.wait(20)
         assert 'code="stopping"' in log.read_text()
+
+
+def test_it_ends_with_the_models_process(base, folder):
+    with process(base, folder) as (running, url, log):
+        client, stream = stream_of(url)
+        with client:
+            os.kill(core_of(running), signal.SIGKILL)
+            with pytest.raises(openai.APIError, match="can't run requests"):
+                list(stream)
+        assert running.wait(20) == 1  # so that a supervisor starts it again
+        assert "the model's process ended with code -9" in log.read_text()
+
+
+def test_ctrl_c_while_the_model_is_loaded(base, folder):
+    with starting(base, folder) as (running, _, log):
+        wait_until(lambda: core_of(running), 60)
+        core = core_of(running)
+        time.sleep(1)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(20) == 130
+        assert "Traceback" not in log.read_text()
+        assert not Path(f"/proc/{core}").exists()
 
 
 def test_keys_come_from_the_environment(base, folder):

@@ -1,18 +1,13 @@
-"""A server whose model runs in a process of its own: same answers and errors, and both processes' ends."""
+"""A server whose model runs in a process of its own gives the same answers and errors; nothing is left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import os
+import json
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
@@ -22,8 +17,6 @@ from test_limits import wait_until
 from transformers import AutoTokenizer
 
 from peft_multibatch.serve.errors import ApiError, unavailable
-from peft_multibatch.serve.process import CoreProcess
-from peft_multibatch.serve.settings import Settings
 
 
 OPTIONS = {"allow_load": True, "admin_key": "chief", "max_queue": 64}
@@ -32,14 +25,6 @@ OPTIONS = {"allow_load": True, "admin_key": "chief", "max_queue": 64}
 def load(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     return tiny_model(tokenizer), tokenizer
-
-
-def refuse(error):
-    raise error
-
-
-def vanish():
-    os._exit(3)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +113,23 @@ def test_the_errors_are_those_of_one_process(apart, together, what):
     assert (found[0].status_code, found[0].json()) == (found[1].status_code, found[1].json())
 
 
+@pytest.mark.parametrize("depth", [200, 940, 5000])
+def test_deeply_nested_schemas_are_refused_alike(apart, together, depth):
+    schema = '{"a":' * depth + "1" + "}" * depth
+    body = json.dumps({
+        "model": "red",
+        "messages": [{"role": "user", "content": "x"}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": "HERE"}},
+    })  # fmt: skip
+    found = [
+        httpx.post(f"{each.url}/v1/chat/completions", content=body.replace('"HERE"', schema), timeout=60,
+                   headers={"content-type": "application/json"})
+        for each in (apart, together)
+    ]  # fmt: skip
+    assert found[0].status_code == 400
+    assert (found[0].status_code, found[0].json()) == (found[1].status_code, found[1].json())
+
+
 def test_structured_output(apart, together):
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     options = {
@@ -201,98 +203,30 @@ def test_a_call_that_is_cancelled_leaves_nothing_and_disturbs_nothing(apart):
     assert not core._calls
 
 
+def test_schemas_of_clients_that_have_left_are_not_compiled(apart):
+    pytest.importorskip("llguidance")
+    core = apart.engine.core
+
+    def slow(number):
+        patterns = [{"type": "string", "pattern": f"a{{1,{24 * number + each}}}"} for each in range(1, 25)]
+        return json.dumps({"allOf": patterns})
+
+    async def main():
+        tasks = [asyncio.create_task(core.grammar(slow(number))) for number in range(16)]
+        await asyncio.sleep(0.5)
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        async with asyncio.timeout(8):  # the 16 of them take three seconds of a core each
+            return await core.grammar('{"type": "object", "maxProperties": 3}')
+
+    asyncio.run(main())
+    assert not core._calls
+
+
 def test_errors_cross_processes_whole():
     error = unavailable("why", "code")
     found = pickle.loads(pickle.dumps(error))
     assert type(found) is ApiError and str(found) == "why"
     assert vars(found) == vars(error)
-
-
-def test_the_end_of_the_models_process_is_an_error_of_its_requests(tokenizer, folder, caplog):
-    with serving(functools.partial(load, tokenizer.name_or_path), None, folder) as served:
-        assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
-        stream = served.client().completions.create(
-            model="red", prompt="x", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        os.kill(served.engine.core.pid, signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="can't run requests"):
-            list(stream)
-        found = httpx.get(f"{served.url}/health")
-        assert (found.status_code, found.json()) == (503, {"status": "the model's process has ended"})
-        assert gauges(served)["peft_multibatch_healthy"] == 0
-        with pytest.raises(openai.InternalServerError) as caught:
-            served.client().completions.create(model="red", prompt="x")
-        assert (caught.value.status_code, caught.value.body["code"]) == (503, "broken")
-        wait_until(lambda: not served.engine.running, 2)
-    assert "ended with code -9" in caplog.text
-
-
-def test_a_model_process_that_hangs_is_a_problem(tokenizer, folder, monkeypatch):
-    from peft_multibatch.serve import engine
-
-    monkeypatch.setattr(engine, "ANSWERS", 0.2)
-    with serving(functools.partial(load, tokenizer.name_or_path), None, folder) as served:
-        os.kill(served.engine.core.pid, signal.SIGSTOP)
-        try:
-            assert httpx.get(f"{served.url}/health").json() == {"status": "the model's process doesn't answer"}
-            assert httpx.get(f"{served.url}/metrics").status_code == 200
-        finally:
-            os.kill(served.engine.core.pid, signal.SIGCONT)
-        assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
-
-
-@pytest.mark.parametrize(
-    ("loading", "kind", "why"),
-    [
-        (functools.partial(refuse, OSError("no such model")), RuntimeError, "could not be loaded: no such model"),
-        (functools.partial(refuse, ValueError("doesn't fit")), ValueError, "^doesn't fit$"),
-        (vanish, RuntimeError, "ended with code 3"),
-    ],
-    ids=["OSError", "ValueError", "exit"],
-)
-def test_a_model_that_cannot_be_loaded(loading, kind, why):
-    core = CoreProcess(loading, Settings())
-    with pytest.raises(kind, match=why):
-        core.start()
-    assert not core._process.is_alive()
-
-
-SCRIPT = """
-import functools, sys, time
-from test_process import load
-from peft_multibatch.serve.process import CoreProcess
-from peft_multibatch.serve.settings import Settings
-
-if __name__ == "__main__":
-    core = CoreProcess(functools.partial(load, sys.argv[1]), Settings(max_cache_tokens=1024))
-    core.start()
-    print(core.pid, flush=True)
-    if sys.argv[2] == "raises":
-        raise SystemExit("an error after the start")
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("how", ["killed", "raises"])
-def test_the_models_process_does_not_outlive_the_servers(tokenizer, tmp_path, how):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
-    running = subprocess.Popen([sys.executable, tmp_path / "script.py", tokenizer.name_or_path, how],
-                               stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})  # fmt: skip
-    with running:
-        pid = int(running.stdout.readline())
-        if how == "killed":
-            running.kill()
-        running.wait(20)
-        end = time.monotonic() + 20
-        while is_alive(pid):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

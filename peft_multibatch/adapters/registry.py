@@ -6,6 +6,7 @@ known only to its source: ``PeftModules`` or an ``AdapterStore``.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,6 +101,8 @@ class Registry:
         self.store: AdapterStore | None = None
         self.guard: weakref.WeakMethod | None = None
         self._current: OrderedDict[int, Adapter] = OrderedDict()
+        self._lock = threading.Lock()
+        self._drops = 0  # how often versions were dropped, so that none is kept that was read before
         self._dropout: dict[int, DropoutState] = {}
         self._check_count = 0
         self._last_checks: dict[int, int] = {}  # the value of _check_count when each was compared
@@ -219,12 +222,16 @@ class Registry:
 
     def renew(self, ids: Iterable[int]) -> None:
         """Read these adapters again, because their weights were written in place, which isn't noticed."""
-        for each in ids:
-            self._current.pop(each, None)
+        with self._lock:
+            self._drops += 1
+            for each in ids:
+                self._current.pop(each, None)
 
     def forget(self) -> None:
         """Drop all versions, so that adapters are read again."""
-        self._current.clear()
+        with self._lock:
+            self._drops += 1
+            self._current.clear()
 
     def forget_gone(self) -> None:
         """Drop adapters that were deleted, and free their memory."""
@@ -250,9 +257,12 @@ class Registry:
                 "exist. Delete adapters when no call needs them."
             )
         self._current.pop(number, None)
+        drops = self._drops
         adapter = self.source.read(name)
         adapter.dropout_state = self.dropout_state(number)
-        self._current[number] = adapter
+        with self._lock:
+            if drops == self._drops:  # otherwise PEFT may have been in the middle of adding it
+                self._current[number] = adapter
         while len(self._current) > MOST_IDLE:
             self._current.popitem(last=False)
         return adapter

@@ -116,3 +116,22 @@ def test_dictionaries_that_the_garbage_collector_does_not_show():
     assert model.peft_config is watched
     mb.disable()
     assert model.peft_config is model.base_model.peft_config is before
+
+
+def test_what_was_read_while_adapters_changed_is_read_again(monkeypatch):
+    model = peft_model()
+    registry = peft_multibatch.enable(model)._registry
+    read, seen = registry.source.read, []
+
+    def read_in_between(name):
+        adapter = read(name)
+        seen.append(adapter)
+        if len(seen) < 3:  # as at the end of `manager.changing()`, on another thread
+            (registry.renew([0]) if len(seen) == 1 else registry.forget())
+        return adapter
+
+    registry.forget()
+    monkeypatch.setattr(registry.source, "read", read_in_between)
+    for count in (1, 2, 3, 3):
+        assert registry.adapters([0])[0] is seen[-1]
+        assert len(seen) == count

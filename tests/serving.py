@@ -16,7 +16,6 @@ from openai import OpenAI
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.serve.app import build_app
 from peft_multibatch.serve.core import Core
 from peft_multibatch.serve.engine import Engine
@@ -33,13 +32,6 @@ SIZES = {
     "intermediate_size": 80,
     "max_position_embeddings": 512,
 }
-
-
-class Queued(Outputs):
-    """A router for a serving manager without a core: all outputs go to the manager's queue."""
-
-    def step_ended(self) -> None:
-        """Outputs of streams aren't collected."""
 
 
 def tiny_model(tokenizer: Any) -> LlamaForCausalLM:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from batching import DEVICE, generation, prompts, results, row_by_row, settings
 from models import base_model
-from serving import Queued
 from stored import save_many
 
 import peft_multibatch
@@ -34,7 +33,6 @@ def mb(folder):
 @contextlib.contextmanager
 def running(mb, **options):
     manager = ServingManager(mb, generation_config=generation(), continuous_batching_config=settings(**options))
-    manager.output_router = Queued()
     manager.warmup()
     manager.start()
     try:

@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 from batching import DEVICE, generation, results, settings
-from serving import Queued, chat_ids, serving, text_alone, tiny_model, tokens_alone
+from serving import chat_ids, serving, text_alone, tiny_model, tokens_alone
 from test_completions import NAMES, TEXTS, ask
 
 import peft_multibatch
@@ -226,7 +226,6 @@ def mb(tokenizer, folder):
 def test_masks_follow_the_tokens_however_steps_are_run(mb, alone, tokenizer, asynchronous, how):
     options = {"asynchronous": asynchronous, "evicted": {"blocks": 8}, "graphs": {"use_cuda_graph": True}}.get(how, {})
     manager = ServingManager(mb, generation_config=generation(), continuous_batching_config=settings(**options))
-    manager.output_router = Queued()
     compiler = Grammars(tokenizer, [tokenizer.eos_token_id], manager.logit_processor.vocabulary)
     grammar = compiler._compile(json.dumps(SCHEMA | MEASURED))
     matcher = matcher_of(tokenizer, SCHEMA | MEASURED, len(tokenizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -208,7 +209,8 @@ class Graph:
         if call.outer is not None and call.outer.plan is not call.plan:
             self.plans.add_(1)
         if call.thread is not None:
-            self._change(call.thread)
+            with contextlib.suppress(ModelStateError):  # of a call that goes on, whose layers raise it when they run
+                self._change(call.thread)
         if call.outer in self._innermost:
             self._sync(call.outer.plan)
 
@@ -285,16 +287,14 @@ class Graph:
         """Update attributes after a call of a thread began or ended."""
         active = [call for call in self._calls if call.is_active]
         around = {(call.outer, call.thread, call.task) for call in active}
-        # the innermost call of each task
-        calls = [call for call in active if (call, call.thread, call.task) not in around]
-        samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
+        calls = [call for call in active if (call, call.thread, call.task) not in around]  # innermost of each task
         self._innermost = calls
+        samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
         self.contended = any(call.plan is not calls[0].plan for call in calls)
         self.components = max([self.components, *(len(call.plan.components) for call in calls)])
         self._look_apart(calls)
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
-        thread.active = bool(samples)
-        self.active = bool(calls)
+        thread.active, self.active = bool(samples), bool(calls)
         if calls and not self.contended and self._tables and not calls[0].is_media:  # which no graph runs
             self._write(calls[0].plan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,6 +225,32 @@ def test_an_adapter_that_reaches_no_layer_is_not_the_base_model():
     assert_close(logits(model, adapter_ids=NAMES), expected(model, NAMES))
     (*_, last) = mb.report().adapters
     assert (last.state, last.layers, last.version) == ("broken", 0, -1)
+
+
+def test_a_call_ends_whatever_is_wrong_with_another(monkeypatch):
+    """When it ends, graphs are to read the plan of the one that goes on."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    graph = mb._router.graph
+    graph._tables.add(graph.banks[0], torch.device("cpu"))
+    refused = []
+
+    def refuse(plan, _):
+        refused.append([adapter.name for adapter in plan.adapters.values()])
+        raise errors.ModelStateError("its weights are elsewhere")
+
+    with mb.batch(["three"] * 2):
+        monkeypatch.setattr(graph._tables, "bring_up_to_date", refuse)
+        graph._written = None
+
+        def run():
+            with mb.batch(["eight"] * 2):
+                pass
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        assert refused == [["three"]] and graph.active and not graph.contended
+    assert not graph._calls and not graph.active
 
 
 def test_weights_are_read_on_request():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,15 +59,17 @@ def _frame_of(pack: Any) -> Any:
 
 def _hooks_since(first: Any) -> list[Any]:
     """The saved-tensors hooks inside ``first``. Only the innermost is accessible, so they are popped and pushed."""
-    found: list[tuple[Any, Any]] = []
+    found: list[tuple[Any, Any]] = []  # the outermost first
+    push_all = itertools.starmap(compat.push_saved_tensors_hooks, found)
     try:
         while (hooks := compat.saved_tensors_hooks(True)) is not None and hooks[0] is not first:
-            found.append(hooks)
+            found.insert(0, hooks)
             compat.pop_saved_tensors_hooks()
-    finally:
+    except BaseException:
         hooks = compat.saved_tensors_hooks(True)
-        if found and hooks is not None and hooks[0] is found[-1][0]:  # an exception came before it was popped
-            found.pop()
-        for pack, unpack in reversed(found):
-            compat.push_saved_tensors_hooks(pack, unpack)
-    return [pack for pack, _ in found]
+        if found and hooks is not None and hooks[0] is found[0][0]:  # the exception came before it was popped
+            del found[0]
+        raise
+    finally:
+        [*push_all]  # noqa: B018  # without a call, after which a signal's exception could be raised
+    return [pack for pack, _ in reversed(found)]

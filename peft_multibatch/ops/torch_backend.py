@@ -23,17 +23,6 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-NARROW = 16
-"""Results with fewer columns are computed as their transposes, which takes MKL down to a sixth of the time."""
-
-
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, for matrices or batches of them, and any strides of the result."""
-    product = torch.mm if left.dim() == 2 else torch.bmm
-    is_narrow = right.shape[-1] < min(NARROW, left.shape[-2])
-    return product(right.mT, left.mT).mT if is_narrow else product(left, right)
-
-
 def apply_(ys: Sequence[Tensor], x: Tensor, segments: Segments, weights: dict[int, SlotWeights]) -> None:
     """Add each row's delta to the outputs of a projection group, in place. Without gradients.
 
@@ -67,10 +56,10 @@ def _add_products_(y: Tensor, own: list[tuple[slice, Tensor, Projection, float]]
     for rows, x, (a, b, scaling), scale in own:
         y_rows = y[rows]
         if is_plain and x.dtype == a.dtype == acc:
-            y_rows.addmm_(multiply(x, a), b, alpha=scaling * scale)
+            y_rows.addmm_(torch.mm(x, a), b, alpha=scaling * scale)
         else:
             # x is rounded to the adapter's dtype first, as in PEFT, and sums have higher precision
-            h = multiply(x.to(a.dtype).to(acc), a.to(acc))
+            h = torch.mm(x.to(a.dtype).to(acc), a.to(acc))
             y_rows.copy_(y_rows + torch.mm(h, b.to(acc)) * (scaling * scale))
 
 

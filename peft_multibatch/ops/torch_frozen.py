@@ -19,8 +19,7 @@ from torch import Tensor
 
 from peft_multibatch.ops.dropout import Masks
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted, gradients_of, without_autocast
-from peft_multibatch.ops.torch_backend import multiply
-from peft_multibatch.ops.torch_gradients import TorchProduct
+from peft_multibatch.ops.torch_gradients import TorchProduct, multiply
 from peft_multibatch.plan.segments import Segments
 
 

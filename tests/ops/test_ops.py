@@ -13,7 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from peft_multibatch import Segments, ops
-from peft_multibatch.ops.torch_backend import multiply
+from peft_multibatch.ops.torch_gradients import multiply
 
 
 class Case(NamedTuple):

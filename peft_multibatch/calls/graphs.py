@@ -209,7 +209,7 @@ class Graph:
         if call.outer is not None and call.outer.plan is not call.plan:
             self.plans.add_(1)
         if call.thread is not None:
-            with contextlib.suppress(ModelStateError):  # of a call that goes on, whose layers raise it when they run
+            with contextlib.suppress(ModelStateError):  # of a call that continues, whose layers raise it when they run
                 self._change(call.thread)
         if call.outer in self._innermost:
             self._sync(call.outer.plan)

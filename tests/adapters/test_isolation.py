@@ -228,7 +228,7 @@ def test_an_adapter_that_reaches_no_layer_is_not_the_base_model():
 
 
 def test_a_call_ends_whatever_is_wrong_with_another(monkeypatch):
-    """When it ends, graphs are to read the plan of the one that goes on."""
+    """When it ends, graphs are to read the plan of the one that continues."""
     model = peft_model()
     mb = peft_multibatch.enable(model)
     graph = mb._router.graph

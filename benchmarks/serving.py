@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,65 +124,74 @@ class Run:
         return {"model": name, "prompt": self.prompts[number], **plain, **options}
 
 
-def by_plain(run: Run, manager: Any, names: list[str]) -> tuple[list[list[int]], list[float], float]:
-    """Run the requests without a server; returns tokens, times to the first token and the total time in seconds."""
+Result = tuple[list[list[int]], list[float], float]
+"""Tokens, times to the first token, and the total time in seconds."""
+
+
+def timed(run: Run, add: Callable[[int], Any], take: Callable[[], Iterable[tuple[Any, list[int], float]]]) -> Result:
+    """Run the requests without HTTP, as many at a time as there are clients.
+
+    Args:
+        run: the workload.
+        add: adds a request, by number.
+        take: waits for answers; returns the number, the tokens and the time of the first token of each.
+    """
     left = iter(range(run.requests))
     added: dict[int, float] = {}
     found: dict[int, list[int]] = {}
     firsts: dict[int, float] = {}
 
-    def add() -> None:
+    def add_next() -> None:
         for number in left:
             added[number] = time.perf_counter()
-            manager.add_request(run.prompts[number], number, run.tokens, record_timestamps=True, eos_token_id=-1,
-                                adapter_id=names[number])  # fmt: skip
+            add(number)
             return
 
     begin = time.perf_counter()
     for _ in range(run.clients):
-        add()
+        add_next()
     while len(found) < run.requests:
+        for name, tokens, first in take():
+            found[int(name)], firsts[int(name)] = tokens, first - added[int(name)]
+            add_next()
+    took = time.perf_counter() - begin
+    numbers = range(run.requests)
+    return [found[number] for number in numbers], [firsts[number] for number in numbers], took
+
+
+def by_plain(run: Run, manager: Any, names: list[str]) -> Result:
+    """Run the requests with plain continuous batching."""
+
+    def add(number: int) -> None:
+        manager.add_request(run.prompts[number], number, run.tokens, record_timestamps=True, eos_token_id=-1,
+                            adapter_id=names[number])  # fmt: skip
+
+    def take() -> Iterable[tuple[Any, list[int], float]]:
         output = manager.get_result(timeout=60)
         if output is None or output.error:
             raise SystemExit(f"the manager stopped: {output and output.error}")
-        found[output.request_id] = output.generated_tokens
-        firsts[output.request_id] = output.timestamps[0] - added[output.request_id]
-        add()
-    took = time.perf_counter() - begin
-    numbers = range(run.requests)
-    return [found[number] for number in numbers], [firsts[number] for number in numbers], took
+        return [(output.request_id, output.generated_tokens, output.timestamps[0])]
+
+    return timed(run, add, take)
 
 
-def by_manager(run: Run, core: cores.Core, names: list[str]) -> tuple[list[list[int]], list[float], float]:
-    """Run the requests with the server's manager, without HTTP; returns the same."""
+def by_manager(run: Run, core: cores.Core, names: list[str]) -> Result:
+    """Run the requests with the server's manager."""
     outputs: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
     core.listen(outputs.put)
-    targets = {name: asyncio.run(core.find(name)) for name in set(names)}
-    left = iter(range(run.requests))
-    added: dict[str, float] = {}
-    found: dict[int, list[int]] = {}
-    firsts: dict[int, float] = {}
+    targets: dict[str, Target] = {name: asyncio.run(core.find(name)) for name in set(names)}
 
-    def add() -> None:
-        for number in left:
-            added[str(number)] = time.perf_counter()
-            target: Target = targets[names[number]]
-            core.add(Order(str(number), "", target, run.prompts[number], run.tokens, True, False, False, {}))
-            return
+    def add(number: int) -> None:
+        target, prompt = targets[names[number]], run.prompts[number]
+        core.add(Order(str(number), "", target, prompt, run.tokens, True, False, False, {}))
 
-    begin = time.perf_counter()
-    for _ in range(run.clients):
-        add()
-    while len(found) < run.requests:
-        for output in outputs.get(timeout=60):
-            if output.error:
-                raise SystemExit(f"the manager stopped: {output.error}")
-            found[int(output.name)] = output.tokens
-            firsts[int(output.name)] = output.time - added[output.name]
-            add()
-    took = time.perf_counter() - begin
-    numbers = range(run.requests)
-    return [found[number] for number in numbers], [firsts[number] for number in numbers], took
+    def take() -> Iterable[tuple[Any, list[int], float]]:
+        found = outputs.get(timeout=60)
+        if errors := [each.error for each in found if each.error]:
+            raise SystemExit(f"the manager stopped: {errors[0]}")
+        return [(each.name, each.tokens, each.time) for each in found]
+
+    return timed(run, add, take)
 
 
 @contextmanager

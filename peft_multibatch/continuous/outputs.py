@@ -35,6 +35,9 @@ class Outputs(OutputRouter):
             for loop, found in calls.items():
                 self._call(loop, found)
 
+    def step_ended(self) -> None:
+        """Called in the thread of the model when the tokens of a step were read; does nothing here."""
+
     def hand_over(self, request_id: Any) -> None:
         """Give a newly registered handler the outputs that arrived before it."""
         with self._lock:

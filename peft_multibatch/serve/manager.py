@@ -11,7 +11,6 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.admission import vocabulary_of
 from peft_multibatch.continuous.manager import AdapterBatchingManager
-from peft_multibatch.serve.progress import Progress
 from peft_multibatch.serve.sampling import Sampling
 
 
@@ -52,8 +51,7 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
     """A manager with an adapter and sampling options per request.
 
     ``add_request`` also accepts ``temperature``, ``top_k``, ``top_p``, ``seed``, ``presence_penalty``,
-    ``frequency_penalty``, ``logprobs`` and ``grammar``. Requests without a seed and a temperature are greedy. Its
-    ``output_router`` may be a ``Progress``.
+    ``frequency_penalty``, ``logprobs`` and ``grammar``. Requests without a seed and a temperature are greedy.
 
     Attributes:
         has_failed: whether an error ended the loop.
@@ -77,12 +75,11 @@ class ServingManager(AdapterBatchingManager, SamplingManager):
         return processor
 
     def _with_progress(self, update: Callable[[], None]) -> Callable[[], None]:
-        """Wrap the reading of a step's tokens to hand them on to streams."""
+        """Wrap the reading of a step's tokens to tell the output router when it has ended."""
 
         def update_with_progress() -> None:
             update()
-            if isinstance(self.output_router, Progress):
-                self.output_router.step_ended()
+            self.output_router.step_ended()
 
         return update_with_progress
 

@@ -12,9 +12,11 @@ Host memory has room for 512 of them, device memory for 16, 64 or 128.
 
 - ``throughput``: streams of requests whose adapters follow Zipf's law with exponent 1 over 10,000, or are uniform over
   1,000 or 10,000; all requests are queued at the start, with prompts of 16 to 128 tokens and answers of 64. Every
-  round has different requests. ``of resident`` compares with a session with device memory for all adapters of a round,
-  loaded before it starts, with the same requests, adapters and settings, and is the median over rounds. ``64 in use``
-  is another baseline: the same requests for 64 adapters (the name's number modulo 64), all resident.
+  round has different requests, and begins with those adapters in memory that earlier requests of its stream would
+  have left there. ``of resident`` compares with the same requests in the same session, with device memory for all
+  adapters of the round, loaded before it starts, and is the median over rounds. ``64 in use`` is another baseline:
+  the same requests for 64 adapters (the name's number modulo 64), all resident. ``captured`` counts CUDA graphs for
+  sizes of batches that hadn't occurred yet, and ``discarded`` how often graphs had to be captured again.
 - ``first token``: time to the first token of one request at a time, next to 16 running ones, with its adapter on the
   device, in host memory, in a file in the page cache, or in a file that isn't (written out and dropped with
   ``posix_fadvise``).
@@ -57,6 +59,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
 import peft_multibatch
+from peft_multibatch.adapters.store.arena import size_class
 
 
 matplotlib.use("Agg")
@@ -259,52 +262,78 @@ def make_resident(store: Any, numbers: list[int]) -> None:
         time.sleep(0.01)
 
 
+def resize(store: Any, room: int) -> None:
+    """Give a store device memory for ``room`` adapters, all of which have the same size."""
+    loader, size = store._loader, next(iter(store._versions.values())).layout.size
+    with loader.lock:
+        loader.final.arena.limit = size_class(size) * room
+        while not loader.final.make_room((), (), loader._let_go):
+            loader.lock.wait(0.01)
+
+
+def settle(sizes: Sizes, store: Any, draw: Callable[[int], list[int]], seed: int, room: int) -> None:
+    """Bring a store into the state in which earlier requests of the same stream would leave it."""
+    resize(store, room)
+    last: dict[int, None] = {}
+    for number in (each for before in range(4) for each in draw(1000 * (before + 1) + seed)):
+        last.pop(number, None)
+        last[number] = None
+    numbers = list(last)[-sizes.host :]
+    for start in range(0, len(numbers), room // 2):
+        make_resident(store, numbers[start : start + room // 2])
+
+
 def throughput(sizes: Sizes, model: Any, root: Path, rooms: list[int], rounds: int, only: str) -> list[dict]:
-    records = []
-    taken: dict[tuple[str, str], list[float]] = {}
+    """Measure all ways in turn, in one session whose store changes its size, so that a host's speed cancels out."""
     kinds = {name: draw for name, draw in streams(sizes).items() if name.startswith(only)}
-    most = max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
-    for way, room in [(RESIDENT, most + sizes.in_use), *((f"room for {room}", room) for room in rooms)]:
-        with serving(sizes, model, root, room) as (store, manager):
-            quiet = 0
-            for number in range(10):  # until two rounds capture nothing
-                before = len(captured)
-                draw = list(kinds.values())[number % len(kinds)]
-                play(sizes, manager, draw(1000 + number), 1000 + number)
-                quiet = quiet + 1 if len(captured) == before else 0
-                if number >= len(kinds) - 1 and quiet == 2:
-                    break
-            console.print(f"{way}: {len(captured)} graphs captured before timing")
-            for name, draw in kinds.items():
-                for label, change in ((way, lambda each: each), (IN_USE, lambda each: each % sizes.in_use)):
-                    if label == IN_USE and way != RESIDENT:
-                        continue
-                    times: list[float] = []
-                    before, late = store.stats(), len(captured)
-                    for seed in range(rounds):
-                        numbers = [change(each) for each in draw(seed)]
-                        if way == RESIDENT:
-                            make_resident(store, numbers)
-                            before = store.stats() if not times else before
-                        times.append(play(sizes, manager, numbers, seed))
-                    taken[name, label] = times
-                    after = store.stats()
-                    hits, misses = after.hits - before.hits, after.misses - before.misses
-                    seconds = statistics.median(times)
-                    records.append({
-                        "what": "throughput", "stream": name, "way": label, "room": room,
-                        "requests": sizes.requests, "adapters": len({change(each) for each in draw(0)}),
-                        "seconds": round(seconds, 3), "fastest_s": round(min(times), 3),
-                        "slowest_s": round(max(times), 3),
-                        "tokens_per_s": round(sizes.requests * sizes.new_tokens / seconds),
-                        "hit_rate": round(hits / max(hits + misses, 1), 3), "loads": after.loads - before.loads,
-                        "GB_read": round((after.bytes_read - before.bytes_read) / 1e9, 2),
-                        "captured": len(captured) - late,
-                    })  # fmt: skip
-                    console.print(records[-1])
-    for record in records:
-        mine, theirs = (taken[record["stream"], way] for way in (record["way"], RESIDENT))
-        record["of resident"] = round(statistics.median(their / my for my, their in zip(mine, theirs)), 3)
+    most = sizes.in_use + max(len({*draw(seed)}) for draw in kinds.values() for seed in range(rounds))
+    ways = {RESIDENT: most, IN_USE: most} | {f"room for {room}": room for room in rooms}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {(name, way): [] for name in kinds for way in ways}
+    with serving(sizes, model, root, most) as (store, manager):
+        graphs, quiet = manager._router.graph.captures, 0
+        for number in range(12):  # until three rounds capture nothing
+            before = len(captured)
+            resize(store, [most, *rooms][number % (1 + len(rooms))])
+            play(sizes, manager, list(kinds.values())[number % len(kinds)](100 + number), 100 + number)
+            quiet = quiet + 1 if len(captured) == before else 0
+            if quiet == 3:
+                break
+        console.print(f"{len(captured)} graphs captured before timing")
+        for seed, (name, draw) in itertools.product(range(rounds), kinds.items()):
+            order = list(ways.items())
+            for way, room in order if seed % 2 else reversed(order):
+                numbers = [each % sizes.in_use if way == IN_USE else each for each in draw(seed)]
+                if room == most:
+                    resize(store, room)
+                    make_resident(store, numbers)
+                else:
+                    settle(sizes, store, draw, seed, room)
+                before, late, discards = store.stats(), len(captured), graphs.discards
+                seconds = play(sizes, manager, numbers, seed)
+                after = store.stats()
+                found[name, way].append({
+                    "seconds": seconds, "hits": after.hits - before.hits, "misses": after.misses - before.misses,
+                    "loads": after.loads - before.loads, "GB_read": (after.bytes_read - before.bytes_read) / 1e9,
+                    "captured": len(captured) - late, "discarded": graphs.discards - discards,
+                })  # fmt: skip
+    records = []
+    for (name, way), turns in found.items():
+        times = [turn["seconds"] for turn in turns]
+        seconds = statistics.median(times)
+        ratio = statistics.median(
+            theirs["seconds"] / mine["seconds"] for mine, theirs in zip(turns, found[name, RESIDENT])
+        )
+        sums = {key: sum(turn[key] for turn in turns) for key in turns[0]}
+        records.append({
+            "what": "throughput", "stream": name, "way": way, "room": ways[way], "requests": sizes.requests,
+            "adapters": len({*kinds[name](0)}) if way != IN_USE else sizes.in_use,
+            "seconds": round(seconds, 3), "fastest_s": round(min(times), 3), "slowest_s": round(max(times), 3),
+            "tokens_per_s": round(sizes.requests * sizes.new_tokens / seconds),
+            "hit_rate": round(sums["hits"] / max(sums["hits"] + sums["misses"], 1), 3),
+            "loads": sums["loads"], "GB_read": round(sums["GB_read"], 2),
+            "captured": sums["captured"], "discarded": sums["discarded"], "of resident": round(ratio, 3),
+        })  # fmt: skip
+        console.print(records[-1])
     return records
 
 

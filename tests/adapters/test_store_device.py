@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tolerances import assert_close
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.adapters.store import source as store_module
+from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
@@ -109,6 +112,38 @@ def test_less_room_in_the_host_than_on_the_device(make, rows):
     assert store.stats().host_adapters == 1 and store.stats().device_adapters == 6
 
 
+def test_adapters_in_host_memory_do_not_wait_for_files(make, rows, monkeypatch):
+    model, store, _ = make(host=12, device=6)
+    check(model, rows, ["a0"])
+    check(model, rows, [f"a{number}" for number in range(1, 7)])
+    read, go = transfers.read_weights, threading.Event()
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
+    try:
+        store.prefetch(*(f"a{number}" for number in range(7, 7 + transfers.READERS)))
+        assert store.stats().device_adapters == 2
+        check(model, rows, ["a0"])
+        assert store.stats().loads == 8 and not go.is_set()
+    finally:
+        go.set()
+
+
+def test_one_copy_at_a_time(make, rows, monkeypatch):
+    """Threads that use CUDA at the same time delay the launches of running steps."""
+    running, most = [], []
+
+    def copy(self, target, source, mark):
+        running.append(True)
+        time.sleep(0.005)
+        most.append(len(running))
+        running.pop()
+        target.copy_(source)
+
+    monkeypatch.setattr(Device, "copy", copy)
+    model, _, _ = make(host=12, device=12)
+    check(model, rows, [f"a{number}" for number in range(COUNT)])
+    assert most == [1] * COUNT
+
+
 def test_memory_is_written_again_only_after_what_read_it(make, rows):
     model, store, _ = make(host=12, device=1)
     check(model, rows, ["a0"])
@@ -154,8 +189,8 @@ def test_adapters_that_nobody_uses_go_before_plans_that_are_kept(make, rows):
     """Dropping a plan for another adapter's sake would make the next step several times slower."""
     model, store, _ = make(host=12, device=3)
     dropped = []
-    let_go = store._loader.let_go
-    store._loader.let_go = lambda: (dropped.append(True), let_go())
+    let_go = store._loader._let_go
+    store._loader._let_go = lambda: (dropped.append(True), let_go())
     for name in ("a0", "a1", "a2", "a3", "a4"):
         check(model, rows, [name])
     assert not dropped

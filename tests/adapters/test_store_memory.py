@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, loading, progress
+from peft_multibatch.adapters.store import files, progress, transfers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.streams import Streams
 
@@ -354,14 +354,14 @@ def test_short_reads(folder, size, rows, monkeypatch):
 
 def test_whatever_reading_raises_is_the_error_of_its_own_adapter(folder, size, rows, monkeypatch):
     model, _ = make(folder, size, 4)
-    read = loading.read_weights
+    read = transfers.read_weights
 
     def failing(name, *args):
         if name == "a1":
             raise MemoryError("no memory")
         read(name, *args)
 
-    monkeypatch.setattr(loading, "read_weights", failing)
+    monkeypatch.setattr(transfers, "read_weights", failing)
     with pytest.raises(errors.AdapterFileError, match=r"'a1' can't be loaded .*MemoryError.*: expected"):
         ask(model, ["a0", "a1"])
     check(model, rows, ["a0", "a2"])
@@ -443,14 +443,14 @@ def test_prefetching(folder, size, rows):
 def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch):
     model, store = make(folder, size, 4)
     begun, go = threading.Event(), threading.Event()
-    read = loading.read_weights
+    read = transfers.read_weights
 
     def slow(*args):
         begun.set()
         go.wait(5)
         read(*args)
 
-    monkeypatch.setattr(loading, "read_weights", slow)
+    monkeypatch.setattr(transfers, "read_weights", slow)
     found = []
     threads = [threading.Thread(target=lambda: found.append(ask(model, ["a0"]))) for _ in range(4)]
     for thread in threads:
@@ -556,7 +556,7 @@ def bars():
 def slowly(monkeypatch):
     """Delay reading until there is a progress bar, or could have been one."""
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
-    read = loading.read_weights
+    read = transfers.read_weights
 
     def slow(*args):
         deadline = time.monotonic() + 0.5
@@ -564,7 +564,7 @@ def slowly(monkeypatch):
             time.sleep(0.01)
         read(*args)
 
-    monkeypatch.setattr(loading, "read_weights", slow)
+    monkeypatch.setattr(transfers, "read_weights", slow)
 
 
 def test_a_batch_that_waits_shows_how_many_are_there(folder, size, rows, bars, slowly, capsys):
@@ -699,9 +699,9 @@ def test_matrices_that_do_not_lie_at_multiples_of_sixteen_bytes(tmp_path):
 def test_disable_ends_calls_that_wait_for_adapters(folder, size, monkeypatch):
     """Loads that haven't begun are cancelled, so that waiting for them would take until the timeout."""
     model, _ = make(folder, size, COUNT, timeout=60.0)
-    go, read = threading.Event(), loading.read_weights
-    monkeypatch.setattr(loading, "read_weights", lambda *args: (go.wait(60), read(*args)))
-    count, caught = loading.THREADS + 2, []
+    go, read = threading.Event(), transfers.read_weights
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(60), read(*args)))
+    count, caught = transfers.READERS + 2, []
     inputs = {key: value[:1].repeat(count, 1) for key, value in left_padded(1).items()}
 
     def call():

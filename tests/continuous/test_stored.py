@@ -19,7 +19,7 @@ from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
-from peft_multibatch.adapters.store import loading
+from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.continuous import stored
@@ -146,14 +146,14 @@ def test_mixtures_and_adapters_of_peft(make, folder, inputs, texts):
 
 def test_a_request_whose_adapter_is_slow_holds_up_nobody(make, inputs, texts, monkeypatch):
     mb, _ = make(room=4)
-    read, go = loading.read_weights, threading.Event()
+    read, go = transfers.read_weights, threading.Event()
 
     def slow(name, *args):
         if name == "a0":
             go.wait(20)
         read(name, *args)
 
-    monkeypatch.setattr(loading, "read_weights", slow)
+    monkeypatch.setattr(transfers, "read_weights", slow)
     with serve(mb) as manager:
         waiting = manager.add_request(inputs[0], adapter_id="a0")
         others = [manager.add_request(inputs[row], adapter_id="a1") for row in range(1, 4)]
@@ -385,14 +385,14 @@ def test_a_flood_of_cold_adapters_neither_starves_nor_thrashes_the_others(make, 
     for name, source in cold.items():
         store.register(name, folder / source)
     loads = []
-    read = loading.read_weights
+    read = transfers.read_weights
 
     def slow(name, *args):
         loads.append(name)
         time.sleep(0.02)
         read(name, *args)
 
-    monkeypatch.setattr(loading, "read_weights", slow)
+    monkeypatch.setattr(transfers, "read_weights", slow)
     done, answers = [], []
     with serve(mb, max_requests_per_batch=4) as manager:
         hot = manager.add_request(inputs[0], adapter_id="a0")
@@ -445,8 +445,8 @@ def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, mo
     """It doesn't wait for the running step to end; the request still counts as a miss."""
     mb, store = make(room=4)
     begun = threading.Event()
-    read = loading.read_weights
-    monkeypatch.setattr(loading, "read_weights", lambda *args: (begun.set(), read(*args))[1])
+    read = transfers.read_weights
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (begun.set(), read(*args))[1])
     with serve(mb) as manager:
         request = manager.add_request(inputs[0], adapter_id="__base__")
         results(manager, 1)
@@ -465,9 +465,9 @@ def test_adapters_are_loaded_ahead_for_requests_that_come_next(make, inputs, tex
     mb = peft_multibatch.enable(model)
     store = mb.adapter_store(6 * SIZE, SIZE if has_memory else 6 * SIZE, timeout=20)
     store.register_folder(make.folder)
-    read, done = loading.read_weights, {}
+    read, done = transfers.read_weights, {}
     monkeypatch.setattr(
-        loading, "read_weights", lambda *args: (read(*args), done.setdefault(args[0], threading.Event()).set())[0]
+        transfers, "read_weights", lambda *args: (read(*args), done.setdefault(args[0], threading.Event()).set())[0]
     )
     done["a1"] = threading.Event()
     with serve(mb, max_requests_per_batch=1) as manager:

@@ -128,7 +128,8 @@ class Arena:
         while self._unmade:
             self.used -= self._unmade.popleft()
         count = len(self._returned)  # blocks that return later may have been read after the mark
-        mark = self._streams.mark() if count else None
+        # copies are all that reads pinned memory, and keep it until they have ended
+        mark = self._streams.mark() if count and not self._is_pinned else None
         for _ in range(count):
             block = self._returned.popleft()
             self.used -= len(block)

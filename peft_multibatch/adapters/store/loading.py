@@ -1,4 +1,4 @@
-"""Loading stored adapters: reader threads, room for all adapters of a batch at once, and timeouts."""
+"""Loading stored adapters: room for all adapters of a batch at once, and timeouts."""
 
 from __future__ import annotations
 
@@ -8,42 +8,17 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.arena import Arena, size_class
-from peft_multibatch.adapters.store.files import read_weights
 from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
+from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
-from peft_multibatch.errors import AdapterFileError, MultibatchError, NotEnabledError, StoreFullError
-
-
-THREADS = 4
-"""The number of files that are read at the same time."""
-
-POLL = 0.005
-"""Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
-
-
-class Load:
-    """An adapter that is being loaded.
-
-    Attributes:
-        version: the adapter.
-        memory: the memory for its weights, which stays reserved as long as this is referenced.
-        mark: what to wait for before the memory is written.
-        error: the error, if loading failed.
-    """
-
-    def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
-        self.version, self.memory, self.mark = version, memory, mark
-        self.error: Exception | None = None
+from peft_multibatch.errors import NotEnabledError, StoreFullError
 
 
 class Ticket:
@@ -58,11 +33,7 @@ class Loader:
         host: adapters in host memory.
         final: adapters on the device where calls compute; on a CPU, the same as ``host``.
         pinned: the pinned adapters, in memory or not.
-        loads: the number of adapters loaded so far.
-        bytes_read: the bytes read from files.
-        seconds: the time spent loading, summed over all threads.
-        let_go: called when memory runs out, to drop plans of calls that have ended.
-        on_loaded: called when an adapter was loaded, or failed to load.
+        transfers: reads and copies them.
 
     Args:
         device: the device where calls compute.
@@ -70,29 +41,32 @@ class Loader:
         final: the most bytes of device memory.
         timeout: the most seconds that a batch waits.
         streams: the device's streams.
+        let_go: called when memory runs out, to drop plans of calls that have ended.
     """
 
-    def __init__(self, device: torch.device, host: int, final: int, timeout: float, streams: Streams) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        host: int,
+        final: int,
+        timeout: float,
+        streams: Streams,
+        let_go: Callable[[], None],
+    ) -> None:
         self.lock = threading.Condition(threading.RLock())
-        self._streams = streams
         self.host = self.final = Tier(Arena(host, torch.device("cpu"), streams.has_memory, streams))
         if streams.has_memory:
             self.final = Tier(Arena(final, device, False, streams))
-        self.let_go: Callable[[], None] = lambda: None
-        self.on_loaded: Callable[[], object] = lambda: None
+        self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout, let_go)
         self.pinned: set[Version] = set()
-        self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
-        self._timeout = timeout
+        self._timeout, self._let_go = timeout, let_go
         self._queue: deque[weakref.ref[Ticket]] = deque()
-        self._threads = ThreadPoolExecutor(THREADS, "peft_multibatch_store")
-        self._ahead: set[Version] = set()  # those that are being read into host memory before they are needed
-        self._staging = threading.local()
         self._is_closed = False
 
     def close(self) -> None:
         """Stop loading; batches that wait get an error. The caller holds the lock."""
         self._is_closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.transfers.close()
         self.lock.notify_all()
 
     def check_size(self, version: Version) -> None:
@@ -148,17 +122,16 @@ class Loader:
         with at most half of the threads. The caller holds the lock.
         """
         missing = [each for each in dict.fromkeys(versions) if each not in self.final]
-        free = THREADS // 2 - len(self._ahead) - sum(each.loading is not None for each in missing)
+        free = READERS // 2 - len(self.transfers.ahead) - sum(each.loading is not None for each in missing)
         for version in missing:
             if free <= 0:
                 return
-            if version.loading is not None or version in self._ahead:
+            if version.loading is not None or version in self.transfers.ahead:
                 continue
             if self._is_awaited() or not self._begin([version], stay):
                 if self.final is self.host or version in self.host:
                     continue
-                self._ahead.add(version)
-                self._threads.submit(self._read_ahead, version)
+                self.transfers.read_ahead(version)
             free -= 1
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
@@ -215,7 +188,8 @@ class Loader:
             is_reserved = bool(held)
             held.clear()
             loads.clear()
-            raise self._late(versions, is_reserved)
+            used = f"running calls used all {self.final.arena.limit} bytes"
+            raise late(versions, self._timeout, "they weren't loaded" if is_reserved else used)
 
     def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
         """Reserve memory for all of these, and start loading those that aren't there; None if there is no room."""
@@ -235,12 +209,12 @@ class Loader:
 
     def _begin(self, versions: Sequence[Version], stay: Sequence[Version]) -> bool:
         sizes = [version.layout.size for version in versions]
-        if not self.final.make_room(sizes, stay, self.let_go):
+        if not self.final.make_room(sizes, stay, self._let_go):
             return False
         started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
-        for load in started:  # the threads wait for the lock
-            self._threads.submit(self._run, load)
+        for load in started:
             load.version.loading, load.version.error = load, None
+            self.transfers.start(load)
         return True
 
     def _is_awaited(self) -> bool:
@@ -267,84 +241,3 @@ class Loader:
                 f"{arena.limit}, of which {pinned} are pinned for others: expected fewer adapters in one batch. Pass "
                 f"a larger {'max_host_memory' if self.final is self.host else 'max_device_memory'} to adapter_store."
             )
-
-    def _late(self, versions: Sequence[Version], is_reserved: bool) -> StoreFullError:
-        names = ", ".join(repr(version.name) for version in versions[:3])
-        what = "they weren't loaded" if is_reserved else f"running calls used all {self.final.arena.limit} bytes"
-        return StoreFullError(
-            f"a batch waited {self._timeout:g} s for {len(versions)} stored adapters ({names}...), but {what}: "
-            "expected memory for the adapters of all batches that run at once. Pass more memory or a longer timeout "
-            "to adapter_store, or run fewer batches."
-        )
-
-    # In the reader threads.
-    def _run(self, load: Load) -> None:
-        version, begin = load.version, time.perf_counter()
-        try:
-            with torch.no_grad():
-                if self.final is self.host:
-                    self._read(version, load.memory)
-                else:
-                    self._streams.copy(load.memory, self._in_host(version), load.mark)
-        except MultibatchError as error:
-            load.error = type(error)(*error.args)
-        except Exception as error:
-            load.error = AdapterFileError(
-                f"adapter {version.name!r} can't be loaded from {version.path!r} ({type(error).__name__}: {error}): "
-                "expected a file that can be read. Register the adapter again."
-            )
-        with self.lock:
-            self.seconds += time.perf_counter() - begin
-            if load.error is None:
-                self.loads += 1
-                if not version.is_gone:
-                    self.final.put(version, load.memory)
-            version.loading, version.error = None, load.error
-            self.lock.notify_all()
-        self.on_loaded()
-
-    def _read_ahead(self, version: Version) -> None:
-        with suppress(Exception), torch.no_grad():  # the load for its request raises again
-            self._in_host(version, is_ahead=True)
-        with self.lock:
-            self._ahead.discard(version)
-            self.lock.notify_all()
-
-    def _in_host(self, version: Version, is_ahead: bool = False) -> Tensor:
-        """An adapter's weights in host memory, from which they are copied to the device."""
-        deadline = time.monotonic() + self._timeout
-        while True:
-            with self.lock:
-                memory = self.host.get(version)
-                if memory is not None:
-                    return memory
-                is_read = version in self._ahead and not is_ahead  # by another thread
-                if not is_read and self.host.make_room([version.layout.size], (), self.let_go):
-                    reserved = self.host.arena.reserve(version.layout.size)
-                    break
-                if time.monotonic() > deadline:
-                    raise self._late([version], False)
-                self.lock.wait(POLL)
-        memory, _ = self.host.arena.make(reserved)
-        self._read(version, memory)
-        with self.lock:
-            if not version.is_gone:
-                self.host.put(version, memory)
-        return memory
-
-    def _read(self, version: Version, memory: Tensor) -> None:
-        layout = version.layout
-        file = memory if layout.is_plain else self._stage(layout.file_size)
-        target: Any = file.numpy()
-        read_weights(version.name, version.path, version.identity, version.header, memoryview(target))
-        if not layout.is_plain:
-            layout.fill(memory, file)
-        with self.lock:
-            self.bytes_read += layout.file_size
-
-    def _stage(self, size: int) -> Tensor:
-        """This thread's buffer for files whose weights have to be converted."""
-        known = getattr(self._staging, "memory", None)
-        if known is None or len(known) < size:
-            known = self._staging.memory = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        return known[:size]

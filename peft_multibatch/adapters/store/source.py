@@ -62,8 +62,8 @@ class StoredAdapters:
         self._layouts = Layouts(model, max_rank, dtype)
         self._device, self._streams = device, streams_of(device)
         sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
-        self._loader = Loader(device, *sizes, timeout, self._streams)
-        self._loader.let_go, self._guard = let_go, guard
+        self._loader = Loader(device, *sizes, timeout, self._streams, let_go)
+        self._guard = guard
         self._lock = self._loader.lock
         self._versions: dict[int, Version] = {}  # by id
         self._hits = self._misses = 0
@@ -171,7 +171,7 @@ class StoredAdapters:
 
     def on_loaded(self, call: Callable[[], object]) -> None:
         """Register a function to call whenever an adapter was loaded."""
-        self._loader.on_loaded = call
+        self._loader.transfers.on_loaded = call
 
     def current(self, number: int) -> StoredAdapter | None:
         """The version of an adapter that running calls use; None if none does."""

@@ -161,10 +161,10 @@ class AdapterStore(StoredAdapters):
                 max_device_bytes=final.arena.limit if has_device else 0,
                 hits=self._hits,
                 misses=self._misses,
-                loads=loader.loads,
+                loads=loader.transfers.loads,
                 evictions=host.evictions + (final.evictions if has_device else 0),
-                bytes_read=loader.bytes_read,
-                load_seconds=loader.seconds,
+                bytes_read=loader.transfers.bytes_read,
+                load_seconds=loader.transfers.seconds,
             )
 
     def __repr__(self) -> str:

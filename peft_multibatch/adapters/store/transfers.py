@@ -1,0 +1,210 @@
+"""The threads that read stored adapters from files, and copy them to the device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from peft_multibatch.adapters.store.files import read_weights
+from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.tier import Tier
+from peft_multibatch.adapters.store.version import Version
+from peft_multibatch.errors import AdapterFileError, MultibatchError, StoreFullError
+
+
+READERS = 4
+"""The number of files that are read at the same time."""
+
+POLL = 0.005
+"""Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
+
+Found = TypeVar("Found")
+
+
+class Load:
+    """An adapter that is being loaded.
+
+    Attributes:
+        version: the adapter.
+        memory: the memory for its weights, which stays reserved as long as this is referenced.
+        mark: what to wait for before the memory is written.
+        error: the error, if loading failed.
+    """
+
+    def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
+        self.version, self.memory, self.mark = version, memory, mark
+        self.error: Exception | None = None
+
+
+class Transfers:
+    """Reads adapters into host memory, and copies them from there to a device with memory of its own.
+
+    Several threads read files. A single one copies, because one copy at a time already uses the whole bus, and several
+    threads that use CUDA delay the launches of running steps. So adapters in host memory don't wait for files either.
+
+    Attributes:
+        ahead: adapters that are being read into host memory before they are needed.
+        loads: the number of adapters loaded so far.
+        bytes_read: the bytes read from files.
+        seconds: the time spent loading, summed over all threads.
+        on_loaded: called when an adapter was loaded, or failed to load.
+
+    Args:
+        lock: guards all of a store's state.
+        host: adapters in host memory.
+        final: adapters on the device where calls compute; on a CPU, the same as ``host``.
+        streams: the device's streams.
+        timeout: the most seconds that a load waits for host memory.
+        let_go: called when memory runs out, to drop plans of calls that have ended.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Condition,
+        host: Tier,
+        final: Tier,
+        streams: Streams,
+        timeout: float,
+        let_go: Callable[[], None],
+    ) -> None:
+        self.ahead: set[Version] = set()
+        self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
+        self.on_loaded: Callable[[], object] = lambda: None
+        self._lock, self._host, self._final, self._streams = lock, host, final, streams
+        self._timeout, self._let_go = timeout, let_go
+        self._readers = ThreadPoolExecutor(READERS, "peft_multibatch_store")
+        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
+        self._staging = threading.local()
+        self._is_closed = False
+
+    # The caller holds the lock, for which the threads wait.
+    def close(self) -> None:
+        """Start nothing any more."""
+        self._is_closed = True
+        for threads in (self._readers, self._copier):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, load: Load) -> None:
+        """Load an adapter where calls compute."""
+        memory = self._host.get(load.version)
+        if memory is None:
+            self._readers.submit(self._read_for, load)
+        else:
+            self._copier.submit(self._copy, load, memory)
+
+    def read_ahead(self, version: Version) -> None:
+        """Read an adapter into host memory."""
+        self.ahead.add(version)
+        self._readers.submit(self._read_ahead, version)
+
+    # In the threads.
+    def _read_for(self, load: Load) -> None:
+        if self._final is self._host:
+            self._try(load, partial(self._read, load.version, load.memory))
+            self._end(load)
+            return
+        memory = self._try(load, partial(self._in_host, load.version))
+        if memory is None:
+            self._end(load)
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._copier.submit(self._copy, load, memory)
+
+    def _copy(self, load: Load, memory: Tensor) -> None:
+        self._try(load, partial(self._streams.copy, load.memory, memory, load.mark))
+        self._end(load)
+
+    def _read_ahead(self, version: Version) -> None:
+        with suppress(Exception), torch.no_grad():  # the load for its request raises again
+            self._in_host(version, is_ahead=True)
+        with self._lock:
+            self.ahead.discard(version)
+            self._lock.notify_all()
+
+    def _try(self, load: Load, work: Callable[[], Found]) -> Found | None:
+        """Do a part of a load, whose error is kept."""
+        version, begin = load.version, time.perf_counter()
+        try:
+            with torch.no_grad():
+                return work()
+        except MultibatchError as error:
+            load.error = type(error)(*error.args)
+        except Exception as error:
+            load.error = AdapterFileError(
+                f"adapter {version.name!r} can't be loaded from {version.path!r} ({type(error).__name__}: {error}): "
+                "expected a file that can be read. Register the adapter again."
+            )
+        finally:
+            with self._lock:
+                self.seconds += time.perf_counter() - begin
+        return None
+
+    def _end(self, load: Load) -> None:
+        version = load.version
+        with self._lock:
+            if load.error is None:
+                self.loads += 1
+                if not version.is_gone:
+                    self._final.put(version, load.memory)
+            version.loading, version.error = None, load.error
+            self._lock.notify_all()
+        self.on_loaded()
+
+    def _in_host(self, version: Version, is_ahead: bool = False) -> Tensor:
+        """An adapter's weights in host memory, from which they are copied to the device."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with self._lock:
+                memory = self._host.get(version)
+                if memory is not None:
+                    return memory
+                is_read = version in self.ahead and not is_ahead  # by another thread
+                if not is_read and self._host.make_room([version.layout.size], (), self._let_go):
+                    reserved = self._host.arena.reserve(version.layout.size)
+                    break
+                if time.monotonic() > deadline:
+                    used = f"others used all {self._host.arena.limit} bytes of host memory"
+                    raise late([version], self._timeout, used)
+                self._lock.wait(POLL)
+        memory, _ = self._host.arena.make(reserved)
+        self._read(version, memory)
+        with self._lock:
+            if not version.is_gone:
+                self._host.put(version, memory)
+        return memory
+
+    def _read(self, version: Version, memory: Tensor) -> None:
+        layout = version.layout
+        file = memory if layout.is_plain else self._stage(layout.file_size)
+        target: Any = file.numpy()
+        read_weights(version.name, version.path, version.identity, version.header, memoryview(target))
+        if not layout.is_plain:
+            layout.fill(memory, file)
+        with self._lock:
+            self.bytes_read += layout.file_size
+
+    def _stage(self, size: int) -> Tensor:
+        """This thread's buffer for files whose weights have to be converted."""
+        known = getattr(self._staging, "memory", None)
+        if known is None or len(known) < size:
+            known = self._staging.memory = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        return known[:size]
+
+
+def late(versions: Sequence[Version], timeout: float, why: str) -> StoreFullError:
+    """The error of a batch that has waited too long for its adapters."""
+    names = ", ".join(repr(version.name) for version in versions[:3])
+    return StoreFullError(
+        f"a batch waited {timeout:g} s for {len(versions)} stored adapters ({names}...), but {why}: "
+        "expected memory for the adapters of all batches that run at once. Pass more memory or a longer timeout "
+        "to adapter_store, or run fewer batches."
+    )

@@ -3,12 +3,13 @@
     python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
     python benchmarks/lora_kernels.py --sweep               # also tries launches other than the chosen one
     python benchmarks/lora_kernels.py --grid                # results/lora_kernels_grid.csv: many more points
-    python benchmarks/lora_kernels.py --graphs              # results/lora_kernels_graphs.csv: launches for any plan
 
-Every point is compared with float64 before it is timed. One graph runs the point on as many copies of the weights as
-fill the cache twice, so that weights are always read from memory; x and y stay in the cache, as in a model. The floor
-is the time to move the necessary bytes (each adapter in use once, x and y) at the bandwidth of a device-to-device copy
-in the same run.
+Every point is launched for a plan that the host knows, and for any plan, as in compiled decoding and continuous
+batching. Both are compared with float64 before they are timed. One graph runs the point on as many copies of the
+weights as fill the cache twice, so that weights are always read from memory; x and y stay in the cache, as in a model.
+The floor is the time to move the necessary bytes (each adapter in use once, x and y) at the bandwidth of a
+device-to-device copy in the same run. The best engine is the fastest of the kernels of several engines, measured on an
+H100 with the same method.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Point(NamedTuple):
     inputs: int
     widths: tuple[int, ...]
     rank: int
-    target: float | None
+    target: float | None = None
+    engine: float | None = None
 
     def __str__(self) -> str:
         widths = "+".join(str(width) for width in self.widths)
@@ -70,42 +72,49 @@ class Point(NamedTuple):
 
 
 QKV = (4096, 1024, 1024)
-POINTS = [
-    Point(1, 1, 4096, (4096,), 16, 3.5),
-    Point(32, 32, 4096, (4096,), 16, 6),
-    Point(64, 64, 4096, (4096,), 16, 8),
-    Point(256, 256, 4096, (4096,), 16, 19),
-    Point(1, 1, 4096, QKV, 16, 4),
-    Point(32, 32, 4096, QKV, 16, 9),
-    Point(128, 128, 4096, QKV, 16, 19),
-    Point(32, 8, 4096, QKV, 128, 15),
-    Point(32, 8, 14336, (4096,), 16, 5.5),
-    Point(512, 4, 4096, QKV, 16, 10),
-    Point(4096, 8, 4096, (4096,), 16, 36),
-    Point(4096, 8, 4096, QKV, 16, 50),
-    Point(4096, 8, 4096, QKV, 64, 58),
-    Point(8192, 32, 4096, (4096,), 64, 80),
+ONE = (4096,)
+POINTS = [  # with the target and the best engine, in µs on an H100
+    Point(1, 1, 4096, ONE, 16, 3.3, 7.7),
+    Point(8, 8, 4096, ONE, 16, 4.5, 9.7),
+    Point(32, 32, 4096, ONE, 16, 6, 14.0),
+    Point(64, 64, 4096, ONE, 16, 8.3, 16.9),
+    Point(256, 256, 4096, ONE, 16, 21, 35.8),
+    Point(1, 1, 4096, QKV, 16, 3.7, 9.7),
+    Point(32, 4, 4096, QKV, 16, 5.5, 12.5),
+    Point(32, 32, 4096, QKV, 16, 9, 18.9),
+    Point(128, 128, 4096, QKV, 16, 22, 37.5),
+    Point(32, 8, 4096, ONE, 64, 7.5, 13.8),
+    Point(32, 8, 4096, ONE, 128, 9.5, 17.0),
+    Point(32, 8, 4096, QKV, 64, 10, 18.1),
+    Point(32, 8, 4096, QKV, 128, 15, 25.2),
+    Point(32, 8, 4096, (14336,), 16, 6.5, 13.0),
+    Point(32, 8, 14336, ONE, 16, 6, 11.1),
+    Point(512, 4, 4096, ONE, 16, 8, 16.1),
+    Point(512, 4, 4096, ONE, 64, 12, 21.3),
+    Point(512, 4, 4096, QKV, 16, 10, 20.6),
+    Point(512, 4, 4096, QKV, 64, 16, 38.5),
+    Point(4096, 8, 4096, ONE, 16, 38, 53.9),
+    Point(4096, 8, 4096, ONE, 64, 45, 64.3),
+    Point(4096, 8, 4096, QKV, 16, 52, 93.3),
+    Point(4096, 8, 4096, QKV, 64, 62, 137.7),
+    Point(8192, 32, 4096, ONE, 16, 75, 97.5),
+    Point(8192, 32, 4096, ONE, 64, 84, 107.6),
+    Point(8192, 32, 4096, QKV, 16, 108, 172.6),
+    Point(8192, 32, 4096, QKV, 64, 135, 271.3),
 ]
-# The rest of a Llama-8B layer at two decode points.
-REST = [
-    Point(rows, rows, inputs, widths, 16, None)
-    for rows in (32, 64)
-    for inputs, widths in ((4096, (14336, 14336)), (14336, (4096,)))
+# A Llama-8B layer.
+LAYER = [
+    Point(rows, adapters, inputs, widths, 16)
+    for rows, adapters in ((32, 32), (64, 8), (64, 32), (64, 64), (256, 8), (256, 32), (1024, 8), (1024, 32))
+    for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
 ]
 GRID = [
-    Point(rows, adapters, hidden, (hidden,), rank, None)
+    Point(rows, adapters, hidden, (hidden,), rank)
     for hidden in (576, 2048, 8192)
     for rank in (8, 64)
     for rows in (1, 16, 64, 1024, 8192)
     for adapters in (1, 8, 64)
     if adapters <= rows
-]
-# A Llama-8B layer in a graph that must serve any plan, as in compiled decoding and continuous batching.
-GRAPHS = [
-    Point(rows, adapters, inputs, widths, 16, None)
-    for rows in (64, 256, 1024)
-    for adapters in (8, 32)
-    for inputs, widths in ((4096, QKV), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 ]
 
 
@@ -254,13 +263,18 @@ def expand_launches(chosen: cutting.Launch) -> list[cutting.Launch]:
     ]
 
 
-def compile_all(job: tuple[Point, list[cutting.Launch]]) -> None:
-    """Run launches once in a separate process, so that their kernels are in Triton's cache."""
-    point, candidates = job
-    case = Case(point, copies=1)
-    for launch in candidates:
-        with contextlib.suppress(triton.runtime.errors.OutOfResources):
-            case.run(case.tables[0], case.ys, launch)
+def compile_all(job: list[tuple[Point, list[cutting.Launch] | None]]) -> None:
+    """Run launches once in a separate process, so that their kernels are in Triton's cache; None for the chosen one,
+    and for any plan."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for point, candidates in job:
+        if candidates is None:
+            case = Case(point, copies=1, for_any_plan=True)
+            case.run(case.tables[0], case.ys)
+        case = Case(point, copies=1)
+        for launch in candidates or [choose(case, processors)]:
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                case.run(case.tables[0], case.ys, launch)
     torch.cuda.synchronize()
 
 
@@ -270,7 +284,7 @@ def best_of(
     best: cutting.Launch,
     pool: concurrent.futures.ProcessPoolExecutor,
 ) -> cutting.Launch:
-    list(pool.map(compile_all, [(case.point, candidates[start::PROCESSES]) for start in range(PROCESSES)]))
+    list(pool.map(compile_all, [[(case.point, candidates[start::PROCESSES])] for start in range(PROCESSES)]))
     found = statistics.median(case.time(best, 5)), best
     for launch in dict.fromkeys(candidates):
         with contextlib.suppress(triton.runtime.errors.OutOfResources):
@@ -288,12 +302,12 @@ def words(point: str) -> str:
 def plot(records: list[dict], path: Path) -> None:
     """Plot the floor, the measured time and the target of every point."""
     figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(records) + 1))
-    series = {"bytes floor": "floor_us", "peft_multibatch": "p50_us", "aim": "target_us"}
+    series = {"bytes floor": "floor_us", "known plan": "p50_us", "any plan": "any_plan_us", "target": "target_us"}
     for index, (label, key) in enumerate(series.items()):
         if not any(float(record[key] or 0) for record in records):
             continue
-        places = [row + 0.27 * (index - 1) for row in range(len(records))]
-        axis.barh(places, [float(record[key] or 0) for record in records], height=0.27, label=label)
+        places = [row + 0.2 * (index - 1.5) for row in range(len(records))]
+        axis.barh(places, [float(record[key] or 0) for record in records], height=0.2, label=label)
     axis.set_yticks(range(len(records)), [words(record["point"]) for record in records], fontsize=8)
     axis.invert_yaxis()
     axis.set_ylim(len(records) - 0.4, -0.6)
@@ -308,37 +322,51 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def ratios(records: list[dict]) -> str:
+    """Compare the points that have one with the best engine, and launches for any plan with those for a known one."""
+    found = []
+    for label, key in (("known plan", "p50_us"), ("any plan", "any_plan_us")):
+        times = [each["engine_us"] / each[key] for each in records if each["engine_us"]]
+        if times:
+            mean, least = statistics.geometric_mean(times), min(times)
+            found.append(
+                f"{label}: the best engine takes {mean:.2f} times as long (geometric mean), at least {least:.2f}"
+            )
+    most = max(records, key=lambda each: each["any_plan_us"] / each["p50_us"])
+    found.append(f"any plan / known plan: up to {most['any_plan_us'] / most['p50_us']:.2f} ({most['point']})")
+    return "\n".join(found)
+
+
 def main(
     sweep: bool = False,
     grid: bool = False,
-    graphs: bool = False,
     only: str = "",
     out: Annotated[
         Path | None,
         typer.Option(
-            help="the CSV; the plot is written next to it",
-            show_default="results/lora_kernels.csv, _grid.csv or _graphs.csv",
+            help="the CSV; the plot is written next to it", show_default="results/lora_kernels.csv, or _grid.csv"
         ),
     ] = None,
     commit: str = "",
 ) -> None:
     """Check and time every point; with --sweep, also search for better launches."""
-    if graphs and (sweep or grid):
-        raise typer.BadParameter("launches of graphs can't be chosen: expected --graphs without --sweep and --grid")
-    out = out or RESULTS / f"lora_kernels{'_graphs' if graphs else '_grid' if grid else ''}.csv"
-    points = [point for point in (GRAPHS if graphs else GRID if grid else POINTS + REST) if only in str(point)]
+    out = out or RESULTS / f"lora_kernels{'_grid' if grid else ''}.csv"
+    points = [point for point in (GRID if grid else POINTS + LAYER) if only in str(point)]
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
-    records, table = [], Rows("point", "floor", "target", "ours", "p20", "p80", "best of sweep", "launch")
+    list(pool.map(compile_all, [[(point, None) for point in points[start::PROCESSES]] for start in range(PROCESSES)]))
+    records, table = [], Rows("point", "floor", "best engine", "target", "known plan", "any plan", "best of sweep", "")
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
-        case = Case(point, for_any_plan=graphs)
+        case = Case(point)
         chosen = choose(case, torch.cuda.get_device_properties(0).multi_processor_count)
-        error = case.check(chosen)
+        fixed = Case(point, for_any_plan=True)
+        error = max(case.check(chosen), fixed.check())
         if not error < 8e-3:
             raise SystemExit(f"{point}: relative error {error:.1e}; nothing is timed")
-        times = case.time(chosen)
+        times, any_plan = case.time(chosen), statistics.median(fixed.time())
+        del fixed
         best_launch = chosen
         if sweep:
             best_launch = best_of(case, shrink_launches(chosen, point), chosen, pool)
@@ -349,20 +377,20 @@ def main(
         p20, p50, p80 = (sorted(times)[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
         floor = case.bytes / bandwidth
         shown = "" if best_launch == chosen else str(tuple(best_launch))
-        launches = ["" if graphs else " ".join(map(str, launch)) for launch in (chosen, best_launch)]
         table.add_row(
             str(point),
-            *(f"{v:.1f}" if v else "" for v in (floor, point.target, p50, p20, p80, best)),
-            "" if graphs else f"{tuple(chosen)} {shown}",
+            *(f"{v:.1f}" if v else "" for v in (floor, point.engine, point.target, p50, any_plan, best)),
+            f"{tuple(chosen)} {shown}",
         )
-        console.print(f"{point}: {p50:.2f}, {best:.2f} with {tuple(best_launch)}" if sweep else f"{point}: {p50:.2f}")
+        console.print(f"{point}: {p50:.2f}, for any plan {any_plan:.2f}")
         records.append({
-            "point": str(point), "floor_us": round(floor, 2), "target_us": point.target,
+            "point": str(point), "floor_us": round(floor, 2), "engine_us": point.engine, "target_us": point.target,
             "p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2),
+            "any_plan_us": round(any_plan, 2),
             "sweep_us": round(best, 2) if sweep else "", "error": f"{error:.1e}",
             "copy_TB_s": round(bandwidth / 1e6, 2), "gpu": gpu, "torch": torch.__version__,
             "triton": triton.__version__, "commit": commit.strip(),
-            "launch": launches[0], "best_launch": launches[1],
+            "launch": " ".join(map(str, chosen)), "best_launch": " ".join(map(str, best_launch)),
         })  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
@@ -372,6 +400,7 @@ def main(
     plot(records, out.with_suffix(".png"))
     console.print(f"{gpu}, copy {bandwidth / 1e6:.2f} TB/s; µs")
     console.print(table)
+    console.print(ratios(records))
 
 
 if __name__ == "__main__":

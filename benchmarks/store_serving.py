@@ -21,7 +21,8 @@ Host memory has room for 512 of them, device memory for 16, 64 or 128.
   device, in host memory, in a file in the page cache, or in a file that isn't (written out and dropped with
   ``posix_fadvise``).
 - ``step``: time between tokens of 16 requests for pinned adapters, while nothing is loaded, while adapters are copied
-  from host memory to the device, four at a time, and while they are read from files; no request uses these.
+  from host memory to the device, four at a time, and while they are read from files, first into new host memory and
+  then into memory that others have used; no request uses these.
 
 Sessions start with rounds that aren't timed, until a round captures no CUDA graph. Before anything is timed, rows of a
 mixed batch must match those of PEFT's ``load_adapter`` to the precision of bfloat16, and first tokens of continuous
@@ -75,7 +76,7 @@ BIG = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-RESIDENT, IN_USE = "all resident", "64 in use, resident"
+RESIDENT, IN_USE, QUIET = "all resident", "64 in use, resident", "nothing is loaded"
 console = Console(width=130)
 
 
@@ -470,37 +471,52 @@ def latency(sizes: Sizes, model: Any, root: Path, room: int) -> list[dict]:
 def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
     """Measure the time between tokens of running requests while unrelated adapters are loaded."""
     in_host = list(range(sizes.running, sizes.running + min(sizes.host - sizes.running, 3 * room)))
-    if sizes.device == "cuda":
-        for start in range(0, len(in_host), 8):
-            make_resident(store, in_host[start : start + 8])
     fresh = itertools.cycle(range(sizes.different, sizes.registered))
-    before = len(captured)
-    loads = {"nothing is loaded": None, "from host memory": itertools.cycle(in_host), "from files": fresh}
-    if sizes.device == "cpu":
-        del loads["from host memory"]
-    gaps: dict[str, list[float]] = {what: [] for what in loads}
-    rates: dict[str, float] = dict.fromkeys(loads, 0.0)
-    turns = [*loads.items()] * 2
-    for what, numbers in turns:
+    gaps: dict[str, list[float]] = {}
+    loaded: dict[str, list[float]] = {}
+
+    def turn(what: str, numbers: Iterator[int] | None, most: int = 10**6) -> None:
+        wanted: list[int] = []
         with Running(sizes, store, manager) as running:
             first, begin, known = len(running.times), time.perf_counter(), store.stats().loads
-            wanted: list[int] = []
-            while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended:
+            while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended and most > 0:
                 if numbers is not None and all(map(store.is_loaded, wanted)):
                     some = [str(next(numbers)) for _ in range(4)]
                     wanted = [store._names.ids[name] for name in some]
                     store.prefetch(*some)
+                    most -= len(some)
                 time.sleep(0.005)  # few wakeups, because a step waits for any thread that runs Python
-            rates[what] += (store.stats().loads - known) / (time.perf_counter() - begin) / 2
-            gaps[what] += [after - before for before, after in itertools.pairwise(running.times[first:])]
-    quiet = gaps["nothing is loaded"]
+            rate = (store.stats().loads - known) / (time.perf_counter() - begin)
+            loaded.setdefault(what, []).append(rate)
+            gaps.setdefault(what, []).extend(
+                after - before for before, after in itertools.pairwise(running.times[first:])
+            )
+
+    def read_in(numbers: list[int]) -> None:
+        for start in range(0, len(numbers), 8):
+            make_resident(store, numbers[start : start + 8])
+
+    turn(QUIET, None)  # captures the graph of these steps
+    del gaps[QUIET], loaded[QUIET]
+    before = len(captured)
+    if sizes.device == "cuda":
+        stats, size = store.stats(), size_class(next(iter(store._versions.values())).layout.size)
+        left = (stats.max_host_bytes - stats.host_bytes) // size
+        turn("from files into new memory", fresh, left)  # which has to be pinned
+        read_in([next(fresh) for _ in range(left)])
+    for _ in range(2):
+        turn(QUIET, None)
+        if sizes.device == "cuda":
+            read_in(in_host)
+            turn("from host memory", itertools.cycle(in_host))
+        turn("from files", fresh)
     return [
         {
             "what": "step", "way": what, "room": room, "requests": sizes.running,
             "ms_p50": round(statistics.median(values) * 1e3, 3), "ms_p90": round(percentile(values, 0.9) * 1e3, 3),
-            "of resident": round(statistics.median(values) / statistics.median(quiet), 3),
-            "p90 of resident": round(percentile(values, 0.9) / percentile(quiet, 0.9), 3),
-            "loads_per_s": round(rates[what], 1), "captured": len(captured) - before,
+            "of resident": round(statistics.median(values) / statistics.median(gaps[QUIET]), 3),
+            "p90 of resident": round(percentile(values, 0.9) / percentile(gaps[QUIET], 0.9), 3),
+            "loads_per_s": round(statistics.mean(loaded[what]), 1), "captured": len(captured) - before,
         }
         for what, values in gaps.items()
     ]  # fmt: skip
@@ -555,8 +571,9 @@ def main(
         known = {"attention": attention or "sdpa"} | versions(commit)
         records = latency(sizes, model, root, 16 if tiny else 64)
         write([record | known for record in records], out)
-        records = throughput(sizes, model, root, counts, rounds, only) + records
-        write([record | known for record in records], out, plot)
+        if rounds:
+            records = throughput(sizes, model, root, counts, rounds, only) + records
+            write([record | known for record in records], out, plot)
     finally:
         shutil.rmtree(root)
     console.print(f"{time.perf_counter() - begin:.0f} s in all")

@@ -267,7 +267,8 @@ def main(
                 record |= {"launches": launches, "launches × one adapter": round(launches / single, 3)}
             records.append(record | {"error": f"{error:.1e}"})
             console.print(record)
-            write([each | {"layers": layers, "rank": rank, "dropout": dropout} | known for each in records], out, plot)
+            setting = {"layers": layers, "rank": rank, "dropout": dropout, "threads": torch.get_num_threads()}
+            write([each | setting | known for each in records], out, plot)
         del model, steps
         gc.collect()
     columns = list(dict.fromkeys(key for record in records for key in record))

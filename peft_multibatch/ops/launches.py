@@ -37,12 +37,14 @@ class Launch(NamedTuple):
 def choose(
     num_segments: int, longest: int, num_inputs: int, widths: Sequence[int], rank: int, processors: int
 ) -> Launch:
-    """Choose the parameters that a sweep on an H100 found best for each kind of batch (benchmarks/lora_kernels.py).
+    """Choose the parameters that sweeps on an H100 and an H200 found best for each kind of batch
+    (benchmarks/lora_kernels.py).
 
     With few adapters, latency dominates, so K is split and columns are narrow, to read the weights with many programs
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
-    per segment, tiles are tall, so that weights are read once for many rows; in prefill, where y is most of the memory
-    traffic, a program keeps its columns of ``lora_B`` for several short tiles, so that more of y is on its way.
+    per segment, tiles are tall, so that weights are read once for many rows, and K is split until all multiprocessors
+    have programs; in prefill, where y is most of the memory traffic, a program keeps its columns of ``lora_B`` for
+    several short tiles, so that more of y is on its way.
 
     Args:
         num_segments: segments of the plan, or those for which a graph has programs.
@@ -57,31 +59,42 @@ def choose(
         block_t, tiles = 16, _cdiv(longest, 32)
         programs = num_segments * tiles
         columns = programs * sum(widths)
-        if programs < 32:
-            block_k, part, shrink_warps = 256, 512, 4
-        else:
-            block_k, part, shrink_warps = 128, 512 if len(widths) > 1 else 256, 2
         if rank > 32:
-            block_k, shrink_warps = 64, 4
+            block_k, part, shrink_warps = 64, 512 if len(widths) > 1 else 256, 4
+        elif programs < 32:
+            block_k, part, shrink_warps = 256, 256 if len(widths) > 2 else 512, 4
+        elif len(widths) > 1:
+            block_k, part, shrink_warps = 128, 512, 2
+        else:
+            block_k, part, shrink_warps = 64 if programs < 128 else 128, 256, 2
         room = max(1, 8 * processors // (programs * len(widths)))
         # a power of two, so that few kernels are compiled for all numbers of segments
         splits = min(1 << room.bit_length() - 1, num_inputs // part)
-        is_wide = programs >= 32 and num_segments * longest <= 512 and rank <= 32
-        block_n, expand_warps = (512, 8) if is_wide else (256, 8 if rank > 32 else 4)
-        while block_n > 64 and columns < block_n * processors:
+        block_n, expand_warps = 256, 4
+        if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
+            if len(widths) == 1:
+                block_n, expand_warps = 512, 8
+            elif columns < 3072 * processors:
+                block_n = 512
+        while block_n > 64 and columns < block_n * processors // 2:
             block_n //= 2
     else:
         is_prefill = num_segments * longest > 1024
         block_t = 64 if is_prefill else 32
         tiles = _cdiv(longest, block_t)
         programs = num_segments * tiles * len(widths)
-        block_k = 128 if rank <= 64 else 64
-        splits = min(3 * processors // programs, 4) if rank <= 32 else 1
-        shrink_warps, expand_warps = 8 if rank > 32 else 2 if is_prefill else 4, 4
-        block_n = 128 if rank <= 128 else 64
-        if is_prefill and rank <= 32:
-            block_k = 64 if len(widths) > 2 else 128
-            expand = _cdiv(longest, 128), 32
+        block_n, expand_warps = 128 if rank <= 128 else 64, 4
+        if is_prefill:
+            shrink_warps = 8 if rank > 32 else 2
+            block_k = 64 if rank > 64 or (len(widths) > 2 if rank <= 32 else programs > 2 * processors) else 128
+            splits = min((9 if len(widths) > 2 else 3) * processors // programs, 4) if rank <= 32 else 1
+            if rank <= 64:
+                expand = _cdiv(longest, 128), 32
+        else:
+            shrink_warps, block_k = 4, 64 if rank > 32 else 128
+            splits = min(3 * processors // programs, num_inputs // 512)
+            if 32 < rank <= 64:
+                block_n, expand_warps = 256, 8
     return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand)
 
 

@@ -54,29 +54,26 @@ def choose(
         rank: largest rank, as padded for the kernels.
         processors: number of multiprocessors of the GPU.
     """
-    expand = None
+    expand, is_single = None, len(widths) == 1
     if longest <= 64:
         block_t, tiles = 16, _cdiv(longest, 32)
         programs = num_segments * tiles
         columns = programs * sum(widths)
+        is_long = num_inputs > 8192
         if rank > 32:
-            block_k, part, shrink_warps = 64, 512 if len(widths) > 1 else 256, 4
+            block_k, part, shrink_warps = 64, 256 if is_single else 512, 4
         elif programs < 32:
-            block_k, part, shrink_warps = 256, 256 if len(widths) > 2 else 512, 4
-        elif len(widths) > 1:
-            block_k, part, shrink_warps = 128, 512, 2
+            block_k, part, shrink_warps = 256, 512 if is_long or len(widths) == 2 else 256, 2 if is_long else 4
         else:
-            block_k, part, shrink_warps = 64 if programs < 128 else 128, 256, 2
-        room = max(1, 8 * processors // (programs * len(widths)))
-        # a power of two, so that few kernels are compiled for all numbers of segments
-        splits = min(1 << room.bit_length() - 1, num_inputs // part)
-        block_n, expand_warps = 256, 4
+            block_k, part, shrink_warps = 128, 256 if is_single else 512, 2
+        splits = min(_power_of_2(8 * processors // (programs * len(widths))), num_inputs // part)
+        block_n, expand_warps = 256, 8 if is_single and rank > 64 else 4
         if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
-            if len(widths) == 1:
+            if is_single:
                 block_n, expand_warps = 512, 8
             elif columns < 3072 * processors:
                 block_n = 512
-        while block_n > 64 and columns < block_n * processors // 2:
+        while block_n > 64 and columns < block_n * processors // 8:
             block_n //= 2
     else:
         is_prefill = num_segments * longest > 1024
@@ -84,14 +81,17 @@ def choose(
         tiles = _cdiv(longest, block_t)
         programs = num_segments * tiles * len(widths)
         block_n, expand_warps = 128 if rank <= 128 else 64, 4
-        if is_prefill:
-            shrink_warps = 8 if rank > 32 else 2
-            block_k = 64 if rank > 64 or (len(widths) > 2 if rank <= 32 else programs > 2 * processors) else 128
-            splits = min((9 if len(widths) > 2 else 3) * processors // programs, 4) if rank <= 32 else 1
+        if is_prefill and rank <= 32:
+            block_k, shrink_warps = 64 if len(widths) > 2 else 128, 2
+            splits = min(_power_of_2((9 if len(widths) > 2 else 3) * processors // programs), 4)
+            expand = _cdiv(longest, 64 if is_single and num_segments * longest <= 8192 else 128), 32
+        elif is_prefill:
+            block_k, shrink_warps = 128 if rank <= 64 and programs <= 2 * processors else 64, 8
+            splits = 1
             if rank <= 64:
                 expand = _cdiv(longest, 128), 32
         else:
-            shrink_warps, block_k = 4, 64 if rank > 32 else 128
+            block_k, shrink_warps = 64 if rank > 32 else 128, 4
             splits = min(3 * processors // programs, num_inputs // 512)
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
@@ -115,6 +115,11 @@ def cut(
     splits = _cdiv(blocks, split_blocks)
     expand = expand or (tiles, block_t)
     return Launch(tiles, block_t, splits, split_blocks, block_k, block_n, shrink_warps, expand_warps, *expand)
+
+
+def _power_of_2(number: int) -> int:
+    """The largest one up to this number, so that few kernels are compiled for all numbers of segments."""
+    return 1 << max(number, 1).bit_length() - 1
 
 
 def _cdiv(number: int, divisor: int) -> int:

@@ -226,11 +226,11 @@ class Case:
         return times
 
 
-def choose(case: Case, processors: int) -> cutting.Launch:
+def choose(case: Case, limits: triton_backend.Limits) -> cutting.Launch:
     """Return the launch that the package chooses for a plan that it knows."""
     point, segments = case.point, case.segments
-    rank = triton_backend.padded(point.rank)
-    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, processors)
+    rank, itemsize = triton_backend.padded(point.rank), case.x.itemsize
+    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, itemsize, *limits)
 
 
 def copy_bandwidth() -> float:
@@ -266,13 +266,12 @@ def expand_launches(chosen: cutting.Launch) -> list[cutting.Launch]:
 def compile_all(job: list[tuple[Point, list[cutting.Launch] | None]]) -> None:
     """Run launches once in a separate process, so that their kernels are in Triton's cache; None for the chosen one,
     and for any plan."""
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
     for point, candidates in job:
         if candidates is None:
             case = Case(point, copies=1, for_any_plan=True)
             case.run(case.tables[0], case.ys)
         case = Case(point, copies=1)
-        for launch in candidates or [choose(case, processors)]:
+        for launch in candidates or [choose(case, triton_backend.limits(DEVICE))]:
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 case.run(case.tables[0], case.ys, launch)
     torch.cuda.synchronize()
@@ -360,7 +359,7 @@ def main(
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
         case = Case(point)
-        chosen = choose(case, torch.cuda.get_device_properties(0).multi_processor_count)
+        chosen = choose(case, triton_backend.limits(DEVICE))
         fixed = Case(point, for_any_plan=True)
         error = max(case.check(chosen), fixed.check())
         if not error < 8e-3:

@@ -121,7 +121,7 @@ def _add_as_node(
     check_not_capturing(x.device)
     if kernels is not None and kernels.runs_on(x):
         tables = plan.tables(bank, x.device)
-        if kernels.takes(ys, x, tables):
+        if kernels.takes(ys, x, tables, trains=True):
             from peft_multibatch.ops.triton_gradients import TritonProduct  # imports triton
 
             drops = None if dropouts is None else dropouts.table(call.draws, x.device)

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+SMALLEST = 16
+"""The least rows or columns of a block that tensor cores can multiply."""
+
+
 class Launch(NamedTuple):
     """How a product is divided into programs.
 
@@ -35,7 +39,14 @@ class Launch(NamedTuple):
 
 
 def choose(
-    num_segments: int, longest: int, num_inputs: int, widths: Sequence[int], rank: int, processors: int
+    num_segments: int,
+    longest: int,
+    num_inputs: int,
+    widths: Sequence[int],
+    rank: int,
+    itemsize: int,
+    processors: int,
+    shared: int,
 ) -> Launch:
     """Choose the parameters that sweeps on an H100 and an H200 found best for each kind of batch
     (benchmarks/lora_kernels.py).
@@ -52,7 +63,9 @@ def choose(
         num_inputs: ``K``.
         widths: ``N`` of each slice.
         rank: largest rank, as padded for the kernels.
+        itemsize: bytes of a number, the most of the weights' and the input's.
         processors: number of multiprocessors of the GPU.
+        shared: bytes of shared memory that a program can have.
     """
     expand, is_single = None, len(widths) == 1
     if longest <= 64:
@@ -95,7 +108,47 @@ def choose(
             splits = min(3 * processors // programs, num_inputs // 512)
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
+    expand_tiles, expand_block_t = expand or (tiles, block_t)
+    block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)
+    expand_block_t, block_n = fit_expand(expand_block_t, block_n, rank, itemsize, shared)
+    expand = expand_tiles, expand_block_t
     return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand)
+
+
+# What kernels need is up to the compiler. These bounds hold for everything that tests/ops/shared_memory.py compiles.
+def shrink_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
+    """Bytes of shared memory that a program of a shrink kernel needs at most: blocks of x and lora_A."""
+    return (3 if block_t >= 64 else 2) * (rank + block_t) * block_k * itemsize
+
+
+def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, trains: bool) -> int:
+    """Bytes that a program of an expand kernel needs at most: a block of lora_B, and the sums in two or four forms."""
+    return rank * block_n * itemsize + rank * block_t * (4 if trains else 2) * max(itemsize, 4) + 16384
+
+
+def fit_shrink(block_t: int, block_k: int, rank: int, itemsize: int, shared: int) -> int:
+    """The largest ``block_k``, up to this one, with which a shrink kernel fits into this much shared memory."""
+    while block_k > SMALLEST and shrink_memory(block_t, block_k, rank, itemsize) > shared:
+        block_k //= 2
+    return block_k
+
+
+def fit_expand(
+    block_t: int, block_n: int, rank: int, itemsize: int, shared: int, trains: bool = False
+) -> tuple[int, int]:
+    """The largest ``block_t`` and ``block_n``, up to these, with which an expand kernel fits."""
+    while max(block_t, block_n) > SMALLEST and expand_memory(block_t, block_n, rank, itemsize, trains) > shared:
+        if block_t > SMALLEST and 2 * block_t > block_n:
+            block_t //= 2
+        else:
+            block_n //= 2
+    return block_t, block_n
+
+
+def fits(rank: int, itemsize: int, shared: int, trains: bool = False) -> bool:
+    """Whether kernels fit into this much shared memory with the smallest blocks."""
+    shrink = shrink_memory(SMALLEST, SMALLEST, rank, itemsize)
+    return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, trains)) <= shared
 
 
 def cut(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import Launch, choose
+from peft_multibatch.ops.launches import Launch, choose, fits
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import HEADER, Segments, piece_for
 
@@ -206,7 +207,10 @@ def product(
     if found is None:
         if len(_products) >= _MOST_PRODUCTS:
             _products.clear()
-        chosen = launch or choose(num_segments, longest, key.num_inputs, key.widths, key.rank, processors(x.device))
+        chosen = launch or choose(
+            num_segments, longest, key.num_inputs, key.widths, key.rank,
+            max(key.weights.itemsize, key.x_dtype.itemsize), *limits(x.device),
+        )  # fmt: skip
         found = _products[key, launch] = Product(key, chosen)
     return found
 
@@ -318,16 +322,40 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows]) -> bool:
-    """Whether the kernels support all these dtypes; float64 and non-contiguous weights run on the torch backend."""
+def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows], trains: bool = False) -> bool:
+    """Whether the kernels support all these dtypes and ranks.
+
+    The torch backend runs float64, non-contiguous weights, and ranks that are too large for the GPU's shared memory.
+    """
+    shared = limits(x.device).shared
     return (
-        all(table.dtype in DTYPES for table in tables if table.rank)
+        all(
+            table.dtype in DTYPES and fits(padded(table.rank), max(table.dtype.itemsize, x.itemsize), shared, trains)
+            for table in tables
+            if table.rank
+        )
         and x.dtype in DTYPES
         and ys[0].dtype in DTYPES
         and all(y.dtype == ys[0].dtype for y in ys)
     )
 
 
-def processors(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+class Limits(NamedTuple):
+    """What launches depend on, of a GPU.
+
+    Attributes:
+        processors: the number of multiprocessors.
+        shared: bytes of shared memory that a program can have.
+    """
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def limits(device: torch.device) -> Limits:
+    """The limits of a device; on a CPU, any that the interpreter can run with."""
+    if device.type != "cuda":
+        return Limits(1, 2**20)
+    found = torch.cuda.get_device_properties(device)
+    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin)

@@ -13,7 +13,8 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.triton_backend import DTYPES, padded, processors
+from peft_multibatch.ops.launches import fit_expand, fit_shrink
+from peft_multibatch.ops.triton_backend import DTYPES, limits, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import Segments
@@ -150,6 +151,7 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
     out = torch.empty((num_rows, slices, rank), dtype=each.table.dtype, device=inputs[0].device)
     block_t = 32 if rank <= 64 else 16
     block_c = 128 if rank <= 32 else 64 if rank <= 128 else 32
+    block_c = fit_shrink(block_t, block_c, rank, _itemsize(each, inputs[0]), limits(out.device).shared)
     tiles = triton.cdiv(each.longest(num_rows), block_t)
     shrink_kernel[each.num_segments * tiles * slices,](
         out, *_three(inputs), *each.where, num_rows,
@@ -162,11 +164,13 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
 def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tensor, is_in_place: bool) -> None:
     """Write ``sources`` plus their deltas to ``to``."""
     rank, slices, num_rows = padded(each.table.rank), len(to), len(h)
+    processors, shared = limits(h.device)
     block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
+    block_t, block_c = fit_expand(block_t, block_c, rank, _itemsize(each, to[0]), shared, trains=True)
     blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
     most = triton.cdiv(each.longest(num_rows), block_t)
     # a program reads its weights once for several tiles of rows, if there are still enough programs for the whole GPU
-    tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors(h.device), blocks * each.num_segments)))
+    tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors, blocks * each.num_segments)))
     expand_kernel[each.num_segments * tiles, blocks](
         *_three(to), *_three(sources), h, *each.where, num_rows,
         *_three([y.shape[1] for y in to]), *_three([y.stride(0) for y in to]),
@@ -201,7 +205,7 @@ def _grad_weight(
     num_rows, slices, rank = left.shape
     block_r, block_t = min(rank, 32), 32 if each.table.dtype == torch.float32 else 64
     widths = [x.shape[1] for x in inputs]
-    most = 2 * processors(left.device)
+    most = 2 * limits(left.device).processors
     for block_c in (128, 64, 32):
         blocks = sum(triton.cdiv(width, block_c) for width in widths)
         if blocks * each.num_segments * (rank // block_r) >= most:
@@ -212,6 +216,11 @@ def _grad_weight(
         *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place,
         *each.weights, num_warps=4,
     )  # fmt: skip
+
+
+def _itemsize(each: Pass, x: Tensor) -> int:
+    assert each.table.dtype is not None
+    return max(each.table.dtype.itemsize, x.itemsize)
 
 
 def _three(found: Sequence[Any]) -> list[Any]:

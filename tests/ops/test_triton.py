@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -299,3 +304,15 @@ def test_a_graph_serves_every_mix():
         graph.replay()
         for y, want in zip(ys, expected):
             assert_close(y, want)
+
+
+@pytest.mark.parametrize(("capability", "limit"), [(89, 99), (90, 227)], ids=["L4", "H100"])
+def test_launches_fit_into_shared_memory(capability, limit):
+    """On an L4 or RTX 4090 and an H100, for which the kernels are compiled here."""
+    script = Path(__file__).with_name("shared_memory.py")
+    options = ["--capability", capability, "--limit", limit * 1024, "--ranks", "128,512", "--dtypes", "float32"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, *map(str, options)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("expand_kernel") > 3, done.stdout + done.stderr[-2000:]

@@ -226,7 +226,7 @@ class Case:
         return times
 
 
-def choose(case: Case, limits: triton_backend.Limits) -> cutting.Launch:
+def choose(case: Case, limits: cutting.Limits) -> cutting.Launch:
     """Return the launch that the package chooses for a plan that it knows."""
     point, segments = case.point, case.segments
     rank, itemsize = triton_backend.padded(point.rank), case.x.itemsize
@@ -271,7 +271,7 @@ def compile_all(job: list[tuple[Point, list[cutting.Launch] | None]]) -> None:
             case = Case(point, copies=1, for_any_plan=True)
             case.run(case.tables[0], case.ys)
         case = Case(point, copies=1)
-        for launch in candidates or [choose(case, triton_backend.limits(DEVICE))]:
+        for launch in candidates or [choose(case, cutting.limits(DEVICE))]:
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 case.run(case.tables[0], case.ys, launch)
     torch.cuda.synchronize()
@@ -359,7 +359,7 @@ def main(
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
         case = Case(point)
-        chosen = choose(case, triton_backend.limits(DEVICE))
+        chosen = choose(case, cutting.limits(DEVICE))
         fixed = Case(point, for_any_plan=True)
         error = max(case.check(chosen), fixed.check())
         if not error < 8e-3:

@@ -270,10 +270,15 @@ def resize(store: Any, room: int) -> None:
         loader.final.arena.limit = size_class(size) * room
         while not loader.final.make_room((), (), loader._let_go):
             loader.lock.wait(0.01)
+        loader.final.arena.trim()
 
 
 def settle(sizes: Sizes, store: Any, draw: Callable[[int], list[int]], seed: int, room: int) -> None:
     """Bring a store into the state in which earlier requests of the same stream would leave it."""
+    loader = store._loader
+    with loader.lock:
+        for tier in (loader.host, loader.final):
+            tier._kept.clear()
     resize(store, room)
     last: dict[int, None] = {}
     for number in (each for before in range(4) for each in draw(1000 * (before + 1) + seed)):

@@ -47,7 +47,7 @@ def test_kernels_are_checked(for_any_plan, load):
     kernels = load("lora_kernels")
     point = kernels.Point(rows=5, adapters=2, inputs=64, widths=(64, 32), rank=8, target=None)
     case = kernels.Case(point, torch.float32, copies=1, for_any_plan=for_any_plan)
-    launch = kernels.choose(case, kernels.triton_backend.Limits(132, 227 * 1024))
+    launch = kernels.choose(case, kernels.cutting.Limits(132, 227 * 1024))
     assert case.check(launch) <= RELATIVE_ERROR[torch.float32]
     parts = case.parts[0][1]
     parts[1] = parts[1]._replace(scaling=parts[1].scaling * 1.01)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 
 SMALLEST = 16
@@ -36,6 +39,28 @@ class Launch(NamedTuple):
     expand_warps: int
     expand_tiles: int
     expand_block_t: int
+
+
+class Limits(NamedTuple):
+    """What launches depend on, of a GPU.
+
+    Attributes:
+        processors: the number of multiprocessors.
+        shared: bytes of shared memory that a program can have.
+    """
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def limits(device: torch.device) -> Limits:
+    """The limits of a device; on a CPU, any that the interpreter can run with."""
+    if device.type != "cuda":
+        return Limits(1, 2**20)
+    found = torch.cuda.get_device_properties(device)
+    # torch doesn't know it on AMD's GPUs, where it is 64 kB or more
+    return Limits(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 2**16))
 
 
 def choose(
@@ -105,7 +130,7 @@ def choose(
                 expand = _cdiv(longest, 128), 32
         else:
             block_k, shrink_warps = 64 if rank > 32 else 128, 4
-            splits = min(3 * processors // programs, num_inputs // 512)
+            splits = _power_of_2(min(3 * processors // programs, num_inputs // 512))
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
     expand_tiles, expand_block_t = expand or (tiles, block_t)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import Launch, choose, fits
+from peft_multibatch.ops.launches import Launch, choose, fits, limits
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import HEADER, Segments, piece_for
 
@@ -338,24 +337,3 @@ def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows], trains: 
         and ys[0].dtype in DTYPES
         and all(y.dtype == ys[0].dtype for y in ys)
     )
-
-
-class Limits(NamedTuple):
-    """What launches depend on, of a GPU.
-
-    Attributes:
-        processors: the number of multiprocessors.
-        shared: bytes of shared memory that a program can have.
-    """
-
-    processors: int
-    shared: int
-
-
-@functools.cache
-def limits(device: torch.device) -> Limits:
-    """The limits of a device; on a CPU, any that the interpreter can run with."""
-    if device.type != "cuda":
-        return Limits(1, 2**20)
-    found = torch.cuda.get_device_properties(device)
-    return Limits(found.multi_processor_count, found.shared_memory_per_block_optin)

@@ -13,8 +13,8 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.launches import fit_expand, fit_shrink
-from peft_multibatch.ops.triton_backend import DTYPES, limits, padded
+from peft_multibatch.ops.launches import fit_expand, fit_shrink, limits
+from peft_multibatch.ops.triton_backend import DTYPES, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import Segments

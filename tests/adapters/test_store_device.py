@@ -144,6 +144,35 @@ def test_one_copy_at_a_time(make, rows, monkeypatch):
     assert most == [1] * COUNT
 
 
+def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
+    """As while the interpreter exits: it runs on the thread that has read the file."""
+    model, store, _ = make(host=12, device=2)
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._loader.transfers._copier, "submit", refuse)
+        check(model, rows, ["a0", "a1"])
+        check(model, rows, ["a2"])
+        with pytest.raises(RuntimeError, match="cannot schedule"):
+            ask(model, ["a0"])
+    check(model, rows, ["a0"])
+
+
+def test_waiting_for_host_memory_drops_no_plans(make):
+    """Plans hold memory of the device."""
+    _, store, _ = make(host=1, device=COUNT)
+    dropped = []
+    store._loader._let_go = lambda: dropped.append(True)
+    store.prefetch(*(f"a{number}" for number in range(COUNT)))
+    deadline = time.monotonic() + 20
+    while store.stats().device_adapters < COUNT:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert not dropped
+
+
 def test_memory_is_written_again_only_after_what_read_it(make, rows):
     model, store, _ = make(host=12, device=1)
     check(model, rows, ["a0"])

@@ -165,6 +165,15 @@ def whole_model_row(row: dict[str, str]) -> list[str]:
     return [row["batch"], row["adapters"], row["way"], *times]
 
 
+def quantized_row(row: dict[str, str]) -> list[str]:
+    return [row["base weights"], *whole_model_row(row)[1:]]
+
+
+def cpu_training_row(row: dict[str, str]) -> list[str]:
+    point, _, *times, _, _ = training_row(row | dict.fromkeys((f"{MIXED}, GB", f"{ONE}, GB"), ""))
+    return [point, *times, row["base × one at a time"]]
+
+
 def requests_row(row: dict[str, str]) -> list[str]:
     return [row["adapters"], row["way"], row["tokens_per_s"], row["× base"], f"{float(row['first_s']):.2f}"]
 
@@ -173,8 +182,10 @@ def requests_row(row: dict[str, str]) -> list[str]:
     ("page", "name", "cells"),
     [
         ("training.md", "training.csv", training_row),
+        ("training.md", "training_cpu.csv", cpu_training_row),
         ("vision-language.md", "vision.csv", vision_row),
         ("explanation/benchmarks-log.md", "end_to_end_h200.csv", whole_model_row),
+        ("explanation/benchmarks-log.md", "end_to_end_quantized.csv", quantized_row),
         ("explanation/benchmarks-log.md", "continuous_h200.csv", requests_row),
     ],
 )

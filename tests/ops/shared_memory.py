@@ -24,7 +24,7 @@ from products import Case, TritonProduct
 
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops import triton_backend, triton_gradients
-from peft_multibatch.ops.launches import fits
+from peft_multibatch.ops.launches import Limits, fits
 
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--dtypes", default="float32,bfloat16")
     options = parser.parse_args()
     triton_backend.INTERPRETED = True  # otherwise it asks a GPU
-    triton_backend.limits = triton_gradients.limits = lambda _: triton_backend.Limits(132, options.limit)
+    triton_backend.limits = triton_gradients.limits = lambda _: Limits(132, options.limit)
     seen, is_over = {}, False
     for dtype in options.dtypes.split(","):
         for rank in map(int, options.ranks.split(",")):

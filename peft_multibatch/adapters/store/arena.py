@@ -93,11 +93,7 @@ class Arena:
             block, mark = found.popleft()
             self.kept -= whole
         else:
-            for others in list(self._free.values()):
-                while others and self.used + self.kept + whole > self.limit:
-                    other, _ = others.popleft()
-                    self.kept -= len(other)
-                    self._streams.let_go(other)
+            self.trim(whole)
         self.used += whole
         return Reserved(size, block, mark)
 
@@ -122,6 +118,14 @@ class Arena:
                     f"that much free memory. Pass a smaller {option} to adapter_store, or use less memory elsewhere."
                 ) from error
         return self._lend(block, size), mark
+
+    def trim(self, size: int = 0) -> None:
+        """Free blocks that are kept, until there is room for this many bytes more."""
+        for others in list(self._free.values()):
+            while others and self.used + self.kept + size > self.limit:
+                other, _ = others.popleft()
+                self.kept -= len(other)
+                self._streams.let_go(other)
 
     def collect(self) -> None:
         """Take back blocks that were freed."""

@@ -57,7 +57,7 @@ class Loader:
         self.host = self.final = Tier(Arena(host, torch.device("cpu"), streams.has_memory, streams))
         if streams.has_memory:
             self.final = Tier(Arena(final, device, False, streams))
-        self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout, let_go)
+        self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout)
         self.pinned: set[Version] = set()
         self._timeout, self._let_go = timeout, let_go
         self._queue: deque[weakref.ref[Ticket]] = deque()
@@ -213,8 +213,8 @@ class Loader:
             return False
         started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
         for load in started:
+            self.transfers.start(load)  # its threads wait for the lock
             load.version.loading, load.version.error = load, None
-            self.transfers.start(load)
         return True
 
     def _is_awaited(self) -> bool:

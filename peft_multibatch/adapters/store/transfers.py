@@ -36,11 +36,13 @@ class Load:
         version: the adapter.
         memory: the memory for its weights, which stays reserved as long as this is referenced.
         mark: what to wait for before the memory is written.
+        source: the weights in host memory, until they are copied to the device.
         error: the error, if loading failed.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
         self.version, self.memory, self.mark = version, memory, mark
+        self.source: Tensor | None = None
         self.error: Exception | None = None
 
 
@@ -63,23 +65,14 @@ class Transfers:
         final: adapters on the device where calls compute; on a CPU, the same as ``host``.
         streams: the device's streams.
         timeout: the most seconds that a load waits for host memory.
-        let_go: called when memory runs out, to drop plans of calls that have ended.
     """
 
-    def __init__(
-        self,
-        lock: threading.Condition,
-        host: Tier,
-        final: Tier,
-        streams: Streams,
-        timeout: float,
-        let_go: Callable[[], None],
-    ) -> None:
+    def __init__(self, lock: threading.Condition, host: Tier, final: Tier, streams: Streams, timeout: float) -> None:
         self.ahead: set[Version] = set()
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self.on_loaded: Callable[[], object] = lambda: None
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
-        self._timeout, self._let_go = timeout, let_go
+        self._timeout = timeout
         self._readers = ThreadPoolExecutor(READERS, "peft_multibatch_store")
         self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
         self._staging = threading.local()
@@ -94,11 +87,11 @@ class Transfers:
 
     def start(self, load: Load) -> None:
         """Load an adapter where calls compute."""
-        memory = self._host.get(load.version)
-        if memory is None:
+        load.source = self._host.get(load.version)
+        if load.source is None:
             self._readers.submit(self._read_for, load)
         else:
-            self._copier.submit(self._copy, load, memory)
+            self._copier.submit(self._copy, load)
 
     def read_ahead(self, version: Version) -> None:
         """Read an adapter into host memory."""
@@ -111,16 +104,22 @@ class Transfers:
             self._try(load, partial(self._read, load.version, load.memory))
             self._end(load)
             return
-        memory = self._try(load, partial(self._in_host, load.version))
-        if memory is None:
+        load.source = self._try(load, partial(self._in_host, load.version))
+        if load.source is None:
             self._end(load)
             return
-        with self._lock:
-            if not self._is_closed:
-                self._copier.submit(self._copy, load, memory)
+        try:
+            with self._lock:
+                if not self._is_closed:
+                    self._copier.submit(self._copy, load)
+        except RuntimeError:  # the interpreter is about to exit, or no thread could be started
+            self._copy(load)
 
-    def _copy(self, load: Load, memory: Tensor) -> None:
-        self._try(load, partial(self._streams.copy, load.memory, memory, load.mark))
+    def _copy(self, load: Load) -> None:
+        source, load.source = load.source, None
+        assert source is not None
+        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
+        del source  # others may wait for this memory
         self._end(load)
 
     def _read_ahead(self, version: Version) -> None:
@@ -168,7 +167,8 @@ class Transfers:
                 if memory is not None:
                     return memory
                 is_read = version in self.ahead and not is_ahead  # by another thread
-                if not is_read and self._host.make_room([version.layout.size], (), self._let_go):
+                # plans hold memory of the device, so dropping them wouldn't help
+                if not is_read and self._host.make_room([version.layout.size], (), lambda: None):
                     reserved = self._host.arena.reserve(version.layout.size)
                     break
                 if time.monotonic() > deadline:

@@ -156,8 +156,8 @@ def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
         check(model, rows, ["a0", "a1"])
         check(model, rows, ["a2"])
         with pytest.raises(RuntimeError, match="cannot schedule"):
-            ask(model, ["a0"])
-    check(model, rows, ["a0"])
+            ask(model, ["a0", "a1"])  # one of them is only in host memory
+    check(model, rows, ["a0", "a1"])
 
 
 def test_waiting_for_host_memory_drops_no_plans(make):
@@ -171,6 +171,18 @@ def test_waiting_for_host_memory_drops_no_plans(make):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     assert not dropped
+
+
+def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
+    model, store, _ = make(host=1, device=COUNT, timeout=60)
+    begun, go, ended = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(Device, "copy", lambda *_: (begun.set(), go.wait(20), ended.append(True)))
+    store.prefetch("a0", "a1")
+    assert begun.wait(20)
+    peft_multibatch.disable(model)
+    store._loader.transfers._readers.shutdown(wait=True)  # one of them waits for the memory that is being copied
+    assert not ended
+    go.set()
 
 
 def test_memory_is_written_again_only_after_what_read_it(make, rows):

@@ -171,9 +171,9 @@ class Transfers:
                 if not is_read and self._host.make_room([version.layout.size], (), lambda: None):
                     reserved = self._host.arena.reserve(version.layout.size)
                     break
-                if time.monotonic() > deadline:
+                if self._is_closed or time.monotonic() > deadline:
                     used = f"others used all {self._host.arena.limit} bytes of host memory"
-                    raise late([version], self._timeout, used)
+                    raise late([version], self._timeout, "the model was disabled" if self._is_closed else used)
                 self._lock.wait(POLL)
         memory, _ = self._host.arena.make(reserved)
         self._read(version, memory)

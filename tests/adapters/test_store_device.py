@@ -131,15 +131,15 @@ def test_one_copy_at_a_time(make, rows, monkeypatch):
     """Threads that use CUDA at the same time delay the launches of running steps."""
     running, most = [], []
 
-    def copy(self, target, source, mark):
+    def copy(target, source, mark):
         running.append(True)
         time.sleep(0.005)
         most.append(len(running))
         running.pop()
         target.copy_(source)
 
-    monkeypatch.setattr(Device, "copy", copy)
-    model, _, _ = make(host=12, device=12)
+    model, store, _ = make(host=12, device=12)
+    monkeypatch.setattr(store._streams, "copy", copy)
     check(model, rows, [f"a{number}" for number in range(COUNT)])
     assert most == [1] * COUNT
 
@@ -176,7 +176,7 @@ def test_waiting_for_host_memory_drops_no_plans(make):
 def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
     model, store, _ = make(host=1, device=COUNT, timeout=60)
     begun, go, ended = threading.Event(), threading.Event(), []
-    monkeypatch.setattr(Device, "copy", lambda *_: (begun.set(), go.wait(20), ended.append(True)))
+    monkeypatch.setattr(store._streams, "copy", lambda *_: (begun.set(), go.wait(20), ended.append(True)))
     store.prefetch("a0", "a1")
     assert begun.wait(20)
     peft_multibatch.disable(model)

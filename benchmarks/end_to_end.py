@@ -215,11 +215,8 @@ def correct(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> tu
 
     theirs, plain = last(model, input_ids=prompt, adapter_names=names), last(base, input_ids=prompt)
     exact = model.get_input_embeddings()(prompt)
-    unit = torch.finfo(exact.dtype).eps
-    rounded = (exact.float() * (1 + unit * torch.empty_like(exact, dtype=torch.float32).uniform_(-1, 1))).to(
-        exact.dtype
-    )
-    others = last(model, inputs_embeds=rounded, adapter_names=names)
+    factors = 1 + torch.finfo(exact.dtype).eps * (2 * torch.rand(exact.shape, device=exact.device) - 1)
+    others = last(model, inputs_embeds=(exact.float() * factors).to(exact.dtype), adapter_names=names)
     peft_multibatch.enable(model)
     ours = last(model, input_ids=prompt, adapter_ids=names)
     peft_multibatch.disable(model)

@@ -230,7 +230,7 @@ def choose(case: Case, limits: cutting.Limits) -> cutting.Launch:
     """Return the launch that the package chooses for a plan that it knows."""
     point, segments = case.point, case.segments
     rank, itemsize = triton_backend.padded(point.rank), case.x.itemsize
-    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, itemsize, *limits)
+    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, itemsize, limits)
 
 
 def copy_bandwidth() -> float:
@@ -271,7 +271,7 @@ def compile_all(job: list[tuple[Point, list[cutting.Launch] | None]]) -> None:
             case = Case(point, copies=1, for_any_plan=True)
             case.run(case.tables[0], case.ys)
         case = Case(point, copies=1)
-        for launch in candidates or [choose(case, cutting.limits(DEVICE))]:
+        for launch in candidates or [choose(case, cutting.limits_of(DEVICE))]:
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 case.run(case.tables[0], case.ys, launch)
     torch.cuda.synchronize()
@@ -299,7 +299,8 @@ def words(point: str) -> str:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Plot the floor, the measured time and the target of every point."""
+    """Plot the floor, the measured times and the target of every point, if any has a target of those that have one."""
+    records = [record for record in records if record["target_us"]] or records
     figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(records) + 1))
     series = {"bytes floor": "floor_us", "known plan": "p50_us", "any plan": "any_plan_us", "target": "target_us"}
     for index, (label, key) in enumerate(series.items()):
@@ -359,7 +360,7 @@ def main(
     for point in track(points, description="points", console=console):
         torch.manual_seed(0)
         case = Case(point)
-        chosen = choose(case, cutting.limits(DEVICE))
+        chosen = choose(case, cutting.limits_of(DEVICE))
         fixed = Case(point, for_any_plan=True)
         error = max(case.check(chosen), fixed.check())
         if not error < 8e-3:

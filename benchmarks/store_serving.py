@@ -24,7 +24,7 @@ Host memory has room for 512 of them, device memory for 16, 64 or 128.
   from host memory to the device, four at a time, and while they are read from files, first into new host memory and
   then into memory that others have used; no request uses these.
 
-Sessions start with rounds that aren't timed, until a round captures no CUDA graph. Before anything is timed, rows of a
+Throughput is timed after rounds that capture no CUDA graph. Before anything is timed, rows of a
 mixed batch must match those of PEFT's ``load_adapter`` to the precision of bfloat16, and first tokens of continuous
 batching must be among PEFT's most likely ones.
 """
@@ -263,11 +263,16 @@ def make_resident(store: Any, numbers: list[int]) -> None:
         time.sleep(0.01)
 
 
+def block_size(store: Any) -> int:
+    """Return the bytes of memory that each adapter of a store takes; all have the same size."""
+    return size_class(next(iter(store._versions.values())).layout.size)
+
+
 def resize(store: Any, room: int) -> None:
-    """Give a store device memory for ``room`` adapters, all of which have the same size."""
-    loader, size = store._loader, next(iter(store._versions.values())).layout.size
+    """Give a store device memory for ``room`` adapters."""
+    loader = store._loader
     with loader.lock:
-        loader.final.arena.limit = size_class(size) * room
+        loader.final.arena.limit = block_size(store) * room
         while not loader.final.make_room((), (), loader._let_go):
             loader.lock.wait(0.01)
         loader.final.arena.trim()
@@ -505,8 +510,8 @@ def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
     del gaps[QUIET], loaded[QUIET]
     before = len(captured)
     if sizes.device == "cuda":
-        stats, size = store.stats(), size_class(next(iter(store._versions.values())).layout.size)
-        left = (stats.max_host_bytes - stats.host_bytes) // size
+        stats = store.stats()
+        left = (stats.max_host_bytes - stats.host_bytes) // block_size(store)
         turn("from files into new memory", fresh, left)  # which has to be pinned
         read_in([next(fresh) for _ in range(left)])
     for _ in range(2):

@@ -54,7 +54,7 @@ class Limits(NamedTuple):
 
 
 @functools.cache
-def limits(device: torch.device) -> Limits:
+def limits_of(device: torch.device) -> Limits:
     """The limits of a device; on a CPU, any that the interpreter can run with."""
     if device.type != "cuda":
         return Limits(1, 2**20)
@@ -70,8 +70,7 @@ def choose(
     widths: Sequence[int],
     rank: int,
     itemsize: int,
-    processors: int,
-    shared: int,
+    limits: Limits,
 ) -> Launch:
     """Choose the parameters that sweeps on an H100 and an H200 found best for each kind of batch
     (benchmarks/lora_kernels.py).
@@ -89,9 +88,9 @@ def choose(
         widths: ``N`` of each slice.
         rank: largest rank, as padded for the kernels.
         itemsize: bytes of a number, the most of the weights' and the input's.
-        processors: number of multiprocessors of the GPU.
-        shared: bytes of shared memory that a program can have.
+        limits: those of the GPU.
     """
+    processors, shared = limits
     expand, is_single = None, len(widths) == 1
     if longest <= 64:
         block_t, tiles = 16, _cdiv(longest, 32)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import Launch, choose, fits, limits
+from peft_multibatch.ops.launches import Launch, choose, fits, limits_of
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import HEADER, Segments, piece_for
 
@@ -208,7 +208,7 @@ def product(
             _products.clear()
         chosen = launch or choose(
             num_segments, longest, key.num_inputs, key.widths, key.rank,
-            max(key.weights.itemsize, key.x_dtype.itemsize), *limits(x.device),
+            max(key.weights.itemsize, key.x_dtype.itemsize), limits_of(x.device),
         )  # fmt: skip
         found = _products[key, launch] = Product(key, chosen)
     return found
@@ -326,7 +326,7 @@ def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows], trains: 
 
     The torch backend runs float64, non-contiguous weights, and ranks that are too large for the GPU's shared memory.
     """
-    shared = limits(x.device).shared
+    shared = limits_of(x.device).shared
     return (
         all(
             table.dtype in DTYPES and fits(padded(table.rank), max(table.dtype.itemsize, x.itemsize), shared, trains)

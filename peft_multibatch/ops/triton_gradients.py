@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.launches import fit_expand, fit_shrink, limits
+from peft_multibatch.ops.launches import fit_expand, fit_shrink, limits_of
 from peft_multibatch.ops.triton_backend import DTYPES, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
@@ -151,7 +151,7 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
     out = torch.empty((num_rows, slices, rank), dtype=each.table.dtype, device=inputs[0].device)
     block_t = 32 if rank <= 64 else 16
     block_c = 128 if rank <= 32 else 64 if rank <= 128 else 32
-    block_c = fit_shrink(block_t, block_c, rank, _itemsize(each, inputs[0]), limits(out.device).shared)
+    block_c = fit_shrink(block_t, block_c, rank, _itemsize(each, inputs[0]), limits_of(out.device).shared)
     tiles = triton.cdiv(each.longest(num_rows), block_t)
     shrink_kernel[each.num_segments * tiles * slices,](
         out, *_three(inputs), *each.where, num_rows,
@@ -164,7 +164,7 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
 def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tensor, is_in_place: bool) -> None:
     """Write ``sources`` plus their deltas to ``to``."""
     rank, slices, num_rows = padded(each.table.rank), len(to), len(h)
-    processors, shared = limits(h.device)
+    processors, shared = limits_of(h.device)
     block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
     block_t, block_c = fit_expand(block_t, block_c, rank, _itemsize(each, to[0]), shared, trains=True)
     blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
@@ -205,7 +205,7 @@ def _grad_weight(
     num_rows, slices, rank = left.shape
     block_r, block_t = min(rank, 32), 32 if each.table.dtype == torch.float32 else 64
     widths = [x.shape[1] for x in inputs]
-    most = 2 * limits(left.device).processors
+    most = 2 * limits_of(left.device).processors
     for block_c in (128, 64, 32):
         blocks = sum(triton.cdiv(width, block_c) for width in widths)
         if blocks * each.num_segments * (rank // block_r) >= most:

@@ -20,6 +20,7 @@ from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
+from peft_multibatch.calls.router import Router
 
 
 COUNT = 12
@@ -160,17 +161,18 @@ def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
     check(model, rows, ["a0", "a1"])
 
 
-def test_waiting_for_host_memory_drops_no_plans(make):
+def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
     """Plans hold memory of the device."""
-    _, store, _ = make(host=1, device=COUNT)
     dropped = []
-    store._loader._let_go = lambda: dropped.append(True)
+    monkeypatch.setattr(Router, "let_go", lambda _: dropped.append(True))
+    _, store, _ = make(host=1, device=COUNT)
     store.prefetch(*(f"a{number}" for number in range(COUNT)))
     deadline = time.monotonic() + 20
     while store.stats().device_adapters < COUNT:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     assert not dropped
+    assert not store._loader.final.make_room([COUNT * 10**6], (), store._loader._let_go) and dropped
 
 
 def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):

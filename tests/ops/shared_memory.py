@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--dtypes", default="float32,bfloat16")
     options = parser.parse_args()
     triton_backend.INTERPRETED = True  # otherwise it asks a GPU
-    triton_backend.limits = triton_gradients.limits = lambda _: Limits(132, options.limit)
+    triton_backend.limits_of = triton_gradients.limits_of = lambda _: Limits(132, options.limit)
     seen, is_over = {}, False
     for dtype in options.dtypes.split(","):
         for rank in map(int, options.ranks.split(",")):

@@ -18,7 +18,7 @@ from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
-from peft_multibatch.errors import NotEnabledError, StoreFullError
+from peft_multibatch.errors import StoreFullError
 
 
 class Ticket:
@@ -61,11 +61,9 @@ class Loader:
         self.pinned: set[Version] = set()
         self._timeout, self._let_go = timeout, let_go
         self._queue: deque[weakref.ref[Ticket]] = deque()
-        self._is_closed = False
 
     def close(self) -> None:
         """Stop loading; batches that wait get an error. The caller holds the lock."""
-        self._is_closed = True
         self.transfers.close()
         self.lock.notify_all()
 
@@ -153,11 +151,7 @@ class Loader:
         was_collected = False
         while True:
             with self.lock:
-                if self._is_closed:
-                    raise NotEnabledError(
-                        "the model was disabled while a call waited for its stored adapters: expected it to stay "
-                        "enabled. Call enable and adapter_store again."
-                    )
+                self.transfers.check_open()
                 self.check_possible(versions)
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # a new exception for each batch, because a shared traceback would keep memory alive

@@ -17,7 +17,7 @@ from peft_multibatch.adapters.store.files import read_weights
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
-from peft_multibatch.errors import AdapterFileError, MultibatchError, StoreFullError
+from peft_multibatch.errors import AdapterFileError, MultibatchError, NotEnabledError, StoreFullError
 
 
 READERS = 4
@@ -53,6 +53,7 @@ class Transfers:
     threads that use CUDA delay the launches of running steps. So adapters in host memory don't wait for files either.
 
     Attributes:
+        is_closed: whether the model was disabled, so that nothing starts any more.
         ahead: adapters that are being read into host memory before they are needed.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
@@ -68,6 +69,7 @@ class Transfers:
     """
 
     def __init__(self, lock: threading.Condition, host: Tier, final: Tier, streams: Streams, timeout: float) -> None:
+        self.is_closed = False
         self.ahead: set[Version] = set()
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
         self.on_loaded: Callable[[], object] = lambda: None
@@ -76,14 +78,25 @@ class Transfers:
         self._readers = ThreadPoolExecutor(READERS, "peft_multibatch_store")
         self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
         self._staging = threading.local()
-        self._is_closed = False
 
     # The caller holds the lock, for which the threads wait.
     def close(self) -> None:
         """Start nothing any more."""
-        self._is_closed = True
+        self.is_closed = True
         for threads in (self._readers, self._copier):
             threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_open(self) -> None:
+        """Check that the model is still enabled.
+
+        Raises:
+            NotEnabledError: it isn't.
+        """
+        if self.is_closed:
+            raise NotEnabledError(
+                "the model was disabled while a call waited for its stored adapters: expected it to stay enabled. "
+                "Call enable and adapter_store again."
+            )
 
     def start(self, load: Load) -> None:
         """Load an adapter where calls compute."""
@@ -110,7 +123,7 @@ class Transfers:
             return
         try:
             with self._lock:
-                if not self._is_closed:
+                if not self.is_closed:
                     self._copier.submit(self._copy, load)
         except RuntimeError:  # the interpreter is about to exit, or no thread could be started
             self._copy(load)
@@ -171,9 +184,10 @@ class Transfers:
                 if not is_read and self._host.make_room([version.layout.size], (), lambda: None):
                     reserved = self._host.arena.reserve(version.layout.size)
                     break
-                if self._is_closed or time.monotonic() > deadline:
+                self.check_open()
+                if time.monotonic() > deadline:
                     used = f"others used all {self._host.arena.limit} bytes of host memory"
-                    raise late([version], self._timeout, "the model was disabled" if self._is_closed else used)
+                    raise late([version], self._timeout, used)
                 self._lock.wait(POLL)
         memory, _ = self._host.arena.make(reserved)
         self._read(version, memory)

@@ -1,15 +1,17 @@
-"""Benchmark an adapter store on a CPU: registering thousands, entering a call, and the first use of an adapter.
+"""Benchmark an adapter store on a CPU: registering thousands, entering a call, the first use of an adapter, memory.
 
 It takes some minutes.
 
     python benchmarks/store.py                                  # results/store.csv and .png beside this script
-    python benchmarks/store.py --count 1000 --present 1,10      # in seconds
+    python benchmarks/store.py --count 1000 --present 1,10      # in about a minute
 
 The model is a Llama with four layers and a hidden size of 192, in float32; adapters have rank 8 on all seven
-projections (0.6 MB). Their folders are hard links to 50 different ones. Measurements:
+projections (0.6 MB). Their folders are hard links to 50 different ones, with one configuration. Measurements:
 
 - ``register``: ``store.register_folder`` of all of them, per adapter, and Python's memory for them afterwards
   (``tracemalloc``, in a separate run).
+- ``register_different``: the same for as many adapters with ``--configurations`` different configurations: ranks from
+  1 to 20, each with many alphas. Their weights are hard links to one file for each rank.
 - ``enter``: entering and leaving ``mb.batch(ids)`` with eight adapters in memory, with 10 and with all registered,
   alternately; the ratio is the median over rounds.
 - ``cold``: the first use of an adapter that isn't in memory, until its weights are loaded, into memory that was used
@@ -17,6 +19,11 @@ projections (0.6 MB). Their folders are hard links to 50 different ones. Measure
 - ``load_adapter``: the same for PEFT's ``load_adapter``, with the same files, in a model with ``--present`` other
   adapters; these are added in the quick way of registry.py, because PEFT would take an hour. Both are timed
   alternately, by wall-clock and by CPU time of all threads, and ratios are medians over rounds.
+- ``memory``: four threads run batches with four of these different adapters, and prefetch others, in a store with
+  16 MB, so that adapters are loaded and evicted all the time. ``largest_of_limit`` is the largest number of bytes in
+  ``store.stats()``, free blocks included, over the limit, in as many samples as the column says.
+  ``allocated_of_limit`` is the peak of all that Python and NumPy allocated meanwhile (``tracemalloc``), over the same
+  limit. It depends neither on the store's counters nor on samples, but Python's objects count as well.
 
 Before anything is timed, rows of a mixed batch must equal those of PEFT's ``load_adapter``, one adapter at a time.
 benchmarks/store_serving.py does the same for requests on a GPU.
@@ -25,6 +32,7 @@ benchmarks/store_serving.py does the same for requests on a GPU.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -33,6 +41,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +73,8 @@ SIZES = {
     "vocab_size": 160,
 }
 DIFFERENT = 50
+RANKS = 20
+THREADS, ROWS, ROOM = 4, 4, 16_000_000
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -88,7 +99,25 @@ def make_folder(root: Path, count: int) -> None:
                 os.link(root / str(number % DIFFERENT) / file, folder / file)
 
 
-def make_store(max_host_memory: str = "1GB") -> tuple[LlamaForCausalLM, Multibatch, AdapterStore]:
+def make_different_folder(root: Path, count: int, configurations: int) -> None:
+    """Write the folders of adapters with different ranks and alphas, with hard links to one weights file per rank."""
+    for number in range(count):
+        folder, kind = root / str(number), number % configurations
+        alpha, same_rank = 1 + kind // RANKS, root / str(kind % RANKS)
+        if folder == same_rank:
+            config = LoraConfig(r=1 + number, lora_alpha=alpha, target_modules=PROJECTIONS, init_lora_weights=False)
+            get_peft_model(base_model(), config).save_pretrained(str(folder))
+            continue
+        folder.mkdir()
+        os.link(same_rank / WEIGHTS, folder / WEIGHTS)
+        if number < configurations:
+            values = json.loads((same_rank / CONFIG).read_text()) | {"lora_alpha": alpha}
+            (folder / CONFIG).write_text(json.dumps(values))
+        else:
+            os.link(root / str(kind) / CONFIG, folder / CONFIG)
+
+
+def make_store(max_host_memory: int | str = "1GB") -> tuple[LlamaForCausalLM, Multibatch, AdapterStore]:
     model = base_model()
     mb = peft_multibatch.enable(model)
     return model, mb, mb.adapter_store(max_host_memory=max_host_memory)
@@ -112,7 +141,7 @@ def check(root: Path) -> None:
             raise SystemExit(f"row {row} under {name} differs from PEFT's by {error:.1e}")
 
 
-def register(root: Path, count: int, rounds: int) -> dict:
+def register(what: str, root: Path, count: int, rounds: int) -> dict:
     times = []
     for _ in range(rounds):
         _, _, store = make_store()
@@ -127,7 +156,7 @@ def register(root: Path, count: int, rounds: int) -> dict:
     memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return {
-        "what": "register", "registered": count, "seconds": round(min(times), 3),
+        "what": what, "registered": count, "seconds": round(min(times), 3),
         "us_p50": round(statistics.median(times) / count * 1e6, 1), "python_mb": round(memory / 1e6, 2),
     }  # fmt: skip
 
@@ -198,6 +227,39 @@ def cold(root: Path, count: int, present: list[int], samples: int, rounds: int) 
     return records
 
 
+def under_pressure(root: Path, count: int, batches: int) -> dict:
+    """Measure a store's memory while threads need more of it than there is."""
+    model, _, store = make_store(ROOM)
+    store.register_folder(root)
+    inputs = torch.randint(160, (ROWS, 4))
+
+    @torch.no_grad()
+    def work(seed: int) -> None:
+        numbers = random.Random(seed)
+        for _ in range(batches):
+            first, *names = [str(numbers.randrange(count)) for _ in range(1 + ROWS)]
+            store.prefetch(first)
+            model(inputs, adapter_ids=names)
+
+    largest = samples = 0
+    tracemalloc.start()
+    with ThreadPoolExecutor(THREADS) as threads:
+        running = [threads.submit(work, seed) for seed in range(THREADS)]
+        while wait(running, timeout=1e-4).not_done:
+            stats = store.stats()
+            largest = max(largest, stats.host_bytes + stats.host_bytes_kept)
+            samples += 1
+    allocated = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for each in running:
+        each.result()
+    stats = store.stats()
+    return {
+        "what": "memory", "registered": count, "loads": stats.loads, "evictions": stats.evictions, "samples": samples,
+        "largest_of_limit": round(largest / ROOM, 5), "allocated_of_limit": round(allocated / ROOM, 5),
+    }  # fmt: skip
+
+
 def plot(records: list[dict], path: Path) -> None:
     """Plot times by number of adapters."""
     figure, axis = plt.subplots(figsize=(7, 4))
@@ -221,6 +283,7 @@ def plot(records: list[dict], path: Path) -> None:
 
 def main(
     count: int = 10_000,
+    configurations: int = typer.Option(1000, help="number of different ones for register_different"),
     rounds: int = 5,
     samples: int = 200,
     present: str = typer.Option("1,100,1000", help="numbers of adapters in the model when PEFT loads another one"),
@@ -230,11 +293,16 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp())
+    same, different = root / "same", root / "different"
     try:
-        make_folder(root, count)
-        check(root)
-        records = [register(root, count, rounds), *enter(root, count, rounds, samples)]
-        records += cold(root, count, [int(each) for each in present.split(",")], samples, loads)
+        make_folder(same, count)
+        make_different_folder(different, count, configurations)
+        check(same)
+        check(different)
+        records = [register("register", same, count, rounds), *enter(same, count, rounds, samples)]
+        records += cold(same, count, [int(each) for each in present.split(",")], samples, loads)
+        records.append(register("register_different", different, count, rounds) | {"configurations": configurations})
+        records.append(under_pressure(different, count, samples))
     finally:
         shutil.rmtree(root)
     shared = {"threads": torch.get_num_threads(), **versions(commit)}

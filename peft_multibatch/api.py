@@ -6,6 +6,7 @@ import html
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -205,6 +206,14 @@ class Multibatch(Handle):
                 f"adapter_store got dtype={dtype!r}: expected 'file', torch.float64, torch.float32, torch.float16 or "
                 "torch.bfloat16."
             )
+        for what, value, kind, least in (
+            ("max_rank", max_rank, Integral, 1), ("slots", slots, Integral, 1), ("timeout", timeout, Real, 0),
+        ):  # fmt: skip
+            if not isinstance(value, kind) or isinstance(value, bool) or not value >= least:
+                raise UnsupportedError(
+                    f"adapter_store got {what}={value!r}: expected {'an integer' if kind is Integral else 'seconds'} "
+                    f"of {least} or more."
+                )
         registry.store = AdapterStore(
             self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
             max_rank, roots, dtype, timeout, router.let_go, registry.changing,

@@ -77,6 +77,17 @@ def test_store_serving(load, tmp_path):
     assert {row["what"] for row in rows(tmp_path / "found.csv")} == {"throughput", "first token", "step"}
 
 
+def test_store(load, tmp_path):
+    out = tmp_path / "found.csv"
+    load("store").main(count=60, configurations=30, rounds=1, samples=8, present="1", loads=1, commit="", out=out)
+    found = {row["what"]: row for row in rows(out)}
+    assert found.keys() == {"register", "enter", "cold", "load_adapter", "register_different", "memory"}
+    assert found["register_different"]["configurations"] == "30"
+    memory = found["memory"]
+    assert int(memory["evictions"]) > 0 and 0.5 < float(memory["largest_of_limit"]) <= 1
+    assert float(memory["largest_of_limit"]) < float(memory["allocated_of_limit"]) < 1.2
+
+
 JOB = {
     "begin": time.time(), "commit": "", "tiny": True, "adapters": [2], "rows": 2, "batch": 2, "rounds": 1, "rank": 4,
     "layers": 2, "prompt_tokens": 4, "training_tokens": 4, "new_tokens": 2,

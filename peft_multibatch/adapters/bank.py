@@ -16,10 +16,9 @@ from torch import Tensor
 
 from peft_multibatch import streams
 from peft_multibatch.adapters.adapter import AnyAdapter
-from peft_multibatch.adapters.offload import loader
+from peft_multibatch.adapters.offload import base_device
 from peft_multibatch.adapters.shards import own, split_of
 from peft_multibatch.adapters.tables import LayerWeights, SlotWeights, TableRows, Tables, WeightTable, format_of
-from peft_multibatch.compat import dequantize_module_weight
 from peft_multibatch.errors import ModelStateError
 
 
@@ -29,6 +28,10 @@ if TYPE_CHECKING:
 
 Expected = dict[torch.dtype | None, tuple[int, bool]]
 """Dtype -> the largest rank, and whether all weights can be read 16 bytes at a time."""
+
+
+CanRun = Callable[[torch.dtype | None, int, torch.device], bool]
+"""Whether graphs can run weights of a dtype and rank on a device."""
 
 
 class Bank:
@@ -58,7 +61,7 @@ class Bank:
         self.ranks: Tensor | None = None
         self.scalings: Tensor | None = None
         # Dtypes and ranks of all registered stored adapters in these layers, in memory or not.
-        self.expects: Callable[[Iterable[LoraLayer]], Expected] = lambda layers: {}
+        self.expects: Callable[[Iterable[LoraLayer], CanRun], Expected] = lambda layers, can_run: {}
         # The tables that graphs of kernels read. Written by `extend_for_graphs`.
         self.graph_tables: tuple[TableRows, ...] = ()
         self._tables: dict[torch.device, dict[torch.dtype | None, WeightTable]] = {}
@@ -73,42 +76,6 @@ class Bank:
     def weights(self, adapter: AnyAdapter) -> SlotWeights:
         """An adapter's weights for the torch backend: transposed views of PEFT's own memory."""
         return [part and (part.lora_a.t(), part.lora_b.t(), part.scaling) for part in adapter.parts(self.layers)]
-
-    def dora_scales(self, adapters: Mapping[int, AnyAdapter]) -> list[Tensor | None]:
-        """DoRA's factors for the outputs of each slice, ``[S + 1, N]``; the last row is for the base model.
-
-        A factor is the magnitude divided by the norm of the adapted weights, or 1 for adapters without DoRA; None for
-        slices without DoRA. Computed from the current weights, because in-place changes can't be detected.
-
-        Raises:
-            ModelStateError: the base layer is offloaded.
-        """
-        found: list[Tensor | None] = []
-        for layer in self.layers:
-            parts = {adapter: adapter.parts([layer])[0] for adapter in adapters.values()}
-            if not any(part is not None and part.magnitude is not None for part in parts.values()):
-                found.append(None)
-                continue
-            if any(parameter.is_meta for parameter in layer.base_layer.parameters()):
-                raise ModelStateError(
-                    "a layer with a DoRA adapter is offloaded, and DoRA reads base weights and magnitudes without "
-                    "calling their modules, which PEFT can't do there either: expected them on a real device. Don't "
-                    "offload layers with DoRA adapters."
-                )
-            weight = dequantize_module_weight(layer.base_layer)
-            weight = weight.t() if layer.fan_in_fan_out else weight
-            rows = []
-            for part in parts.values():
-                if part is None or part.magnitude is None:
-                    rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
-                    continue
-                with torch.no_grad():  # DoRA treats the norm as a constant in gradients
-                    delta = part.lora_b @ part.lora_a * part.scaling
-                    norm = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
-                rows.append(part.magnitude / norm)
-            rows.append(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
-            found.append(torch.stack(rows))
-        return found
 
     def gather(self, adapters: Iterable[AnyAdapter | None]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """The arguments of the ops for these adapters: ``lora_A``, ``lora_B``, ranks ``[S, I]``, scalings ``[S, I]``.
@@ -143,7 +110,7 @@ class Bank:
         if last is not None and last[0] == serials and last[1] == slots:
             return last[2]
         # a graph that is captured next may need any of these tables, which can't be made during a capture
-        likely = set() if device in self._tables else {*self._likely(device)}
+        likely = set() if device in self._tables else {*self._likely(device, lambda *_: True)}
         with self._memory.lock:  # another thread may be replacing the table that is written here
             new = self._without_rows(adapters, device)
             tables = self._make_tables(device, likely | self._dtypes_of(new, device), slots)
@@ -171,17 +138,23 @@ class Bank:
         return [each.serials for each in self._tables[device].values()] if device in self._tables else [{}]
 
     def extend_for_graphs(
-        self, adapters: Mapping[int, AnyAdapter], device: torch.device, is_fixed: bool, is_capturing: bool = False
+        self,
+        adapters: Mapping[int, AnyAdapter],
+        device: torch.device,
+        can_run: CanRun,
+        is_fixed: bool,
+        is_capturing: bool = False,
     ) -> bool:
         """Make graphs of kernels read the bank's tables for these adapters, and for all earlier ones.
 
         No tables are made during a capture, because the graph would own them.
 
         Constants of graphs change as rarely as possible: a table's rank starts with the largest one that PEFT or a
-        store has here, and only grows.
+        store has here, and only grows. Adapters that graphs can't run don't count, because others run beside them.
 
         Args:
             adapters, device: the adapters, by slot, and the device of the tables.
+            can_run: as described there.
             is_fixed, is_capturing: whether captured graphs fix the constants, and whether one is being captured now.
 
         Returns:
@@ -190,7 +163,12 @@ class Bank:
         Raises:
             ModelStateError: a constant of a captured graph would have to change.
         """
-        likely = {} if is_fixed or self._are_served(adapters, device) else self._likely(device)
+        adapters = {
+            slot: adapter
+            for slot, adapter in adapters.items()
+            if all(can_run(each.dtype, each.rank, device) for each in adapter.formats(self.layers))
+        }
+        likely = {} if is_fixed or self._are_served(adapters, device) else self._likely(device, can_run)
         serials = {slot: adapter.serial for slot, adapter in adapters.items()}
         with self._memory.lock:
             if self._are_served(adapters, device):
@@ -199,6 +177,8 @@ class Bank:
             before = {id(table.rows): table for table in self.graph_tables}
             found = []
             for dtype, table in self._make_tables(device, set() if is_capturing else {*likely}, self._slots).items():
+                if not can_run(dtype, 1, device):
+                    continue
                 now = table.describe(adapters)
                 rank, is_aligned = likely.get(dtype, (0, True))
                 was = before.get(id(now.rows), now)
@@ -271,12 +251,12 @@ class Bank:
                 )
         return {each.dtype for _, each in found}
 
-    def _likely(self, device: torch.device) -> Expected:
-        """The dtypes of all adapters here, with the largest rank of each and whether all weights are aligned.
+    def _likely(self, device: torch.device, can_run: CanRun) -> Expected:
+        """The dtypes of all adapters here that graphs can run, the largest rank of each, and if all are aligned.
 
         Slow, because it reads all adapters; called only when a graph is made.
         """
-        found: Expected = {**self.expects(self.layers)}
+        found: Expected = {**self.expects(self.layers, can_run)}
         for layer in self.layers:
             for name, module in layer.lora_A._modules.items():
                 halves = module, layer.lora_B._modules.get(name)
@@ -284,6 +264,8 @@ class Bank:
                 if a is None or b is None or not a.dim() == b.dim() == 2 or not a.device == b.device == device:
                     continue
                 each = format_of(LayerWeights(own(a), own(b), 0.0))
+                if not can_run(each.dtype, each.rank, device):
+                    continue
                 rank, is_aligned = found.get(each.dtype, (0, True))
                 found[each.dtype] = max(rank, each.rank), is_aligned and each.is_aligned
         return found
@@ -314,15 +296,6 @@ class Bank:
         a = torch.zeros(2, layer.in_features, dtype=torch.float32, device=base_device(layer))
         b = a.new_zeros(layer.out_features, 2)
         return LayerWeights(a, b, 0.0, (a, b))
-
-
-def base_device(layer: LoraLayer) -> torch.device:
-    """The device on which the base layer runs, also if its weights are quantized or offloaded."""
-    base = layer.get_base_layer()
-    hook = loader(base)
-    if hook is not None and hook.execution_device is not None:
-        return torch.device(hook.execution_device)
-    return next(itertools.chain(base.parameters(), base.buffers())).device
 
 
 class _Ignored(torch.autograd.Function):

@@ -5,9 +5,15 @@ Between calls, their parameters are on the meta device, and torch may compute wi
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from peft_multibatch.compat import LoraLayer
 
 
 def loader(module: nn.Module) -> Any:
@@ -50,3 +56,12 @@ def comes_later(layer: Any, name: str) -> bool:
             is_around = loader(base) is None and any(parameter.is_meta for parameter in base.parameters())
             return loader(module) is not None or is_around
     return False
+
+
+def base_device(layer: LoraLayer) -> torch.device:
+    """The device on which the base layer runs, also if its weights are quantized or offloaded."""
+    base = layer.get_base_layer()
+    hook = loader(base)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return next(itertools.chain(base.parameters(), base.buffers())).device

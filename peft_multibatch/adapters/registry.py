@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peft_multibatch.adapters import notices
 from peft_multibatch.adapters.adapter import AnyAdapter
@@ -81,6 +81,26 @@ class PeftModules:
         return adapter
 
 
+class Guard(Protocol):
+    """A manager of continuous batching, as changes of adapters see it."""
+
+    def holding(self, ids: Collection[int]) -> AbstractContextManager[None]:
+        """A block in which no request starts with these adapters."""
+        ...
+
+    def stopped(self) -> AbstractContextManager[None]:
+        """A block in which no step runs."""
+        ...
+
+    def has_begun(self, ids: Collection[int]) -> bool:
+        """Whether a request that started with one of these adapters hasn't ended yet."""
+        ...
+
+    def drain(self, ids: Collection[int]) -> None:
+        """Wait until all requests that started with these adapters have ended."""
+        ...
+
+
 class Registry:
     """All adapters of a model.
 
@@ -90,7 +110,6 @@ class Registry:
         tables: the tables of all banks.
         source: reads weights from PEFT's modules.
         store: adapters whose weights are in files, or None.
-        guard: set by continuous batching; returns a block in which no request runs with the given adapters.
     """
 
     def __init__(self) -> None:
@@ -99,7 +118,7 @@ class Registry:
         self.tables = Tables()
         self.source = PeftModules(self.slots)
         self.store: AdapterStore | None = None
-        self.guard: weakref.WeakMethod | None = None
+        self._guards: list[weakref.ref[Guard]] = []
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._lock = threading.Lock()
         self._drops = 0  # how often versions were dropped, so that none is kept that was read before
@@ -205,10 +224,32 @@ class Registry:
         adapter = self._current.get(number)
         return -1 if adapter is None else adapter.serial
 
-    def changing(self, *numbers: int) -> AbstractContextManager[None]:
-        """A block in which adapters may be changed, because no request runs with them."""
-        guard = self.guard() if self.guard is not None else None
-        return nullcontext() if guard is None or not numbers else guard(*numbers)
+    def guard_with(self, guard: Guard) -> None:
+        """Let changes wait for the requests of a manager, as long as it exists."""
+        with self._lock:  # always at the end, so that all changes lock managers in the same order
+            self._guards = [*(each for each in self._guards if each() is not None), weakref.ref(guard)]
+
+    @contextmanager
+    def changing(self, *numbers: int) -> Iterator[None]:
+        """A block in which adapters may be changed: no request runs with them, and no step of any manager runs."""
+        guards = [guard for each in self._guards if (guard := each()) is not None]
+        with ExitStack() as held:
+            for guard in guards:
+                held.enter_context(guard.holding(numbers))
+            while True:
+                with ExitStack() as stopped:
+                    for guard in guards:
+                        stopped.enter_context(guard.stopped())
+                    begun = [guard for guard in guards if guard.has_begun(numbers)]
+                    if not begun:
+                        try:
+                            yield
+                        finally:
+                            if guards:
+                                self.renew(numbers)
+                        return
+                for guard in begun:  # without stopping the other managers
+                    guard.drain(numbers)
 
     def current(self, number: int) -> AnyAdapter | None:
         """The version that was read last, which may be out of date."""

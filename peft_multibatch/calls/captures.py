@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -14,7 +14,7 @@ from peft_multibatch.errors import ModelStateError
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.adapter import AnyAdapter
-    from peft_multibatch.adapters.bank import Bank
+    from peft_multibatch.adapters.bank import Bank, CanRun
     from peft_multibatch.adapters.tables import TableRows
     from peft_multibatch.calls.batch_plan import BatchPlan
 
@@ -43,6 +43,7 @@ class Captures:
     Attributes:
         layers: all layers with adapters, and their names; a new mapping when any come or go.
         discards: how often graphs of continuous batching were discarded.
+        can_run: whether graphs can run weights of a dtype and rank on a device; graphs of ops can run all.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,8 @@ class Captures:
         # the layers now, and the adapters that have weights only in layers of the first capture
         self._complete: dict[bool, tuple[Mapping[Any, str], WeakSet[AnyAdapter]]] = {}
         self.discards = 0
+        self.can_run: CanRun = lambda dtype, rank, device: True
+        self._can_run: WeakSet[object] = WeakSet()  # adapters, or their layouts, of which graphs can run all weights
 
     def __bool__(self) -> bool:
         return bool(self._first)
@@ -105,10 +108,25 @@ class Captures:
     ) -> bool:
         """Make graphs read a bank's tables for more adapters, as in ``Bank.extend_for_graphs``."""
         before = bank.graph_tables
-        is_changed = bank.extend_for_graphs(adapters, device, is_fixed, is_capturing)
+        is_changed = bank.extend_for_graphs(adapters, device, self.can_run, is_fixed, is_capturing)
         if is_changed and before and self.of_steps:
             self._outdated.append(before)
         return is_changed
+
+    def why_not(self, plan: BatchPlan, banks: Iterable[Bank]) -> str:
+        """Why graphs can't run a plan, or the empty string."""
+        reason = plan.why_not_compiled(banks)
+        if reason:
+            return reason
+        for adapter in plan.adapters.values():
+            known = adapter.layout or adapter
+            if known not in self._can_run:
+                formats = {each[:2] + each.devices[:1] for bank in banks for each in adapter.formats(bank.layers)}
+                wrong = [each for each in formats if not self.can_run(*each)]
+                if wrong:
+                    return cant_run(adapter.name, *wrong[0])
+                self._can_run.add(known)
+        return ""
 
     def check(self, plan: BatchPlan) -> None:
         """Check that a user's graphs have all layers and components of a plan.
@@ -152,3 +170,9 @@ class Captures:
                         return adapter, name
                 complete.add(adapter)
         return None
+
+
+def cant_run(name: str, dtype: torch.dtype | None, rank: int, device: torch.device) -> str:
+    """Why graphs can't run an adapter whose weights have this dtype and rank."""
+    kind = "weights that aren't contiguous or don't share a dtype" if dtype is None else f"weights of {dtype}"
+    return f"adapter {name!r} has {kind} and rank {rank}, which no kernel supports on {device}"

@@ -300,8 +300,7 @@ class Graph:
 
     def _look_apart(self, calls: Iterable[Call]) -> None:
         if self.is_traced:
-            found = (call.plan.why_not_compiled(self.banks) for call in calls)
-            self.apart = next(filter(None, found), "")
+            self.apart = next(filter(None, (self.captures.why_not(call.plan, self.banks) for call in calls)), "")
 
     def _in_use(self) -> list[AnyAdapter]:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))

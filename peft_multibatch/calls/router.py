@@ -58,6 +58,8 @@ class Router:
         self.disabled: ContextVar[frozenset] = ContextVar("peft_multibatch_disabled", default=frozenset())
         self.replays = Replays(self.routing)
         self.graph = Graph(self.active, self.replays.note_compiled, registry.tables)
+        if kernels is not None:
+            self.graph.captures.can_run = kernels.can_run
         self._last: BatchPlan | None = None
 
     def current(self, layer: Any) -> Call | Graph | None:

@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching import model_runner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from peft_multibatch.adapters.views import get_base
+from peft_multibatch.calls.captures import cant_run
 from peft_multibatch.continuous.head import HeadRouter
 from peft_multibatch.continuous.leaving import CANCELLED, children_of
 from peft_multibatch.continuous.prefixes import KEPT, Prefixes
@@ -216,14 +217,19 @@ class Admission:
                     f"{what}, which a CUDA graph can't capture: expected adapters on segmented layers, see "
                     "mb.report(). Pass ContinuousBatchingConfig(use_cuda_graph=False)."
                 )
+        graph = self._handle._router.graph
         plan = self._handle._router.plan([entry])
-        reason = plan.why_not_compiled(self._handle._router.graph.banks) if self.uses_graphs else ""
+        reason = graph.captures.why_not(plan, graph.banks) if self.uses_graphs else ""
+        formats = [(number, each) for number in stored if store is not None for each in store.formats(number)]
+        for number, each in formats if self.uses_graphs else ():
+            if not graph.captures.can_run(*each):
+                reason = cant_run(self._registry.names.by_id[number], *each)
         if reason:
             raise UnsupportedError(
-                f"a request can't run in continuous batching with CUDA graphs, because {reason}: expected plain LoRA. "
-                "Pass ContinuousBatchingConfig(use_cuda_graph=False)."
+                f"a request can't run in continuous batching with CUDA graphs, because {reason}: expected plain LoRA, "
+                "of a dtype and rank with kernels. Pass ContinuousBatchingConfig(use_cuda_graph=False)."
             )
-        most = self._handle._router.graph.components
+        most = graph.components
         if self.uses_graphs and isinstance(whole, tuple) and len(whole) > most:
             raise UnsupportedError(
                 f"a mixture has {len(whole)} adapters, but CUDA graphs were captured for {most}: expected at most "

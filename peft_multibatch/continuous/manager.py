@@ -11,18 +11,15 @@ requests. This module adds an adapter to every request:
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.admission import Admission, vocabulary_of
+from peft_multibatch.continuous.changes import Changes
 from peft_multibatch.continuous.leaving import Leaving, cancel_in, children_of
 from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.continuous.prefixes import Prefixes
@@ -72,12 +69,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._admission = Admission(handle, self.model, self._prefixes)
         self._steps = Steps(handle, self._admission, self._queue)
         self.served = self._steps.served
-        self._gate = threading.Condition(threading.RLock())  # a step of the loop, or a change
-        self._changes = 0
-        self._changing: list[int] = []  # threads inside `changing`
+        self._changes = Changes(self)
         self._stored = StoredRequests(self._registry, getattr(self, "_wake_up_loop", None))
-        self._registry.guard = weakref.WeakMethod(self.changing)
-        self._held: Counter[int] = Counter()  # ids whose requests may not start → number of changes waiting for them
+        self._registry.guard_with(self._changes)
 
     def add_request(
         self,
@@ -192,43 +186,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 hotswap_adapter(model, "new/sql", adapter_name="sql")
             ```
         """
-        if hasattr(ContinuousBatchingManager, "pause") and self.background_thread_status.is_pause_requested(
-            local=True
-        ):
-            raise ModelStateError(
-                "changing was called inside manager.pause(), which stops the loop at a point where changes can't "
-                "begin: expected only one of them. Leave out pause, because no step runs inside changing either."
+        self._handle._refresh()
+        entries = [self._resolve(each) for each in adapter_ids]
+        if BASE in entries:
+            raise UnsupportedError(
+                "changing was called for the base model, but it covers only adapters: expected ids or names of "
+                "adapters. Leave the manager's context before changing the base model."
             )
-        with self._request_lock:
-            self._changes += 1
-        try:
-            with self._gate:
-                self._handle._refresh()
-                entries = [self._resolve(each) for each in adapter_ids]
-                if BASE in entries:
-                    raise UnsupportedError(
-                        "changing was called for the base model, but it covers only adapters: expected ids or names "
-                        "of adapters. Leave the manager's context before changing the base model."
-                    )
-                ids = {number for entry in entries for number in ids_of(entry)}
-                self._held.update(ids)
-                self._changing.append(threading.get_ident())
-                try:
-                    while not self._gate.wait_for(lambda: not self._has_begun(ids), 0.1):
-                        pass  # a loop that ended doesn't notify, hence the timeout
-                    if self.model.device.type == "cuda":
-                        torch.cuda.synchronize(self.model.device)
-                    yield
-                finally:
-                    self._changing.remove(threading.get_ident())
-                    self._registry.renew(ids)
-                    self._held -= Counter(ids)
-                    finish_writes(self.model.device)
-        finally:
-            with self._request_lock:
-                self._changes -= 1
-            if hasattr(self, "_wake_up_loop"):  # older versions of transformers poll
-                self._wake_up_loop.set()
+        with self._registry.changing(*{number for entry in entries for number in ids_of(entry)}):
+            yield
 
     def cancel_request(self, request_id: Any) -> None:
         """Cancel a request and the sequences forked from it; the output of each has an error that says so."""
@@ -244,12 +210,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; not inside ``changing``, because the loop waits for its end."""
-        self._check_not_changing("stop")
+        self._changes.check_not_inside("stop")
         super().stop(*args, **kwargs)
 
     def pause(self) -> AbstractContextManager[None]:
         """As in newer versions of transformers; adapters count as changed afterwards. Not inside ``changing``."""
-        self._check_not_changing("pause")
+        self._changes.check_not_inside("pause")
         return self._paused(super().pause())
 
     @contextmanager
@@ -270,11 +236,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         scheduler = batch_processor.scheduler
-        with self._gate:
+        with self._changes.lock:
             self._stored.keep(scheduler.active_requests.keys(), scheduler.waiting_requests)
-            if self._changes:
-                self._gate.notify_all()
-                self._gate.wait(0.001)  # releasing and re-acquiring at once would give no other thread a chance
+            self._changes.give_way()
             self._fail_hopeless()
             return super()._generation_loop_body(batch_processor, bootstrapping)
 
@@ -303,7 +267,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             running = {entry_of(state) for state in scheduler.active_requests.values()}
             there = list(filter(self._admission.may_begin, candidates()))
             found = self._queue.order(there, running)
-            free = [state for state in found if has_begun(state) or not self._held.keys() & ids_of(entry_of(state))]
+            held = self._changes.held.keys()
+            free = [state for state in found if has_begun(state) or not held & ids_of(entry_of(state))]
             return self._stored.ready(free, scheduler)
 
         return in_turn
@@ -342,9 +307,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return BASE
         return resolve([adapter_id], names)[0]
 
-    def _check_not_changing(self, method: str) -> None:
-        if threading.get_ident() in self._changing:
+    def _check_not_paused(self) -> None:
+        if hasattr(ContinuousBatchingManager, "pause") and self.background_thread_status.is_pause_requested(
+            local=True
+        ):
             raise ModelStateError(
-                f"{method} was called inside manager.changing(...), whose end the loop waits for: expected the change "
-                f"to end first. Call {method} after that block."
+                "changing was called inside manager.pause(), which stops the loop at a point where changes can't "
+                "begin: expected only one of them. Leave out pause, because no step runs inside changing either."
             )

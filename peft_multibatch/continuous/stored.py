@@ -149,12 +149,13 @@ class StoredRequests:
         found = {each.state.request_id for each in others if not each.ids}
         # first, so that loading doesn't evict their adapters
         for each in [each for each in others if each.ids][:places]:
-            if self._lease(each, []):
+            if self._lease(each):
                 found.add(each.state.request_id)
         ahead: list[int] = []
         for each in late:
+            has_waited = each.state.request_id in self._loaded
             self._loaded.add(each.state.request_id)
-            if self._lease(each, ahead):
+            if self._lease(each, ahead, has_waited):
                 found.add(each.state.request_id)
             ahead += each.ids
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
@@ -169,12 +170,12 @@ class StoredRequests:
             self._short = (short[0].state.request_id if short else None), time.monotonic()
         return [state for state in states if state.request_id in found]
 
-    def _lease(self, waiting: Waiting, ahead: Sequence[int]) -> bool:
+    def _lease(self, waiting: Waiting, ahead: Sequence[int] = (), has_waited: bool = False) -> bool:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
         store = self._registry.store
         assert store is not None
         try:
-            adapters = store.lease(waiting.ids, ahead)
+            adapters = store.lease(waiting.ids, ahead, has_waited)
         except MultibatchError as error:
             self.failed.append((waiting.state, error))
             return False
@@ -185,7 +186,7 @@ class StoredRequests:
             names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
             self._leases[name] = Lease(adapters, names)
         elif self._wake_up is not None:
-            store.on_loaded(self._wake_up.set)
+            store.wake(self._wake_up)
         return adapters is not None
 
     def _starved(self, late: Sequence[Waiting]) -> Waiting | None:

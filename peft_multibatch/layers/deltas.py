@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch import ops, streams
+from peft_multibatch.adapters.dora import dora_scales
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
@@ -58,7 +59,8 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
             if plan is not call.plan:
                 check_not_capturing(x.device)
             packed, tables = router.graph.fixed(call, bank, x.device, is_capturing)
-            if plan is call.plan and kernels.takes(ys, x, tables):
+            reason = router.graph.captures.why_not(plan, router.graph.banks)
+            if plan is call.plan and not reason and kernels.takes(ys, x, tables):
                 call.num_rows(x.shape)
                 ys = [y.contiguous() for y in ys]
                 for each in packed:
@@ -147,7 +149,7 @@ def scale(call: Call, plan: BatchPlan, bank: Bank, ys: list[Tensor]) -> list[Ten
             )
     scales = None if torch.is_grad_enabled() else call.dora_scales.get(bank)
     if scales is None:
-        scales = bank.dora_scales(plan.adapters)
+        scales = dora_scales(bank.layers, plan.adapters)
         if call.inside and not torch.is_grad_enabled():  # kept for all tokens of one call of the model
             call.dora_scales[bank] = scales
     found = []
@@ -179,11 +181,6 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
     graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]
     for table in bank.graph_tables:
-        if table.dtype not in kernels.DTYPES:
-            raise UnsupportedError(
-                f"a model was compiled whose adapters have weights of dtype {table.dtype}: expected contiguous "
-                "float16, bfloat16 or float32. Convert the adapters, or run without torch.compile."
-            )
         for buffer in graph.buffers[str(x.device)]:
             ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)
     return ys

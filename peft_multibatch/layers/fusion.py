@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_multibatch.adapters.bank import Bank, base_device
+from peft_multibatch.adapters.bank import Bank
 from peft_multibatch.adapters.checks import HOOKS
+from peft_multibatch.adapters.offload import base_device
 from peft_multibatch.adapters.tables import Tables
 from peft_multibatch.adapters.views import STATE
 from peft_multibatch.calls.graphs import Graph

@@ -202,7 +202,8 @@ class Handle:
 
     def _has_layers(self, model: nn.Module) -> bool:
         """Whether this part of the model contains patched layers."""
-        return any(part in self._layers for part in model.modules())
+        places = {layer.place for layer in self._layers.values()}  # the keys of stored adapters' aren't in the model
+        return any(part in places for part in model.modules())
 
     def _check(self, live: Iterable[int]) -> frozenset:
         """Repeat the checks of a new call, for one whose block was opened earlier."""

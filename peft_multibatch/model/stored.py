@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_multibatch.adapters.bank import base_device
+from peft_multibatch.adapters.offload import base_device
 from peft_multibatch.errors import AdapterMismatchError, AdapterUnsupportedError, UnsupportedError
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.patch import PatchedLayer
@@ -159,7 +159,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _check(name: str, module: str, is_fast: bool, reason: str, refusal: str) -> None:
     if refusal or not is_fast:
+        why = refusal.removesuffix(".") if refusal else f"{reason}. Use load_adapter"
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has weights for {module}, where stored adapters can't run: {refusal or reason}. Use "
-            "load_adapter."
+            f"adapter {name!r} has weights for {module}, where stored adapters can't run: {why}."
         )

@@ -321,6 +321,13 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def can_run(dtype: torch.dtype | None, rank: int, device: torch.device) -> bool:
+    """Whether graphs can run weights of a dtype and rank on a device: with kernels if it has any, or with torch."""
+    if device.type != "cuda" and not INTERPRETED:
+        return True
+    return dtype in DTYPES and fits(padded(rank), 4, limits_of(device).shared)
+
+
 def takes(ys: Sequence[Tensor], x: Tensor, tables: Sequence[TableRows], trains: bool = False) -> bool:
     """Whether the kernels support all these dtypes and ranks.
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peft_multibatch.adapters.store.files import CONFIG, WEIGHTS
+from peft_multibatch.adapters.store.paths import CONFIG, WEIGHTS
 from peft_multibatch.adapters.store.store import AdapterStore
 from peft_multibatch.errors import AdapterFileError, MultibatchError, UnknownAdapterError
 from peft_multibatch.plan.ids import BASE_NAME

@@ -106,6 +106,27 @@ def test_an_adapter_that_left_the_device_comes_from_the_host(make, rows):
     assert stats.bytes_read == read and stats.loads == 2 * COUNT and stats.device_adapters == 2
 
 
+def test_the_host_keeps_those_that_were_used_last(make, rows):
+    model, store, _ = make(host=3, device=1)
+    for name in ("a0", "a1", "a2", "a0", "a3"):
+        check(model, rows, [name])
+    read = store.stats().bytes_read
+    check(model, rows, ["a0"])
+    check(model, rows, ["a2"])
+    assert store.stats().bytes_read == read
+    check(model, rows, ["a1"])
+    assert store.stats().bytes_read > read
+
+
+def test_pinned_adapters_leave_room_in_the_host(make, rows):
+    model, store, _ = make(host=2, device=6)
+    for name in ("a0", "a1", "a2"):
+        store.pin(name)
+    for number in range(COUNT):
+        check(model, rows, [f"a{number}"])
+    assert {"a0", "a1", "a2"} <= {each.name for each in store.describe()}
+
+
 def test_less_room_in_the_host_than_on_the_device(make, rows):
     model, store, _ = make(host=1, device=6)
     check(model, rows, [f"a{number}" for number in range(6)])

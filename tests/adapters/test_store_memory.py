@@ -11,6 +11,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -438,6 +440,72 @@ def test_prefetching(folder, size, rows):
     mb = peft_multibatch.enable(model)
     with mb.batch(["a0", "a1", "a2", "a3"]):
         store.prefetch("a4", "a5")  # there is no room, so nothing is loaded and nothing waits
+        assert in_memory(store) == {"a0", "a1", "a2", "a3"}
+        assert not any(version.loading for version in store._versions.values())
+
+
+def test_pinning_waits_for_room(folder, size, rows):
+    model, store = make(folder, size, 2, timeout=0.3)
+    mb = peft_multibatch.enable(model)
+    with mb.batch(["a0", "a1"]):
+        for pin in (lambda: store.pin("a2"), lambda: store.register("p", folder / "a2", pin=True)):
+            with pytest.raises(errors.StoreFullError, match=r"a batch waited 0.3 s for 1 stored adapters"):
+                pin()
+        assert store.stats().pinned == 0 and "p" in store
+    store._loader._timeout = 20
+    with ThreadPoolExecutor(1) as other:
+        with mb.batch(["a0", "a1"]):
+            pinned = other.submit(store.pin, "a2")
+            time.sleep(0.1)
+            assert not pinned.done()
+        pinned.result(10)
+    assert "a2" in in_memory(store) and store.stats().pinned == 1
+
+
+def test_an_adapter_that_cannot_be_loaded_is_not_pinned(folder, size, rows, tmp_path):
+    model, store = make(folder, size, 2)
+    own = copy(folder, tmp_path)
+    store.register("own", own)
+    (own / WEIGHTS).unlink()
+    with pytest.raises(errors.AdapterFileError, match="can't be opened any more"):
+        store.pin("own")
+    assert store.stats().pinned == 0
+    check(model, rows, ["a0", "a1"])
+
+
+def test_an_error_of_a_load_is_not_that_of_a_later_request(folder, size, tmp_path):
+    model, store = make(folder, size, 2)
+    own = copy(folder, tmp_path)
+    store.register("own", own)
+    number = store._names.ids["own"]
+    os.rename(own / WEIGHTS, own / "away")
+    with pytest.raises(errors.AdapterFileError):
+        ask(model, ["own"])
+    os.rename(own / "away", own / WEIGHTS)
+    assert store.lease([number], [], has_waited=False) is None
+    assert eventually(lambda: store.lease([number], [], has_waited=True))
+
+
+def test_the_first_two_versions_at_once(folder, size, monkeypatch):
+    """The second waits for requests that run with the first, although there was none when it began."""
+    _, store = make(folder, size, 2)
+    guarded, is_between = [], [True]
+    monkeypatch.setattr(store, "_guard", lambda number: guarded.append(number) or nullcontext())
+
+    class Lock:  # registers another version just before the first is entered
+        def __enter__(self):
+            if is_between.pop() if is_between else False:
+                store.register("new", folder / "a1")
+            lock.__enter__()
+
+        def __exit__(self, *args):
+            lock.__exit__(*args)
+
+    lock = store._lock
+    monkeypatch.setattr(store, "_lock", Lock())
+    store.register("new", folder / "a0")
+    number = store._names.ids["new"]
+    assert guarded == [number] and store._versions[number].path == str(folder / "a0" / WEIGHTS)
 
 
 def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch):
@@ -750,5 +818,5 @@ def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, s
     check(model, rows, ["a0", "a1"])
     tier = store._loader.final
     tier._kept = NotIterated(tier._kept.items())
-    (adapter,) = store.lease([store._names.ids["a0"]], [])
+    (adapter,) = store.lease([store._names.ids["a0"]], [], has_waited=False)
     assert adapter.name == "a0"

@@ -344,7 +344,7 @@ def test_an_adapter_that_cannot_run(enabled, how, when):
     if when == "before":
         broken(model, how)
     with serve(mb, 30) as manager:
-        with manager._gate if when == "while it waits" else threading.Lock():
+        with manager._changes.lock if when == "while it waits" else threading.Lock():
             names = manager.add_requests(inputs, adapter_ids=entries, streaming=when == "while it runs")
             if when == "while it waits":
                 broken(model, how)

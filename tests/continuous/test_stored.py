@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import os
 import random
@@ -450,7 +452,7 @@ def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, mo
     with serve(mb) as manager:
         request = manager.add_request(inputs[0], adapter_id="__base__")
         results(manager, 1)
-        with manager._gate:  # no step runs
+        with manager._changes.lock:  # no step runs
             request = manager.add_request(inputs[1], adapter_id="a3")
             assert begun.wait(20)
         assert results(manager, 1)[request].generated_tokens == texts["a3"][1]
@@ -473,7 +475,7 @@ def test_adapters_are_loaded_ahead_for_requests_that_come_next(make, inputs, tex
     with serve(mb, max_requests_per_batch=1) as manager:
         manager.add_request(inputs[0], adapter_id="__base__")
         results(manager, 1)
-        with manager._gate:  # the next turn sees both
+        with manager._changes.lock:  # the next turn sees both
             first = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=400)
             second = manager.add_request(inputs[1], adapter_id="a1")
         assert done["a1"].wait(20)
@@ -654,3 +656,98 @@ def test_graphs_have_layers_that_came_later(make, inputs, texts, tmp_path):
         names = [manager.add_request(inputs[1], adapter_id="wide"), manager.add_request(inputs[0], adapter_id="a0")]
         found = results(manager, 2)
     assert [found[name].generated_tokens for name in names] == [wanted, texts["a0"][0]]
+
+
+def long(mb, prompt, name):
+    prompts = torch.tensor([prompt], device=DEVICE)
+    config = generation()
+    config.max_new_tokens = LONG
+    mask = torch.ones_like(prompts)
+    output = mb._inner.generate(input_ids=prompts, attention_mask=mask, generation_config=config, adapter_ids=[name])
+    return output[0, len(prompt) :].tolist()
+
+
+LONG = 100
+
+
+@pytest.mark.parametrize("other", ["none", "one that has ended", "one that runs"])
+def test_a_new_version_waits_for_the_requests_of_all_managers(make, folder, inputs, other):
+    mb, store = make(room=6)
+    expected = long(mb, inputs[0], "a0")
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(serve(mb))
+        if other == "one that has ended":
+            mb._inner.generate_batch(
+                [inputs[1]],
+                adapter_ids=["a2"],
+                generation_config=generation(),
+                continuous_batching_config=settings(),
+            )
+            gc.collect()
+        elif other == "one that runs":
+            stack.enter_context(serve(mb))
+        request = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
+        deadline = time.monotonic() + 20
+        while manager.served["a0"] < len(inputs[0]) + 10 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        store.register("a0", folder / "a1")
+        assert results(manager, 1)[request].generated_tokens == expected
+    assert long(mb, inputs[0], "a0") != expected
+
+
+def test_a_change_of_one_manager_waits_for_the_requests_of_another(make, inputs):
+    """Changes on several threads, in both managers, also inside of each other, all end."""
+    mb, _ = make(room=6)
+    expected = long(mb, inputs[0], "a0")
+    with serve(mb) as one, serve(mb) as two:
+
+        def change(first, second):
+            for _ in range(5):
+                with first.changing("a0"), second.changing("a1"):
+                    assert not any(mb._registry.version(0) < 0 for _ in range(2))
+
+        request = two.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
+        threads = [threading.Thread(target=change, args=each) for each in ((one, two), (two, one), (one, one))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert results(two, 1)[request].generated_tokens == expected
+
+
+def test_an_adapter_that_takes_too_long_to_load_fails_its_own_requests(make, inputs, texts, monkeypatch):
+    mb, store = make(room=3)
+    store._loader._timeout = 0.3
+    go, read = threading.Event(), transfers.read_weights
+
+    def hang(name, *args):
+        if name == "a0":
+            go.wait(20)
+        read(name, *args)
+
+    monkeypatch.setattr(transfers, "read_weights", hang)
+    with serve(mb) as manager:
+        names = ["a0", "a1", "a0"]
+        requests = manager.add_requests(inputs[:3], adapter_ids=names)
+        found = results(manager, 3)
+        for request, name, row in zip(requests, names, range(3)):
+            if name == "a0":
+                assert "waited 0.3 s for 1 stored adapters ('a0'...)" in found[request].error
+            else:
+                assert found[request].generated_tokens == texts[name][row]
+        go.set()
+        deadline = time.monotonic() + 10
+        while not store.is_loaded(store._names.ids["a0"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        request = manager.add_request(inputs[0], adapter_id="a0")
+        assert results(manager, 1)[request].generated_tokens == texts["a0"][0]
+
+
+def test_every_loop_is_woken_when_an_adapter_was_loaded(make):
+    _, store = make(room=3)
+    events = [threading.Event(), threading.Event()]
+    for event in events:
+        store.wake(event)
+    store.pin("a0")
+    assert all(event.wait(5) for event in events)

@@ -1,25 +1,31 @@
-"""All ways to generate: a mixed batch against PEFT, one row at a time, token for token."""
+"""All ways to generate, with adapters that PEFT loaded and with stored ones: a mixed batch against PEFT, one row at a
+time, token for token."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import EVERY_ARCHITECTURE, SIZES, alone, draws_by_row, left_padded, peft_model
+from models import EVERY_ARCHITECTURE, SIZES, alone, draws_by_row, left_padded, peft_model, row_by_row
 from peft import LoraConfig, PeftModel, get_peft_model
+from stored import WEIGHTS
+from test_pipelines import PROMPTS, tokenizer
 from tolerances import assert_close
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import peft_multibatch
-from peft_multibatch import errors
+from peft_multibatch import Multibatch, errors
+from peft_multibatch.adapters.store.arena import size_class
 
 
 NAMES = ["three", "__base__", "eight", "four", "eight", "three"]
@@ -157,64 +163,111 @@ def one_row(inputs: dict, row: int) -> dict:
     return {key: value[row : row + 1] for key, value in inputs.items()}
 
 
-def ours_and_peft(
-    model: Any,
+class ByPeft:
+    """A model whose adapters PEFT loaded."""
+
+    def __init__(self, reference: PeftModel, folder: Path) -> None:
+        self.reference = self.model = reference
+
+    @contextlib.contextmanager
+    def enabled(self) -> Iterator[Multibatch]:
+        mb = peft_multibatch.enable(self.model)
+        try:
+            yield mb
+        finally:
+            mb.disable()
+
+    def evict(self) -> None:
+        """Do nothing: PEFT's adapters are always in memory."""
+
+
+class Stored(ByPeft):
+    """The same adapters in the store of a model without PEFT, which has room for all of them, but for no other."""
+
+    def __init__(self, reference: PeftModel, folder: Path) -> None:
+        self.reference, self.model = reference, copy.deepcopy(reference).unload()
+        reference.save_pretrained(str(folder), save_embedding_layers=False)
+        self.files = [folder / name / WEIGHTS for name in reference.peft_config]
+
+    @contextlib.contextmanager
+    def enabled(self) -> Iterator[Multibatch]:
+        room = sum(size_class(file.stat().st_size) for file in self.files)
+        with super().enabled() as mb:
+            self.store = mb.adapter_store(max_host_memory=room, max_device_memory=room)
+            for file in self.files:
+                self.store.register(file.parent.name, file.parent)
+            self.store.register("other", self.files[-1].parent)
+            yield mb
+
+    def evict(self) -> None:
+        """Load the adapter that was registered last, which evicts another."""
+        before = self.store.stats().evictions
+        self.store.adapters([len(self.files)])
+        assert self.store.stats().evictions > before
+
+
+def compare(
+    loaded: ByPeft,
     inputs: dict,
     call: Callable[..., Tensor],
     names: list[str] = NAMES,
     rows: Callable[[dict, int], dict] = one_row,
 ) -> None:
     """Outputs with ids as an argument and with active ids, and PEFT's outputs for every row alone."""
+    model, reference = loaded.model, loaded.reference
     expected = torch.cat(
-        [alone(model, name, lambda row=row: call(model, rows(inputs, row))) for row, name in enumerate(names)]
+        [alone(reference, name, lambda row=row: call(reference, rows(inputs, row))) for row, name in enumerate(names)]
     )
-    mb = peft_multibatch.enable(model)
-    try:
+    with loaded.enabled() as mb:
         assert torch.equal(call(model, inputs, adapter_ids=names), expected)
+        loaded.evict()
         with mb.batch(names):
             assert torch.equal(call(model, inputs), expected)
         # the comparison proves nothing if other adapters give the same outputs
         others = call(model, inputs, adapter_ids=[*names[1:], names[0]])
         assert (others != expected).unflatten(0, (len(names), -1)).flatten(1).any(1).sum() >= len(names) // 2
-    finally:
-        mb.disable()
+
+
+@pytest.fixture(scope="module", params=[ByPeft, Stored], ids=["peft", "store"])
+def load(request, tmp_path_factory):
+    return lambda model: request.param(model, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module", params=EVERY_ARCHITECTURE)
-def model(request):
-    return peft_model(request.param)
+def loaded(request, load):
+    return load(peft_model(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(load):
+    return load(peft_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def t5(load):
+    return load(peft_model("t5"))
 
 
 @pytest.mark.parametrize("mode", COMMON)
-def test_every_architecture(model, mode):
-    ours_and_peft(model, left_padded(), COMMON[mode])
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return peft_model("llama")
-
-
-@pytest.fixture(scope="module")
-def t5():
-    return peft_model("t5")
+def test_every_architecture(loaded, mode):
+    compare(loaded, left_padded(), COMMON[mode])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode(llama, mode):
-    ours_and_peft(llama, left_padded(), MODES[mode])
+    compare(llama, left_padded(), MODES[mode])
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in DECODERS_ONLY])
 def test_every_mode_of_an_encoder_decoder(t5, mode):
-    ours_and_peft(t5, left_padded(), MODES[mode])
+    compare(t5, left_padded(), MODES[mode])
 
 
 @pytest.mark.parametrize("mode", ["static cache", "static cache and beams", "chunked prefill"])
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
-def test_sliding_windows(architecture, mode):
+def test_sliding_windows(load, architecture, mode):
     """Prompts and answers are longer than the windows."""
-    ours_and_peft(peft_model(architecture), left_padded(), MODES[mode])
+    compare(load(peft_model(architecture)), left_padded(), MODES[mode])
 
 
 @pytest.mark.parametrize("chosen", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
@@ -230,7 +283,7 @@ def test_negative_prompts(llama, chosen):
     def rows(inputs: dict, row: int) -> dict:
         return one_row(left_padded(), row) | {"negative": inputs["negative"][row * copies : (row + 1) * copies]}
 
-    ours_and_peft(llama, left_padded() | {"negative": negative}, call, rows=rows)
+    compare(llama, left_padded() | {"negative": negative}, call, rows=rows)
 
 
 @pytest.mark.parametrize("kind", ["quanto", "hqq"])
@@ -244,21 +297,28 @@ def test_quantized_cache(llama, kind):
         own = {**settings}  # transformers 5.17 removes the backend from it
         return options(cache_implementation="quantized", cache_config=own)(model, inputs, **ids)
 
-    ours_and_peft(llama, left_padded(), call)
+    compare(llama, left_padded(), call)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["argument", "config"])
-def test_offloaded_cache_is_refused(form):
+def test_offloaded_cache_is_refused(load, form):
     """On an H100, a row of a greedy batch got different tokens than with PEFT; the cause is unknown."""
-    model = peft_model("llama").cuda()
+    loaded = load(peft_model("llama").cuda())
     inputs = {key: value.cuda() for key, value in left_padded().items()}
     chosen: dict[str, Any] = {"cache_implementation": "offloaded"}
     if form == "config":
         chosen = {"generation_config": GenerationConfig(max_new_tokens=4, **chosen)}
-    peft_multibatch.enable(model)
-    with pytest.raises(errors.UnsupportedError, match="an offloaded cache on a GPU"):
-        model.generate(**inputs, adapter_ids=NAMES, **chosen)
+    with loaded.enabled(), pytest.raises(errors.UnsupportedError, match="an offloaded cache on a GPU"):
+        loaded.model.generate(**inputs, adapter_ids=NAMES, **chosen)
+
+
+@contextlib.contextmanager
+def logits_of(model: Any) -> Iterator[list[Tensor]]:
+    """The logits of all forward passes of a model."""
+    found: list[Tensor] = []
+    with inner_of(model).lm_head.register_forward_hook(lambda _, __, logits: found.append(logits.clone())):
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -268,52 +328,40 @@ def test_offloaded_cache_is_refused(form):
 )
 def test_drafts_of_the_model_itself(llama, chosen):
     """The number of forward passes equals PEFT's: drafts come from the row's own adapter as well."""
-    forwards = []
-    hook = llama.get_base_model().lm_head.register_forward_hook(lambda *_: forwards.append(1))
-    inputs = one_row(left_padded(), 0)
-    inputs["input_ids"] = inputs["input_ids"].repeat(1, 2)
-    inputs["attention_mask"] = inputs["attention_mask"].repeat(1, 2)
-    try:
-        expected = alone(llama, "eight", lambda: options(**chosen)(llama, inputs))
-        wanted = len(forwards)
-        forwards.clear()
-        llama.set_adapter("four")
-        peft_multibatch.enable(llama)
-        assert torch.equal(options(**chosen)(llama, inputs, adapter_ids=["eight"]), expected)
-        assert len(forwards) == wanted
-    finally:
-        peft_multibatch.disable(llama)
-        llama.set_adapter("three")
-        hook.remove()
+    inputs = {key: value.repeat(1, 2) for key, value in one_row(left_padded(), 0).items()}
+    call = options(**chosen)
+    with logits_of(llama.reference) as theirs:
+        expected = alone(llama.reference, "eight", lambda: call(llama.reference, inputs))
+    with llama.enabled(), logits_of(llama.model) as ours:
+        assert torch.equal(call(llama.model, inputs, adapter_ids=["eight"]), expected)
+    assert len(ours) == len(theirs)
 
 
 @pytest.mark.parametrize("assistant_ids", ["not enabled", None, ["three"]], ids=str)
-def test_an_assistant_has_ids_of_its_own(llama, assistant_ids):
-    """The assisted model's ids don't apply to the assistant, which runs under its active adapter unless it gets its
-    own ids."""
-    assistant = peft_model("llama")
-    drafts = []
-    assistant.get_base_model().lm_head.register_forward_hook(lambda _, __, logits: drafts.append(logits.clone()))
-    inputs = one_row(left_padded(), 0)
-    call = options(assistant_model=assistant.get_base_model())
-    assistant.set_adapter("three" if isinstance(assistant_ids, list) else "four")
-    expected = alone(llama, "eight", lambda: call(llama, inputs))
-    wanted = list(drafts)
-    drafts.clear()
-    assistant.set_adapter("four")
-    peft_multibatch.enable(llama)
-    try:
-        ids = contextlib.nullcontext()
+def test_an_assistant_has_ids_of_its_own(load, llama, assistant_ids):
+    """The assisted model's ids don't apply to the assistant. Without ids of its own it runs under its active adapter,
+    which it doesn't have if its adapters are stored."""
+    assistant = load(peft_model("llama"))
+    assistant.reference.set_adapter("four")
+    active = "four" if isinstance(assistant.model, PeftModel) else "__base__"
+    own = assistant_ids[0] if isinstance(assistant_ids, list) else active
+
+    def call(model: Any, assistant: Any, **ids: Any) -> tuple[Tensor, list[Tensor]]:
+        with logits_of(assistant) as drafts:
+            found = options(assistant_model=inner_of(assistant))(model, one_row(left_padded(), 0), **ids)
+        return found, drafts
+
+    models = llama.reference, assistant.reference
+    expected, theirs = alone(models[1], own, lambda: alone(models[0], "eight", lambda: call(*models)))
+    with llama.enabled(), contextlib.ExitStack() as blocks:
         if assistant_ids != "not enabled":
-            mb = peft_multibatch.enable(assistant)
-            ids = mb.batch(assistant_ids) if assistant_ids else ids
-        with ids:
-            assert torch.equal(call(llama, inputs, adapter_ids=["eight"]), expected)
-    finally:
-        peft_multibatch.disable(llama)
-    assert len(drafts) == len(wanted) > 1
-    for mine, theirs in zip(drafts, wanted):
-        assert_close(mine, theirs)
+            mb = blocks.enter_context(assistant.enabled())
+            blocks.enter_context(mb.batch(assistant_ids) if assistant_ids else contextlib.nullcontext())
+        actual, ours = call(llama.model, assistant.model, adapter_ids=["eight"])
+    assert torch.equal(actual, expected)
+    assert len(ours) == len(theirs) > 1
+    for mine, yours in zip(ours, theirs):
+        assert_close(mine, yours)
 
 
 class Kept(BaseStreamer):
@@ -329,15 +377,17 @@ class Kept(BaseStreamer):
 
 def test_a_streamer_in_a_thread(llama):
     """A thread doesn't inherit the ids of the block that it was started in; its call passes its own."""
-    expected = torch.cat([alone(llama, name, lambda row=row: options()(llama, one_row(left_padded(), row)))
-                          for row, name in enumerate(NAMES)])  # fmt: skip
-    peft_multibatch.enable(llama)
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        return model.generate(**inputs, **SHORT, do_sample=False, **ids)
+
+    expected = torch.cat(row_by_row(llama.reference, NAMES, left_padded(), lambda row: call(llama.reference, row)))
     streamer = Kept()
-    chosen = {**left_padded(), **SHORT, "do_sample": False, "streamer": streamer, "adapter_ids": NAMES}
-    thread = threading.Thread(target=llama.generate, kwargs=chosen)
-    thread.start()
-    thread.join(timeout=60)
-    peft_multibatch.disable(llama)
+    chosen = {"inputs": left_padded(), "streamer": streamer, "adapter_ids": NAMES}
+    with llama.enabled():
+        thread = threading.Thread(target=call, args=[llama.model], kwargs=chosen)
+        thread.start()
+        thread.join(timeout=60)
     assert torch.equal(streamer.tokens[0], expected)
 
 
@@ -358,7 +408,7 @@ def test_custom_generate(llama):
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
         return model.generate(**inputs, custom_generate=looks_ahead, **SHORT, **ids)
 
-    ours_and_peft(llama, left_padded(), call)
+    compare(llama, left_padded(), call)
 
 
 def tiles(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
@@ -373,15 +423,15 @@ def turns(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) 
 
 @pytest.mark.parametrize("function", [tiles, turns])
 def test_custom_generate_in_another_order(llama, function):
-    mb = peft_multibatch.enable(llama)
+    model = llama.model
     message = "start with the prompt of another one of the 6 samples: expected the rows of each sample next to"
-    with pytest.raises(errors.RowMappingError, match=message):
-        llama.generate(**left_padded(), custom_generate=function, adapter_ids=NAMES, **SHORT)
-    with mb.batch(NAMES), pytest.raises(errors.RowMappingError, match=message):
-        llama.generate(left_padded()["input_ids"], custom_generate=function, **SHORT)
-    same = left_padded()["input_ids"][:1].expand(2, -1)
-    assert llama.generate(same, custom_generate=turns, adapter_ids=[0, 0], **SHORT).shape == same.shape
-    mb.disable()
+    with llama.enabled() as mb:
+        with pytest.raises(errors.RowMappingError, match=message):
+            model.generate(**left_padded(), custom_generate=function, adapter_ids=NAMES, **SHORT)
+        with mb.batch(NAMES), pytest.raises(errors.RowMappingError, match=message):
+            model.generate(left_padded()["input_ids"], custom_generate=function, **SHORT)
+        same = left_padded()["input_ids"][:1].expand(2, -1)
+        assert model.generate(same, custom_generate=turns, adapter_ids=[0, 0], **SHORT).shape == same.shape
 
 
 def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
@@ -398,17 +448,28 @@ def test_custom_generate_from_a_folder(llama, tmp_path, monkeypatch):
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
         return model.generate(**inputs, custom_generate=str(tmp_path), trust_remote_code=True, num_beams=2, **ids)
 
-    ours_and_peft(llama, left_padded(), call)
+    compare(llama, left_padded(), call)
 
 
 def test_continuous_batching_through_generate_is_refused(llama):
-    mb = peft_multibatch.enable(llama)
-    inner = llama.get_base_model()
-    with pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
-        inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
-    with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match="while adapter ids per sample are active"):
-        inner.generate(**left_padded(), cache_implementation="paged")
-    mb.disable()
+    inner, message = inner_of(llama.model), "while adapter ids per sample are active"
+    with llama.enabled() as mb:
+        with pytest.raises(errors.UnsupportedError, match=message):
+            inner.generate(**left_padded(), cache_implementation="paged", adapter_ids=NAMES)
+        with mb.batch(NAMES), pytest.raises(errors.UnsupportedError, match=message):
+            inner.generate(**left_padded(), cache_implementation="paged")
+
+
+def test_a_pipeline(llama):
+    """test_pipelines.py has more of them."""
+
+    def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
+        writer = transformers.pipeline("text-generation", model=inner_of(model), tokenizer=tokenizer())
+        chosen = {"max_new_tokens": 5, "do_sample": False, "return_tensors": True}
+        found = writer(inputs["texts"], batch_size=6, **chosen, **ids)
+        return torch.tensor([each[0]["generated_token_ids"][-5:] for each in found])
+
+    compare(llama, {"texts": PROMPTS}, call)
 
 
 def two_adapters(model: Any, targets: Any) -> Any:
@@ -435,22 +496,21 @@ def whisper() -> Any:
 
 
 @pytest.mark.parametrize("chosen", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_whisper_hears_short_audio(chosen):
+def test_whisper_hears_short_audio(load, chosen):
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
         said = model.generate(**inputs, do_sample=False, max_new_tokens=6, **chosen, **ids)
         return torch.nn.functional.pad(said, (0, 12 - said.shape[1]))
 
-    ours_and_peft(whisper(), {"input_features": torch.randn(4, 8, 40)}, call, FEW)
+    compare(load(whisper()), {"input_features": torch.randn(4, 8, 40)}, call, FEW)
 
 
-def test_whisper_with_long_audio_is_refused():
+def test_whisper_with_long_audio_is_refused(load):
     """Finished samples are dropped from the batch."""
     mask = torch.ones(4, 160, dtype=torch.long)
     mask[1, 40:] = 0
-    peft_multibatch.enable(model := whisper())
-    inner = model.get_base_model()
-    with pytest.raises(errors.RowMappingError, match=r"received . rows for 4 adapter ids"):
-        inner.generate(
+    loaded = load(whisper())
+    with loaded.enabled(), pytest.raises(errors.RowMappingError, match=r"received . rows for 4 adapter ids"):
+        inner_of(loaded.model).generate(
             torch.randn(4, 8, 160), attention_mask=mask, return_timestamps=True, adapter_ids=FEW, max_new_tokens=6
         )
 
@@ -473,10 +533,11 @@ def musicgen() -> Any:
 @pytest.mark.parametrize(
     "build", [musicgen, lambda: transformers.MusicgenForCausalLM(musicgen_decoder())], ids=["whole", "decoder"]
 )
-def test_musicgen_is_refused(build):
-    model = two_adapters(build(), ["q_proj"])
-    with pytest.raises(errors.UnsupportedError, match=r"of type 'musicgen.*', and its rows are tiled"):
-        peft_multibatch.enable(model)
+def test_musicgen_is_refused(load, build):
+    loaded = load(two_adapters(build(), ["q_proj"]))
+    message = r"of type 'musicgen.*', and its rows are tiled"
+    with pytest.raises(errors.UnsupportedError, match=message), loaded.enabled():
+        pass
 
 
 def janus() -> Any:
@@ -494,20 +555,20 @@ def janus() -> Any:
     )
 
 
-def test_janus_says_words_and_paints_for_one_adapter_at_a_time():
+def test_janus_says_words_and_paints_for_one_adapter_at_a_time(load):
     """An image is generated from rows with and without the prompt, in two consecutive halves."""
 
     def call(model: Any, inputs: dict, **ids: Any) -> Tensor:
         config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, bos_token_id=1)
-        return model.get_base_model().generate(**inputs, generation_config=config, **ids)
+        return inner_of(model).generate(**inputs, generation_config=config, **ids)
 
     inputs = {"inputs": left_padded(4)["input_ids"], "attention_mask": left_padded(4)["attention_mask"]}
-    model = janus()
-    ours_and_peft(model, inputs, call, FEW)
-    mb = peft_multibatch.enable(model)
-    for ids, block in (({"adapter_ids": FEW}, contextlib.nullcontext()), ({}, mb.batch(FEW))):
-        with block, pytest.raises(errors.UnsupportedError, match="one adapter at a time"):
-            call(model, inputs, generation_mode="image", **ids)
+    loaded = load(janus())
+    compare(loaded, inputs, call, FEW)
+    with loaded.enabled() as mb:
+        for ids, block in (({"adapter_ids": FEW}, contextlib.nullcontext()), ({}, mb.batch(FEW))):
+            with block, pytest.raises(errors.UnsupportedError, match="one adapter at a time"):
+                call(loaded.model, inputs, generation_mode="image", **ids)
 
 
 def llava() -> Any:
@@ -565,9 +626,9 @@ SEEING = {"Llava": llava, "Qwen2VL": lambda: qwen_vl("Qwen2VL"), "Qwen2_5_VL": l
 @pytest.mark.parametrize("chosen", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("targets", [r".*language_model.*(q_proj|v_proj|down_proj)", "all-linear"])
 @pytest.mark.parametrize("kind", SEEING)
-def test_models_that_see(kind, targets, chosen):
+def test_models_that_see(load, kind, targets, chosen):
     """Ids belong to prompts, whatever their numbers of images."""
     if targets == "all-linear" and chosen and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
         pytest.skip("older transformers repeat images for beams, and not samples")
-    model = two_adapters(SEEING[kind](), targets)
-    ours_and_peft(model, pictures(kind), options(**chosen), FEW, with_its_pictures)
+    loaded = load(two_adapters(SEEING[kind](), targets))
+    compare(loaded, pictures(kind), options(**chosen), FEW, with_its_pictures)

@@ -1,7 +1,6 @@
-"""Reading and validating an adapter's files: their location, their header, and whether they changed.
+"""Reading and validating an adapter's files: their header, and whether they changed.
 
-Files aren't trusted: nothing is unpickled or memory-mapped, nothing is allocated because of what a file claims, and
-only regular files inside the roots are read.
+Files aren't trusted: nothing is unpickled or memory-mapped, and nothing is allocated because of what a file claims.
 """
 
 from __future__ import annotations
@@ -9,20 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from peft_multibatch.adapters.store.paths import CONFIG, FLAGS, WEIGHTS, located, opened
 from peft_multibatch.errors import AdapterFileError
 
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 MOST_CONFIG = 1 << 20
 """The largest configuration that is read, in bytes."""
@@ -70,41 +64,6 @@ class AdapterFiles(NamedTuple):
     config: bytes
 
 
-def resolve_roots(roots: Sequence[str | os.PathLike] | str | os.PathLike | None) -> tuple[str, ...]:
-    """The folders in which adapters may be, with links resolved; empty if they may be anywhere.
-
-    Raises:
-        AdapterFileError: one isn't a path, or the list is empty.
-    """
-    if roots is None:
-        return ()
-    found = [roots] if isinstance(roots, (str, bytes, os.PathLike)) else list(roots)
-    if not found:
-        raise AdapterFileError(
-            "adapter_store got roots=[]: expected the folders that may contain adapters. Leave roots out to allow any "
-            "folder."
-        )
-    return tuple(os.path.realpath(path_of(root)) for root in found)
-
-
-def path_of(folder: Any) -> str:
-    """A path as a string.
-
-    Raises:
-        AdapterFileError: it isn't a path.
-    """
-    try:
-        path = os.fsdecode(folder)
-    except TypeError:
-        path = "\0"
-    if "\0" in path:
-        raise AdapterFileError(
-            f"a folder of adapters was named {folder!r:.80}: expected a path, as a string or a pathlib.Path, without "
-            "null characters. Check the path."
-        )
-    return path
-
-
 def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterFiles:
     """Read an adapter's files, except for the weights.
 
@@ -116,23 +75,16 @@ def find(name: str, folder: str | os.PathLike, roots: Sequence[str]) -> AdapterF
     Raises:
         AdapterFileError: a file is missing, outside of the roots, not a regular file, or too large.
     """
-    folder = path_of(folder)
-    real = os.path.realpath(folder)
-    _check_inside(name, real, roots)
-    if not os.path.isdir(real):
-        raise AdapterFileError(
-            f"adapter {name!r} was registered from {folder!r}, which is no folder: expected one written by PEFT's "
-            "save_pretrained. Download adapters from the Hub first."
-        )
-    with _open(name, real, CONFIG, roots) as (descriptor, _):
+    real = located(name, folder, roots)
+    with opened(name, real, CONFIG, roots) as (descriptor, _):
         size = os.fstat(descriptor).st_size
         if size > MOST_CONFIG:
             raise AdapterFileError(
                 f"adapter {name!r} has a configuration of {size} bytes: expected {MOST_CONFIG} at most. "
                 "Save the adapter again."
             )
-        config = _pread(descriptor, size, 0)
-    with _open(name, real, WEIGHTS, roots) as (descriptor, path):
+        config = _pread(name, descriptor, size, 0)
+    with opened(name, real, WEIGHTS, roots) as (descriptor, path):
         size = os.fstat(descriptor).st_size
         return AdapterFiles(path, size, identify(descriptor), read_header(name, descriptor, size), config)
 
@@ -149,7 +101,7 @@ def read_header(name: str, descriptor: int, size: int) -> bytes:
     Raises:
         AdapterFileError: it is missing, incomplete or too large.
     """
-    first = _pread(descriptor, min(FIRST_READ, size), 0)
+    first = _pread(name, descriptor, min(FIRST_READ, size), 0)
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or length > min(MOST_HEADER, size - 8):
         raise AdapterFileError(
@@ -157,7 +109,7 @@ def read_header(name: str, descriptor: int, size: int) -> bytes:
             f"bytes: expected a complete safetensors file, with a header of {MOST_HEADER} bytes at most. Save the "
             "adapter again."
         )
-    rest = b"" if len(first) >= 8 + length else _pread(descriptor, 8 + length - len(first), len(first))
+    rest = b"" if len(first) >= 8 + length else _pread(name, descriptor, 8 + length - len(first), len(first))
     return first[8 : 8 + length] + rest
 
 
@@ -265,54 +217,16 @@ def _changed(name: str, path: str) -> AdapterFileError:
     )
 
 
-FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe must not wait for its writer
-
-
-@contextmanager
-def _open(name: str, folder: str, file: str, roots: Sequence[str]) -> Iterator[tuple[int, str]]:
-    path = os.path.join(folder, file)
-    if os.path.islink(path):  # as in the Hub's cache
-        path = os.path.realpath(path)
-        _check_inside(name, path, roots)
-    try:
-        descriptor = os.open(path, FLAGS)
-    except OSError as error:
-        pickles = [each for each in PICKLES if os.path.exists(os.path.join(folder, each))]
-        if file == WEIGHTS and pickles:
-            raise AdapterFileError(
-                f"adapter {name!r} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: "
-                f"expected {WEIGHTS}. Load it with PEFT if you trust it, and save it with safe_serialization=True."
-            ) from error
-        raise AdapterFileError(
-            f"adapter {name!r} has no {file} in {folder!r} that can be opened ({error.strerror}): expected a folder "
-            "written by PEFT's save_pretrained. Check the path."
-        ) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise AdapterFileError(
-                f"adapter {name!r} has a {file} that is no regular file: expected one written by PEFT's "
-                "save_pretrained. Save the adapter again."
-            )
-        yield descriptor, path
-    finally:
-        os.close(descriptor)
-
-
-def _check_inside(name: str, path: str, roots: Sequence[str]) -> None:
-    if roots and not any(path == root or path.startswith(os.path.join(root, "")) for root in roots):
-        raise AdapterFileError(
-            f"adapter {name!r} is at {path!r} (links resolved), outside of the store's roots: expected a folder "
-            "inside one of them. Move it there, or add its folder to adapter_store(roots=[...])."
-        )
-
-
-def _pread(descriptor: int, count: int, offset: int) -> bytes:
+def _pread(name: str, descriptor: int, count: int, offset: int) -> bytes:
     found = b""
-    while len(found) < count:
-        part = os.pread(descriptor, count - len(found), offset + len(found))
-        if not part:
-            break
-        found += part
+    try:
+        while len(found) < count and (part := os.pread(descriptor, count - len(found), offset + len(found))):
+            found += part
+    except OSError as error:
+        raise AdapterFileError(
+            f"a file of adapter {name!r} can't be read ({error.strerror}): expected a file system that works. "
+            "Register the adapter again."
+        ) from error
     return found
 
 

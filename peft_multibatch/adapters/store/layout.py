@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_multibatch.adapters.checks import check_scaling
 from peft_multibatch.adapters.store.files import StoredTensor
+from peft_multibatch.adapters.store.patterns import Patterns
 from peft_multibatch.adapters.store.settings import Settings
 from peft_multibatch.adapters.tables import SlotRows, TableBlock, bits
 from peft_multibatch.errors import AdapterMismatchError, AdapterUnsupportedError
@@ -131,12 +132,14 @@ class Layout:
         dtype: StoreDtype,
     ) -> None:
         halves = self._halves(name, tensors)
-        _check_names(name, halves, settings.names(name, model.module_names()))
+        patterns = Patterns(name)
+        _check_names(name, halves, settings.names(patterns, model.module_names()))
         self.dropout = settings.dropout
         self.checked = -1
         self._templates: MutableMapping[TableBlock, Template] = WeakKeyDictionary()
         self._shapes = {
-            module: (found["A"].shape, found["B"].shape, settings.rank_of(module)) for module, found in halves.items()
+            module: (found["A"].shape, found["B"].shape, settings.rank_of(patterns, module))
+            for module, found in halves.items()
         }
         self._max_rank = max_rank
         covered = self.check(name, model)
@@ -150,7 +153,7 @@ class Layout:
         self.file_size = sum(each.numbers * each.from_dtype.itemsize for each in self.copies)
         self.layers: dict[str, StoredLayer] = {}
         for module, found in halves.items():
-            scaling = settings.scaling_of(module)
+            scaling = settings.scaling_of(patterns, module)
             check_scaling(name, scaling)
             (a, dtype_a), (b, dtype_b) = places[module, "A"], places[module, "B"]
             if dtype_a != dtype_b:

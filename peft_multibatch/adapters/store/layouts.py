@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from weakref import WeakValueDictionary
 
 import torch
@@ -56,22 +56,32 @@ class Layouts:
                 tensors = parse_header(name, found.header, found.size)
                 layout = self._by_content.get((tensors, settings))
                 if layout is None:
+                    changes = self._model.changes
                     layout = Layout(name, tensors, settings, self._model, self._max_rank, self._dtype)
                     with self._content_lock:
                         self._by_content[tensors, settings] = layout
-                    layout.checked = self._model.changes
+                    layout.checked = changes
                 self._by_bytes[key] = layout
                 if len(self._by_bytes) > KNOWN_FILES:
                     self._by_bytes.popitem(last=False)
         self.check(name, layout)
         return layout
 
-    def expect(self, modules: Iterable[str]) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """The dtypes of all adapters in these modules, with the largest rank of each, and whether all are aligned."""
+    def expect(
+        self, modules: Iterable[str], can_run: Callable[[torch.dtype, int], bool]
+    ) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """The dtypes of all adapters in these modules, with the largest rank of each, and whether all are aligned.
+
+        Args:
+            modules: the names of the modules.
+            can_run: whether weights of a dtype and rank count.
+        """
         found: dict[torch.dtype | None, tuple[int, bool]] = {}
         with self._content_lock:
             known = [layout.layers for layout in self._by_content.values()]
         for layer in [layers[name] for layers in known for name in modules if name in layers]:
+            if not can_run(layer.dtype, layer.lora_a.shape[0]):
+                continue
             rank, is_aligned = found.get(layer.dtype, (0, True))
             found[layer.dtype] = max(rank, layer.lora_a.shape[0]), is_aligned and layer.lora_a.shape[0] % 8 == 0
         return found
@@ -83,6 +93,7 @@ class Layouts:
             AdapterUnsupportedError: a layer can't have stored adapters any more.
             AdapterMismatchError: the adapter doesn't fit the model any more.
         """
-        if layout.checked != self._model.changes:
+        changes = self._model.changes
+        if layout.checked != changes:
             layout.check(name, self._model)
-            layout.checked = self._model.changes
+            layout.checked = changes

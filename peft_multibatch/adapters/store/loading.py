@@ -54,7 +54,8 @@ class Loader:
         let_go: Callable[[], None],
     ) -> None:
         self.lock = threading.Condition(threading.RLock())
-        self.host = self.final = Tier(Arena(host, torch.device("cpu"), streams.has_memory, streams))
+        in_host = Arena(host, torch.device("cpu"), streams.has_memory, streams)
+        self.host = self.final = Tier(in_host, keeps_pinned=not streams.has_memory)
         if streams.has_memory:
             self.final = Tier(Arena(final, device, False, streams))
         self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout)
@@ -129,8 +130,17 @@ class Loader:
             if self._is_awaited() or not self._begin([version], stay):
                 if self.final is self.host or version in self.host:
                     continue
-                self.transfers.read_ahead(version)
+                self.transfers.read_ahead(version, stay)
             free -= 1
+
+    def check_time(self, version: Version) -> None:
+        """Check that an adapter isn't being loaded for longer than the timeout.
+
+        Raises:
+            StoreFullError: it is.
+        """
+        if version.loading is not None and time.monotonic() - version.loading.since > self._timeout:
+            raise late([version], self._timeout, "they weren't loaded")
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
         """The weights of adapters, which are loaded if needed. Waits until there is room for all of them at once.

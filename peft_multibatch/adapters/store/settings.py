@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from peft_multibatch.adapters.store.patterns import LONGEST, MOST_PATTERNS, Patterns, is_safe
 from peft_multibatch.compat import check_target_module_exists
 from peft_multibatch.errors import AdapterFileError, AdapterUnsupportedError
 
@@ -36,9 +36,6 @@ READ: dict[str, tuple[type, ...]] = {
 # Keys for which only these values are accepted. Unknown keys must be off, as PEFT's new options are by default.
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
-QUANTIFIED_GROUP = re.compile(r"\)\s*[*+{]|\\[1-9]|\(\?P=")
-MOST_QUANTIFIERS = 4
-MOST_PATTERNS = 2048
 MOST_NAMES = 8192
 
 
@@ -69,31 +66,33 @@ class Settings(NamedTuple):
     layers_pattern: tuple[str, ...]
     dropout: float
 
-    def names(self, name: str, modules: Iterable[str]) -> set[str]:
+    def names(self, patterns: Patterns, modules: Iterable[str]) -> set[str]:
         """The modules that PEFT would adapt.
 
         Args:
-            name: the adapter's name, for messages.
+            patterns: matches the patterns.
             modules: the names of all modules.
 
         Raises:
-            AdapterFileError: PEFT's matching fails on the patterns.
+            AdapterUnsupportedError: matching takes too long.
         """
-        config = _Config(
-            self.targets, self.excluded, None if self.layers is None else [*self.layers], [*self.layers_pattern]
-        )
-        try:
-            return {module for module in modules if check_target_module_exists(config, module)}
-        except Exception as error:
-            raise _wrong(name, "target_modules", self.targets) from error
+        targets, excluded = self.targets, self.excluded
+        if isinstance(excluded, str):
+            modules = [module for module in modules if not patterns.matches(excluded, module)]
+            excluded = None
+        if isinstance(targets, str):
+            return {module for module in modules if patterns.matches(targets, module)}
+        layers = None if self.layers is None else [*self.layers]
+        config = _Config(targets, excluded, layers, [*self.layers_pattern])
+        return {module for module in modules if check_target_module_exists(config, module)}
 
-    def rank_of(self, module: str) -> int:
+    def rank_of(self, patterns: Patterns, module: str) -> int:
         """The rank in a module."""
-        return _by_pattern(self.ranks, module, self.rank)
+        return patterns.first(self.ranks, module, self.rank)
 
-    def scaling_of(self, module: str) -> float:
+    def scaling_of(self, patterns: Patterns, module: str) -> float:
         """The scaling in a module."""
-        rank, alpha = self.rank_of(module), _by_pattern(self.alphas, module, self.alpha)
+        rank, alpha = self.rank_of(patterns, module), patterns.first(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
 
@@ -159,19 +158,6 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
     )
 
 
-def _by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT, but with caching."""
-    for pattern, value in patterns:
-        if _compiled(pattern).match(module):
-            return value
-    return otherwise
-
-
-@functools.lru_cache(MOST_PATTERNS)
-def _compiled(pattern: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
 def _pattern(name: str, key: str, value: Any) -> tuple[tuple[str, Any], ...]:
     if len(value or ()) > MOST_PATTERNS:
         raise _wrong(name, key, f"{len(value)} patterns")
@@ -195,28 +181,23 @@ def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else tuple(value or ())
     if len(found) > MOST_NAMES:
         raise _wrong(name, key, value)
-    for each in found:
-        _check_pattern(name, key, each)
+    if not all(isinstance(each, str) and re.fullmatch(r"[\w.-]+", each) for each in found):
+        raise _wrong(name, key, value)
     return found
 
 
 def _check_pattern(name: str, key: str, pattern: Any) -> None:
-    """Check that a pattern is valid, and that matching it can't take forever, because files aren't trusted."""
-    if not isinstance(pattern, str):  # the f-string would turn it into a pattern
+    if not isinstance(pattern, str):
         raise _wrong(name, key, pattern)
     try:
-        _compiled(pattern)
-    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        is_supported = is_safe(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
         raise _wrong(name, key, pattern) from error
-    if (
-        len(pattern) > 1000
-        or QUANTIFIED_GROUP.search(pattern)
-        or len(re.findall(r"[*+{]", pattern)) > MOST_QUANTIFIERS
-    ):
+    if not is_supported:
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has the pattern {pattern[:80]!r} in {key}, which is too long, or has repeated groups "
-            f"or more than {MOST_QUANTIFIERS} repetitions: expected a simpler one, because matching it could take "
-            "forever. Write module names instead, or use load_adapter."
+            f"adapter {name!r} has the pattern {pattern[:80]!r} in {key}: expected at most {LONGEST} characters, "
+            "without repeated groups, references, flags, and characters that no module's name has. Write module names "
+            "instead, or use load_adapter."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 from peft_multibatch.adapters.slots import Slots
-from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.arena import parse_size
 from peft_multibatch.adapters.store.layout import Layers, StoreDtype
 from peft_multibatch.adapters.store.layouts import Layouts
 from peft_multibatch.adapters.store.loading import Loader
+from peft_multibatch.adapters.store.paths import resolve_roots
 from peft_multibatch.adapters.store.streams import streams_of
 from peft_multibatch.adapters.store.version import StoredAdapter, Version
 from peft_multibatch.errors import ModelStateError, UnsupportedError
@@ -58,7 +59,7 @@ class StoredAdapters:
         guard: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self._model, self._names, self._slots = model, names, slots
-        self._roots = files.resolve_roots(roots)
+        self._roots = resolve_roots(roots)
         self._layouts = Layouts(model, max_rank, dtype)
         self._device, self._streams = device, streams_of(device)
         sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
@@ -105,16 +106,17 @@ class StoredAdapters:
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
 
-    def lease(self, ids: Sequence[int], ahead: Sequence[int]) -> list[StoredAdapter] | None:
+    def lease(self, ids: Sequence[int], ahead: Sequence[int], has_waited: bool) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
 
         Args:
             ids: the adapters.
             ahead: other adapters, which must not be evicted for these.
+            has_waited: whether they are being loaded for the caller; otherwise errors of earlier loads don't count.
 
         Raises:
             AdapterFileError: one couldn't be loaded.
-            StoreFullError: they don't fit into memory together.
+            StoreFullError: they don't fit into memory together, or loading one takes longer than the timeout.
         """
         tier = self._loader.final
         with self._lock:
@@ -123,8 +125,9 @@ class StoredAdapters:
             self._loader.check_possible(wanted)
             for version in wanted:
                 error, version.error = version.error, None
-                if error is not None:
+                if error is not None and has_waited:
                     raise type(error)(*error.args)
+                self._loader.check_time(version)
                 if not tier.touch(version):
                     self._loader.prefetch(version, stay)
             found = tier.get_all(wanted) if all(version in tier for version in wanted) else None
@@ -169,9 +172,10 @@ class StoredAdapters:
             )
             self._loader.look_ahead(wanted, [*wanted, *others])
 
-    def on_loaded(self, call: Callable[[], object]) -> None:
-        """Register a function to call whenever an adapter was loaded."""
-        self._loader.transfers.on_loaded = call
+    def wake(self, event: threading.Event) -> None:
+        """Set an event whenever an adapter was loaded, as long as the event exists."""
+        with self._lock:
+            self._loader.transfers.to_wake.add(event)
 
     def current(self, number: int) -> StoredAdapter | None:
         """The version of an adapter that running calls use; None if none does."""
@@ -192,9 +196,17 @@ class StoredAdapters:
                 self._names.remove_stored(version.name)
             self._versions.clear()
 
-    def expect(self, layers: Iterable[Any]) -> dict[torch.dtype | None, tuple[int, bool]]:
-        """As ``Layouts.expect``."""
-        return self._layouts.expect([self._model.names.get(layer, "") for layer in layers])
+    def expect(
+        self, layers: Iterable[Any], can_run: Callable[[torch.dtype | None, int, torch.device], bool]
+    ) -> dict[torch.dtype | None, tuple[int, bool]]:
+        """As ``Layouts.expect``, with layers instead of their names."""
+        names = [self._model.names.get(layer, "") for layer in layers]
+        return self._layouts.expect(names, lambda dtype, rank: can_run(dtype, rank, self._device))
+
+    def formats(self, number: int) -> set[tuple[torch.dtype, int, torch.device]]:
+        """The dtypes, ranks and device of an adapter's weights."""
+        layers = self._find(number).layout.layers.values()
+        return {(each.dtype, each.lora_a.shape[0], self._device) for each in layers}
 
     def describe(self) -> Iterator[AdapterReport]:
         """Reports on the adapters in memory where calls compute; the others are only counted in ``stats``."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 from transformers.utils import logging
 
 from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.files import AdapterFiles
+from peft_multibatch.adapters.store.paths import CONFIG, path_of
 from peft_multibatch.adapters.store.progress import tracked
 from peft_multibatch.adapters.store.source import StoredAdapters
 from peft_multibatch.adapters.store.version import Version
@@ -27,6 +28,8 @@ from peft_multibatch.report import StoreStats
 
 
 logger = logging.get_logger(__name__)
+
+NAME = re.compile(r"[^\x00-\x1f\ud800-\udfff]{1,256}")
 
 
 class Registered(NamedTuple):
@@ -52,17 +55,19 @@ class AdapterStore(StoredAdapters):
                 running calls finish with the old one.
             folder: a folder written by PEFT's ``save_pretrained``, with weights as safetensors. The files must stay
                 in place.
-            pin: whether to load the adapter and keep it in memory.
+            pin: whether to load the adapter and keep it in memory, as ``pin`` does.
 
         Raises:
             AdapterFileError: the files are missing, damaged or outside of ``roots``.
             AdapterUnsupportedError: it isn't plain LoRA on linear layers.
             AdapterMismatchError: it doesn't fit the model.
-            StoreFullError: it is larger than all of the store's memory.
+            StoreFullError: it is larger than all of the store's memory; or it is registered, but couldn't be pinned.
             AdapterIdsError: the name isn't a valid adapter name.
         """
         self._check_name(name)
         self._register(name, files.find(name, folder, self._roots), pin)
+        if pin:
+            self.pin(name)
 
     def register_folder(self, folder: str | os.PathLike) -> Registered:
         """Register every subfolder that contains an adapter, under the subfolder's name.
@@ -79,9 +84,9 @@ class AdapterStore(StoredAdapters):
         Raises:
             AdapterFileError: the folder can't be read.
         """
-        folder = files.path_of(folder)
+        folder = path_of(folder)
         try:
-            found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            found = sorted(entry.name for entry in os.scandir(folder) if os.path.isdir(entry.path))
         except OSError as error:
             raise AdapterFileError(
                 f"register_folder got {folder!r}, which can't be read ({error.strerror}): expected a "
@@ -91,7 +96,7 @@ class AdapterStore(StoredAdapters):
         refused: dict[str, MultibatchError] = {}
         for name in tracked("registering adapters", found):
             path = os.path.join(folder, name)
-            if not os.path.exists(os.path.join(path, files.CONFIG)):
+            if not os.path.exists(os.path.join(path, CONFIG)):
                 continue
             try:
                 self._check_name(name)
@@ -110,7 +115,9 @@ class AdapterStore(StoredAdapters):
         Raises:
             UnknownAdapterError: no adapter of the store has this name.
         """
-        with self._changing(name), self._lock:
+        with self._lock:
+            self._version(name)
+        with self._guard(self._names.ids.get(name, -1)), self._lock:
             version = self._version(name)
             self._forget(version)
             del self._versions[self._names.ids[name]]
@@ -129,16 +136,26 @@ class AdapterStore(StoredAdapters):
     def pin(self, name: str, pinned: bool = True) -> None:
         """Load an adapter and keep it in memory; with ``pinned=False``, make it evictable again.
 
+        Waits until it is loaded. If that fails, the adapter isn't pinned.
+
         Raises:
             UnknownAdapterError: no adapter of the store has this name.
-            StoreFullError: it doesn't fit into memory along with the other pinned adapters.
+            AdapterFileError: its files can't be read any more.
+            StoreFullError: it doesn't fit into memory along with the other pinned adapters, or running calls left no
+                room for it within the timeout.
         """
         with self._lock:
             version = self._version(name)
             if pinned:
                 self._check_pin(version)
-                self._loader.prefetch(version)
             self._loader.pin(version, pinned)
+        if pinned:
+            try:
+                self._loader.fetch([version])
+            except BaseException:
+                with self._lock:
+                    self._loader.pin(version, False)
+                raise
 
     def stats(self) -> StoreStats:
         """Counters: registered adapters, memory use, hits, misses, loads and evictions."""
@@ -195,34 +212,35 @@ class AdapterStore(StoredAdapters):
         layout = self._layouts.find(name, found)
         version = Version(name, found.path, found.identity, len(found.header), hash(found.config), layout)
         self._loader.check_size(version)
-        with self._changing(name), self._lock:
-            known = self._versions.get(self._names.ids.get(name, -1))
-            if known is not None and pin is None:
-                if (known.path, known.identity, known.config) == (version.path, version.identity, version.config):
-                    return
-                pin = known.is_pinned
-            if pin:
-                self._check_pin(version)
-            number = self._names.add_stored(name)
-            self._versions[number] = version
-            if known is not None:
-                self._forget(known)
-            if pin:
-                self._loader.pin(version, True)
-                self._loader.prefetch(version)
+        is_new = True
+        while True:
+            with nullcontext() if is_new else self._guard(self._names.ids.get(name, -1)), self._lock:
+                known = self._versions.get(self._names.ids.get(name, -1))
+                if known is not None and pin is None:
+                    if (known.path, known.identity, known.config) == (version.path, version.identity, version.config):
+                        return
+                    pin = known.is_pinned
+                if known is not None and is_new:  # requests may run with it
+                    is_new = False
+                    continue
+                if pin:
+                    self._check_pin(version)
+                number = self._names.add_stored(name)
+                self._versions[number] = version
+                if known is not None:
+                    self._forget(known)
+                if pin:
+                    self._loader.pin(version, True)
+                    self._loader.prefetch(version)
+                return
 
     def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or name == BASE_NAME or not re.fullmatch(r"[^\x00-\x1f]{1,256}", name):
+        if not isinstance(name, str) or name == BASE_NAME or not NAME.fullmatch(name):
             raise AdapterIdsError(
                 f"an adapter was registered by the name {name!r:.80}: expected a string of 1 to 256 characters, "
-                f"without control characters, other than {BASE_NAME!r}. Choose another name."
+                f"without control characters and surrogates, other than {BASE_NAME!r}. Choose another name."
             )
         self._names.check_stored(name)
-
-    def _changing(self, name: str) -> AbstractContextManager[None]:
-        """A block in which no request of continuous batching runs with the adapter of this name."""
-        number = self._names.ids.get(name, -1)
-        return self._guard(number) if number in self._versions else nullcontext()
 
     def _version(self, name: str) -> Version:
         version = self._versions.get(self._names.ids.get(name, -1)) if isinstance(name, str) else None

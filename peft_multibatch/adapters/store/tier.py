@@ -19,10 +19,14 @@ class Tier:
     Attributes:
         arena: the memory.
         evictions: the number of evictions so far.
+
+    Args:
+        arena: the memory.
+        keeps_pinned: whether pinned adapters stay; they needn't where they are only on their way to a device.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+    def __init__(self, arena: Arena, keeps_pinned: bool = True) -> None:
+        self.arena, self._keeps_pinned = arena, keeps_pinned
         self.evictions = 0
         self._kept: OrderedDict[Version, Tensor] = OrderedDict()
 
@@ -40,8 +44,8 @@ class Tier:
         return False
 
     def get(self, version: Version) -> Tensor | None:
-        """An adapter's weights; None if they aren't in memory."""
-        return self._kept.get(version)
+        """An adapter's weights, which are used then; None if they aren't in memory."""
+        return self._kept[version] if self.touch(version) else None
 
     def get_all(self, versions: Iterable[Version]) -> dict[Version, Tensor]:
         """The weights of adapters, all of which must be in memory."""
@@ -65,7 +69,7 @@ class Tier:
 
         Args:
             sizes: the requested sizes in bytes.
-            stay: adapters that must not be evicted. Pinned adapters and those in use aren't evicted either.
+            stay: adapters that must not be evicted. Those in use, and pinned ones, aren't evicted either.
             let_go: called if there isn't enough room, to drop plans of calls that have ended, which may reference
                 adapters. The next call makes its plan again, which takes longer than a decode step.
 
@@ -82,7 +86,7 @@ class Tier:
             return True
         stay = {*stay}
         for version in list(self._kept):
-            if version.is_pinned or version in stay:
+            if (version.is_pinned and self._keeps_pinned) or version in stay:
                 continue
             memory = weakref.ref(self._kept[version])
             del self._kept[version]

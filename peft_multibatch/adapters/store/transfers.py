@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -36,12 +37,14 @@ class Load:
         version: the adapter.
         memory: the memory for its weights, which stays reserved as long as this is referenced.
         mark: what to wait for before the memory is written.
+        since: when it began, as ``time.monotonic``.
         source: the weights in host memory, until they are copied to the device.
         error: the error, if loading failed.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
         self.version, self.memory, self.mark = version, memory, mark
+        self.since = time.monotonic()
         self.source: Tensor | None = None
         self.error: Exception | None = None
 
@@ -58,7 +61,7 @@ class Transfers:
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
         seconds: the time spent loading, summed over all threads.
-        on_loaded: called when an adapter was loaded, or failed to load.
+        to_wake: loops that wait for an adapter, to wake when one was loaded or failed to load. Guarded by the lock.
 
     Args:
         lock: guards all of a store's state.
@@ -72,7 +75,7 @@ class Transfers:
         self.is_closed = False
         self.ahead: set[Version] = set()
         self.loads, self.bytes_read, self.seconds = 0, 0, 0.0
-        self.on_loaded: Callable[[], object] = lambda: None
+        self.to_wake: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
         self._readers = ThreadPoolExecutor(READERS, "peft_multibatch_store")
@@ -106,10 +109,10 @@ class Transfers:
         else:
             self._copier.submit(self._copy, load)
 
-    def read_ahead(self, version: Version) -> None:
-        """Read an adapter into host memory."""
+    def read_ahead(self, version: Version, stay: Collection[Version]) -> None:
+        """Read an adapter into host memory, without evicting others (``stay``) from there."""
         self.ahead.add(version)
-        self._readers.submit(self._read_ahead, version)
+        self._readers.submit(self._read_ahead, version, stay)
 
     # In the threads.
     def _read_for(self, load: Load) -> None:
@@ -135,9 +138,9 @@ class Transfers:
         del source  # others may wait for this memory
         self._end(load)
 
-    def _read_ahead(self, version: Version) -> None:
+    def _read_ahead(self, version: Version, stay: Collection[Version]) -> None:
         with suppress(Exception), torch.no_grad():  # the load for its request raises again
-            self._in_host(version, is_ahead=True)
+            self._in_host(version, stay, is_ahead=True)
         with self._lock:
             self.ahead.discard(version)
             self._lock.notify_all()
@@ -169,9 +172,10 @@ class Transfers:
                     self._final.put(version, load.memory)
             version.loading, version.error = None, load.error
             self._lock.notify_all()
-        self.on_loaded()
+            for event in self.to_wake:
+                event.set()
 
-    def _in_host(self, version: Version, is_ahead: bool = False) -> Tensor:
+    def _in_host(self, version: Version, stay: Collection[Version] = (), is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:
@@ -181,7 +185,7 @@ class Transfers:
                     return memory
                 is_read = version in self.ahead and not is_ahead  # by another thread
                 # plans hold memory of the device, so dropping them wouldn't help
-                if not is_read and self._host.make_room([version.layout.size], (), lambda: None):
+                if not is_read and self._host.make_room([version.layout.size], stay, lambda: None):
                     reserved = self._host.arena.reserve(version.layout.size)
                     break
                 self.check_open()

@@ -119,6 +119,7 @@ class Registry:
         self.source = PeftModules(self.slots)
         self.store: AdapterStore | None = None
         self._guards: list[weakref.ref[Guard]] = []
+        self._changing = threading.RLock()
         self._current: OrderedDict[int, Adapter] = OrderedDict()
         self._lock = threading.Lock()
         self._drops = 0  # how often versions were dropped, so that none is kept that was read before
@@ -226,7 +227,7 @@ class Registry:
 
     def guard_with(self, guard: Guard) -> None:
         """Let changes wait for the requests of a manager, as long as it exists."""
-        with self._lock:  # always at the end, so that all changes lock managers in the same order
+        with self._lock:
             self._guards = [*(each for each in self._guards if each() is not None), weakref.ref(guard)]
 
     @contextmanager
@@ -237,7 +238,7 @@ class Registry:
             for guard in guards:
                 held.enter_context(guard.holding(numbers))
             while True:
-                with ExitStack() as stopped:
+                with self._changing, ExitStack() as stopped:  # one at a time, because each stops all managers
                     for guard in guards:
                         stopped.enter_context(guard.stopped())
                     begun = [guard for guard in guards if guard.has_begun(numbers)]

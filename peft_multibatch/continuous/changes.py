@@ -7,16 +7,12 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from peft_multibatch.continuous.steps import finish_writes
 from peft_multibatch.errors import ModelStateError
-
-
-if TYPE_CHECKING:
-    from peft_multibatch.continuous.manager import AdapterBatchingManager
 
 
 class Changes:
@@ -27,10 +23,10 @@ class Changes:
         held: ids whose requests may not start -> the number of changes that wait for them. Replaced when it changes.
 
     Args:
-        manager: the manager.
+        manager: the ``AdapterBatchingManager``.
     """
 
-    def __init__(self, manager: AdapterBatchingManager) -> None:
+    def __init__(self, manager: Any) -> None:
         self.lock = threading.Condition(threading.RLock())
         self.held: Counter[int] = Counter()
         self._counting = threading.Lock()
@@ -97,7 +93,7 @@ class Changes:
             )
 
     @contextmanager
-    def _locked(self) -> Iterator[AdapterBatchingManager | None]:
+    def _locked(self) -> Iterator[Any]:
         manager = self._manager()
         if manager is not None:
             manager._check_not_paused()

@@ -95,7 +95,7 @@ def test_models_with_an_encoder(architecture, tmp_path):
     assert torch.equal(actual, expected(NAMES, folder, call, architecture=architecture))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": False, "num_return_sequences": 1}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generate(stored, folder, options):
     model, _ = stored
 
@@ -117,6 +117,17 @@ def test_batch_blocks_and_parts_of_the_model(stored, folder):
     with mb.batch(NAMES):
         actual = call(model, left_padded())
     assert_close(actual, expected(NAMES, folder, call))
+
+
+def test_blocks_check_their_ids(stored):
+    """The modules that stored adapters use have no adapter of PEFT's in the model."""
+    model, _ = stored
+    mb = peft_multibatch.enable(model)
+    for ids in (["three", "eight"], ["three"] * 12):
+        with mb.batch(ids), pytest.raises(errors.AdapterIdsLengthError, match="expected one entry per sample"):
+            logits(model, left_padded(6))
+        with mb.batch(ids), pytest.raises(errors.AdapterIdsLengthError, match="expected one entry per sample"):
+            model.generate(**left_padded(6), generation_config=GREEDY)
 
 
 @pytest.mark.parametrize("fuse", [True, False, "weights"])

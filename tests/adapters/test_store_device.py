@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from models import base_model, left_padded
-from stored import expected, logits, save_many
+from peft import LoraConfig
+from stored import expected, logits, save, save_many
 from threads import in_threads
 from tolerances import assert_close
 
@@ -116,6 +118,35 @@ def test_the_host_keeps_those_that_were_used_last(make, rows):
     assert store.stats().bytes_read == read
     check(model, rows, ["a1"])
     assert store.stats().bytes_read > read
+
+
+def test_bytes_of_adapters_of_many_sizes_are_bounded_at_all_times(make, rows, tmp_path, monkeypatch):
+    """Free blocks of other sizes make room on the host and on the device, before new ones are made."""
+    model, store, _ = make(host=4, device=3)
+    for rank in (1, 2, 3, 6, 8):
+        save(tmp_path / f"r{rank}", LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False), seed=rank)
+    store.register_folder(tmp_path)
+    names = [f"r{rank}" for rank in (1, 2, 3, 6, 8)]
+    want = dict(
+        zip(names, expected(names, tmp_path, logits, {k: v[:1].repeat(5, 1) for k, v in left_padded(1).items()}))
+    )
+    made = {}
+    for tier in (store._loader.host, store._loader.final):
+        arena, blocks = tier.arena, made.setdefault(tier, [])
+
+        def make_block(whole, own=arena._make, arena=arena, blocks=blocks):
+            block = own(whole)
+            blocks.append(weakref.ref(block))
+            alive = sum(len(each) for each in (ref() for ref in blocks) if each is not None)
+            assert alive <= arena.limit and arena.used + arena.kept <= arena.limit
+            return block
+
+        monkeypatch.setattr(arena, "_make", make_block)
+    generator = random.Random(0)
+    for _ in range(60):
+        batch = [generator.choice([*names, "a0", "a1", "a2", "a3"]) for _ in range(2)]
+        check(model, {**rows, **want}, batch)
+    assert all(len(blocks) > 5 for blocks in made.values()) and store.stats().evictions > 10
 
 
 def test_pinned_adapters_leave_room_in_the_host(make, rows):

@@ -29,6 +29,7 @@ from peft_multibatch import errors
 from peft_multibatch.adapters.store import files, progress, transfers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.version import StoredAdapter
 
 
 COUNT = 12
@@ -581,15 +582,45 @@ def test_each_output_is_wholly_one_version(folder, size, rows):
     store.register("a0", folder / "a1")
     thread = threading.Thread(target=swap)
     thread.start()
+    versions = set()
     try:
         for _ in range(40):
             actual = ask(model, ["a0", "a3"])
             errors_ = [float((actual[0] - rows[name]).norm() / rows[name].norm()) for name in ("a1", "a2")]
             assert min(errors_) < 1e-5
+            versions.add(errors_.index(min(errors_)))
             assert_close(actual[1], rows["a3"])
     finally:
         stop.set()
         thread.join()
+    assert versions == {0, 1}
+
+
+def test_memory_inside_of_other_memory(folder, size, rows):
+    """Views of weights begin where the adapter's memory does, and not where its storage does."""
+    _, store = make(folder, size, 2)
+    number = store._names.ids["a1"]
+    found = store.adapters([number])[number]
+    storage = torch.zeros(len(found.memory) + 128, dtype=torch.uint8)
+    storage[64:-64] = found.memory
+    inside = StoredAdapter(found.version, storage[64:-64], store._slots, store._model.names)
+    layers = list(store._model.names)
+    for expected_part, part in zip(found.parts(layers), inside.parts(layers)):
+        assert torch.equal(part.lora_a, expected_part.lora_a) and torch.equal(part.lora_b, expected_part.lora_b)
+
+
+def test_a_model_that_changed_so_that_an_adapter_no_longer_fits(folder, size, rows):
+    model, store = make(folder, size, 4)
+    save(folder.parent / "keys", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    store.register("keys", folder.parent / "keys")
+    want = ask(model, ["keys"])[0]
+    attention = model.model.layers[0].self_attn
+    before, attention.k_proj = attention.k_proj, torch.nn.Linear(attention.k_proj.in_features, 20, bias=False)
+    with pytest.raises(errors.AdapterMismatchError, match="'keys' has lora_A of shape"):
+        ask(model, ["keys"])
+    attention.k_proj = before
+    assert_close(ask(model, ["keys"])[0], want)
+    check(model, rows, ["a0", "a1"])
 
 
 def test_an_interrupt_while_a_batch_waits(folder, size, rows, monkeypatch):

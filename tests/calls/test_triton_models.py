@@ -539,6 +539,70 @@ def test_graphs_of_continuous_batching_do_not_limit_other_calls():
     assert not graph.outgrown_by(plan)
 
 
+@pytest.fixture
+def little_shared_memory(monkeypatch):
+    """Kernels fit into the GPU's shared memory only with the smallest ranks."""
+    limits = triton_backend.limits_of(torch.device(DEVICE))._replace(shared=20_000)
+    monkeypatch.setattr(triton_backend, "limits_of", lambda device: limits)
+    assert triton_backend.can_run(torch.float32, 16, torch.device(DEVICE))
+    assert not triton_backend.can_run(torch.float32, 32, torch.device(DEVICE))
+
+
+def add_what_no_kernel_supports(model):
+    """Adapters of too large a rank, of float64, and of weights that aren't contiguous."""
+    model.add_adapter("large", LoraConfig(r=32, target_modules=["q_proj"], init_lora_weights=False))
+    for name in ("float64", "strided"):
+        model.add_adapter(name, LoraConfig(r=8, target_modules=["v_proj"], init_lora_weights=False))
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.v_proj.lora_A["float64"].double()
+        layer.self_attn.v_proj.lora_B["float64"].double()
+        weight = layer.self_attn.v_proj.lora_A["strided"].weight
+        weight.data = weight.data.t().contiguous().t()
+    model.to(DEVICE)
+    return "large", "float64", "strided"
+
+
+def test_adapters_that_no_kernel_supports_do_not_keep_others_out_of_graphs(little_shared_memory, monkeypatch):
+    model, mb = enabled()
+    wrong = add_what_no_kernel_supports(model)
+    want = logits(model, use_cache=False)
+    monkeypatch.setattr(triton_backend, "is_capturing", lambda: True)
+
+    def capture(names):
+        with before_a_capture(mb, names):
+            return model(**inputs(), use_cache=False).logits
+
+    with monkeypatch.context() as before:
+        before.setattr(triton_backend, "is_capturing", lambda: False)
+        capture(NAMES)
+    refused = AssertionError("not captured")
+    monkeypatch.setattr(deltas, "check_not_capturing", lambda device: (_ for _ in ()).throw(refused))
+    assert_close(capture(NAMES), want)
+    for name in wrong:
+        with monkeypatch.context() as before:
+            before.setattr(triton_backend, "is_capturing", lambda: False)
+            before.setattr(deltas, "check_not_capturing", lambda device: None)
+            capture([name, *NAMES[1:]])
+        with pytest.raises(AssertionError, match="not captured"):
+            capture([name, *NAMES[1:]])
+    assert_close(capture(NAMES), want)
+    assert not mb._router.graph.outgrown_by(mb._router.plan([0, -1, 1, 2, 1, 0]))
+
+
+@pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
+def test_compiled_code_refuses_adapters_that_no_kernel_supports(little_shared_memory, compiled):
+    model, mb, fast, _ = compiled
+    wrong = add_what_no_kernel_supports(model)
+    for names in (NAMES, *([name, *NAMES[1:]] for name in wrong), NAMES):
+        with mb.batch(names):
+            if names is NAMES:
+                assert_close(logits(fast, None, use_cache=False), logits(model, NAMES, use_cache=False))
+            else:
+                with pytest.raises(Exception, match=rf"{names[0]}.* which no kernel supports"):
+                    logits(fast, None, use_cache=False)
+        assert_close(logits(model, names, use_cache=False), expected(model, names))
+
+
 HALVES = [{"three": 0.5, "eight": 0.5}] * 6
 
 

@@ -179,7 +179,7 @@ class AdapterStore(StoredAdapters):
                 hits=self._hits,
                 misses=self._misses,
                 loads=loader.transfers.loads,
-                evictions=host.evictions + (final.evictions if has_device else 0),
+                evictions=final.evictions,
                 bytes_read=loader.transfers.bytes_read,
                 load_seconds=loader.transfers.seconds,
             )

@@ -40,7 +40,7 @@ def check_plain(name: str, module: nn.Module, parent: nn.Module) -> None:
         why = "on the meta device"
     if why:
         raise AdapterUnsupportedError(
-            f"{name} is a {type(module).__name__}, {why}, and an adapter with weights for it was registered: "
+            f"{name}, of type {type(module).__name__}, is {why}, and an adapter with weights for it was registered: "
             "expected linear layers of a model on one device. Use load_adapter."
         )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import base_model, left_padded
 from peft import LoraConfig
-from stored import expected, logits, save, save_many
+from stored import by_peft, expected, logits, save, save_many
 from threads import in_threads
 from tolerances import assert_close
 
@@ -234,7 +234,8 @@ def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
     store.prefetch("a0", "a1")
     assert begun.wait(20)
     peft_multibatch.disable(model)
-    store._loader.transfers._readers.shutdown(wait=True)  # one of them waits for the memory that is being copied
+    # one of them waits for the memory that is being copied
+    store._loader.transfers.readers._threads.shutdown(wait=True)
     assert not ended
     go.set()
 
@@ -366,6 +367,25 @@ def test_rows_on_a_gpu(on_gpu, rows, backend):
         stats = store.stats()
         assert stats.device_bytes <= 4 * size and stats.host_bytes <= 8 * size
     assert store.stats().device_adapters == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_generate_on_a_gpu(on_gpu, folder, options):
+    """Twelve adapters with room for four, in calls of three."""
+    model, _, _ = on_gpu()
+    inputs = {key: value[:3].cuda() for key, value in left_padded(3).items()}
+
+    def generate(model, inputs, **ids):
+        return model.generate(**inputs, **ids, **options, max_new_tokens=8, do_sample=False, pad_token_id=0).cpu()
+
+    for first in range(0, COUNT, 3):
+        names = [f"a{number}" for number in range(first, first + 3)]
+        want = []
+        for row, name in enumerate(names):
+            with by_peft(base_model().cuda(), folder / name) as one:
+                want.append(generate(one, {key: value[row : row + 1] for key, value in inputs.items()}))
+        assert torch.equal(generate(model, inputs, adapter_ids=names), torch.cat(want))
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, progress, transfers
+from peft_multibatch.adapters.store import files, progress, readers, transfers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.version import StoredAdapter
@@ -532,6 +532,29 @@ def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch)
     assert len(found) == 4 and store.stats().loads == 1
     for each in found:
         assert_close(each[0], rows["a0"])
+
+
+def test_files_that_hang_hold_up_no_others(folder, size, rows, monkeypatch):
+    monkeypatch.setattr(readers, "HANGING", 0.2)
+    model, store = make(folder, size, COUNT, timeout=20)
+    go, read, reading = threading.Event(), transfers.read_weights, []
+
+    def hang(name, *args):
+        reading.append(name)
+        if name in names:
+            go.wait(20)
+        read(name, *args)
+
+    names = [f"a{number}" for number in range(readers.READERS)]
+    monkeypatch.setattr(transfers, "read_weights", hang)
+    store.prefetch(*names)
+    assert eventually(lambda: sorted(reading) == names)
+    begin = time.monotonic()
+    check(model, rows, [f"a{number}" for number in range(readers.READERS, COUNT)])
+    assert time.monotonic() - begin < 10
+    go.set()
+    check(model, rows, names)
+    assert not store._loader.transfers.readers._since
 
 
 def test_batches_that_each_want_more_than_half_of_the_room(folder, size, rows):

@@ -308,7 +308,8 @@ def test_a_mixture_that_never_has_room(make, inputs, texts):
     assert found[right].generated_tokens == texts["a0"][1]
 
 
-def test_every_answer_is_wholly_of_one_version(make, folder, inputs, texts):
+@pytest.mark.parametrize("uses_graphs", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_every_answer_is_wholly_of_one_version(make, folder, inputs, texts, uses_graphs):
     """A name is registered again and again while requests for it run."""
     mb, store = make(room=4)
     stop, swaps = threading.Event(), [0]
@@ -320,7 +321,7 @@ def test_every_answer_is_wholly_of_one_version(make, folder, inputs, texts):
                 swaps[0] += 1
                 time.sleep(0.002)
 
-    with serve(mb) as manager:
+    with serve(mb, use_cuda_graph=uses_graphs) as manager:
         store.register("a0", folder / "a1")
         thread = threading.Thread(target=swap)
         thread.start()

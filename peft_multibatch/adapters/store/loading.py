@@ -14,9 +14,10 @@ from torch import Tensor
 
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.progress import Progress
+from peft_multibatch.adapters.store.readers import READERS
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
-from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
+from peft_multibatch.adapters.store.transfers import POLL, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
@@ -134,11 +135,12 @@ class Loader:
             free -= 1
 
     def check_time(self, version: Version) -> None:
-        """Check that an adapter isn't being loaded for longer than the timeout.
+        """Check that an adapter isn't being loaded for longer than the timeout. The caller holds the lock.
 
         Raises:
             StoreFullError: it is.
         """
+        self.transfers.readers.start()
         if version.loading is not None and time.monotonic() - version.loading.since > self._timeout:
             raise late([version], self._timeout, "they weren't loaded")
 
@@ -162,6 +164,7 @@ class Loader:
         while True:
             with self.lock:
                 self.transfers.check_open()
+                self.transfers.readers.start()
                 self.check_possible(versions)
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # a new exception for each batch, because a shared traceback would keep memory alive

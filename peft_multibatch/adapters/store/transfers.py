@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.files import read_weights
+from peft_multibatch.adapters.store.readers import Readers
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import AdapterFileError, MultibatchError, NotEnabledError, StoreFullError
 
-
-READERS = 4
-"""The number of files that are read at the same time."""
 
 POLL = 0.005
 """Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
@@ -57,6 +55,7 @@ class Transfers:
 
     Attributes:
         is_closed: whether the model was disabled, so that nothing starts any more.
+        readers: the threads that read files.
         ahead: adapters that are being read into host memory before they are needed.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
@@ -78,7 +77,7 @@ class Transfers:
         self.to_wake: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
-        self._readers = ThreadPoolExecutor(READERS, "peft_multibatch_store")
+        self.readers = Readers(lock)
         self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
         self._staging = threading.local()
 
@@ -86,8 +85,8 @@ class Transfers:
     def close(self) -> None:
         """Start nothing any more."""
         self.is_closed = True
-        for threads in (self._readers, self._copier):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
+        self._copier.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -105,14 +104,14 @@ class Transfers:
         """Load an adapter where calls compute."""
         load.source = self._host.get(load.version)
         if load.source is None:
-            self._readers.submit(self._read_for, load)
+            self.readers.submit(partial(self._read_for, load))
         else:
             self._copier.submit(self._copy, load)
 
     def read_ahead(self, version: Version, stay: Collection[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
         self.ahead.add(version)
-        self._readers.submit(self._read_ahead, version, stay)
+        self.readers.submit(partial(self._read_ahead, version, stay))
 
     # In the threads.
     def _read_for(self, load: Load) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,8 +84,12 @@ class PeftModules:
 class Guard(Protocol):
     """A manager of continuous batching, as changes of adapters see it."""
 
-    def holding(self, ids: Collection[int]) -> AbstractContextManager[None]:
-        """A block in which no request starts with these adapters."""
+    def check(self) -> None:
+        """Check that this thread doesn't pause the manager.
+
+        Raises:
+            ModelStateError: it does.
+        """
         ...
 
     def stopped(self) -> AbstractContextManager[None]:
@@ -97,7 +101,11 @@ class Guard(Protocol):
         ...
 
     def drain(self, ids: Collection[int]) -> None:
-        """Wait until all requests that started with these adapters have ended."""
+        """Wait until all requests that started with these adapters have ended, and until no step runs."""
+        ...
+
+    def wake(self) -> None:
+        """Let requests start that waited."""
         ...
 
 
@@ -110,6 +118,7 @@ class Registry:
         tables: the tables of all banks.
         source: reads weights from PEFT's modules.
         store: adapters whose weights are in files, or None.
+        held: ids whose requests may not start -> the number of changes that wait for them. Replaced when it changes.
     """
 
     def __init__(self) -> None:
@@ -118,6 +127,7 @@ class Registry:
         self.tables = Tables()
         self.source = PeftModules(self.slots)
         self.store: AdapterStore | None = None
+        self.held: Counter[int] = Counter()
         self._guards: list[weakref.ref[Guard]] = []
         self._changing = threading.RLock()
         self._current: OrderedDict[int, Adapter] = OrderedDict()
@@ -233,12 +243,17 @@ class Registry:
     @contextmanager
     def changing(self, *numbers: int) -> Iterator[None]:
         """A block in which adapters may be changed: no request runs with them, and no step of any manager runs."""
-        guards = [guard for each in self._guards if (guard := each()) is not None]
-        with ExitStack() as held:
-            for guard in guards:
-                held.enter_context(guard.holding(numbers))
+        for guard in self._live_guards():
+            guard.check()
+        with self._lock:
+            self.held = self.held + Counter(numbers)
+        try:
             while True:
-                with self._changing, ExitStack() as stopped:  # one at a time, because each stops all managers
+                guards = self._live_guards()
+                for guard in guards if len(guards) > 1 else ():
+                    guard.drain(())  # one that is paused, or in a long step, stops no others
+                with self._changing, ExitStack() as stopped:  # one change at a time, because each stops all managers
+                    guards = self._live_guards()
                     for guard in guards:
                         stopped.enter_context(guard.stopped())
                     begun = [guard for guard in guards if guard.has_begun(numbers)]
@@ -249,8 +264,16 @@ class Registry:
                             if guards:
                                 self.renew(numbers)
                         return
-                for guard in begun:  # without stopping the other managers
+                for guard in begun:  # without stopping other managers
                     guard.drain(numbers)
+        finally:
+            with self._lock:
+                self.held = self.held - Counter(numbers)
+            for guard in self._live_guards():
+                guard.wake()
+
+    def _live_guards(self) -> list[Guard]:
+        return [guard for each in self._guards if (guard := each()) is not None]
 
     def current(self, number: int) -> AnyAdapter | None:
         """The version that was read last, which may be out of date."""

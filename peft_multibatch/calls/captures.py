@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -42,12 +42,14 @@ class Captures:
 
     Attributes:
         layers: all layers with adapters, and their names; a new mapping when any come or go.
+        banks: all banks of the model.
         discards: how often graphs of continuous batching were discarded.
-        can_run: whether graphs can run weights of a dtype and rank on a device; graphs of ops can run all.
+        can_run: whether kernels, if there are any, can run weights of a dtype and rank on a device.
     """
 
     def __init__(self) -> None:
         self.layers: Mapping[Any, str] = {}
+        self.banks: list[Bank] = []
         self._first: dict[bool, First] = {}  # by whether it was a user's
         self._outdated: list[Sequence[TableRows | Tensor]] = []  # which graphs of continuous batching may still read
         self._kept: list[Sequence[Tensor]] = []  # which users' graphs may read
@@ -113,20 +115,24 @@ class Captures:
             self._outdated.append(before)
         return is_changed
 
-    def why_not(self, plan: BatchPlan, banks: Iterable[Bank]) -> str:
-        """Why graphs can't run a plan, or the empty string."""
-        reason = plan.why_not_compiled(banks)
-        if reason:
-            return reason
+    def why_no_kernels(self, plan: BatchPlan) -> str:
+        """Why graphs of kernels can't run a plan of plain LoRA, or the empty string."""
         for adapter in plan.adapters.values():
             known = adapter.layout or adapter
             if known not in self._can_run:
-                formats = {each[:2] + each.devices[:1] for bank in banks for each in adapter.formats(bank.layers)}
+                formats = {each[:2] + each.devices[:1] for bank in self.banks for each in adapter.formats(bank.layers)}
                 wrong = [each for each in formats if not self.can_run(*each)]
                 if wrong:
                     return cant_run(adapter.name, *wrong[0])
                 self._can_run.add(known)
         return ""
+
+    def adapt(self, banks: list[Bank], layers: Mapping[Any, str]) -> None:
+        """Update the banks of the model and its layers with adapters, by name."""
+        self.banks = banks
+        self._can_run.clear()
+        if layers.keys() != self.layers.keys():
+            self.layers = layers
 
     def check(self, plan: BatchPlan) -> None:
         """Check that a user's graphs have all layers and components of a plan.

@@ -71,7 +71,7 @@ class GraphTables:
             ModelStateError: a user's captured graph can't run the plan.
         """
         captures.check(plan)
-        reason = captures.why_not(plan, self) if captures.of_users else ""
+        reason = (plan.why_not_compiled(self) or captures.why_no_kernels(plan)) if captures.of_users else ""
         if reason:
             raise ModelStateError(
                 f"a CUDA graph was captured, and {reason}, which graphs can't run: expected adapters that run "

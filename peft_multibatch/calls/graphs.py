@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ class Graph:
         contended: whether calls with different plans are active at the same time, on several threads or tasks, so that
             the fixed address can't have the plan of all.
         apart: why compiled code can't run the active calls (an adapter runs PEFT's own modules), or the empty string.
+        no_kernels: why graphs of kernels can't run them, or the empty string.
         components: the number of plans that graphs read, the most adapters that a sample has had in any call.
         plans: the number of plans so far, a tensor on the CPU. Graphs of ops that recompute in ``backward`` save it,
             so autograd raises an error if the plan has changed since.
@@ -67,7 +68,7 @@ class Graph:
         self.active = False
         self.here = PerThread()
         self.contended = False
-        self.apart = ""
+        self.apart = self.no_kernels = ""
         self.components = 1
         with torch.inference_mode(False):
             self.plans = torch.zeros((), dtype=torch.int32, device="cpu")
@@ -91,8 +92,7 @@ class Graph:
     def adapt(self, banks: list[Bank], layers: Mapping[Any, str]) -> None:
         """Update the banks of the model and its layers with adapters, by name."""
         self.banks = banks
-        if layers.keys() != self.captures.layers.keys():
-            self.captures.layers = layers
+        self.captures.adapt(banks, layers)
 
     @torch._dynamo.assume_constant_result  # runs while the graph is traced, and isn't part of it
     def trace(self) -> bool:
@@ -298,9 +298,10 @@ class Graph:
         if calls and not self.contended and self._tables and not calls[0].is_media:  # which no graph runs
             self._write(calls[0].plan)
 
-    def _look_apart(self, calls: Iterable[Call]) -> None:
+    def _look_apart(self, calls: Sequence[Call]) -> None:
         if self.is_traced:
-            self.apart = next(filter(None, (self.captures.why_not(call.plan, self.banks) for call in calls)), "")
+            self.apart = next(filter(None, (call.plan.why_not_compiled(self.banks) for call in calls)), "")
+            self.no_kernels = next(filter(None, (self.captures.why_no_kernels(call.plan) for call in calls)), "")
 
     def _in_use(self) -> list[AnyAdapter]:
         return list(dict.fromkeys(each for call in self._calls for each in call.plan.adapters.values()))

@@ -219,7 +219,7 @@ class Admission:
                 )
         graph = self._handle._router.graph
         plan = self._handle._router.plan([entry])
-        reason = graph.captures.why_not(plan, graph.banks) if self.uses_graphs else ""
+        reason = plan.why_not_compiled(graph.banks) or graph.captures.why_no_kernels(plan) if self.uses_graphs else ""
         formats = [(number, each) for number in stored if store is not None for each in store.formats(number)]
         for number, each in formats if self.uses_graphs else ():
             if not graph.captures.can_run(*each):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +15,10 @@ from peft_multibatch.errors import ModelStateError
 
 
 class Changes:
-    """What ``Registry.changing`` needs of a manager: no request starts with an adapter, and no step runs.
+    """A manager as ``Registry.changing`` sees it; see ``Guard``.
 
     Attributes:
         lock: held by a step of the loop, and by a change.
-        held: ids whose requests may not start -> the number of changes that wait for them. Replaced when it changes.
 
     Args:
         manager: the ``AdapterBatchingManager``.
@@ -28,8 +26,6 @@ class Changes:
 
     def __init__(self, manager: Any) -> None:
         self.lock = threading.Condition(threading.RLock())
-        self.held: Counter[int] = Counter()
-        self._counting = threading.Lock()
         self._waiting: list[int] = []  # threads that wait for the lock, or hold it for a change
         self._inside: list[int] = []  # threads inside `stopped`
         self._manager = weakref.ref(manager)  # which must not stay alive because of a cycle
@@ -40,23 +36,21 @@ class Changes:
             self.lock.notify_all()
             self.lock.wait(0.001)  # releasing and re-acquiring at once would give no other thread a chance
 
-    @contextmanager
-    def holding(self, ids: Collection[int]) -> Iterator[None]:
-        """A block in which no request starts with these adapters."""
-        with self._counting:
-            self.held = self.held + Counter(ids)
-        try:
-            yield
-        finally:
-            with self._counting:
-                self.held = self.held - Counter(ids)
-            manager = self._manager()
-            if manager is not None and hasattr(manager, "_wake_up_loop"):  # older versions of transformers poll
-                manager._wake_up_loop.set()
+    def check(self) -> None:
+        """As in ``Guard``."""
+        manager = self._manager()
+        if manager is not None:
+            manager._check_not_paused()
+
+    def wake(self) -> None:
+        """As in ``Guard``."""
+        manager = self._manager()
+        if manager is not None and hasattr(manager, "_wake_up_loop"):  # older versions of transformers poll
+            manager._wake_up_loop.set()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """A block in which no step runs."""
+        """As in ``Guard``."""
         with self._locked() as manager:
             device = None if manager is None else manager.model.device
             self._inside.append(threading.get_ident())
@@ -70,12 +64,12 @@ class Changes:
                     finish_writes(device)
 
     def has_begun(self, ids: Collection[int]) -> bool:
-        """Whether a request that started with one of these adapters hasn't ended yet."""
+        """As in ``Guard``."""
         manager = self._manager()
         return manager is not None and manager._has_begun({*ids})
 
     def drain(self, ids: Collection[int]) -> None:
-        """Wait until all requests that started with these adapters have ended."""
+        """As in ``Guard``."""
         with self._locked():
             while not self.lock.wait_for(lambda: not self.has_begun(ids), 0.1):
                 pass  # a loop that ended doesn't notify, hence the timeout
@@ -94,11 +88,11 @@ class Changes:
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
+        self.check()
         manager = self._manager()
-        if manager is not None:
-            manager._check_not_paused()
         self._waiting.append(threading.get_ident())
         try:
+            self.wake()  # an idle loop holds the lock while it sleeps
             with self.lock:
                 yield manager
         finally:

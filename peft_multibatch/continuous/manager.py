@@ -267,7 +267,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             running = {entry_of(state) for state in scheduler.active_requests.values()}
             there = list(filter(self._admission.may_begin, candidates()))
             found = self._queue.order(there, running)
-            held = self._changes.held.keys()
+            held = self._registry.held.keys()
             free = [state for state in found if has_begun(state) or not held & ids_of(entry_of(state))]
             return self._stored.ready(free, scheduler)
 

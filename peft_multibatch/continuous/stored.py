@@ -174,6 +174,8 @@ class StoredRequests:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
         store = self._registry.store
         assert store is not None
+        if waiting.is_late and self._wake_up is not None:
+            store.wake(self._wake_up)
         try:
             adapters = store.lease(waiting.ids, ahead, has_waited)
         except MultibatchError as error:
@@ -185,8 +187,6 @@ class StoredRequests:
                 store.count(*((0, len(adapters)) if waiting.is_late else (len(adapters), 0)))
             names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
             self._leases[name] = Lease(adapters, names)
-        elif self._wake_up is not None:
-            store.wake(self._wake_up)
         return adapters is not None
 
     def _starved(self, late: Sequence[Waiting]) -> Waiting | None:

@@ -59,8 +59,8 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
             if plan is not call.plan:
                 check_not_capturing(x.device)
             packed, tables = router.graph.fixed(call, bank, x.device, is_capturing)
-            reason = router.graph.captures.why_not(plan, router.graph.banks)
-            if plan is call.plan and not reason and kernels.takes(ys, x, tables):
+            can_run = plan is call.plan and not router.graph.captures.why_no_kernels(plan)
+            if can_run and kernels.takes(ys, x, tables):
                 call.num_rows(x.shape)
                 ys = [y.contiguous() for y in ys]
                 for each in packed:
@@ -177,6 +177,11 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
             "a compiled model was called on a GPU while adapter_ids are active on another thread or task: expected "
             "one batch at a time, because the graph reads its plan from a fixed address. Make the calls one after "
             "the other, open mb.batch on the thread that calls, or pass disable_compile=True to generate."
+        )
+    if graph.no_kernels:
+        raise UnsupportedError(
+            f"a model was compiled, and {graph.no_kernels}: expected adapters of a dtype and rank with kernels. Run "
+            "it without torch.compile, or pass disable_compile=True to generate."
         )
     graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]

@@ -202,7 +202,7 @@ class Handle:
 
     def _has_layers(self, model: nn.Module) -> bool:
         """Whether this part of the model contains patched layers."""
-        places = {layer.place for layer in self._layers.values()}  # the keys of stored adapters' aren't in the model
+        places = {layer.place for layer in list(self._layers.values())}  # stored adapters' keys are outside
         return any(part in places for part in model.modules())
 
     def _check(self, live: Iterable[int]) -> frozenset:

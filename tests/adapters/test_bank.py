@@ -273,7 +273,7 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
 
     before = in_slots()
     bank.tables(before, device, 16)
-    bank.extend_for_graphs(before, device, is_fixed=False)
+    bank.extend_for_graphs(before, device, lambda *_: True, is_fixed=False)
     assert [table.rank for table in bank.graph_tables] == [8]
     a, b = layer_of(model).lora_A["eight"].weight, layer_of(model).lora_B["eight"].weight
     a.data, b.data = torch.randn(40, a.shape[1]), torch.randn(b.shape[0], 40)
@@ -283,8 +283,8 @@ def test_a_rank_that_grows_behind_an_adapter_is_not_taken_for_the_old_one():
     (found,) = bank.tables(before, device, 16)
     assert found.rank == 8
     assert found.rows[[*before], :, 2].tolist() == [[8]]
-    bank.extend_for_graphs(before, device, is_fixed=False)
-    bank.extend_for_graphs(after, device, is_fixed=False)
+    bank.extend_for_graphs(before, device, lambda *_: True, is_fixed=False)
+    bank.extend_for_graphs(after, device, lambda *_: True, is_fixed=False)
     assert [table.rank for table in bank.graph_tables] == [40]
     assert found.rows[[*after], :, 2].tolist() == [[40]]
 
@@ -298,12 +298,12 @@ def test_an_adapter_that_graphs_can_run_costs_no_look_at_the_others(monkeypatch)
     def extend(number):
         adapters = {adapter.slot: adapter for adapter in mb._registry.adapters([number]).values()}
         bank.tables(adapters, device, 16)
-        return bank.extend_for_graphs(adapters, device, is_fixed=False)
+        return bank.extend_for_graphs(adapters, device, lambda *_: True, is_fixed=False)
 
     assert extend(0)
     tables, looked = bank.graph_tables, []
     likely = bank._likely
-    monkeypatch.setattr(bank, "_likely", lambda device: looked.append(1) or likely(device))
+    monkeypatch.setattr(bank, "_likely", lambda *args: looked.append(1) or likely(*args))
     assert not extend(1)
     assert bank.graph_tables is tables
     assert not looked

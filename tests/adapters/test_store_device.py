@@ -17,8 +17,8 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import errors
+from peft_multibatch.adapters.store import readers, transfers
 from peft_multibatch.adapters.store import source as store_module
-from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
@@ -120,6 +120,17 @@ def test_the_host_keeps_those_that_were_used_last(make, rows):
     assert store.stats().bytes_read > read
 
 
+def test_reading_ahead_never_holds_up_the_load_itself(make, rows, monkeypatch):
+    """What was needed sooner when it began to read ahead may be evicted for a call."""
+    model, store, _ = make(host=2, device=2, timeout=20)
+    check(model, rows, ["a0", "a1"])
+    ids = [store._names.ids[f"a{number}"] for number in range(3)]
+    store.look_ahead(ids[2:], ids[:2])
+    begin = time.monotonic()
+    check(model, rows, ["a2"])
+    assert time.monotonic() - begin < 10
+
+
 def test_bytes_of_adapters_of_many_sizes_are_bounded_at_all_times(make, rows, tmp_path, monkeypatch):
     """Free blocks of other sizes make room on the host and on the device, before new ones are made."""
     model, store, _ = make(host=4, device=3)
@@ -172,7 +183,7 @@ def test_adapters_in_host_memory_do_not_wait_for_files(make, rows, monkeypatch):
     read, go = transfers.read_weights, threading.Event()
     monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
     try:
-        store.prefetch(*(f"a{number}" for number in range(7, 7 + transfers.READERS)))
+        store.prefetch(*(f"a{number}" for number in range(7, 7 + readers.READERS)))
         assert store.stats().device_adapters == 2
         check(model, rows, ["a0"])
         assert store.stats().loads == 8 and not go.is_set()

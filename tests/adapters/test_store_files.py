@@ -149,15 +149,12 @@ DAMAGED = {
     "an invalid pattern": lambda folder: edit_config(folder, alpha_pattern={"(": 8}),
     "modules that are numbers": lambda folder: edit_config(folder, target_modules=[1, 2]),
     "no modules": lambda folder: edit_config(folder, target_modules=None),
-    "a group that PEFT has as well": lambda folder: edit_config(
-        folder, layers_to_transform=[0], layers_pattern=["(?P<idx>layers)"]
-    ),
     "more modules than any model has": lambda folder: edit_config(folder, target_modules=["a"] * 9000),
     "more patterns than any model has modules": lambda folder: edit_config(
         folder, rank_pattern={f"layer{number}": 4 for number in range(3000)}
     ),
-    "names of lists of layers that are patterns": lambda folder: edit_config(
-        folder, layers_to_transform=[0], layers_pattern=["(layers|h)*"]
+    "more lists of layers than any model has": lambda folder: edit_config(
+        folder, layers_to_transform=[0], layers_pattern=[f"layers{number}" for number in range(100)]
     ),
     "layers that are text": lambda folder: edit_config(folder, layers_to_transform=["0"]),
 }
@@ -189,6 +186,8 @@ UNSUPPORTED = {
     "an unknown key": {"use_something_new": True},
     "an unknown key with a number": {"something_new": 0.5},
     "a rule for all layers": {"target_modules": "all-linear"},
+    "a group that PEFT has as well": {"layers_to_transform": [0], "layers_pattern": ["(?P<idx>layers)"]},
+    "names of lists of layers that are patterns": {"layers_to_transform": [0], "layers_pattern": ["(layers|h)*"]},
 }
 
 

@@ -554,7 +554,7 @@ def test_files_that_hang_hold_up_no_others(folder, size, rows, monkeypatch):
     assert time.monotonic() - begin < 10
     go.set()
     check(model, rows, names)
-    assert not store._loader.transfers.readers._since
+    assert eventually(lambda: not store._loader.transfers.readers._since)
 
 
 def test_batches_that_each_want_more_than_half_of_the_room(folder, size, rows):
@@ -823,7 +823,7 @@ def test_disable_ends_calls_that_wait_for_adapters(folder, size, monkeypatch):
     model, _ = make(folder, size, COUNT, timeout=60.0)
     go, read = threading.Event(), transfers.read_weights
     monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(60), read(*args)))
-    count, caught = transfers.READERS + 2, []
+    count, caught = readers.READERS + 2, []
     inputs = {key: value[:1].repeat(count, 1) for key, value in left_padded(1).items()}
 
     def call():

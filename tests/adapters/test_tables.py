@@ -273,7 +273,7 @@ def test_a_step_does_not_wait_for_an_adapter_that_is_being_registered(tmp_path, 
     thread.start()
     assert begun.wait(60)
     layers = [*mb._layers]
-    looking = threading.Thread(target=lambda: (store.expect(layers), looked.set()), daemon=True)
+    looking = threading.Thread(target=lambda: (store.expect(layers, lambda *_: True), looked.set()), daemon=True)
     looking.start()
     looking.join(30)
     was_looked = looked.is_set()

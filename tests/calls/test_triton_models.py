@@ -603,6 +603,32 @@ def test_compiled_code_refuses_adapters_that_no_kernel_supports(little_shared_me
         assert_close(logits(model, names, use_cache=False), expected(model, names))
 
 
+@pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
+def test_compiled_training_runs_adapters_that_no_kernel_supports(little_shared_memory, compiled):
+    model, mb, _, _ = compiled
+    names = [add_what_no_kernel_supports(model)[2], *NAMES[1:]]
+    weight = model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["strided"].weight.requires_grad_()
+    found = []
+    for run in (model.get_base_model(), torch.compile(model.get_base_model(), backend="aot_eager")):
+        model.zero_grad()
+        with mb.batch(names):
+            run(**inputs(), use_cache=False).logits.square().mean().backward()
+        found.append(weight.grad.clone())
+    assert_close(found[1], found[0])
+
+
+def test_graphs_of_a_part_of_the_model_do_not_let_others_run_what_no_kernel_supports(little_shared_memory):
+    model, mb = enabled()
+    model.add_adapter("wide", LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.v_proj.lora_A["wide"].double()
+        layer.self_attn.v_proj.lora_B["wide"].double()
+    captures = mb._router.graph.captures
+    plan = mb._router.plan([mb.adapter_names.index("wide")])
+    mb._router.graph._tables.bring_up_to_date(plan, captures)
+    assert "which no kernel supports" in captures.why_no_kernels(plan)
+
+
 HALVES = [{"three": 0.5, "eight": 0.5}] * 6
 
 

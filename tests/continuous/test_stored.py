@@ -10,6 +10,7 @@ import random
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,11 @@ from batching import DEVICE, generation, prompts, results, settings
 from models import base_model, lora_configs
 from peft import LoraConfig, get_peft_model
 from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
+from peft_multibatch import errors
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
@@ -671,7 +674,7 @@ def long(mb, prompt, name):
 LONG = 100
 
 
-@pytest.mark.parametrize("other", ["none", "one that has ended", "one that runs"])
+@pytest.mark.parametrize("other", ["none", "one that has ended", "one that runs", "one that begins meanwhile"])
 def test_a_new_version_waits_for_the_requests_of_all_managers(make, folder, inputs, other):
     mb, store = make(room=6)
     expected = long(mb, inputs[0], "a0")
@@ -688,12 +691,50 @@ def test_a_new_version_waits_for_the_requests_of_all_managers(make, folder, inpu
         elif other == "one that runs":
             stack.enter_context(serve(mb))
         request = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
-        deadline = time.monotonic() + 20
-        while manager.served["a0"] < len(inputs[0]) + 10 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        store.register("a0", folder / "a1")
-        assert results(manager, 1)[request].generated_tokens == expected
-    assert long(mb, inputs[0], "a0") != expected
+        wait_until(lambda: manager.served["a0"] >= len(inputs[0]) + 5)
+        with ThreadPoolExecutor(1) as thread:
+            change = thread.submit(store.register, "a0", folder / "a1")
+            if other == "one that begins meanwhile":
+                wait_until(lambda: mb._registry.held)
+                second = stack.enter_context(serve(mb))
+                late = second.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
+            assert not change.done()
+            assert results(manager, 1)[request].generated_tokens == expected
+            change.result(30)
+        new = long(mb, inputs[0], "a0")
+        if other == "one that begins meanwhile":
+            assert results(second, 1)[late].generated_tokens == new
+    assert new != expected
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert is_so()
+
+
+@pytest.mark.skipif(not hasattr(ContinuousBatchingManager, "pause"), reason="needs a newer transformers")
+def test_changes_while_a_manager_is_paused(make, folder, inputs, texts):
+    """A change on another thread waits for the end of the pause, and stops no other manager meanwhile; a change on
+    the thread that pauses is refused."""
+    mb, store = make(room=6)
+    with serve(mb) as paused, serve(mb) as running, ThreadPoolExecutor(1) as thread:
+        request = paused.add_request(inputs[0], adapter_id="a0")
+        results(paused, 1)
+        with paused.pause():
+            change = thread.submit(store.register, "a1", folder / "a2")
+            time.sleep(0.1)
+            for refused in (lambda: store.register("a2", folder / "a3"), lambda: store.unregister("a3")):
+                with pytest.raises(errors.ModelStateError, match=r"inside manager.pause\(\)"):
+                    refused()
+            assert not change.done()
+            request = running.add_request(inputs[0], adapter_id="__base__")
+            assert results(running, 1)[request].generated_tokens == texts["__base__"][0]
+            assert not change.done()
+        change.result(20)
+        request = paused.add_request(inputs[0], adapter_id="a1")
+        assert results(paused, 1)[request].generated_tokens == texts["a2"][0]
 
 
 def test_a_change_of_one_manager_waits_for_the_requests_of_another(make, inputs):
@@ -725,7 +766,7 @@ def test_a_change_of_one_manager_waits_for_the_requests_of_another(make, inputs)
 
 def test_an_adapter_that_takes_too_long_to_load_fails_its_own_requests(make, inputs, texts, monkeypatch):
     mb, store = make(room=3)
-    store._loader._timeout = 0.3
+    store._loader._timeout = 2
     go, read = threading.Event(), transfers.read_weights
 
     def hang(name, *args):
@@ -740,7 +781,7 @@ def test_an_adapter_that_takes_too_long_to_load_fails_its_own_requests(make, inp
         found = results(manager, 3)
         for request, name, row in zip(requests, names, range(3)):
             if name == "a0":
-                assert "waited 0.3 s for 1 stored adapters ('a0'...)" in found[request].error
+                assert "waited 2 s for 1 stored adapters ('a0'...)" in found[request].error
             else:
                 assert found[request].generated_tokens == texts[name][row]
         go.set()

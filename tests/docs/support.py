@@ -182,8 +182,8 @@ If the reason is a property of the adapter ("it uses the variant", "its lora_B h
 per segment; plain adapters in the same batch stay in the fused product.
 
 The kernels run every rank that fits into the GPU's shared memory: on an H100 ranks up to 1,024, or 512 in training,
-and on an L4 or RTX 4090 up to 256, or 512 for inference with 16-bit weights. Torch's products run larger ones, but not
-in CUDA graphs or compiled code.""",
+and on an L4 or RTX 4090 up to 256, or 512 for eager inference with 16-bit weights. Torch's products run larger ones,
+but CUDA graphs and compiled code refuse them.""",
     "Quantized base models": """\
 The base layer runs once for the whole batch, however its weights are stored. LLM.int8() looks for outliers in all
 rows, as it does without adapters, so a row may be rounded differently than in a batch of its own. If a package isn't

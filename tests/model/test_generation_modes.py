@@ -182,7 +182,7 @@ class ByPeft:
 
 
 class Stored(ByPeft):
-    """The same adapters in the store of a model without PEFT, which has room for all of them, but for no other."""
+    """The same adapters in the store of a model without PEFT, which has room for all of them and no others."""
 
     def __init__(self, reference: PeftModel, folder: Path) -> None:
         self.reference, self.model = reference, copy.deepcopy(reference).unload()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -18,6 +19,9 @@ from peft_multibatch.errors import AdapterUnsupportedError
 LONGEST = 1000
 """The most characters of a pattern."""
 
+DEEPEST = 20
+"""The most groups inside of each other."""
+
 MOST_PATTERNS = 2048
 """The most patterns of a configuration."""
 
@@ -27,6 +31,7 @@ SECONDS = 5.0
 QUICK = 0.001
 """Seconds for which a match holds the GIL. If all of thousands of matches released it, each might wait for it."""
 
+NAME = re.compile(r"[\w.-]+")
 SINGLE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
 REPEATED = (ops.MAX_REPEAT, ops.MIN_REPEAT)
 
@@ -47,7 +52,7 @@ class Patterns:
         Raises:
             AdapterUnsupportedError: matching the adapter's patterns takes too long.
         """
-        return self._match(_whole(pattern), pattern, module)
+        return self._match(_whole, pattern, module)
 
     def first(self, values: Sequence[tuple[str, Any]], module: str, otherwise: Any) -> Any:
         """The value of the first pattern that matches the end of a module's name, as PEFT looks up ``rank_pattern``.
@@ -61,20 +66,22 @@ class Patterns:
             AdapterUnsupportedError: as in ``matches``.
         """
         for pattern, value in values:
-            compiled, is_plain = _end(pattern)
-            if compiled.match(module) if is_plain else self._match(compiled, pattern, module):
+            if self._match(_end, pattern, module):
                 return value
         return otherwise
 
-    def _match(self, compiled: Any, pattern: str, module: str) -> bool:
+    def _match(self, compiled: Callable[[str], tuple[Any, bool]], pattern: str, module: str) -> bool:
         begin = time.perf_counter()
         try:
+            if self._left <= 0:
+                raise TimeoutError
+            whole, is_plain = compiled(pattern)  # which takes time as well
+            if is_plain:
+                return bool(whole.match(module))
             try:
-                return bool(compiled.match(module, timeout=QUICK, concurrent=False))
+                return bool(whole.match(module, timeout=QUICK, concurrent=False))
             except TimeoutError:
-                if self._left > 0:
-                    return bool(compiled.match(module, timeout=self._left, concurrent=True))
-                raise
+                return bool(whole.match(module, timeout=self._left, concurrent=True))
         except TimeoutError as error:
             raise AdapterUnsupportedError(
                 f"adapter {self._name!r} has the pattern {pattern[:80]!r}, and matching its patterns with the model's "
@@ -91,11 +98,13 @@ def is_safe(pattern: str) -> bool:
     Only single characters are repeated, and all of the characters may occur in modules' names.
     """
     found = parser.parse(pattern)
-    return len(pattern) <= LONGEST and found.state.flags == re.UNICODE.value and _are_safe(found)
+    depth = max(accumulate((character == "(") - (character == ")") for character in f" {pattern}"))
+    is_small = len(pattern) <= LONGEST and depth <= DEEPEST
+    return is_small and found.state.flags == re.UNICODE.value and _are_safe(found)
 
 
 def _are_safe(items: Any) -> bool:
-    return all(_is_safe(*each) for each in items)
+    return all(_is_safe(op, value) for op, value in items)
 
 
 def _is_safe(op: Any, value: Any) -> bool:
@@ -108,7 +117,9 @@ def _is_safe(op: Any, value: Any) -> bool:
     if op is ops.BRANCH:
         return all(map(_are_safe, value[1]))
     if op in (ops.ASSERT, ops.ASSERT_NOT):
-        return _are_safe(value[1])
+        direction, inner = value
+        shortest, longest = inner.getwidth()  # equal in a look-behind, or `re` refuses it
+        return _are_safe(inner) and (direction > 0 or shortest == longest)
     if op is ops.IN:
         return all(map(_is_safe_in_set, value))
     if op in (ops.LITERAL, ops.NOT_LITERAL):
@@ -128,11 +139,12 @@ def _is_plain(character: int) -> bool:
 
 
 @functools.lru_cache(MOST_PATTERNS)
-def _whole(pattern: str) -> Any:
-    return regex.compile(f"(?:{pattern})\\Z", regex.VERSION0)
+def _whole(pattern: str) -> tuple[Any, bool]:
+    """A compiled pattern for a whole name, and whether it is a name, with which nothing can take long."""
+    return regex.compile(f"(?:{pattern})\\Z", regex.VERSION0), bool(NAME.fullmatch(pattern))
 
 
 @functools.lru_cache(MOST_PATTERNS)
 def _end(pattern: str) -> tuple[Any, bool]:
-    """A compiled pattern for the end of a name, and whether it is a name, with which nothing can take long."""
-    return regex.compile(f"(?:.*\\.)?(?:{pattern})$", regex.VERSION0), bool(re.fullmatch(r"[\w.-]+", pattern))
+    """The same for the end of a name."""
+    return regex.compile(f"(?:.*\\.)?(?:{pattern})$", regex.VERSION0), bool(NAME.fullmatch(pattern))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 READERS = 4
 """The number of files that are read at the same time, besides those that hang."""
 
-HANGING = 5.0
+HANGING = 10.0
 """Seconds after which a read counts as one that hangs."""
 
 MOST = 64

@@ -37,6 +37,7 @@ READ: dict[str, tuple[type, ...]] = {
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 MOST_NAMES = 8192
+MOST_LISTS = 16
 
 
 class Settings(NamedTuple):
@@ -76,13 +77,14 @@ class Settings(NamedTuple):
         Raises:
             AdapterUnsupportedError: matching takes too long.
         """
-        targets, excluded = self.targets, self.excluded
+        targets: Any = self.targets
+        excluded, layers = self.excluded, None if self.layers is None else [*self.layers]
         if isinstance(excluded, str):
             modules = [module for module in modules if not patterns.matches(excluded, module)]
             excluded = None
         if isinstance(targets, str):
-            return {module for module in modules if patterns.matches(targets, module)}
-        layers = None if self.layers is None else [*self.layers]
+            modules = [module for module in modules if patterns.matches(targets, module)]
+            targets, layers = {*modules}, None  # PEFT doesn't look at layers then
         config = _Config(targets, excluded, layers, [*self.layers_pattern])
         return {module for module in modules if check_target_module_exists(config, module)}
 
@@ -178,11 +180,13 @@ def _names(name: str, key: str, value: Any) -> tuple[str, ...] | str:
 
 
 def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
-    found = (value,) if isinstance(value, str) else tuple(value or ())
-    if len(found) > MOST_NAMES:
+    found = (value,) if value and isinstance(value, str) else tuple(value or ())
+    if len(found) > MOST_LISTS:
         raise _wrong(name, key, value)
-    if not all(isinstance(each, str) and re.fullmatch(r"[\w.-]+", each) for each in found):
+    if any(not isinstance(each, str) for each in found):
         raise _wrong(name, key, value)
+    if any(not re.fullmatch(r"[\w.-]+", each) for each in found):  # PEFT would take it for a pattern
+        raise _unsupported(name, key, value)
     return found
 
 

@@ -242,7 +242,7 @@ class Registry:
 
     @contextmanager
     def changing(self, *numbers: int) -> Iterator[None]:
-        """A block in which adapters may be changed: no request runs with them, and no step of any manager runs."""
+        """A block in which adapters may be changed: no request runs with them, and no step of any manager so far."""
         for guard in self._live_guards():
             guard.check()
         with self._lock:
@@ -251,7 +251,7 @@ class Registry:
             while True:
                 guards = self._live_guards()
                 for guard in guards if len(guards) > 1 else ():
-                    guard.drain(())  # one that is paused, or in a long step, stops no others
+                    guard.drain(())  # so that others run while one is paused
                 with self._changing, ExitStack() as stopped:  # one change at a time, because each stops all managers
                     guards = self._live_guards()
                     for guard in guards:
@@ -261,7 +261,7 @@ class Registry:
                         try:
                             yield
                         finally:
-                            if guards:
+                            if self._live_guards():
                                 self.renew(numbers)
                         return
                 for guard in begun:  # without stopping other managers

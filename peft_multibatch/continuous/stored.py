@@ -72,7 +72,7 @@ class StoredRequests:
         self.failed: list[tuple[RequestState, MultibatchError]] = []
         self._registry, self._wake_up = registry, wake_up
         self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to start
-        self._loaded: set[Any] = set()  # requests whose adapters had to be loaded
+        self._loaded: dict[Any, float] = {}  # requests whose adapters had to be loaded, and since when they wait
         self._early: set[Entry] = set()  # entries whose adapters load before the loop sees their requests
         self._unseen: set[Entry] = set()  # those of before the last turn, which end if the next doesn't see them
         self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
@@ -103,7 +103,8 @@ class StoredRequests:
         for name in self._leases.keys() - active:  # few, in every step
             if not any(each in active or each in waiting for each in self._leases[name].names):
                 del self._leases[name]
-        self._loaded -= {name for name in self._loaded.difference(active) if name not in waiting}
+        for name in [name for name in self._loaded if name not in active and name not in waiting]:
+            del self._loaded[name]
 
     def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
         """Return the requests that may run now, in order; the adapters of others start to load.
@@ -122,6 +123,7 @@ class StoredRequests:
         self.keep(active.keys(), {state.request_id for state in states})
         places = max(scheduler.max_requests_per_batch - len(active), 0)
         waiting: list[Waiting] = []
+        now = time.monotonic()
         early, self._early = self._early, set()  # other threads add to it
         known: dict[Entry, tuple[list[int], bool]] = {}  # many requests share an adapter
         for state in states:
@@ -132,13 +134,13 @@ class StoredRequests:
             if entry in early or entry in self._unseen:
                 early.discard(entry)
                 self._unseen.discard(entry)
-                self._loaded.add(state.request_id)
+                self._loaded.setdefault(state.request_id, now)
             ids, is_there = known[entry]
             waiting.append(Waiting(state, ids, not is_there or state.request_id in self._loaded))
         self._unseen = early
         late = [each for each in waiting if each.is_late]
         others = [each for each in waiting if not each.is_late]
-        half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded & active.keys())
+        half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded.keys() & active.keys())
         count = max(min(places, half), places - len(others), 0)
         late, later = late[:count], late[count:]
         starved = self._starved(late)
@@ -153,9 +155,9 @@ class StoredRequests:
                 found.add(each.state.request_id)
         ahead: list[int] = []
         for each in late:
-            has_waited = each.state.request_id in self._loaded
-            self._loaded.add(each.state.request_id)
-            if self._lease(each, ahead, has_waited):
+            since = self._loaded.get(each.state.request_id)
+            self._loaded.setdefault(each.state.request_id, now)
+            if self._lease(each, ahead, since):
                 found.add(each.state.request_id)
             ahead += each.ids
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
@@ -165,19 +167,19 @@ class StoredRequests:
             store.look_ahead([number for each in later for number in each.ids], soon)
             for each in later:
                 if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
-                    self._loaded.add(each.state.request_id)
+                    self._loaded.setdefault(each.state.request_id, now)
         if not short or short[0].state.request_id != self._short[0]:
-            self._short = (short[0].state.request_id if short else None), time.monotonic()
+            self._short = (short[0].state.request_id if short else None), now
         return [state for state in states if state.request_id in found]
 
-    def _lease(self, waiting: Waiting, ahead: Sequence[int] = (), has_waited: bool = False) -> bool:
+    def _lease(self, waiting: Waiting, ahead: Sequence[int] = (), since: float | None = None) -> bool:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
         store = self._registry.store
         assert store is not None
         if waiting.is_late and self._wake_up is not None:
             store.wake(self._wake_up)
         try:
-            adapters = store.lease(waiting.ids, ahead, has_waited)
+            adapters = store.lease(waiting.ids, ahead, since)
         except MultibatchError as error:
             self.failed.append((waiting.state, error))
             return False

@@ -483,8 +483,8 @@ def test_an_error_of_a_load_is_not_that_of_a_later_request(folder, size, tmp_pat
     with pytest.raises(errors.AdapterFileError):
         ask(model, ["own"])
     os.rename(own / "away", own / WEIGHTS)
-    assert store.lease([number], [], has_waited=False) is None
-    assert eventually(lambda: store.lease([number], [], has_waited=True))
+    assert store.lease([number], [], since=None) is None
+    assert eventually(lambda: store.lease([number], [], since=time.monotonic()))
 
 
 def test_the_first_two_versions_at_once(folder, size, monkeypatch):
@@ -872,5 +872,5 @@ def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, s
     check(model, rows, ["a0", "a1"])
     tier = store._loader.final
     tier._kept = NotIterated(tier._kept.items())
-    (adapter,) = store.lease([store._names.ids["a0"]], [], has_waited=False)
+    (adapter,) = store.lease([store._names.ids["a0"]], [], since=None)
     assert adapter.name == "a0"

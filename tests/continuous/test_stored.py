@@ -536,7 +536,7 @@ def test_nothing_is_kept_of_requests_that_end_before_they_could_start(make, inpu
             name = manager.add_request(inputs[0], adapter_id="a8")
             assert results(manager, 1)[name].generated_tokens == texts["a8"][0]
         kept = manager._stored
-        assert not any((kept._early, kept._unseen, kept._loaded - {name}))
+        assert not any((kept._early, kept._unseen, kept._loaded.keys() - {name}))
 
 
 def test_memory_that_runs_out_before_the_limit_concerns_one_request(make, inputs, texts, monkeypatch):

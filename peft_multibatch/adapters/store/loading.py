@@ -131,17 +131,24 @@ class Loader:
             if self._is_awaited() or not self._begin([version], stay):
                 if self.final is self.host or version in self.host:
                     continue
+                if not self.host.make_room([version.layout.size], stay, lambda: None):
+                    continue
                 self.transfers.read_ahead(version, stay)
             free -= 1
 
-    def check_time(self, version: Version) -> None:
-        """Check that an adapter isn't being loaded for longer than the timeout. The caller holds the lock.
+    def check_time(self, version: Version, since: float) -> None:
+        """Check that nobody waits for longer than the timeout while an adapter is loaded. The caller holds the lock.
+
+        Args:
+            version: the adapter.
+            since: when the caller began to wait for it, for room or for the load.
 
         Raises:
-            StoreFullError: it is.
+            StoreFullError: the caller does.
         """
         self.transfers.readers.start()
-        if version.loading is not None and time.monotonic() - version.loading.since > self._timeout:
+        load = version.loading
+        if load is not None and time.monotonic() - max(load.since, since) > self._timeout:
             raise late([version], self._timeout, "they weren't loaded")
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:

@@ -52,6 +52,8 @@ class Patterns:
         Raises:
             AdapterUnsupportedError: matching the adapter's patterns takes too long.
         """
+        if NAME.fullmatch(pattern):
+            return _is_name(pattern, module)
         return self._match(_whole, pattern, module)
 
     def first(self, values: Sequence[tuple[str, Any]], module: str, otherwise: Any) -> Any:
@@ -66,18 +68,21 @@ class Patterns:
             AdapterUnsupportedError: as in ``matches``.
         """
         for pattern, value in values:
-            if self._match(_end, pattern, module):
+            if NAME.fullmatch(pattern):
+                before = module[: -len(pattern)]
+                is_end = _is_name(pattern, module[len(before) :]) and (not before or before[-1] == ".")
+            else:
+                is_end = self._match(_end, pattern, module)
+            if is_end:
                 return value
         return otherwise
 
-    def _match(self, compiled: Callable[[str], tuple[Any, bool]], pattern: str, module: str) -> bool:
+    def _match(self, compiled: Callable[[str], Any], pattern: str, module: str) -> bool:
         begin = time.perf_counter()
         try:
             if self._left <= 0:
                 raise TimeoutError
-            whole, is_plain = compiled(pattern)  # which takes time as well
-            if is_plain:
-                return bool(whole.match(module))
+            whole = compiled(pattern)  # which takes time as well
             try:
                 return bool(whole.match(module, timeout=QUICK, concurrent=False))
             except TimeoutError:
@@ -134,17 +139,22 @@ def _is_safe_in_set(item: tuple[Any, Any]) -> bool:
     return op in (ops.NEGATE, ops.CATEGORY) or (op is ops.LITERAL and _is_plain(value))
 
 
+def _is_name(pattern: str, name: str) -> bool:
+    """Whether a pattern that is a name, in which a dot is any character, matches a name."""
+    return pattern == name or (
+        len(pattern) == len(name) and all(own in (".", other) for own, other in zip(pattern, name))
+    )
+
+
 def _is_plain(character: int) -> bool:
     return chr(character).isalnum() or chr(character) in "_.-"
 
 
 @functools.lru_cache(MOST_PATTERNS)
-def _whole(pattern: str) -> tuple[Any, bool]:
-    """A compiled pattern for a whole name, and whether it is a name, with which nothing can take long."""
-    return regex.compile(f"(?:{pattern})\\Z", regex.VERSION0), bool(NAME.fullmatch(pattern))
+def _whole(pattern: str) -> Any:
+    return regex.compile(f"(?:{pattern})\\Z", regex.VERSION0)
 
 
 @functools.lru_cache(MOST_PATTERNS)
-def _end(pattern: str) -> tuple[Any, bool]:
-    """The same for the end of a name."""
-    return regex.compile(f"(?:.*\\.)?(?:{pattern})$", regex.VERSION0), bool(NAME.fullmatch(pattern))
+def _end(pattern: str) -> Any:
+    return regex.compile(f"(?:.*\\.)?(?:{pattern})$", regex.VERSION0)

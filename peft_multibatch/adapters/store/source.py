@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -106,17 +107,19 @@ class StoredAdapters:
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
 
-    def lease(self, ids: Sequence[int], ahead: Sequence[int], has_waited: bool) -> list[StoredAdapter] | None:
+    def lease(self, ids: Sequence[int], ahead: Sequence[int], since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
 
         Args:
             ids: the adapters.
             ahead: other adapters, which must not be evicted for these.
-            has_waited: whether they are being loaded for the caller; otherwise errors of earlier loads don't count.
+            since: when the caller began to wait for them, as ``time.monotonic``; None the first time, when errors of
+                earlier loads don't count.
 
         Raises:
             AdapterFileError: one couldn't be loaded.
-            StoreFullError: they don't fit into memory together, or loading one takes longer than the timeout.
+            StoreFullError: they don't fit into memory together, or the caller has waited longer than the timeout while
+                one was loaded.
         """
         tier = self._loader.final
         with self._lock:
@@ -125,9 +128,9 @@ class StoredAdapters:
             self._loader.check_possible(wanted)
             for version in wanted:
                 error, version.error = version.error, None
-                if error is not None and has_waited:
+                if error is not None and since is not None:
                     raise type(error)(*error.args)
-                self._loader.check_time(version)
+                self._loader.check_time(version, time.monotonic() if since is None else since)
                 if not tier.touch(version):
                     self._loader.prefetch(version, stay)
             found = tier.get_all(wanted) if all(version in tier for version in wanted) else None

@@ -117,7 +117,8 @@ class AdapterStore(StoredAdapters):
         """
         with self._lock:
             self._version(name)
-        with self._guard(self._names.ids.get(name, -1)), self._lock:
+            number = self._names.ids[name]
+        with self._guard(number), self._lock:
             version = self._version(name)
             self._forget(version)
             del self._versions[self._names.ids[name]]
@@ -212,16 +213,17 @@ class AdapterStore(StoredAdapters):
         layout = self._layouts.find(name, found)
         version = Version(name, found.path, found.identity, len(found.header), hash(found.config), layout)
         self._loader.check_size(version)
-        is_new = True
+        guarded = -1
         while True:
-            with nullcontext() if is_new else self._guard(self._names.ids.get(name, -1)), self._lock:
-                known = self._versions.get(self._names.ids.get(name, -1))
+            with nullcontext() if guarded < 0 else self._guard(guarded), self._lock:
+                number = self._names.ids.get(name, -1)
+                known = self._versions.get(number)
                 if known is not None and pin is None:
                     if (known.path, known.identity, known.config) == (version.path, version.identity, version.config):
                         return
                     pin = known.is_pinned
-                if known is not None and is_new:  # requests may run with it
-                    is_new = False
+                if known is not None and guarded != number:  # requests may run with it
+                    guarded = number
                     continue
                 if pin:
                     self._check_pin(version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -36,14 +35,14 @@ class Load:
         version: the adapter.
         memory: the memory for its weights, which stays reserved as long as this is referenced.
         mark: what to wait for before the memory is written.
-        since: when it began to be read or copied, as ``time.monotonic``.
+        since: when it began, as ``time.monotonic``.
         source: the weights in host memory, until they are copied to the device.
         error: the error, if loading failed.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
         self.version, self.memory, self.mark = version, memory, mark
-        self.since = math.inf
+        self.since = time.monotonic()
         self.source: Tensor | None = None
         self.error: Exception | None = None
 
@@ -107,7 +106,6 @@ class Transfers:
         if load.source is None:
             self.readers.submit(partial(self._read_for, load))
         else:
-            load.since = time.monotonic()
             self._copier.submit(self._copy, load)
 
     def read_ahead(self, version: Version, stay: Collection[Version]) -> None:
@@ -117,7 +115,6 @@ class Transfers:
 
     # In the threads.
     def _read_for(self, load: Load) -> None:
-        load.since = time.monotonic()
         if self._final is self._host:
             self._try(load, partial(self._read, load.version, load.memory))
             self._end(load)

@@ -79,9 +79,9 @@ class StoreStats:
         hits: adapters that were in memory where calls compute when a call or request named them.
         misses: adapters that weren't.
         loads: number of adapters that were loaded.
-        evictions: number of adapters that were evicted.
+        evictions: number of adapters that were evicted from where calls compute.
         bytes_read: bytes read from files.
-        load_seconds: time spent loading, summed over threads.
+        load_seconds: time spent loading, with waits for host memory, summed over threads.
     """
 
     registered: int

@@ -154,7 +154,7 @@ class Bank:
 
         Args:
             adapters, device: the adapters, by slot, and the device of the tables.
-            can_run: as described there.
+            can_run: whether graphs can run weights of a dtype and rank on a device.
             is_fixed, is_capturing: whether captured graphs fix the constants, and whether one is being captured now.
 
         Returns:

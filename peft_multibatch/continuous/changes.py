@@ -88,7 +88,6 @@ class Changes:
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
-        self.check()
         manager = self._manager()
         self._waiting.append(threading.get_ident())
         try:

@@ -89,7 +89,7 @@ class Metrics(Collector):
         yield _gauge("adapters_loaded", "Adapters in memory.", stats.host_adapters)
         yield _gauge("adapter_bytes", "Memory used by adapters.", stats.host_bytes)
         yield _counter("adapter_loads", "Adapters read from files.", stats.loads)
-        yield _counter("adapter_load_seconds", "Seconds spent reading adapters from files.", stats.load_seconds)
+        yield _counter("adapter_load_seconds", "Seconds spent loading adapters.", stats.load_seconds)
         yield _counter("adapter_evictions", "Adapters evicted from memory.", stats.evictions)
         yield _counter("prefix_hit_tokens", "Tokens found in the prefix cache.", state.prefix_hits)
 

@@ -785,9 +785,7 @@ def test_an_adapter_that_takes_too_long_to_load_fails_its_own_requests(make, inp
             else:
                 assert found[request].generated_tokens == texts[name][row]
         go.set()
-        deadline = time.monotonic() + 10
-        while not store.is_loaded(store._names.ids["a0"]) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: store.is_loaded(store._names.ids["a0"]))
         request = manager.add_request(inputs[0], adapter_id="a0")
         assert results(manager, 1)[request].generated_tokens == texts["a0"][0]
 

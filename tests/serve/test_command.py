@@ -149,7 +149,7 @@ def test_ctrl_c_while_the_model_is_loaded(base, folder):
         core = core_of(running)
         time.sleep(1)
         os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(60) == 130
+        assert running.wait(20) == 130
         assert "Traceback" not in log.read_text()
         assert not Path(f"/proc/{core}").exists()
 

@@ -153,7 +153,7 @@ class Layout:
         self.file_size = sum(each.numbers * each.from_dtype.itemsize for each in self.copies)
         self.layers: dict[str, StoredLayer] = {}
         for module, found in halves.items():
-            scaling = settings.scaling_of(patterns, module)
+            scaling = settings.scaling_of(patterns, module, self._shapes[module][2])
             check_scaling(name, scaling)
             (a, dtype_a), (b, dtype_b) = places[module, "A"], places[module, "B"]
             if dtype_a != dtype_b:

@@ -146,7 +146,6 @@ class Loader:
         Raises:
             StoreFullError: the caller does.
         """
-        self.transfers.readers.start()
         load = version.loading
         if load is not None and time.monotonic() - max(load.since, since) > self._timeout:
             raise late([version], self._timeout, "they weren't loaded")

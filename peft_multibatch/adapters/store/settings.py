@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from peft_multibatch.adapters.store.patterns import LONGEST, MOST_PATTERNS, Patterns, is_safe
+from peft_multibatch.adapters.store.patterns import LONGEST, MOST_PATTERNS, NAME, Patterns, is_safe
 from peft_multibatch.compat import check_target_module_exists
 from peft_multibatch.errors import AdapterFileError, AdapterUnsupportedError
 
@@ -92,9 +92,9 @@ class Settings(NamedTuple):
         """The rank in a module."""
         return patterns.first(self.ranks, module, self.rank)
 
-    def scaling_of(self, patterns: Patterns, module: str) -> float:
-        """The scaling in a module."""
-        rank, alpha = self.rank_of(patterns, module), patterns.first(self.alphas, module, self.alpha)
+    def scaling_of(self, patterns: Patterns, module: str, rank: int) -> float:
+        """The scaling in a module where the adapter has this rank."""
+        alpha = patterns.first(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
 
@@ -185,7 +185,7 @@ def _strings(name: str, key: str, value: Any) -> tuple[str, ...]:
         raise _wrong(name, key, value)
     if any(not isinstance(each, str) for each in found):
         raise _wrong(name, key, value)
-    if any(not re.fullmatch(r"[\w.-]+", each) for each in found):  # PEFT would take it for a pattern
+    if any(not NAME.fullmatch(each) for each in found):  # PEFT would take it for a pattern
         raise _unsupported(name, key, value)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -126,11 +125,13 @@ class StoredAdapters:
             wanted = [self._find(number) for number in ids]
             stay = [*wanted, *(self._versions[number] for number in ahead if number in self._versions)]
             self._loader.check_possible(wanted)
+            self._loader.transfers.readers.start()
             for version in wanted:
                 error, version.error = version.error, None
-                if error is not None and since is not None:
-                    raise type(error)(*error.args)
-                self._loader.check_time(version, time.monotonic() if since is None else since)
+                if since is not None:
+                    if error is not None:
+                        raise type(error)(*error.args)
+                    self._loader.check_time(version, since)
                 if not tier.touch(version):
                     self._loader.prefetch(version, stay)
             found = tier.get_all(wanted) if all(version in tier for version in wanted) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from peft_multibatch.adapters.bank import Bank, CanRun
     from peft_multibatch.adapters.tables import TableRows
     from peft_multibatch.calls.batch_plan import BatchPlan
+
+
+MOST_LAYOUTS = 64
+"""The most layouts whose names are kept, so that compiled code is used again when a layout returns."""
+
+_numbers = itertools.count()
 
 
 class First(NamedTuple):
@@ -45,9 +52,14 @@ class Captures:
         banks: all banks of the model.
         discards: how often graphs of continuous batching were discarded.
         can_run: whether kernels, if there are any, can run weights of a dtype and rank on a device.
+        layout: a name for everything that compiled decoding reads of the layers and their tables, the same only if
+            nothing of it differs.
     """
 
     def __init__(self) -> None:
+        self._extensions, self._described = 0, None
+        self._layouts: dict[Hashable, str] = {}
+        self._name_layout()
         self.layers: Mapping[Any, str] = {}
         self.banks: list[Bank] = []
         self._first: dict[bool, First] = {}  # by whether it was a user's
@@ -113,7 +125,21 @@ class Captures:
         is_changed = bank.extend_for_graphs(adapters, device, self.can_run, is_fixed, is_capturing)
         if is_changed and before and self.of_steps:
             self._outdated.append(before)
+        if is_changed:
+            self._extensions += 1
+            self._name_layout()
         return is_changed
+
+    def describe(self, layers: Hashable) -> None:
+        """Update the layout, from what compiled decoding reads of the layers."""
+        if layers != self._described:
+            self._described = layers
+            self._name_layout()
+
+    def _name_layout(self) -> None:
+        if len(self._layouts) >= MOST_LAYOUTS:
+            self._layouts.clear()
+        self.layout = self._layouts.setdefault((self._extensions, self._described), f"layout {next(_numbers)}")
 
     def why_no_kernels(self, plan: BatchPlan) -> str:
         """Why graphs of kernels can't run a plan of plain LoRA, or the empty string."""

@@ -76,6 +76,11 @@ class PatchedLayer:
             not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether calling the layer runs its handler, without a library's hook or another replacement around it."""
+        return self.place is self.module and self._forward.holds("forward")
+
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer of the model, and so the same for all samples."""
         if isinstance(tensor, nn.Parameter):
@@ -178,9 +183,13 @@ class Replacement:
     def change(self, method: Callable) -> None:
         """Replace the method again, without restoring the original in between."""
         for name in self._names():
-            if self._module.__dict__.get(name) is self._method:
+            if self.holds(name):
                 self._module.__dict__[name] = method
         self._method = method
+
+    def holds(self, attribute: str) -> bool:
+        """Whether an attribute of the module is the replacement."""
+        return self._module.__dict__.get(attribute) is self._method
 
     def undo(self) -> None:
         """Restore the original, even if the replacement was moved to another attribute in the meantime."""

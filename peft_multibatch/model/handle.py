@@ -25,6 +25,7 @@ from peft_multibatch.layers import architectures, media, shared_positions
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Fuse, Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
+from peft_multibatch.model.decoding import Decoding
 from peft_multibatch.model.scan import LayerScan
 from peft_multibatch.model.stored import StoredLayers
 from peft_multibatch.model.wrap import check_length, wrap
@@ -38,19 +39,13 @@ logger = logging.get_logger(__name__)
 
 
 class Handle:
-    """The state of an enabled model. ``Multibatch`` adds the rest of the public API.
-
-    Attributes:
-        adapter_names: the adapters' names by integer id, in the order in which they were added. Ids never change: the
-            entry of a deleted adapter is None.
-    """
+    """The state of an enabled model. ``Multibatch`` adds the rest of the public API."""
 
     def __init__(self, model: nn.Module, inner: nn.Module, backend: Backend, fuse: Fuse) -> None:
         self._asked_backend = backend
         self._backend, self._backend_reason, kernels = choose_backend(backend)
         logger.info(f"backend {self._backend}: {self._backend_reason}")
-        self._inner, self._outer = inner, model
-        self._fuse = fuse
+        self._inner, self._outer, self._fuse = inner, model, fuse
         self._registry = Registry()
         self._changes = -1  # the registry's counter of changes at the last refresh
         self._router = Router(kernels, self._registry, self._check)
@@ -58,6 +53,7 @@ class Handle:
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
+        self._decoding = Decoding(self._router.graph, lambda: list(self._layers.values()))
         self._positions, self._encoders = dict[Any, Any](), dict[Any, Any]()
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
@@ -72,6 +68,7 @@ class Handle:
         self._router.is_tried = architectures.look_up(inner)
         notices.listeners.add(self)
         self._attach(inner)
+        self._attached[inner].append(self._decoding.attach(inner))
         for part in inner.modules():
             if isinstance(part, PreTrainedModel):
                 self._attach(part, methods=("forward",))  # users also call `model.model(...)`
@@ -79,7 +76,10 @@ class Handle:
 
     @property
     def adapter_names(self) -> list[str | None]:
-        """Names by integer id; None for deleted adapters. Returns a new list."""
+        """The adapters' names by integer id, in the order in which they were added, as a new list.
+
+        Ids never change: the entry of a deleted adapter is None.
+        """
         self._refresh()
         return self._registry.names.listed()
 
@@ -141,8 +141,7 @@ class Handle:
         with self._lock:
             if not self._is_enabled:
                 return
-            calls = self._router.graph.close()
-            if calls:
+            if calls := self._router.graph.close():
                 names = ", ".join(sorted({call.thread.name if call.thread else "?" for call in calls}))
                 raise ModelStateError(
                     f"disable was called during {len(calls)} calls with ids or open blocks of mb.batch(), on threads "

@@ -86,6 +86,7 @@ def wrap(module: nn.Module, method: str) -> Callable[[], None]:
                 )
             if handle is not None and self is handle._inner:
                 thread = handle._router.graph.here.thread
+                assert handle._router.graph.captures.layout  # a guard; see `Decoding`
                 if thread.samples:
                     check_length(thread.samples, _num_samples(None, order, args, kwargs))
                 if handle._encoders:

@@ -1,0 +1,203 @@
+"""Compiled decoding: fewer guards, and whatever changes between two calls of ``generate`` is noticed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import left_padded, lora_configs, peft_model
+from transformers import CompileConfig
+
+import peft_multibatch
+from peft_multibatch.model.decoding import state_of
+
+
+triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_backend.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+)
+NAMES = ["three", "eight", "__base__", "four", "three", "eight"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=[True, "weights"], ids=["fused", "fused weights"])
+def enabled(request):
+    model = peft_model(num_hidden_layers=1).to(DEVICE)
+    return model, peft_multibatch.enable(model, backend="triton", fuse=request.param)
+
+
+def config(**options):
+    """Dynamo's part of compiling, which is what has guards."""
+    found = CompileConfig(backend="eager", mode=None, **options)
+    found._compile_all_devices = True
+    return found
+
+
+def generate(model, names=NAMES, is_compiled=True, **options):
+    how = {"compile_config": config(**options)} if is_compiled else {"disable_compile": True}
+    ids = {} if names is None else {"adapter_ids": names}
+    inputs = {key: value.to(DEVICE) for key, value in left_padded(6, 4).items()}
+    with torch.no_grad():
+        return model.generate(
+            **inputs, **ids, **how, max_new_tokens=4, do_sample=False, cache_implementation="static",
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+def is_same(one, other):
+    return torch.allclose(torch.stack(one.logits), torch.stack(other.logits), atol=1e-4)
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def layer_of(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def test_layers_are_checked_once(enabled, monkeypatch):
+    """None of the guards of layers with adapters is left, and all others are."""
+    model, mb = enabled
+    seen = {}
+    original = mb._decoding._covers
+
+    def covers(guard):
+        return seen.setdefault(guard, original(guard))
+
+    monkeypatch.setattr(mb._decoding, "_covers", covers)
+    generate(model)
+    of_layers = {guard: covered for guard, covered in seen.items() if "_proj" in guard}
+    assert len(of_layers) > 100 and all(of_layers.values())
+    assert not any(covered for guard, covered in seen.items() if "_proj" not in guard)
+
+
+def hook_layer(model, mb):
+    layer_of(model).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_base(model, mb):
+    layer_of(model).base_layer.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def pre_hook_base(model, mb):
+    layer_of(model).base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def give_bias(model, mb):
+    layer_of(model).base_layer.bias = torch.nn.Parameter(
+        torch.randn(layer_of(model).base_layer.out_features, device=DEVICE)
+    )
+
+
+def replace_weight(model, mb):
+    base = layer_of(model).base_layer
+    base.weight = torch.nn.Parameter(torch.randn_like(base.weight), requires_grad=True)
+
+
+def replace_base(model, mb):
+    layer = layer_of(model)
+    layer.base_layer = torch.nn.Linear(layer.in_features, layer.out_features, device=DEVICE)
+
+
+def replace_base_forward(model, mb):
+    base = layer_of(model).base_layer
+    base.forward = lambda x: 2 * torch.nn.functional.linear(x, base.weight, base.bias)
+
+
+def disable(model, mb):
+    model.base_model.disable_adapter_layers()
+
+
+def add_larger(model, mb):
+    options = lora_configs()["eight"]
+    options.r = 32
+    model.add_adapter("larger", options)
+    model.delete_adapter("eight")
+    model.add_adapter("eight", options)
+    model.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_layer, hook_base, pre_hook_base, give_bias, replace_weight, replace_base, replace_base_forward, disable,
+     add_larger],
+)  # fmt: skip
+def test_changes_between_calls_are_noticed(enabled, change):
+    model, mb = enabled
+    before = generate(model)
+    assert is_same(before, generate(model, is_compiled=False)) and graphs()
+    torch.manual_seed(1)
+    change(model, mb)
+    after = generate(model)
+    assert is_same(after, generate(model, is_compiled=False))
+    assert not is_same(after, before)
+
+
+def test_merged_adapters_are_refused(enabled):
+    model, _ = enabled
+    generate(model)
+    model.merge_adapter(["three"])
+    with pytest.raises(peft_multibatch.MergedAdaptersError):
+        generate(model)
+
+
+def test_calls_without_ids_keep_all_guards(enabled):
+    model, _ = enabled
+    generate(model)
+    model.set_adapter("three")
+    three = generate(model, None)
+    model.set_adapter("eight")
+    eight = generate(model, None)
+    assert is_same(three, generate(model, ["three"] * 6)) and is_same(eight, generate(model, ["eight"] * 6))
+    assert not is_same(three, eight)
+
+
+def test_a_layout_that_returns_is_not_compiled_again(enabled):
+    model, _ = enabled
+    generate(model)
+    layer_of(model).register_forward_hook(lambda module, args, output: output).remove()
+    for _ in range(2):
+        handle = layer_of(model).register_forward_hook(lambda module, args, output: output)
+        generate(model)
+        handle.remove()
+        generate(model)
+        found = graphs()
+    handle = layer_of(model).register_forward_hook(lambda module, args, output: output)
+    handle.remove()
+    generate(model)
+    assert graphs() == found
+
+
+def test_other_ways_to_compile_are_left_alone(enabled):
+    model, mb = enabled
+    inner, prepare = model.base_model.model, mb._decoding.prepare
+    own = CompileConfig(options={"guard_filter_fn": lambda guards: [True] * len(guards)})
+    other = CompileConfig(backend="other", mode="fast")
+    assert prepare(inner, own) is own and prepare(inner, other) is other
+    default = prepare(inner, None)
+    assert default.mode is None and default.options["triton.cudagraphs"]  # those of reduce-overhead
+    assert default == prepare(inner, None)  # or transformers would compile for every call
+
+
+def test_copies_and_disabled_models_have_their_own_method(enabled):
+    model, mb = enabled
+    compiled = generate(model)
+    layer = mb._layers[layer_of(model)]
+    assert state_of(layer) is not None
+    other = copy.deepcopy(model)
+    other.set_adapter("three")
+    assert is_same(generate(other, None), generate(model, ["three"] * 6))
+    mb.disable()
+    assert "get_compiled_call" not in model.base_model.model.__dict__
+    peft_multibatch.enable(model, backend="triton")
+    assert is_same(generate(model), compiled)

@@ -381,6 +381,7 @@ def test_rows_on_a_gpu(on_gpu, rows, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_generate_on_a_gpu(on_gpu, folder, options):
     """Twelve adapters with room for four, in calls of three."""

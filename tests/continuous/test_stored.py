@@ -322,7 +322,7 @@ def test_every_answer_is_wholly_of_one_version(make, folder, inputs, texts, uses
             for other in ("a1", "a2"):
                 store.register("a0", folder / other)
                 swaps[0] += 1
-                time.sleep(0.002)
+                time.sleep(0.002 if DEVICE == "cpu" else 0.05)  # requests never begin if loading takes longer
 
     with serve(mb, use_cuda_graph=uses_graphs) as manager:
         store.register("a0", folder / "a1")

@@ -29,10 +29,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[True, "weights"], ids=["fused", "fused weights"])
+@pytest.fixture
 def enabled(request):
     model = peft_model(num_hidden_layers=1).to(DEVICE)
-    return model, peft_multibatch.enable(model, backend="triton", fuse=request.param)
+    return model, peft_multibatch.enable(model, backend="triton", fuse=getattr(request, "param", True))
+
+
+both_ways_to_fuse = pytest.mark.parametrize("enabled", [True, "weights"], ids=["fused", "fused weights"], indirect=True)
 
 
 def config(**options):
@@ -65,6 +68,7 @@ def layer_of(model):
     return model.base_model.model.model.layers[0].self_attn.q_proj
 
 
+@both_ways_to_fuse
 def test_layers_are_checked_once(enabled, monkeypatch):
     """None of the guards of layers with adapters is left, and all others are."""
     model, mb = enabled
@@ -127,6 +131,7 @@ def add_larger(model, mb):
     model.to(DEVICE)
 
 
+@both_ways_to_fuse
 @pytest.mark.parametrize(
     "change",
     [hook_layer, hook_base, pre_hook_base, give_bias, replace_weight, replace_base, replace_base_forward, disable,

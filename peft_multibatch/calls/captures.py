@@ -57,7 +57,8 @@ class Captures:
     """
 
     def __init__(self) -> None:
-        self._extensions, self._described = 0, None
+        self._extensions = 0
+        self._described: Hashable = None
         self._layouts: dict[Hashable, str] = {}
         self._name_layout()
         self.layers: Mapping[Any, str] = {}

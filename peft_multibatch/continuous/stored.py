@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState
 
+from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.continuous.leaving import children_of
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import MultibatchError
@@ -149,17 +150,16 @@ class StoredRequests:
             others = [each for each in waiting[: waiting.index(starved)] if not each.is_late]
             others += [each for each in waiting[waiting.index(starved) :] if not each.ids]
         found = {each.state.request_id for each in others if not each.ids}
+        turn = Turn()
         # first, so that loading doesn't evict their adapters
         for each in [each for each in others if each.ids][:places]:
-            if self._lease(each):
+            if self._lease(each, turn):
                 found.add(each.state.request_id)
-        ahead: list[int] = []
         for each in late:
             since = self._loaded.get(each.state.request_id)
             self._loaded.setdefault(each.state.request_id, now)
-            if self._lease(each, ahead, since):
+            if self._lease(each, turn, since):
                 found.add(each.state.request_id)
-            ahead += each.ids
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
         if not short:
             later = later[: max(scheduler.max_requests_per_batch // AHEAD, 1)]
@@ -172,14 +172,14 @@ class StoredRequests:
             self._short = (short[0].state.request_id if short else None), now
         return [state for state in states if state.request_id in found]
 
-    def _lease(self, waiting: Waiting, ahead: Sequence[int] = (), since: float | None = None) -> bool:
+    def _lease(self, waiting: Waiting, turn: Turn, since: float | None = None) -> bool:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
         store = self._registry.store
         assert store is not None
         if waiting.is_late and self._wake_up is not None:
             store.wake(self._wake_up)
         try:
-            adapters = store.lease(waiting.ids, ahead, since)
+            adapters = store.lease(waiting.ids, turn, since)
         except MultibatchError as error:
             self.failed.append((waiting.state, error))
             return False

@@ -1,11 +1,11 @@
 """Compiled decoding that looks at layers with adapters once per ``generate`` instead of once per token.
 
-Before it runs compiled code, Dynamo checks everything that was read while the code was traced. For a layer with adapters
-this is about 90 values, four times as many as for a plain layer, and the GPU waits meanwhile. ``generate`` compares the
-same values when it begins. They are named by ``Captures.layout``, which is the one value that is left for Dynamo to check.
+Before it runs compiled code, Dynamo checks everything that was read while the code was traced. For a layer with
+adapters this is about 90 values, several times as many as for a plain layer, and the GPU waits meanwhile. ``generate``
+compares the same values when it begins. ``Captures.layout`` names them, and is all that is left for Dynamo to check.
 
-Guards are left out one by one, only if ``state_of`` has their value. Everything else stays guarded: other modules, layers
-that aren't plain, values that another version of PEFT or torch may read, and code that was traced without ids.
+A guard is left out only if ``state_of`` has its value. Everything else stays guarded: other modules, layers that
+aren't plain, values that another version of PEFT or torch may read, and code that was traced without ids.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Decoding:
         self._keep = keep  # a function, because transformers copies options, and a method's object with them
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
-        """Replace the model's ``get_compiled_call``, with which ``generate`` begins. Returns a function that undoes it."""
+        """Replace the model's ``get_compiled_call``, with which ``generate`` begins. Returns a function to undo it."""
         original = getattr(type(model), "get_compiled_call", None)
         if original is None:
             return lambda: None
@@ -119,7 +119,7 @@ def _form(tensor: Tensor | None) -> tuple | None:
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
-# The values that ``state_of`` has or compares, by their names in Dynamo's guards. ``base_layer`` is inside ``_modules``.
+# The values that ``state_of`` has or compares, by their names in Dynamo's guards, with ``base_layer`` as an attribute.
 _HOOKS = r"\._(?:forward|backward)(?:_pre)?_hooks"
 _BANK = r"\.bank(?:\.key|\.is_split|\.widths(?:\[\d\])?|\.layers(?:\[\d\])?|\.graph_tables(?:\[\d+\](?:\.\w+)?)?)?"
 _GROUP = rf"\.group(?:\[1\]|\[0\](?:\._weight|\._bias|{_BANK})?)?"

@@ -28,6 +28,7 @@ import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.adapters.store import files, progress, readers, transfers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
+from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.version import StoredAdapter
 
@@ -483,8 +484,8 @@ def test_an_error_of_a_load_is_not_that_of_a_later_request(folder, size, tmp_pat
     with pytest.raises(errors.AdapterFileError):
         ask(model, ["own"])
     os.rename(own / "away", own / WEIGHTS)
-    assert store.lease([number], [], since=None) is None
-    assert eventually(lambda: store.lease([number], [], since=time.monotonic()))
+    assert store.lease([number], Turn(), since=None) is None
+    assert eventually(lambda: store.lease([number], Turn(), since=time.monotonic()))
 
 
 def test_the_first_two_versions_at_once(folder, size, monkeypatch):
@@ -872,5 +873,5 @@ def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, s
     check(model, rows, ["a0", "a1"])
     tier = store._loader.final
     tier._kept = NotIterated(tier._kept.items())
-    (adapter,) = store.lease([store._names.ids["a0"]], [], since=None)
+    (adapter,) = store.lease([store._names.ids["a0"]], Turn(), since=None)
     assert adapter.name == "a0"

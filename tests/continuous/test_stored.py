@@ -27,6 +27,7 @@ from peft_multibatch import errors
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.continuous import stored
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler
 
@@ -299,6 +300,28 @@ def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
     assert store.stats().loads == 1 and store.stats().evictions == 0
     requests.keep({"another"}, ())
     assert whole_room(mb, inputs, ["a1"]) == [texts["a1"][0]]
+
+
+def test_requests_without_room_look_for_it_once_a_turn(make, inputs, monkeypatch):
+    """Looking for room is slow, and no step runs meanwhile."""
+    mb, _ = make(room=2)
+    requests = stored.StoredRequests(mb._registry, None)
+    scheduler = SimpleNamespace(active_requests={}, max_requests_per_batch=8)
+
+    def states(first, stop):
+        ids = [mb._registry.names.ids[f"a{number}"] for number in range(first, stop)]
+        return [RequestState(f"r{number}", inputs[0], logit_processor_kwargs={KEY: number}) for number in ids]
+
+    running = states(0, 2)
+    begin = time.monotonic()
+    while requests.ready(running, scheduler) != running:
+        assert time.monotonic() - begin < 20
+    scheduler.active_requests = {state.request_id: state for state in running}
+    looked, make_room = [], Tier.make_room
+    monkeypatch.setattr(Tier, "make_room", lambda *args: looked.append(args) or make_room(*args))
+    for turn in range(1, 4):
+        assert requests.ready(states(2, 8), scheduler) == []
+        assert len(looked) == turn
 
 
 def test_a_mixture_that_never_has_room(make, inputs, texts):

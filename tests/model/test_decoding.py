@@ -35,7 +35,7 @@ def enabled(request):
     return model, peft_multibatch.enable(model, backend="triton", fuse=getattr(request, "param", True))
 
 
-both_ways_to_fuse = pytest.mark.parametrize("enabled", [True, "weights"], ids=["fused", "fused weights"], indirect=True)
+both_ways_to_fuse = pytest.mark.parametrize("enabled", [True, "weights"], ids=["fused", "with weights"], indirect=True)
 
 
 def config(**options):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ from peft_multibatch.errors import StoreFullError
 
 class Ticket:
     """A batch's place in the queue for memory, as long as its thread references this."""
+
+
+class Turn:
+    """A step of continuous batching, before which many requests ask for memory at once.
+
+    Attributes:
+        stay: adapters that must not be evicted for others.
+        too_large: the smallest size for which there was no room.
+    """
+
+    def __init__(self, stay: Iterable[Version] = ()) -> None:
+        self.stay = {*stay}
+        self.too_large = math.inf
 
 
 class Loader:
@@ -105,18 +119,20 @@ class Loader:
                 "pinned adapters. Unpin others, or pass more memory to adapter_store."
             )
 
-    def prefetch(self, version: Version, stay: Sequence[Version] = ()) -> None:
-        """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock.
-
-        Args:
-            version: the adapter.
-            stay: adapters that must not be evicted for it.
-        """
+    def prefetch(self, version: Version, turn: Turn) -> None:
+        """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock."""
         if version.loading is None and version not in self.final and not self._is_awaited():
-            self._begin([version], stay)
+            self._try(version, turn)
 
-    def look_ahead(self, versions: Sequence[Version], stay: Sequence[Version]) -> None:
-        """Start loading adapters that will be needed next, in this order, without evicting others (``stay``) for them.
+    def _try(self, version: Version, turn: Turn) -> bool:
+        """Start loading an adapter, unless there is no room for its size."""
+        if version.layout.size < turn.too_large and self._begin([version], turn.stay):
+            return True
+        turn.too_large = min(turn.too_large, version.layout.size)
+        return False
+
+    def look_ahead(self, versions: Sequence[Version], turn: Turn) -> None:
+        """Start loading adapters that will be needed next, in this order.
 
         Into the memory where calls compute if there is room that no batch waits for, otherwise into host memory, and
         with at most half of the threads. The caller holds the lock.
@@ -128,12 +144,12 @@ class Loader:
                 return
             if version.loading is not None or version in self.transfers.ahead:
                 continue
-            if self._is_awaited() or not self._begin([version], stay):
+            if self._is_awaited() or not self._try(version, turn):
                 if self.final is self.host or version in self.host:
                     continue
-                if not self.host.make_room([version.layout.size], stay, lambda: None):
+                if not self.host.make_room([version.layout.size], turn.stay, lambda: None):
                     continue
-                self.transfers.read_ahead(version, stay)
+                self.transfers.read_ahead(version, turn.stay)
             free -= 1
 
     def check_time(self, version: Version, since: float) -> None:
@@ -220,7 +236,7 @@ class Loader:
                 held[version] = memory
         return held, loads
 
-    def _begin(self, versions: Sequence[Version], stay: Sequence[Version]) -> bool:
+    def _begin(self, versions: Sequence[Version], stay: Collection[Version]) -> bool:
         sizes = [version.layout.size for version in versions]
         if not self.final.make_room(sizes, stay, self._let_go):
             return False

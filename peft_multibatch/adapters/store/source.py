@@ -14,7 +14,7 @@ from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.store.arena import parse_size
 from peft_multibatch.adapters.store.layout import Layers, StoreDtype
 from peft_multibatch.adapters.store.layouts import Layouts
-from peft_multibatch.adapters.store.loading import Loader
+from peft_multibatch.adapters.store.loading import Loader, Turn
 from peft_multibatch.adapters.store.paths import resolve_roots
 from peft_multibatch.adapters.store.streams import streams_of
 from peft_multibatch.adapters.store.version import StoredAdapter, Version
@@ -106,12 +106,12 @@ class StoredAdapters:
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
 
-    def lease(self, ids: Sequence[int], ahead: Sequence[int], since: float | None) -> list[StoredAdapter] | None:
+    def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
 
         Args:
-            ids: the adapters.
-            ahead: other adapters, which must not be evicted for these.
+            ids: the adapters, which aren't evicted for others in this turn from now on.
+            turn: the turn in which they are needed.
             since: when the caller began to wait for them, as ``time.monotonic``; None the first time, when errors of
                 earlier loads don't count.
 
@@ -123,7 +123,7 @@ class StoredAdapters:
         tier = self._loader.final
         with self._lock:
             wanted = [self._find(number) for number in ids]
-            stay = [*wanted, *(self._versions[number] for number in ahead if number in self._versions)]
+            turn.stay.update(wanted)
             self._loader.check_possible(wanted)
             self._loader.transfers.readers.start()
             for version in wanted:
@@ -133,7 +133,7 @@ class StoredAdapters:
                         raise type(error)(*error.args)
                     self._loader.check_time(version, since)
                 if not tier.touch(version):
-                    self._loader.prefetch(version, stay)
+                    self._loader.prefetch(version, turn)
             found = tier.get_all(wanted) if all(version in tier for version in wanted) else None
         if found is None:
             return None
@@ -159,9 +159,9 @@ class StoredAdapters:
     def load(self, ids: Sequence[int]) -> None:
         """Start loading adapters, as far as there is room that no batch waits for."""
         with self._lock:
-            versions = [self._find(number) for number in ids]
+            turn = Turn(versions := [self._find(number) for number in ids])
             for version in versions:
-                self._loader.prefetch(version, versions)
+                self._loader.prefetch(version, turn)
 
     def look_ahead(self, ids: Sequence[int], stay: Sequence[int]) -> None:
         """Start loading adapters that are needed next; see ``Loader.look_ahead``.
@@ -174,7 +174,7 @@ class StoredAdapters:
             wanted, others = (
                 [self._versions[each] for each in some if each in self._versions] for some in (ids, stay)
             )
-            self._loader.look_ahead(wanted, [*wanted, *others])
+            self._loader.look_ahead(wanted, Turn([*wanted, *others]))
 
     def wake(self, event: threading.Event) -> None:
         """Set an event whenever an adapter was loaded, as long as the event exists."""

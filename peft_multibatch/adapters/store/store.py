@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from peft_multibatch.adapters.store import files
 from peft_multibatch.adapters.store.files import AdapterFiles
+from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.paths import CONFIG, path_of
 from peft_multibatch.adapters.store.progress import tracked
 from peft_multibatch.adapters.store.source import StoredAdapters
@@ -131,8 +132,9 @@ class AdapterStore(StoredAdapters):
             UnknownAdapterError: no adapter of the store has one of these names.
         """
         with self._lock:
+            turn = Turn()
             for version in [self._version(name) for name in names]:
-                self._loader.prefetch(version)
+                self._loader.prefetch(version, turn)
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Load an adapter and keep it in memory; with ``pinned=False``, make it evictable again.
@@ -233,7 +235,7 @@ class AdapterStore(StoredAdapters):
                     self._forget(known)
                 if pin:
                     self._loader.pin(version, True)
-                    self._loader.prefetch(version)
+                    self._loader.prefetch(version, Turn())
                 return
 
     def _check_name(self, name: str) -> None:

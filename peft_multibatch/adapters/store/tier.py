@@ -84,7 +84,6 @@ class Tier:
     def _drop_unused(self, sizes: Collection[int], stay: Collection[Version]) -> bool:
         if self.arena.fits(sizes):
             return True
-        stay = {*stay}
         for version in list(self._kept):
             if (version.is_pinned and self._keeps_pinned) or version in stay:
                 continue

@@ -132,6 +132,7 @@ _LAYER = rf"""(?:
 _KEY = re.compile(r"\['([^']*)'\]")
 _GUARD = re.compile(
     rf"""(?:dict\()?(?:type\()? self ((?:\._modules\['[^']*'\])+)
-    (?:\._multibatch\.group\[0\]\.bank\.layers\[\d\])? {_LAYER} \)?(?:\.__dict__\))?""",
+    (?:\._multibatch\.group\[0\]\.bank\.layers\[\d\])? {_LAYER}
+    \)?(?:\.__dict__\) | \.__mro__\[\d\]\.__dict__\)\['_compiled_call_impl'\])?""",
     re.VERBOSE,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -52,15 +53,17 @@ class Captures:
         banks: all banks of the model.
         discards: how often graphs of continuous batching were discarded.
         can_run: whether kernels, if there are any, can run weights of a dtype and rank on a device.
+        described: what compiled decoding reads of the layers, apart from their tables.
         layout: a name for everything that compiled decoding reads of the layers and their tables, the same only if
             nothing of it differs.
     """
 
     def __init__(self) -> None:
-        self._extensions = 0
-        self._described: Hashable = None
+        self.described: Hashable = None
+        self._changes = 0
         self._layouts: dict[Hashable, str] = {}
-        self._name_layout()
+        self._naming = threading.Lock()
+        self._rename()
         self.layers: Mapping[Any, str] = {}
         self.banks: list[Bank] = []
         self._first: dict[bool, First] = {}  # by whether it was a user's
@@ -108,6 +111,7 @@ class Captures:
 
     def keep(self, memory: list[Tensor]) -> None:
         """Keep base weights that are about to be copied elsewhere, for the graphs that read them."""
+        self._rename(is_changed=True)
         if self.of_steps:
             self._outdated.append(memory)
         if self.of_users:
@@ -127,20 +131,21 @@ class Captures:
         if is_changed and before and self.of_steps:
             self._outdated.append(before)
         if is_changed:
-            self._extensions += 1
-            self._name_layout()
+            self._rename(is_changed)
         return is_changed
 
     def describe(self, layers: Hashable) -> None:
-        """Update the layout, from what compiled decoding reads of the layers."""
-        if layers != self._described:
-            self._described = layers
-            self._name_layout()
+        """Update the layout, from what compiled decoding reads of the layers. Needs no lock."""
+        with self._naming:
+            self.described = layers
+        self._rename()
 
-    def _name_layout(self) -> None:
-        if len(self._layouts) >= MOST_LAYOUTS:
-            self._layouts.clear()
-        self.layout = self._layouts.setdefault((self._extensions, self._described), f"layout {next(_numbers)}")
+    def _rename(self, is_changed: bool = False) -> None:
+        with self._naming:
+            self._changes += is_changed
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self.layout = self._layouts.setdefault((self._changes, self.described), f"layout {next(_numbers)}")
 
     def why_no_kernels(self, plan: BatchPlan) -> str:
         """Why graphs of kernels can't run a plan of plain LoRA, or the empty string."""

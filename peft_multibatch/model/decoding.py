@@ -4,8 +4,9 @@ Before it runs compiled code, Dynamo checks everything that was read while the c
 adapters this is about 90 values, several times as many as for a plain layer, and the GPU waits meanwhile. ``generate``
 compares the same values when it begins. ``Captures.layout`` names them, and is all that is left for Dynamo to check.
 
-A guard is left out only if ``state_of`` has its value. Everything else stays guarded: other modules, layers that
-aren't plain, values that another version of PEFT or torch may read, and code that was traced without ids.
+A guard is left out only if ``state_of`` has its value, which holds for plain layers. Everything else stays guarded:
+other layers, with the rest of their group, other modules, whether parameters are shared, values that another version
+of PEFT or torch may read, and code that was traced without ids, or while a layer changed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,21 +41,23 @@ class Decoding:
 
     def __init__(self, graph: Graph, layers: Callable[[], Collection[PatchedLayer]]) -> None:
         self._layers, self._graph = layers, graph
-        self._plain: frozenset[str] = frozenset()  # names of layers whose guards aren't needed
 
         def keep(guards: Sequence[Any]) -> list[bool]:
             """Which of Dynamo's guards it has to check."""
-            is_guarded = any(guard.name.endswith(".captures.layout") for guard in guards)
-            if not is_guarded or not graph.here.thread.active:  # a part of the model, or a call without ids
+            is_named = any(guard.name.endswith(".captures.layout") for guard in guards)
+            states = self._states()
+            # a part of the model, a call without ids, or a layer that has changed since `prepare`
+            if not is_named or not graph.here.thread.active or graph.captures.described != _named(states):
                 return [True] * len(guards)
-            return [not self._covers(guard.name) for guard in guards]
+            plain = {layer.name for layer in states if _is_plain(layer, states)}
+            return [not self._covers(guard, plain) for guard in guards]
 
         self._keep = keep  # a function, because transformers copies options, and a method's object with them
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
         """Replace the model's ``get_compiled_call``, with which ``generate`` begins. Returns a function to undo it."""
         original = getattr(type(model), "get_compiled_call", None)
-        if original is None:
+        if original is None or "get_compiled_call" in model.__dict__:
             return lambda: None
 
         def get_compiled_call(self, compile_config):
@@ -72,22 +75,35 @@ class Decoding:
             model: the model.
             config: transformers' ``CompileConfig``, or None for its default.
         """
-        states = tuple((layer.name, state_of(layer)) for layer in self._layers())
-        self._plain = frozenset(name for name, state in states if state is not None)
-        self._graph.captures.describe(states)
+        self._graph.captures.describe(_named(self._states()))
         found = copy.copy(model._default_compile_config() if config is None else config)
-        has_own_modes = found.backend != "inductor" and found.mode is not None
-        if has_own_modes or "guard_filter_fn" in (found.options or {}):
+        # torch takes either a mode or options, and other backends have modes of their own
+        is_fixed = found.mode is not None and (found.backend != "inductor" or found.options is not None)
+        if is_fixed or "guard_filter_fn" in (found.options or {}):
             return config
-        # torch takes either a mode or options
         options = {} if found.mode is None else torch._inductor.list_mode_options(found.mode, found.dynamic)
         found.mode, found.options = None, {**options, **(found.options or {}), "guard_filter_fn": self._keep}
         return found
 
-    def _covers(self, guard: str) -> bool:
-        """Whether ``state_of`` has the value of a guard."""
-        found = _GUARD.fullmatch(guard.replace("._modules['base_layer']", ".base_layer"))
-        return found is not None and ".".join(_KEY.findall(found[1])) in self._plain
+    def _states(self) -> dict[PatchedLayer, tuple | None]:
+        return {layer: state_of(layer) for layer in self._layers()}
+
+    def _covers(self, guard: Any, plain: Collection[str]) -> bool:
+        """Whether ``state_of`` has the value of a guard, given the names of the plain layers."""
+        found = _GUARD.fullmatch(guard.name.replace("._modules['base_layer']", ".base_layer"))
+        if found is None or ".".join(_KEY.findall(found[1])) not in plain or guard.guard_type not in _TYPES:
+            return False
+        return guard.guard_type != "DUPLICATE_INPUT" or _OF_BASE.search(found[0]) is None  # a parameter may be shared
+
+
+def _named(states: Mapping[PatchedLayer, tuple | None]) -> tuple:
+    return tuple((layer.name, state) for layer, state in states.items())
+
+
+def _is_plain(layer: PatchedLayer, states: Mapping[PatchedLayer, tuple | None]) -> bool:
+    """Whether ``state_of`` has everything of a layer and its group, whose first layer runs all of them."""
+    group = (layer.module,) if layer.group is None else layer.group[0].layers
+    return all(states.get(each.__dict__[STATE]) is not None for each in group)
 
 
 def state_of(layer: PatchedLayer) -> tuple | None:
@@ -107,16 +123,19 @@ def state_of(layer: PatchedLayer) -> tuple | None:
     ):
         return None
     base = module.base_layer._parameters
-    whole = (None, None) if group is None else (group[0]._weight, group[0]._bias)
+    tensors = base["weight"], base["bias"], *((None, None) if group is None else (group[0]._weight, group[0]._bias))
+    if any(type(each) not in (nn.Parameter, Tensor) for each in tensors if each is not None):
+        return None
     slices = None if group is None else (group[0].bank.key, group[1])
     # a bank belongs to one layer or group, and its key to no other bank
-    return type(module), bank.key, slices, *(map(_form, (base["weight"], base["bias"], *whole)))
+    return type(module), bank.key, slices, *map(_form, tensors)
 
 
 def _form(tensor: Tensor | None) -> tuple | None:
     if tensor is None:
         return None
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad
+    sizes = tensor.shape, tensor.stride()
+    return type(tensor), tensor.dtype, tensor.device, *sizes, tensor.requires_grad, tensor.is_inference()
 
 
 # The values that ``state_of`` has or compares, by their names in Dynamo's guards, with ``base_layer`` as an attribute.
@@ -129,6 +148,11 @@ _LAYER = rf"""(?:
     | \.base_layer(?:{_HOOKS} | \._parameters(?:\['(?:weight|bias)'\])?)?
     | \._multibatch(?:\.router | {_BANK} | {_GROUP})?
 )"""
+_TYPES = {
+    "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH", "DICT_NOT_CONTAINS", "DUPLICATE_INPUT", "EQUALS_MATCH",
+    "EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "SEQUENCE_LENGTH", "TENSOR_MATCH", "TYPE_MATCH",
+}  # fmt: skip
+_OF_BASE = re.compile(r"base_layer|\._weight|\._bias")
 _KEY = re.compile(r"\['([^']*)'\]")
 _GUARD = re.compile(
     rf"""(?:dict\()?(?:type\()? self ((?:\._modules\['[^']*'\])+)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from models import left_padded, lora_configs, peft_model
-from transformers import CompileConfig
+from threads import in_threads
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 import peft_multibatch
 from peft_multibatch.model.decoding import state_of
@@ -38,21 +39,21 @@ def enabled(request):
 both_ways_to_fuse = pytest.mark.parametrize("enabled", [True, "weights"], ids=["fused", "with weights"], indirect=True)
 
 
-def config(**options):
+def config():
     """Dynamo's part of compiling, which is what has guards."""
-    found = CompileConfig(backend="eager", mode=None, **options)
+    found = CompileConfig(backend="eager", mode=None)
     found._compile_all_devices = True
     return found
 
 
 def generate(model, names=NAMES, is_compiled=True, **options):
-    how = {"compile_config": config(**options)} if is_compiled else {"disable_compile": True}
+    how = {"compile_config": config()} if is_compiled else {"disable_compile": True}
     ids = {} if names is None else {"adapter_ids": names}
     inputs = {key: value.to(DEVICE) for key, value in left_padded(6, 4).items()}
     with torch.no_grad():
         return model.generate(
             **inputs, **ids, **how, max_new_tokens=4, do_sample=False, cache_implementation="static",
-            output_logits=True, return_dict_in_generate=True,
+            output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
 
 
@@ -75,14 +76,14 @@ def test_layers_are_checked_once(enabled, monkeypatch):
     seen = {}
     original = mb._decoding._covers
 
-    def covers(guard):
-        return seen.setdefault(guard, original(guard))
+    def covers(guard, plain):
+        return seen.setdefault((guard.name, guard.guard_type), original(guard, plain))
 
     monkeypatch.setattr(mb._decoding, "_covers", covers)
     generate(model)
-    of_layers = {guard: covered for guard, covered in seen.items() if "_proj" in guard}
-    assert len(of_layers) > 100 and all(of_layers.values())
-    assert not any(covered for guard, covered in seen.items() if "_proj" not in guard)
+    of_layers = {guard: covered for guard, covered in seen.items() if "_proj" in guard[0]}
+    assert len(of_layers) > 100 and [guard for guard, covered in of_layers.items() if not covered] == []
+    assert not any(covered for guard, covered in seen.items() if "_proj" not in guard[0])
 
 
 def hook_layer(model, mb):
@@ -186,9 +187,10 @@ def test_a_layout_that_returns_is_not_compiled_again(enabled):
 def test_other_ways_to_compile_are_left_alone(enabled):
     model, mb = enabled
     inner, prepare = model.base_model.model, mb._decoding.prepare
-    own = CompileConfig(options={"guard_filter_fn": lambda guards: [True] * len(guards)})
+    own = CompileConfig(mode=None, options={"guard_filter_fn": lambda guards: [True] * len(guards)})
     other = CompileConfig(backend="other", mode="fast")
-    assert prepare(inner, own) is own and prepare(inner, other) is other
+    both = CompileConfig(options={"max_autotune": True})  # torch refuses it
+    assert all(prepare(inner, each) is each for each in (own, other, both))
     default = prepare(inner, None)
     assert default.mode is None and default.options["triton.cudagraphs"]  # those of reduce-overhead
     assert default == prepare(inner, None)  # or transformers would compile for every call
@@ -206,3 +208,78 @@ def test_copies_and_disabled_models_have_their_own_method(enabled):
     assert "get_compiled_call" not in model.base_model.model.__dict__
     peft_multibatch.enable(model, backend="triton")
     assert is_same(generate(model), compiled)
+
+
+def second_layer_of(model):
+    return model.base_model.model.model.layers[0].self_attn.k_proj
+
+
+def test_parameters_that_are_shared_no_longer(enabled):
+    model, _ = enabled
+    layer, other = layer_of(model), model.base_model.model.model.layers[0].self_attn.o_proj
+    other.base_layer.weight = layer.base_layer.weight
+    before = generate(model)
+    assert is_same(before, generate(model, is_compiled=False))
+    other.base_layer.weight = torch.nn.Parameter(torch.randn_like(layer.base_layer.weight), requires_grad=False)
+    layer.base_layer.weight.requires_grad_(False)
+    after = generate(model)
+    assert is_same(after, generate(model, is_compiled=False)) and not is_same(after, before)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_layer_that_is_not_plain_keeps_the_guards_of_its_group(enabled):
+    """The first layer of a group runs the base layers of all."""
+    model, _ = enabled
+    base, found = second_layer_of(model).base_layer, []
+    for kind in (Doubled, Halved):
+        base.__class__ = kind
+        found.append(generate(model))
+        assert is_same(found[-1], generate(model, is_compiled=False))
+    assert not is_same(*found)
+
+
+class Once(LogitsProcessor):
+    """Runs a function on another thread after the first token."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, input_ids, scores):
+        function, self.function = self.function, None
+        if function is not None:
+            in_threads(lambda _: function(), count=1)
+        return scores
+
+
+def test_a_change_between_the_check_and_the_trace(enabled):
+    """Adapters are disabled on another thread while the code is traced; the result isn't kept for later calls."""
+    model, _ = enabled
+    expected = generate(model, is_compiled=False)
+    block = model.disable_adapter()
+    generate(model, logits_processor=LogitsProcessorList([Once(block.__enter__)]))
+    block.__exit__(None, None, None)
+    assert is_same(generate(model), expected)
+
+
+@pytest.mark.parametrize("enabled", ["weights"], indirect=True)
+def test_base_weights_that_are_parted_during_a_call(enabled):
+    model, _ = enabled
+    expected = generate(model)
+    base = layer_of(model).base_layer
+
+    def part():
+        base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        with torch.no_grad():
+            model(**{key: value.to(DEVICE) for key, value in left_padded(6, 4).items()}, adapter_ids=NAMES)
+
+    assert is_same(generate(model, logits_processor=LogitsProcessorList([Once(part)])), expected)
+    assert is_same(generate(model), expected)

@@ -12,12 +12,14 @@ class ThreadState:
     Attributes:
         active: whether there are any.
         samples: the number of entries of their plans; 0 if they differ, and inside ``generate``, which expands rows.
+        has_disabled: whether adapters of any layer are disabled there.
         name: the thread's name, for messages.
     """
 
     def __init__(self) -> None:
         self.active = False
         self.samples = 0
+        self.has_disabled = False
         self.name = threading.current_thread().name
 
 

@@ -41,7 +41,7 @@ def linear(self: LoraLayer, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     call = router.current(patch)
     if call is None:
         return patch.original(x, *args, **kwargs) if x is not None else patch.original(*args, **kwargs)
-    if self._disable_adapters and isinstance(call, Graph):
+    if self._disable_adapters and isinstance(call, Graph) and patch.is_disabled_on(call.here.thread):
         return patch.original(x, *args, **kwargs)
     if kwargs:
         kwargs.pop(ALORA_OFFSETS, None)  # PEFT computes them for the active adapter, not for the batch's

@@ -170,9 +170,11 @@ def in_encoder(handler: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = getattr(self, STATE)
         call = None if patch is None else patch.router.current(patch)
-        if call is None or (isinstance(call, Graph) and self._disable_adapters):
+        if call is None:
             return handler(self, *args, **kwargs)
         if isinstance(call, Graph):
+            if self._disable_adapters and patch.is_disabled_on(call.here.thread):
+                return handler(self, *args, **kwargs)
             raise UnsupportedError(
                 f"{patch.name} encodes images, videos or audio, and was compiled: expected it to run uncompiled, "
                 "because only the inputs tell which sample each row belongs to. Run the model without torch.compile."

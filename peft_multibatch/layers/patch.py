@@ -17,6 +17,7 @@ from peft_multibatch.errors import MergedAdaptersError, UnsupportedError
 
 if TYPE_CHECKING:
     from peft_multibatch.calls.router import Router
+    from peft_multibatch.calls.threads import ThreadState
     from peft_multibatch.layers.fusion import Group
 
 
@@ -76,6 +77,10 @@ class PatchedLayer:
             not self._is_disabled_somewhere or self.module in self.router.disabled.get()
         )
 
+    def is_disabled_on(self, thread: ThreadState) -> bool:
+        """As ``is_disabled``, if PEFT's flag is set, for compiled code, which can't read context variables."""
+        return not self._is_disabled_somewhere or thread.has_disabled
+
     @property
     def is_in_place(self) -> bool:
         """Whether calling the layer runs its handler, without a library's hook or another replacement around it."""
@@ -92,7 +97,9 @@ class PatchedLayer:
         disabled = self.router.disabled.get()
         self._is_disabled_somewhere = not is_enabled
         if is_enabled != (self.module not in disabled):
-            self.router.disabled.set(disabled - {self.module} if is_enabled else disabled | {self.module})
+            disabled = disabled - {self.module} if is_enabled else disabled | {self.module}
+            self.router.disabled.set(disabled)
+            self.router.graph.here.thread.has_disabled = bool(disabled)
 
     def change(self, handler: Callable[..., Any], reason: str, refusal: str) -> None:
         """Switch to another handler."""

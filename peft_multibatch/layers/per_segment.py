@@ -212,7 +212,7 @@ def current_call(patch: PatchedLayer, layer: Any) -> Call | None:
     if call is None:
         return None
     if isinstance(call, Graph):
-        if layer._disable_adapters:
+        if layer._disable_adapters and patch.is_disabled_on(call.here.thread):
             return None
         raise UnsupportedError(
             f"{patch.name} runs PEFT's own code once per segment, and segments aren't known when the model is "

@@ -113,6 +113,21 @@ def test_threads_share_one_graph(compiled):
     assert len(graphs) == 1
 
 
+def test_adapters_that_another_thread_disabled(compiled):
+    model, mb, fast, _ = compiled
+    expected, plain = logits(model, adapter_ids=MIXES[0]), logits(model, adapter_ids=MIXES[3])
+    block = model.disable_adapter()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(block.__enter__).result()
+        with mb.batch(MIXES[0]):
+            assert_close(logits(fast), expected)
+        thread.submit(block.__exit__, None, None, None).result()
+    with mb.batch(MIXES[0]):
+        with model.disable_adapter():
+            assert_close(logits(fast), plain)
+        assert_close(logits(fast), expected)
+
+
 @pytest.mark.parametrize("own", [None, MIXES[0]], ids=["plain", "ids"])
 @pytest.mark.parametrize("ids", [MIXES[2], [0, 1] * 50, [{0: 0.5, 1: 0.5}, 2]], ids=["same size", "larger", "mixture"])
 def test_a_call_begins_on_another_thread_while_one_is_compiled(own, ids):

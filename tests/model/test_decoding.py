@@ -261,13 +261,16 @@ class Once(LogitsProcessor):
 
 
 def test_a_change_between_the_check_and_the_trace(enabled):
-    """Adapters are disabled on another thread while the code is traced; the result isn't kept for later calls."""
+    """Adapters are disabled on another thread while the code is traced."""
     model, _ = enabled
     expected = generate(model, is_compiled=False)
     block = model.disable_adapter()
-    generate(model, logits_processor=LogitsProcessorList([Once(block.__enter__)]))
+    assert is_same(generate(model, logits_processor=LogitsProcessorList([Once(block.__enter__)])), expected)
+    assert is_same(generate(model), expected)
     block.__exit__(None, None, None)
     assert is_same(generate(model), expected)
+    with model.disable_adapter():
+        assert not is_same(generate(model), expected)
 
 
 @pytest.mark.parametrize("enabled", ["weights"], indirect=True)

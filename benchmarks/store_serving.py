@@ -273,7 +273,7 @@ def resize(store: Any, room: int) -> None:
     loader = store._loader
     with loader.lock:
         loader.final.arena.limit = block_size(store) * room
-        while not loader.final.make_room((), (), loader._let_go):
+        while not loader.final.make_room((), set(), loader._let_go):
             loader.lock.wait(0.01)
         loader.final.arena.trim()
 

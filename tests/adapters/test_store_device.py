@@ -235,7 +235,7 @@ def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     assert not dropped
-    assert not store._loader.final.make_room([COUNT * 10**6], (), store._loader._let_go) and dropped
+    assert not store._loader.final.make_room([COUNT * 10**6], set(), store._loader._let_go) and dropped
 
 
 def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):

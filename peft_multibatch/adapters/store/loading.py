@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Ticket:
 
 
 class Turn:
-    """A step of continuous batching, before which many requests ask for memory at once.
+    """Loads that are asked for at once, as by the requests that wait for a step of continuous batching.
 
     Attributes:
         stay: adapters that must not be evicted for others.
@@ -223,7 +223,7 @@ class Loader:
     def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
         """Reserve memory for all of these, and start loading those that aren't there; None if there is no room."""
         missing = [each for each in versions if each.loading is None and each not in self.final]
-        if missing and not self._begin(missing, versions):
+        if missing and not self._begin(missing, {*versions}):
             return None
         held, loads = {}, {}
         for version in versions:
@@ -236,7 +236,7 @@ class Loader:
                 held[version] = memory
         return held, loads
 
-    def _begin(self, versions: Sequence[Version], stay: Collection[Version]) -> bool:
+    def _begin(self, versions: Sequence[Version], stay: Set[Version]) -> bool:
         sizes = [version.layout.size for version in versions]
         if not self.final.make_room(sizes, stay, self._let_go):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from typing import Any
 
 from torch import Tensor
@@ -64,7 +64,7 @@ class Tier:
         """As ``Arena.take``."""
         return self.arena.take(size)
 
-    def make_room(self, sizes: Collection[int], stay: Collection[Version], let_go: Callable[[], None]) -> bool:
+    def make_room(self, sizes: Collection[int], stay: Set[Version], let_go: Callable[[], None]) -> bool:
         """Evict adapters, least recently used first, until there is room for all of these sizes.
 
         Args:
@@ -81,7 +81,7 @@ class Tier:
         let_go()
         return self._drop_unused(sizes, stay)
 
-    def _drop_unused(self, sizes: Collection[int], stay: Collection[Version]) -> bool:
+    def _drop_unused(self, sizes: Collection[int], stay: Set[Version]) -> bool:
         if self.arena.fits(sizes):
             return True
         for version in list(self._kept):

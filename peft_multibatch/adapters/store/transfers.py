@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -108,7 +108,7 @@ class Transfers:
         else:
             self._copier.submit(self._copy, load)
 
-    def read_ahead(self, version: Version, stay: Collection[Version]) -> None:
+    def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
         self.ahead.add(version)
         self.readers.submit(partial(self._read_ahead, version, stay))
@@ -137,7 +137,7 @@ class Transfers:
         del source  # others may wait for this memory
         self._end(load)
 
-    def _read_ahead(self, version: Version, stay: Collection[Version]) -> None:
+    def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
         with suppress(Exception), torch.no_grad():  # the load for its request raises again
             self._in_host(version, stay, is_ahead=True)
         with self._lock:
@@ -174,7 +174,7 @@ class Transfers:
             for event in self.to_wake:
                 event.set()
 
-    def _in_host(self, version: Version, stay: Collection[Version] = (), is_ahead: bool = False) -> Tensor:
+    def _in_host(self, version: Version, stay: Set[Version] = frozenset(), is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:

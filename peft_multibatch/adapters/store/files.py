@@ -196,16 +196,14 @@ def read_weights(name: str, path: str, identity: bytes, header: int, target: mem
             "file to stay in place as long as the adapter is registered. Register it again."
         ) from error
     try:
-        if identify(descriptor) != identity:
-            raise _changed(name, path)
-        done, start = 0, 8 + header
-        while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], start + done)
-            if not count:
+        done, start, count = 0, 8 + header, 1
+        try:
+            while done < len(target) and count:
+                count = os.preadv(descriptor, [target[done:]], start + done)
+                done += count
+        finally:  # once, and afterwards, because each call to the system may hold up other threads
+            if identify(descriptor) != identity or not count:
                 raise _changed(name, path)
-            done += count
-        if identify(descriptor) != identity:
-            raise _changed(name, path)
     finally:
         os.close(descriptor)
 

@@ -118,6 +118,7 @@ class Layout:
         size: the bytes of its memory.
         file_size: the bytes of the file after the header.
         copies: the ranges to copy from the file into memory.
+        is_plain: whether the memory equals the file, byte by byte.
         dropout: the probability of its dropout in train mode.
         checked: the model's counter of changes when ``Layouts`` checked it last.
     """
@@ -151,6 +152,7 @@ class Layout:
             wanted = _dtype_for(covered[module], tensor, dtype)
             places[module, half] = self._place(tensor, wanted), wanted
         self.file_size = sum(each.numbers * each.from_dtype.itemsize for each in self.copies)
+        self.is_plain = all(each.source == each.target and each.from_dtype == each.to_dtype for each in self.copies)
         self.layers: dict[str, StoredLayer] = {}
         for module, found in halves.items():
             scaling = settings.scaling_of(patterns, module, self._shapes[module][2])
@@ -225,11 +227,6 @@ class Layout:
             source = file[each.source : each.source + each.numbers * each.from_dtype.itemsize]
             target = memory[each.target : each.target + each.numbers * each.to_dtype.itemsize]
             target.view(each.to_dtype).copy_(source.view(each.from_dtype))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the memory equals the file, byte by byte."""
-        return all(each.source == each.target and each.from_dtype == each.to_dtype for each in self.copies)
 
     def ranks(self) -> tuple[int, ...]:
         """Its ranks, in ascending order."""

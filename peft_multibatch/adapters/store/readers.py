@@ -20,36 +20,35 @@ MOST = 64
 
 
 class Readers:
-    """Runs a few reads at the same time, in order. The caller of all public methods holds the lock.
+    """Runs a few reads at the same time, in order."""
 
-    Args:
-        lock: guards all of a store's state.
-    """
-
-    def __init__(self, lock: threading.Condition) -> None:
-        self._lock = lock
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._waiting: deque[Callable[[], object]] = deque()
         self._since: dict[Callable[[], object], float] = {}  # when the running reads began
         self._threads = ThreadPoolExecutor(MOST, "peft_multibatch_store")
 
     def submit(self, read: Callable[[], object]) -> None:
         """Run a function that reads a file, and whose errors are its own."""
-        self._waiting.append(read)
-        self.start()
+        with self._lock:
+            self._waiting.append(read)
+            self.start()
 
     def start(self) -> None:
         """Start the reads for which it is time; called again and again by those who wait for one."""
-        while self._waiting and len(self._since) < MOST:
-            now = time.monotonic()
-            if sum(now - begin < HANGING for begin in self._since.values()) >= READERS:
-                break
-            read = self._waiting.popleft()
-            self._since[read] = now
-            self._threads.submit(self._run, read)
+        with self._lock:
+            while self._waiting and len(self._since) < MOST:
+                now = time.monotonic()
+                if sum(now - begin < HANGING for begin in self._since.values()) >= READERS:
+                    break
+                read = self._waiting.popleft()
+                self._since[read] = now
+                self._threads.submit(self._run, read)
 
     def close(self) -> None:
         """Start nothing any more."""
-        self._waiting.clear()
+        with self._lock:
+            self._waiting.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, read: Callable[[], object]) -> None:

@@ -30,6 +30,9 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def begin_thread(self) -> None:
+        """Prepare the current thread, which from now on does nothing but copy."""
+
     def note(self) -> None:
         """Record that a call begins on the current stream."""
 
@@ -48,7 +51,7 @@ class Streams:
         """Pin host memory."""
 
     def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
-        """Copy a block to the device; returns when the copy has finished."""
+        """Copy a block to the device, in a thread for copies; returns when the copy has finished."""
         target.copy_(source)
 
 
@@ -60,6 +63,11 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._copies = torch.cuda.Stream(device)
+        self._last: Any = None  # for which the stream for copies has waited
+
+    def begin_thread(self) -> None:
+        _relax()
+        torch.cuda.set_stream(self._copies)
 
     def note(self) -> None:
         streams.note(self.device)
@@ -83,26 +91,32 @@ class CudaStreams(Streams):
         weakref.finalize(block, _unpin, address).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
-        with _relaxed(), torch.cuda.stream(self._copies):
+        if mark is not self._last:  # many blocks have the same
             for event in mark or ():
                 self._copies.wait_event(event)
-            target.copy_(source, non_blocking=True)
-            self._copies.record_event().synchronize()  # calls may read it on any stream from now on
+            self._last = mark
+        target.copy_(source, non_blocking=True)
+        self._copies.synchronize()  # calls may read it on any stream from now on
 
 
 @contextmanager
 def _relaxed() -> Iterator[None]:
-    """Allow this thread to allocate, free and wait while another one captures a CUDA graph.
-
-    torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
-    """
-    mode = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed
-    exchange = _driver().cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))  # stores the thread's previous mode in ``mode``
+    """As ``_relax``, for a block."""
+    mode = _relax()
     try:
         yield
     finally:
-        exchange(ctypes.byref(mode))
+        _relax(mode)
+
+
+def _relax(mode: int = 2) -> int:  # cudaStreamCaptureModeRelaxed
+    """Allow this thread to allocate, free and wait while another one captures a CUDA graph; returns its mode before.
+
+    torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
+    """
+    exchanged = ctypes.c_int(mode)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
+    return exchanged.value
 
 
 @functools.cache

@@ -38,6 +38,7 @@ class Load:
         since: when it began, as ``time.monotonic``.
         source: the weights in host memory, until they are copied to the device.
         error: the error, if loading failed.
+        seconds: the time that threads have spent on it.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
@@ -45,13 +46,16 @@ class Load:
         self.since = time.monotonic()
         self.source: Tensor | None = None
         self.error: Exception | None = None
+        self.seconds = 0.0
 
 
 class Transfers:
     """Reads adapters into host memory, and copies them from there to a device with memory of its own.
 
-    Several threads read files. A single one copies, because one copy at a time already uses the whole bus, and several
+    A few threads read files. A single one copies, because one copy at a time already uses the whole bus, and several
     threads that use CUDA delay the launches of running steps. So adapters in host memory don't wait for files either.
+    All of these threads delay steps by the Python that they run, and by every call that gives up the GIL and takes it
+    again, so they do little, and take the lock once where they can.
 
     Attributes:
         is_closed: whether the model was disabled, so that nothing starts any more.
@@ -77,8 +81,8 @@ class Transfers:
         self.to_wake: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
-        self.readers = Readers(lock)
-        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
+        self.readers = Readers()
+        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies", streams.begin_thread)
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
@@ -117,18 +121,20 @@ class Transfers:
     def _read_for(self, load: Load) -> None:
         if self._final is self._host:
             self._try(load, partial(self._read, load.version, load.memory))
-            self._end(load)
+            with self._lock:
+                self.bytes_read += load.version.layout.file_size if load.error is None else 0
+                self._end(load)
             return
         load.source = self._try(load, partial(self._in_host, load.version))
         if load.source is None:
             self._end(load)
             return
         try:
-            with self._lock:
-                if not self.is_closed:
-                    self._copier.submit(self._copy, load)
+            self._copier.submit(self._copy, load)
         except RuntimeError:  # the interpreter is about to exit, or no thread could be started
-            self._copy(load)
+            if not self.is_closed:
+                self._streams.begin_thread()
+                self._copy(load)
 
     def _copy(self, load: Load) -> None:
         source, load.source = load.source, None
@@ -138,7 +144,7 @@ class Transfers:
         self._end(load)
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
-        with suppress(Exception), torch.no_grad():  # the load for its request raises again
+        with suppress(Exception):  # the load for its request raises again
             self._in_host(version, stay, is_ahead=True)
         with self._lock:
             self.ahead.discard(version)
@@ -148,8 +154,7 @@ class Transfers:
         """Do a part of a load, whose error is kept."""
         version, begin = load.version, time.perf_counter()
         try:
-            with torch.no_grad():
-                return work()
+            return work()
         except MultibatchError as error:
             load.error = type(error)(*error.args)
         except Exception as error:
@@ -158,13 +163,13 @@ class Transfers:
                 "expected a file that can be read. Register the adapter again."
             )
         finally:
-            with self._lock:
-                self.seconds += time.perf_counter() - begin
+            load.seconds += time.perf_counter() - begin
         return None
 
     def _end(self, load: Load) -> None:
         version = load.version
         with self._lock:
+            self.seconds += load.seconds
             if load.error is None:
                 self.loads += 1
                 if not version.is_gone:
@@ -195,6 +200,7 @@ class Transfers:
         memory, _ = self._host.arena.make(reserved)
         self._read(version, memory)
         with self._lock:
+            self.bytes_read += version.layout.file_size
             if not version.is_gone:
                 self._host.put(version, memory)
         return memory
@@ -206,8 +212,6 @@ class Transfers:
         read_weights(version.name, version.path, version.identity, version.header, memoryview(target))
         if not layout.is_plain:
             layout.fill(memory, file)
-        with self._lock:
-            self.bytes_read += layout.file_size
 
     def _stage(self, size: int) -> Tensor:
         """This thread's buffer for files whose weights have to be converted."""

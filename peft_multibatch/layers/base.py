@@ -34,7 +34,12 @@ def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     if args or kwargs or not is_plain(base):
         return base(x, *args, **kwargs)
     parameters: dict[str, Any] = base._parameters  # avoids the overhead of calling the module
-    return F.linear(x, parameters["weight"], parameters["bias"])
+    return F.linear(in_rows(x), parameters["weight"], parameters["bias"])
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """The input of a linear layer, copied if torch would multiply it with a frozen weight sample by sample."""
+    return x if x.dim() < 3 or x.is_contiguous() else x.reshape(-1, x.shape[-1]).view(x.shape)
 
 
 def bare_weights(layers: Iterable[LoraLayer], x: Tensor) -> list[nn.Parameter] | None:

@@ -312,9 +312,10 @@ def main(
     """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, base weights fused
     only if they aren't quantized."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
-    base, model = build(
-        max(adapters for _, adapters in pairs), rank, layers, DEVICE, quantize, **(TINY if tiny else {})
-    )
+    most = max(adapters for _, adapters in pairs)
+    # not in inference mode, in which torch would take the base model's weights for frozen ones, and read them more often
+    with torch.inference_mode(False):
+        base, model = build(most, rank, layers, DEVICE, quantize, **(TINY if tiny else {}))
     known = {"base weights": quantize or "bfloat16"} | versions(commit)
     found: list[Timings] = []
     batches = []

@@ -33,6 +33,7 @@ from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
 from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_tensors_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.variable import Variable
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
@@ -65,6 +66,7 @@ __all__ = [
     "current_node",
     "dequantize_module_weight",
     "disable_current_modes",
+    "is_fake",
     "is_forward_mode_enabled",
     "lora",
     "pop_saved_tensors_hooks",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peft_multibatch.compat import disable_current_modes
+from peft_multibatch.compat import disable_current_modes, is_fake
 
 
 class _Device:
@@ -123,7 +123,7 @@ def keep_for_all(tensors: Iterable[Tensor]) -> None:
     """
     with disable_current_modes():
         for tensor in tensors:
-            if tensor.is_cuda:
+            if tensor.is_cuda and not is_fake(tensor):  # code that is traced makes tensors without memory
                 for stream in list(_known(tensor.device).streams.values()):
                     tensor.record_stream(stream)
 

@@ -48,3 +48,13 @@ def test_memory_is_freed_while_torch_traces_a_graph(freed):
     assert found.shape == (3,)
     assert calls
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_tensors_of_traced_code_have_no_memory_to_keep(monkeypatch):
+    device = torch.device("cuda", 0)
+    known = streams._Device()
+    known.streams[1] = None  # an error if it is used
+    monkeypatch.setitem(streams._devices, device, known)
+    with FakeTensorMode():
+        fake = torch.empty(2, device=device)
+    streams.keep_for_all([fake])

@@ -34,12 +34,15 @@ def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     if args or kwargs or not is_plain(base):
         return base(x, *args, **kwargs)
     parameters: dict[str, Any] = base._parameters  # avoids the overhead of calling the module
-    return F.linear(in_rows(x), parameters["weight"], parameters["bias"])
+    return linear(x, parameters["weight"], parameters["bias"])
 
 
-def in_rows(x: Tensor) -> Tensor:
-    """The input of a linear layer, copied if torch would multiply it with a frozen weight sample by sample."""
-    return x if x.dim() < 3 or x.is_contiguous() else x.reshape(-1, x.shape[-1]).view(x.shape)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As ``F.linear``, which multiplies rows that don't lie evenly in memory sample by sample if weights are frozen."""
+    if x.dim() < 3 or x.is_contiguous():
+        return F.linear(x, weight, bias)
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def bare_weights(layers: Iterable[LoraLayer], x: Tensor) -> list[nn.Parameter] | None:

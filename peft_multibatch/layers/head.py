@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_multibatch.layers.base import in_rows
-from peft_multibatch.layers.patch import STATE, Replacement, handles, is_handler, is_replaced, own_attribute
+from peft_multibatch.layers.base import linear
+from peft_multibatch.layers.patch import STATE, Replacement, handles, own_attribute
 
 
 @handles()
 def forward(self: Any, x: Tensor) -> Tensor:
     """Handler for an LM head without adapters."""
-    return type(self).forward(self, in_rows(x))
+    return linear(x, self.weight, self.bias)
 
 
 class Head:
@@ -33,19 +33,19 @@ class Head:
         """Find the model's LM head, which may be another one than before, and replace its forward."""
         find = getattr(model, "get_output_embeddings", None)
         module = find() if find is not None else None
-        if module is not None and module is self._module and is_handler(_forward_of(module)):
-            return
+        if type(module) is not nn.Linear:
+            return self.remove()
+        attribute = own_attribute(module, "forward")
+        function = getattr(module.__dict__.get(attribute, module.forward), "__func__", None)
+        if module is self._module and function is forward:
+            return None
         self.remove()
-        if type(module) is nn.Linear and STATE not in module.__dict__ and not is_replaced(module):
-            attribute = own_attribute(module, "forward")
+        if function is nn.Linear.forward and STATE not in module.__dict__:  # not split, and no adapters
             self._module, self._forward = module, Replacement(module, attribute, types.MethodType(forward, module))
+        return None
 
     def remove(self) -> None:
         """Restore the forward."""
         if self._forward is not None:
             self._forward.undo()
         self._module = self._forward = None
-
-
-def _forward_of(module: nn.Module) -> Any:
-    return module.__dict__.get(own_attribute(module, "forward"))

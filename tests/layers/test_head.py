@@ -33,10 +33,10 @@ class Batched(TorchDispatchMode):
 
 
 @torch.no_grad()
-def last_logits(model, **ids):
+def last_logits(model, kept=2, **ids):
     tokens = torch.randint(1, 90, (4, 7), generator=torch.Generator().manual_seed(0))
     with Batched(model.get_output_embeddings().weight.shape[0]) as batched:
-        logits = model(tokens, logits_to_keep=2, **ids).logits
+        logits = model(tokens, logits_to_keep=kept, **ids).logits
     return logits, batched.count
 
 
@@ -55,6 +55,8 @@ def test_all_rows_are_multiplied_at_once():
     assert_close(three[0], expected)
     assert_close(mixed[[1, 3]], four[0][[1, 3]])
     assert last_logits(model)[1] == 0  # without ids, too
+    assert last_logits(model, 1)[1] == 0  # which newer versions of torch multiply at once, too
+    assert_close(last_logits(model, 1)[0], expected[:, 1:])
     mb.disable()
     again, count = last_logits(model)
     assert count == 1 and torch.equal(again, expected) and "forward" not in head_of(model).__dict__

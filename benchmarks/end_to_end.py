@@ -313,7 +313,7 @@ def main(
     only if they aren't quantized."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     most = max(adapters for _, adapters in pairs)
-    # not in inference mode, in which torch would take the base model's weights for frozen ones, and read them more often
+    # as users load it: torch may read weights that were made in inference mode once per sample, like frozen ones
     with torch.inference_mode(False):
         base, model = build(most, rank, layers, DEVICE, quantize, **(TINY if tiny else {}))
     known = {"base weights": quantize or "bfloat16"} | versions(commit)

@@ -38,7 +38,7 @@ def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As ``F.linear``, which multiplies rows that don't lie evenly in memory sample by sample if weights are frozen."""
+    """As ``F.linear``, but all rows at once, also if they don't lie evenly in memory; see ``head.py``."""
     if x.dim() < 3 or x.is_contiguous():
         return F.linear(x, weight, bias)
     y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)

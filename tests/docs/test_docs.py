@@ -186,6 +186,7 @@ def requests_row(row: dict[str, str]) -> list[str]:
         ("vision-language.md", "vision.csv", vision_row),
         ("explanation/benchmarks-log.md", "end_to_end_h200.csv", whole_model_row),
         ("explanation/benchmarks-log.md", "end_to_end_h200_decoding.csv", whole_model_row),
+        ("explanation/benchmarks-log.md", "end_to_end_h200_compiled.csv", whole_model_row),
         ("explanation/benchmarks-log.md", "end_to_end_quantized.csv", quantized_row),
         ("explanation/benchmarks-log.md", "continuous_h200.csv", requests_row),
     ],

@@ -107,7 +107,8 @@ def _run_sibling(
 ) -> Tensor:
     """The output of one layer of a group; the first layer computes the outputs of all."""
     if index == 0:
-        whole = group.base_output(x)
+        # in prefill, base products are added to deltas, and no kernel that follows has to read slices of their output
+        whole = None if isinstance(call, Call) and _is_long(x) else group.base_output(x)
         if whole is None or (isinstance(plan, BatchPlan) and plan.has_dora(group.bank)):
             ys = _run(call, plan, router, group.bank, x)
         else:
@@ -131,7 +132,7 @@ def _run(
 ) -> list[Tensor]:
     """The outputs of a bank's layers."""
     if not bank.is_split:
-        if x.numel() >= BASE_LAST * x.shape[-1] and not (args or kwargs) and isinstance(call, Call):
+        if isinstance(call, Call) and _is_long(x) and not (args or kwargs):
             ys = _run_base_last(call, plan, router, bank, x)
             if ys is not None:
                 return ys
@@ -159,6 +160,10 @@ def _run(
     ys = add_deltas(call, plan, router, bank, ys, x)
     ys = [shards.sum_up(layer, split, x, y) if split else y for (layer, split), y in zip(splits, ys)]
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
+
+
+def _is_long(x: Tensor) -> bool:
+    return x.numel() >= BASE_LAST * x.shape[-1]
 
 
 def _run_base_last(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:

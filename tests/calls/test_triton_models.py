@@ -210,9 +210,10 @@ def base_last(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("fuse", [True, "weights"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_base_products_can_be_added_to_deltas(base_last, mode):
-    model, _ = enabled()
+def test_base_products_can_be_added_to_deltas(base_last, mode, fuse):
+    model, _ = enabled(fuse)
     for names in (NAMES, ["__base__", "three"], ["four", "four", "three"]):
         want = expected(model, names)
         base_last.clear()

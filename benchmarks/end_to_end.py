@@ -312,10 +312,9 @@ def main(
     """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, base weights fused
     only if they aren't quantized."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
-    most = max(adapters for _, adapters in pairs)
-    # as users load it: torch may read weights that were made in inference mode once per sample, like frozen ones
-    with torch.inference_mode(False):
-        base, model = build(most, rank, layers, DEVICE, quantize, **(TINY if tiny else {}))
+    base, model = build(
+        max(adapters for _, adapters in pairs), rank, layers, DEVICE, quantize, **(TINY if tiny else {})
+    )
     known = {"base weights": quantize or "bfloat16"} | versions(commit)
     found: list[Timings] = []
     batches = []

@@ -34,15 +34,7 @@ def base_output(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     if args or kwargs or not is_plain(base):
         return base(x, *args, **kwargs)
     parameters: dict[str, Any] = base._parameters  # avoids the overhead of calling the module
-    return linear(x, parameters["weight"], parameters["bias"])
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As ``F.linear``, but all rows at once, also if they don't lie evenly in memory; see ``head.py``."""
-    if x.dim() < 3 or x.is_contiguous():
-        return F.linear(x, weight, bias)
-    y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def bare_weights(layers: Iterable[LoraLayer], x: Tensor) -> list[nn.Parameter] | None:

@@ -21,7 +21,7 @@ from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.router import Router
 from peft_multibatch.compat import AuxiliaryTrainingWrapper
 from peft_multibatch.errors import AdapterIdsError, ModelStateError, MultibatchError, NotEnabledError, UnsupportedError
-from peft_multibatch.layers import architectures, head, media, shared_positions
+from peft_multibatch.layers import architectures, media, shared_positions
 from peft_multibatch.layers import table as handlers
 from peft_multibatch.layers.fusion import Fuse, Group, find_groups
 from peft_multibatch.layers.patch import STATE, PatchedLayer, check_merged
@@ -54,7 +54,7 @@ class Handle:
         self._layers: dict[nn.Module, PatchedLayer] = {}
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
         self._decoding = Decoding(self._router.graph, lambda: list(self._layers.values()))
-        self._positions, self._encoders, self._head = dict[Any, Any](), dict[Any, Any](), head.Head()
+        self._positions, self._encoders = dict[Any, Any](), dict[Any, Any]()
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()
         self._is_enabled = True
@@ -155,7 +155,7 @@ class Handle:
         if self._registry.store is not None:
             self._registry.store.close()
         self._stored.remove()
-        for part in (*self._layers.values(), *self._positions.values(), *self._encoders.values(), self._head):
+        for part in (*self._layers.values(), *self._positions.values(), *self._encoders.values()):
             part.remove()
         for group in self._groups:
             group.part_weights()
@@ -259,7 +259,6 @@ class Handle:
             self._changes = -1  # in case of an exception
             if self._scan is not None and not self._scan.holds_dictionaries():
                 self._registry.forget()
-            self._head.attach(self._inner)
             scan = LayerScan(self._inner)
             is_gathered = is_gathered or scan.is_gathered()
             before = {each: known.refusal for each, known in self._layers.items()}

@@ -19,6 +19,7 @@ import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.adapters.store import readers, transfers
 from peft_multibatch.adapters.store import source as store_module
+from peft_multibatch.adapters.store import streams as store_streams
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
@@ -502,3 +503,72 @@ def test_a_captured_graph_reads_what_one_copy_wrote_for_all_layers(on_gpu, monke
         assert copies
     for pair, actual in zip(pairs[2:], found):
         assert_close(actual, expected[pair])
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's streams with a recording of what is done to the one for copies, of tensors on a CPU."""
+    done = []
+
+    class Recorded:
+        def __init__(self, device):
+            pass
+
+        def wait_event(self, event):
+            done.append(event)
+
+        def synchronize(self):
+            done.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Recorded)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("set"))
+    monkeypatch.setattr(store_streams, "_relax", lambda: done.append("relax"))
+    return store_streams.CudaStreams(torch.device("cuda")), done
+
+
+def test_each_thread_that_copies_is_prepared_once(cuda):
+    streams, done = cuda
+    source, target = torch.arange(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
+    for _ in range(2):
+        in_threads(lambda _: [streams.copy(target, source, None) for _ in range(2)], count=1)
+        assert done == ["relax", "set", "synchronize", "synchronize"]
+        done.clear()
+    assert torch.equal(target, source)
+
+
+def test_a_mark_is_waited_for_once(cuda):
+    streams, done = cuda
+    target = source = torch.zeros(5, dtype=torch.uint8)
+    first, second = ["a", "b"], ["b", "c"]
+    for mark in (first, first, second, first, None, first):
+        streams.copy(target, source, mark)
+    assert [each for each in done if len(each) == 1] == ["a", "b", "b", "c", "a", "b", "a", "b"]
+
+
+def test_a_thread_that_cannot_be_prepared(cuda, monkeypatch):
+    streams, done = cuda
+    target, source = torch.zeros(5, dtype=torch.uint8), torch.ones(5, dtype=torch.uint8)
+
+    def fail(_):
+        raise RuntimeError("CUDA error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "set_stream", fail)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            streams.copy(target, source, None)
+    streams.copy(target, source, None)
+    assert done == ["relax", "relax", "set", "synchronize"] and torch.equal(target, source)
+
+
+def test_a_copy_that_was_submitted_before_its_thread_could_not_be_started(make, rows, monkeypatch):
+    """As `ThreadPoolExecutor` does: the item stays in its queue, and is copied where it was submitted as well."""
+    model, store, _ = make(host=12, device=2)
+    submit, submitted = store._loader.transfers._copier.submit, []
+
+    def refuse(*item):
+        submitted.append(submit(*item))
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(store._loader.transfers._copier, "submit", refuse)
+    check(model, rows, ["a0", "a1"])
+    assert [each.result() for each in submitted] == [None, None]

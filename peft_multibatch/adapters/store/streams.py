@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,6 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def begin_thread(self) -> None:
-        """Prepare the current thread, which from now on does nothing but copy."""
-
     def note(self) -> None:
         """Record that a call begins on the current stream."""
 
@@ -51,7 +49,7 @@ class Streams:
         """Pin host memory."""
 
     def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
-        """Copy a block to the device, in a thread for copies; returns when the copy has finished."""
+        """Copy a block to the device, in one of the store's threads; returns when the copy has finished."""
         target.copy_(source)
 
 
@@ -64,10 +62,7 @@ class CudaStreams(Streams):
         super().__init__(device)
         self._copies = torch.cuda.Stream(device)
         self._last: Any = None  # for which the stream for copies has waited
-
-    def begin_thread(self) -> None:
-        _relax()
-        torch.cuda.set_stream(self._copies)
+        self._prepared = threading.local()
 
     def note(self) -> None:
         streams.note(self.device)
@@ -91,6 +86,10 @@ class CudaStreams(Streams):
         weakref.finalize(block, _unpin, address).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
+        if not hasattr(self._prepared, "is_done"):  # once, because each copy would have to do and undo it
+            _relax()
+            torch.cuda.set_stream(self._copies)
+            self._prepared.is_done = True
         if mark is not self._last:  # many blocks have the same
             for event in mark or ():
                 self._copies.wait_event(event)

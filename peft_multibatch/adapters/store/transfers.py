@@ -82,7 +82,7 @@ class Transfers:
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
         self.readers = Readers()
-        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies", streams.begin_thread)
+        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
@@ -133,12 +133,12 @@ class Transfers:
             self._copier.submit(self._copy, load)
         except RuntimeError:  # the interpreter is about to exit, or no thread could be started
             if not self.is_closed:
-                self._streams.begin_thread()
                 self._copy(load)
 
     def _copy(self, load: Load) -> None:
         source, load.source = load.source, None
-        assert source is not None
+        if source is None:  # it was copied already, where it was submitted to a thread that couldn't be started then
+            return
         self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
         del source  # others may wait for this memory
         self._end(load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -59,9 +60,11 @@ def starting(base, folder, *options, env=None):
     ]
     log = base.parent / f"log-{port}"
     with log.open("wb") as file:
+        # a shell starts what runs in the background with SIGINT ignored, and everything that it starts inherits that
         running = subprocess.Popen(
-            [*command, *options], stderr=file, env=os.environ | (env or {}), start_new_session=True
-        )
+            [*command, *options], stderr=file, env=os.environ | (env or {}), start_new_session=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     try:
         yield running, f"http://127.0.0.1:{port}", log
     finally:

@@ -81,7 +81,7 @@ class StoreStats:
         loads: number of adapters that were loaded.
         evictions: number of adapters that were evicted from where calls compute.
         bytes_read: bytes read from files.
-        load_seconds: time spent loading, with waits for host memory, summed over threads.
+        load_seconds: time that loads which have ended took, with waits for host memory, summed over threads.
     """
 
     registered: int

@@ -136,8 +136,7 @@ class Captures:
 
     def describe(self, layers: Hashable) -> None:
         """Update the layout, from what compiled decoding reads of the layers. Needs no lock."""
-        with self._naming:
-            self.described = layers
+        self.described = layers
         self._rename()
 
     def _rename(self, is_changed: bool = False) -> None:

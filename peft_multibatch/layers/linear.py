@@ -107,12 +107,13 @@ def _run_sibling(
 ) -> Tensor:
     """The output of one layer of a group; the first layer computes the outputs of all."""
     if index == 0:
-        # in prefill, base products are added to deltas, and no kernel that follows has to read slices of their output
-        whole = None if isinstance(call, Call) and _is_long(x) else group.base_output(x)
-        if whole is None or (isinstance(plan, BatchPlan) and plan.has_dora(group.bank)):
-            ys = _run(call, plan, router, group.bank, x)
-        else:
-            ys = list(add_deltas(call, plan, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
+        ys = _run_base_last(call, plan, router, group.bank, x)
+        if ys is None:
+            whole = group.base_output(x)
+            if whole is None or (isinstance(plan, BatchPlan) and plan.has_dora(group.bank)):
+                ys = _run_base_first(call, plan, router, group.bank, x)
+            else:
+                ys = list(add_deltas(call, plan, router, group.bank, [whole], x)[0].split(group.bank.widths, dim=-1))
         call.sibling_outputs[group] = x, group.version(call, x), [None, *ys[1:]]
         return ys[0]
     source, version, waiting = call.sibling_outputs.get(group, (None, 0, []))
@@ -131,11 +132,15 @@ def _run(
     call: Call | Graph, plan: Any, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any
 ) -> list[Tensor]:
     """The outputs of a bank's layers."""
+    ys = None if args or kwargs else _run_base_last(call, plan, router, bank, x)
+    return _run_base_first(call, plan, router, bank, x, *args, **kwargs) if ys is None else ys
+
+
+def _run_base_first(
+    call: Call | Graph, plan: Any, router: Router, bank: Bank, x: Tensor, *args: Any, **kwargs: Any
+) -> list[Tensor]:
+    """As ``_run``, with deltas added to base products."""
     if not bank.is_split:
-        if isinstance(call, Call) and _is_long(x) and not (args or kwargs):
-            ys = _run_base_last(call, plan, router, bank, x)
-            if ys is not None:
-                return ys
         if torch.is_grad_enabled() and not (args or kwargs) and isinstance(call, Call) and x.is_cpu:
             ys = _run_frozen(call, plan, router, bank, x)
             if ys is not None:
@@ -162,15 +167,14 @@ def _run(
     return [y.to(base.dtype) for y, base in zip(ys, bases)]
 
 
-def _is_long(x: Tensor) -> bool:
-    return x.numel() >= BASE_LAST * x.shape[-1]
-
-
-def _run_base_last(call: Call, plan: BatchPlan, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
-    """As ``_run``, in inference on a GPU, with base products added to deltas; None if they have to run first."""
+def _run_base_last(call: Call | Graph, plan: Any, router: Router, bank: Bank, x: Tensor) -> list[Tensor] | None:
+    """As ``_run``, for many rows in inference on a GPU, with base products added to deltas; otherwise None."""
     kernels = router.kernels
     if (
         kernels is None
+        or isinstance(call, Graph)
+        or x.numel() < BASE_LAST * x.shape[-1]
+        or bank.is_split
         or torch.is_grad_enabled()
         or not kernels.runs_on(x)
         or torch.is_autocast_enabled(x.device.type)

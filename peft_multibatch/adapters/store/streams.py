@@ -86,7 +86,7 @@ class CudaStreams(Streams):
         weakref.finalize(block, _unpin, address).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
-        if not hasattr(self._prepared, "is_done"):  # once, because each copy would have to do and undo it
+        if not hasattr(self._prepared, "is_done"):  # for good, because nothing else runs on this thread
             _relax()
             torch.cuda.set_stream(self._copies)
             self._prepared.is_done = True

@@ -63,7 +63,7 @@ class Transfers:
         ahead: adapters that are being read into host memory before they are needed.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
-        seconds: the time spent loading, summed over all threads.
+        seconds: the time that loads which have ended took, summed over all threads.
         to_wake: loops that wait for an adapter, to wake when one was loaded or failed to load. Guarded by the lock.
 
     Args:
@@ -137,7 +137,7 @@ class Transfers:
 
     def _copy(self, load: Load) -> None:
         source, load.source = load.source, None
-        if source is None:  # it was copied already, where it was submitted to a thread that couldn't be started then
+        if source is None:  # `submit` queued this, but couldn't start a thread, so it was copied without one
             return
         self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
         del source  # others may wait for this memory

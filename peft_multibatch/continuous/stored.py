@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState
 
-from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.continuous.leaving import children_of
 from peft_multibatch.continuous.scheduler import entry_of
 from peft_multibatch.errors import MultibatchError
@@ -19,6 +18,7 @@ from peft_multibatch.plan.ids import Entry, ids_of
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.registry import Registry
+    from peft_multibatch.adapters.store.loading import Turn
     from peft_multibatch.adapters.store.version import StoredAdapter
 
 
@@ -101,9 +101,12 @@ class StoredRequests:
 
     def keep(self, active: Collection[Any], waiting: Container[Any]) -> None:
         """Release the adapters of all requests except these, because the others have ended or may no longer start."""
+        store = self._registry.store
         for name in self._leases.keys() - active:  # few, in every step
             if not any(each in active or each in waiting for each in self._leases[name].names):
-                del self._leases[name]
+                ended = self._leases.pop(name)
+                if store is not None:
+                    store.touch(ended.adapters)
         for name in [name for name in self._loaded if name not in active and name not in waiting]:
             del self._loaded[name]
 
@@ -150,7 +153,7 @@ class StoredRequests:
             others = [each for each in waiting[: waiting.index(starved)] if not each.is_late]
             others += [each for each in waiting[waiting.index(starved) :] if not each.ids]
         found = {each.state.request_id for each in others if not each.ids}
-        turn = Turn()
+        turn = store.begin_turn()
         # first, so that loading doesn't evict their adapters
         for each in [each for each in others if each.ids][:places]:
             if self._lease(each, turn):
@@ -161,7 +164,7 @@ class StoredRequests:
             if self._lease(each, turn, since):
                 found.add(each.state.request_id)
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
-        if not short:
+        if later and not short:
             later = later[: max(scheduler.max_requests_per_batch // AHEAD, 1)]
             soon = [number for each in [*late, *others[: scheduler.max_requests_per_batch]] for number in each.ids]
             store.look_ahead([number for each in later for number in each.ids], soon)

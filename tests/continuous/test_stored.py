@@ -10,6 +10,7 @@ import random
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -465,6 +466,22 @@ def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeyp
                 cold = manager.add_request(inputs[1], adapter_id="a2")
         found = results(manager, 8)
         assert all(found[name].generated_tokens == texts[f"a{number}"][0] for name, number in hot.items())
+
+
+def test_steps_dont_wait_for_the_lock_that_loads_hold(make, inputs):
+    """Otherwise a loading thread that waits for the GIL would hold up all running requests."""
+    mb, store = make(room=4)
+    with serve(mb) as manager:
+        for number in range(3):
+            manager.add_request(inputs[number], adapter_id=f"a{number}", max_new_tokens=60, streaming=True)
+        known = Counter()
+        while len(known) < 3:  # all of them run
+            known[manager.get_result(timeout=20).request_id] += 1
+        with store._lock:
+            while min(known.values()) < 20:
+                output = manager.get_result(timeout=20)
+                assert output is not None, known
+                known[output.request_id] += 1
 
 
 def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, monkeypatch):

@@ -153,7 +153,7 @@ class Loader:
             free -= 1
 
     def check_time(self, version: Version, since: float) -> None:
-        """Check that nobody waits for longer than the timeout while an adapter is loaded. The caller holds the lock.
+        """Check that nobody waits for longer than the timeout while an adapter is loaded.
 
         Args:
             version: the adapter.

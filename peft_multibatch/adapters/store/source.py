@@ -91,6 +91,11 @@ class StoredAdapters:
             StoreFullError: there was no room for all of them within the timeout.
             UnsupportedError: an adapter has dropout, and the model is in train mode.
         """
+        running = None if is_new else self._running(ids)
+        if running is not None:
+            self._check(adapter.version for adapter in running.values())
+            self._streams.note()
+            return running
         tier = self._loader.final
         with self._lock:
             versions = {number: self._find(number) for number in ids}
@@ -105,6 +110,25 @@ class StoredAdapters:
             found = self._loader.fetch(wanted)
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}
+
+    def _running(self, ids: Collection[int]) -> dict[int, StoredAdapter] | None:
+        """Adapters that requests keep in memory, by id; None if one isn't.
+
+        Without the lock, for which every step would wait as long as a loading thread holds it.
+        """
+        found = {number: adapter for number in ids if (adapter := self.current(number)) is not None}
+        return found if len(found) == len(ids) else None
+
+    def touch(self, adapters: Iterable[StoredAdapter]) -> None:
+        """Mark adapters as used: those of requests that have ended, which steps don't mark."""
+        with self._lock:
+            for adapter in adapters:
+                self._loader.final.touch(adapter.version)
+
+    def begin_turn(self) -> Turn:
+        """A turn of ``lease``. Other reads start in place of those that hang."""
+        self._loader.transfers.readers.start()
+        return Turn()
 
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
@@ -121,11 +145,14 @@ class StoredAdapters:
                 one was loaded.
         """
         tier = self._loader.final
+        wanted = [self._find(number) for number in ids]
+        turn.stay.update(wanted)
+        if since is not None and all(version.loading is not None for version in wanted):  # without the lock
+            for version in wanted:
+                self._loader.check_time(version, since)
+            return None
         with self._lock:
-            wanted = [self._find(number) for number in ids]
-            turn.stay.update(wanted)
             self._loader.check_possible(wanted)
-            self._loader.transfers.readers.start()
             for version in wanted:
                 error, version.error = version.error, None
                 if since is not None:
@@ -178,8 +205,9 @@ class StoredAdapters:
 
     def wake(self, event: threading.Event) -> None:
         """Set an event whenever an adapter was loaded, as long as the event exists."""
-        with self._lock:
-            self._loader.transfers.to_wake.add(event)
+        if event not in self._loader.transfers.to_wake:
+            with self._lock:
+                self._loader.transfers.to_wake.add(event)
 
     def current(self, number: int) -> StoredAdapter | None:
         """The version of an adapter that running calls use; None if none does."""

@@ -5,8 +5,10 @@
     python benchmarks/end_to_end.py --tiny --layers 2 --points 4:2 --compiled 4:2      # on a CPU, to see it run
 
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
-seven projections. Before anything is timed, the logits of the mixed batch must match PEFT's to the precision of
+seven projections. Before a method is timed, its logits of the mixed batch must match PEFT's to the precision of
 bfloat16. Every round times each method and the base model once, and ratios are medians of the ratios within rounds.
+Stored adapters are the same ones, saved and registered in an adapter store, which isn't compared with PEFT's modules
+whenever a call begins.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -46,6 +50,10 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 MEASURES = ("decode_ms", "generate32_s", "prefill512_ms")
 TITLES = dict(zip(MEASURES, ("a decode step", "generate, 32 tokens", "prefill, 512 tokens")))
 BASE, OURS, FUSED = "base", "peft_multibatch", "peft_multibatch fuse='weights'"
+STORED = f"{FUSED}, stored adapters"
+WAYS: dict[str, tuple[Fuse, bool]] = {OURS: (True, False), FUSED: ("weights", False), STORED: ("weights", True)}
+"""Our methods: the option ``fuse``, and whether adapters are stored."""
+
 ONE, NAMES, ALONE = "PEFT, one adapter", "PEFT adapter_names", "PEFT, one at a time"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
@@ -184,8 +192,21 @@ class Timings:
         self.batch, self.adapters = batch, adapters
         self.records: list[dict] = []
 
-    def measure(self, ways: dict[str, dict[str, Callable[[], float]]], rounds: int, warm_up: bool = True) -> None:
-        """Time methods and compare them with the first one; methods that already have a record get no second one."""
+    def measure(
+        self,
+        ways: dict[str, dict[str, Callable[[], float]]],
+        rounds: int,
+        warm_up: bool = True,
+        columns: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Time methods and compare them with the first one; methods that already have a record get no second one.
+
+        Args:
+            ways: the measurements of each method.
+            rounds: how often each is taken.
+            warm_up: whether to take each once before.
+            columns: more columns for the second method.
+        """
         base, measures = next(iter(ways)), list(next(iter(ways.values())))
         times: dict[tuple[str, str], list[float]] = {(way, measure): [] for way in ways for measure in measures}
         what = f"{self.batch}:{self.adapters} {', '.join(ways)}"[:60]
@@ -202,26 +223,65 @@ class Timings:
                 mine, theirs = times[way, measure], times[base, measure]
                 record[measure] = round(statistics.median(mine), 4)
                 record[f"{measure} × base"] = round(statistics.median(a / b for a, b in zip(mine, theirs)), 3)
-            self.records.append(record)
+            self.records.append(record if way == base else {**record, **columns})
             console.print(record)
 
 
-def correct(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> tuple[float, float, float]:
-    """Return the relative distances from PEFT's logits: of ours, of PEFT's own if inputs are rounded differently, and
-    of the base model's."""
+class Correct:
+    """PEFT's logits of the last tokens, which others must match to the precision of bfloat16.
 
-    def last(target: Any, **inputs: Any) -> torch.Tensor:
-        return target(**inputs).logits[:, -1].float()
+    Attributes:
+        noise: the relative distance of PEFT's own logits from these if inputs are rounded differently.
+        effect: the base model's distance.
+    """
 
-    theirs, plain = last(model, input_ids=prompt, adapter_names=names), last(base, input_ids=prompt)
-    exact = model.get_input_embeddings()(prompt)
-    factors = 1 + torch.finfo(exact.dtype).eps * (2 * torch.rand(exact.shape, device=exact.device) - 1)
-    others = last(model, inputs_embeds=(exact.float() * factors).to(exact.dtype), adapter_names=names)
-    peft_multibatch.enable(model)
-    ours = last(model, input_ids=prompt, adapter_ids=names)
-    peft_multibatch.disable(model)
-    error, noise, effect = (float((each - theirs).norm() / theirs.norm()) for each in (ours, others, plain))
-    return error, noise, effect
+    def __init__(self, base: Any, model: Any, prompt: torch.Tensor, names: list[str], is_quantized: bool) -> None:
+        self._prompt = prompt
+        self._theirs = last(model, input_ids=prompt, adapter_names=names)
+        exact = model.get_input_embeddings()(prompt)
+        factors = 1 + torch.finfo(exact.dtype).eps * (2 * torch.rand(exact.shape, device=exact.device) - 1)
+        embeddings = (exact.float() * factors).to(exact.dtype)
+        self.noise = self._distance(last(model, inputs_embeds=embeddings, adapter_names=names))
+        self.effect = self._distance(last(base, input_ids=prompt))
+        # two roundings of bfloat16 are this far apart, and quantized layers that round their inputs amplify them
+        self._limit = max(0.03, self.noise) if is_quantized else 0.03
+
+    def check(self, way: str, model: Any, names: list[str]) -> dict[str, float]:
+        """Check a method's logits; returns columns for its record."""
+        error = self._distance(last(model, input_ids=self._prompt, adapter_ids=names))
+        console.print(
+            f"{way}: error against PEFT {error:.4f}, of roundings {self.noise:.4f}, effect {self.effect:.2f}"
+        )
+        if not error < self._limit < self.effect:
+            raise SystemExit("results differ from PEFT, so nothing is timed")
+        return {"error": round(error, 4), "error of roundings": round(self.noise, 4)}
+
+    def _distance(self, logits: torch.Tensor) -> float:
+        return float((logits - self._theirs).norm() / self._theirs.norm())
+
+
+def last(target: Any, **inputs: Any) -> torch.Tensor:
+    """Return float32 logits ``[rows, vocabulary]`` of the last tokens."""
+    return target(**inputs).logits[:, -1].float()
+
+
+@contextmanager
+def enabled(model: Any, way: str, names: list[str]) -> Iterator[list[str]]:
+    """Enable the model in one of our ways; yields the ids for the rows of adapters with these names."""
+    fuse, is_stored = WAYS[way]
+    with tempfile.TemporaryDirectory() as folder:
+        if is_stored:
+            model.save_pretrained(folder)
+        mb = peft_multibatch.enable(model, fuse=fuse)
+        try:
+            if is_stored:
+                store = mb.adapter_store(max_device_memory="8GB", dtype="file")
+                for name in {*names}:
+                    store.register(f"stored {name}", Path(folder, name))
+                names = [f"stored {name}" for name in names]
+            yield names
+        finally:
+            peft_multibatch.disable(model)
 
 
 def memory(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
@@ -305,12 +365,13 @@ def main(
     alone: str = "32:32",
     compiled: str = "32:32,64:64",
     quantize: str = "",
+    ways: str = "; ".join(WAYS),
     tiny: bool = False,
     out: Path = RESULTS / "end_to_end.csv",
     commit: str = "",
 ) -> None:
-    """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, base weights fused
-    only if they aren't quantized."""
+    """Measure every point BATCH:ADAPTERS; PEFT's methods and compiled ones only at some of them, and quantized base
+    weights only as they are."""
     pairs = [tuple(map(int, point.split(":"))) for point in points.split(",")]
     base, model = build(
         max(adapters for _, adapters in pairs), rank, layers, DEVICE, quantize, **(TINY if tiny else {})
@@ -325,27 +386,22 @@ def main(
         prompt, wide = (
             torch.randint(1, base.config.vocab_size, (batch, length), device=DEVICE) for length in (128, 512)
         )
-        error, noise, effect = correct(base, model, prompt, names)
-        console.print(f"{point}: error against PEFT {error:.4f}, of roundings {noise:.4f}, effect {effect:.2f}")
-        # two roundings of bfloat16 are this far apart, and quantized layers that round their inputs amplify them
-        limit = max(0.03, noise) if quantize else 0.03
-        if not error < limit < effect:
-            raise SystemExit("results differ from PEFT, so nothing is timed")
+        correct = Correct(base, model, prompt, names, bool(quantize))
         timings = Timings(batch, adapters)
         found.append(timings)
         batches.append((point, names, prompt, wide))
         used = memory(base, model, prompt, names) if DEVICE.type == "cuda" else {}
         plain = calls(base, prompt, wide)
-        ours: list[tuple[str, Fuse]] = [(OURS, True), (FUSED, "weights")]
-        for way, fuse in ours[: 1 if quantize else 2]:
-            peft_multibatch.enable(model, fuse=fuse)
-            timings.measure({BASE: plain, way: calls(model, prompt, wide, adapter_ids=names)}, rounds)
-            if point in compiled.split(","):
-                mixed = compiled_calls(model, prompt, adapter_ids=names)
-                timings.measure({f"{BASE}, compiled": compiled_calls(base, prompt), f"{way}, compiled": mixed}, rounds)
-            peft_multibatch.disable(model)
+        for way in [OURS] if quantize else ways.split("; "):
+            with enabled(model, way, names) as ids:
+                columns = correct.check(way, model, ids) | (used if way == OURS else {})
+                mixed = calls(model, prompt, wide, adapter_ids=ids)
+                timings.measure({BASE: plain, way: mixed}, rounds, columns=columns)
+                if point in compiled.split(","):
+                    mixed = compiled_calls(model, prompt, adapter_ids=ids)
+                    both = {f"{BASE}, compiled": compiled_calls(base, prompt), f"{way}, compiled": mixed}
+                    timings.measure(both, rounds)
         timings.measure({BASE: plain, ONE: calls(model, prompt, wide)}, rounds)
-        timings.records[1] |= used | {"error": round(error, 4), "error of roundings": round(noise, 4)}
         write([record | known for each in found for record in each.records], out, plot)
     for timings, (point, names, prompt, wide) in zip(found, batches):
         if point in slow.split(","):

@@ -22,14 +22,13 @@ from typing import Any, cast
 import matplotlib
 import torch
 import typer
-from end_to_end import DEVICE, TINY, build, versions, write
+from end_to_end import DEVICE, TINY, build, enabled, versions, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-import peft_multibatch
 from peft_multibatch.layers.fusion import Fuse
 
 
@@ -144,11 +143,13 @@ def main(
     asynchronous: bool = True,
     attention: str = "",
     fuse: str = "",
+    stored: bool = False,
     tiny: bool = False,
     out: Path = RESULTS / "continuous.csv",
     commit: str = "",
 ) -> None:
-    """Measure throughput for every number of adapters; FUSE="weights" is passed to ``enable``."""
+    """Measure throughput for every number of adapters; FUSE="weights" is passed to ``enable``, and STORED registers
+    the adapters in a store instead of reading them from PEFT's modules."""
     if DEVICE.type == "cpu":
         graphs = asynchronous = False  # both need a GPU
     count_captures()
@@ -179,10 +180,8 @@ def main(
         # measured again for every number of adapters, because a host's speed varies
         baseline, _ = timed(base.continuous_batching_context_manager(**options()), prompts, rounds)
         names = [f"adapter{index % count}" for index in range(requests)]
-        mb = peft_multibatch.enable(model, fuse=cast(Fuse, fuse or True))
-        session = mb.continuous_batching(**options())
-        ours, tokens = timed(session, prompts, rounds, adapter_ids=names)
-        mb.disable()
+        with enabled(model, names, cast(Fuse, fuse or True), stored) as (mb, ids):
+            ours, tokens = timed(mb.continuous_batching(**options()), prompts, rounds, adapter_ids=ids)
         ways = {BASE: baseline, OURS: ours}
         if str(count) in alone.split(","):
             ways[ALONE], found = one_at_a_time(model, prompts, names, options)
@@ -200,6 +199,7 @@ def main(
                 | {"tokens_per_s": round(requests * new_tokens / result["seconds"])}
                 | {"× base": round(baseline["seconds"] / result["seconds"], 3), "captured": result["captured"]}
                 | {"graphs": graphs, "async": asynchronous, "attention": attention or "sdpa", "fuse": fuse or "True"}
+                | {"stored": stored}
                 | known
             )
             times = ", ".join(f"{each:.2f}" for each in result["times"])

@@ -266,9 +266,15 @@ def last(target: Any, **inputs: Any) -> torch.Tensor:
 
 
 @contextmanager
-def enabled(model: Any, way: str, names: list[str]) -> Iterator[list[str]]:
-    """Enable the model in one of our ways; yields the ids for the rows of adapters with these names."""
-    fuse, is_stored = WAYS[way]
+def enabled(model: Any, names: list[str], fuse: Fuse, is_stored: bool) -> Iterator[tuple[Any, list[str]]]:
+    """Enable the model; yields the handle, and ids for the rows of the adapters with these names.
+
+    Args:
+        model: the PEFT model.
+        names: an adapter for each row.
+        fuse: as in ``enable``.
+        is_stored: whether to save the adapters and register them in a store.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if is_stored:
             model.save_pretrained(folder)
@@ -279,7 +285,7 @@ def enabled(model: Any, way: str, names: list[str]) -> Iterator[list[str]]:
                 for name in {*names}:
                     store.register(f"stored {name}", Path(folder, name))
                 names = [f"stored {name}" for name in names]
-            yield names
+            yield mb, names
         finally:
             peft_multibatch.disable(model)
 
@@ -393,7 +399,7 @@ def main(
         used = memory(base, model, prompt, names) if DEVICE.type == "cuda" else {}
         plain = calls(base, prompt, wide)
         for way in [OURS] if quantize else ways.split("; "):
-            with enabled(model, way, names) as ids:
+            with enabled(model, names, *WAYS[way]) as (_, ids):
                 columns = correct.check(way, model, ids) | (used if way == OURS else {})
                 mixed = calls(model, prompt, wide, adapter_ids=ids)
                 timings.measure({BASE: plain, way: mixed}, rounds, columns=columns)

@@ -59,7 +59,7 @@ def test_kernels_are_checked(for_any_plan, load):
     ("name", "options"),
     [
         ("end_to_end", {"tiny": True, "points": "4:2", "slow": "4:2", "alone": "4:2", "compiled": "4:2"}),
-        ("continuous", {"tiny": True, "adapters": "1,2", "alone": "2", "requests": 4, "new_tokens": 3}),
+        ("continuous", {"tiny": True, "stored": True, "adapters": "1,2", "alone": "2", "requests": 4}),
         ("training", {"device": "cpu", "points": "2:1:8", "repeats": 1}),
         ("vision", {"device": "cpu", "points": "2:2", "depth": 2, "side": 4, "tokens": 4}),
     ],

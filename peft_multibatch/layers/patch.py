@@ -83,8 +83,8 @@ class PatchedLayer:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether calling the layer runs its handler, without a library's hook or another replacement around it."""
-        return self.place is self.module and self._forward.holds("forward")
+        """Whether calling its place runs its handler, without a library's hook or another replacement around it."""
+        return self._forward.holds("forward")
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer of the model, and so the same for all samples."""

@@ -108,15 +108,13 @@ def _is_plain(layer: PatchedLayer, states: Mapping[PatchedLayer, tuple | None]) 
 
 def state_of(layer: PatchedLayer) -> tuple | None:
     """What compiled code with kernels reads of a layer, besides its tables; None if that may be something else."""
-    module, bank, group = layer.module, layer.bank, layer.group
-    attributes = module.__dict__
+    module, place, bank, group = layer.module, layer.place, layer.bank, layer.group
     if (
         bank is None
         or bank.is_split
         or layer.handler is not linear
         or not layer.is_in_place
-        or not CALLS.isdisjoint(attributes)
-        or any(attributes[hooks] for hooks in HOOKS)
+        or any(_is_called_in_another_way(each) for each in (module, place))
         or module.merged_adapters
         or module._disable_adapters
         or not is_plain(module.base_layer)
@@ -128,7 +126,12 @@ def state_of(layer: PatchedLayer) -> tuple | None:
         return None
     slices = None if group is None else (group[0].bank.key, group[1])
     # a bank belongs to one layer or group, and its key to no other bank
-    return type(module), bank.key, slices, *map(_form, tensors)
+    return type(module), type(place), bank.key, slices, *map(_form, tensors)
+
+
+def _is_called_in_another_way(module: nn.Module) -> bool:
+    attributes = module.__dict__
+    return not CALLS.isdisjoint(attributes) or any(attributes[hooks] for hooks in HOOKS)
 
 
 def _form(tensor: Tensor | None) -> tuple | None:
@@ -146,7 +149,7 @@ _LAYER = rf"""(?:
     | {_HOOKS} | \.merged_adapters | \._disable_adapters | \._parameters | \._modules
     | \.forward(?:\.__func__|\.__self__)?
     | \.base_layer(?:{_HOOKS} | \._parameters(?:\['(?:weight|bias)'\])?)?
-    | \._multibatch(?:\.router | {_BANK} | {_GROUP})?
+    | \._multibatch(?:\.router | \.handler | {_BANK} | {_GROUP})?
 )"""
 _TYPES = {
     "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH", "DICT_NOT_CONTAINS", "DUPLICATE_INPUT", "EQUALS_MATCH",
@@ -156,7 +159,7 @@ _OF_BASE = re.compile(r"base_layer|\._weight|\._bias")
 _KEY = re.compile(r"\['([^']*)'\]")
 _GUARD = re.compile(
     rf"""(?:dict\()?(?:type\()? self ((?:\._modules\['[^']*'\])+)
-    (?:\._multibatch\.group\[0\]\.bank\.layers\[\d\])? {_LAYER}
+    (?:\._multibatch(?:\.module | \.group\[0\]\.bank\.layers\[\d\]))? {_LAYER}
     \)?(?:\.__dict__\) | \.__mro__\[\d\]\.__dict__\)\['_compiled_call_impl'\])?""",
     re.VERBOSE,
 )

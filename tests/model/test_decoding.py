@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from models import left_padded, lora_configs, peft_model
+from models import base_model, left_padded, lora_configs, peft_model
+from peft import LoraConfig, get_peft_model
 from threads import in_threads
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
@@ -35,6 +36,18 @@ def fresh_compiler():
 def enabled(request):
     model = peft_model(num_hidden_layers=1).to(DEVICE)
     return model, peft_multibatch.enable(model, backend="triton", fuse=getattr(request, "param", True))
+
+
+@pytest.fixture
+def stored(request, tmp_path):
+    """A model whose adapters are all in a store, so that it has no PEFT layers."""
+    peft_model(num_hidden_layers=1).save_pretrained(tmp_path)
+    model = base_model(num_hidden_layers=1).to(DEVICE)
+    mb = peft_multibatch.enable(model, backend="triton", fuse=getattr(request, "param", True))
+    store = mb.adapter_store()
+    for name in {*NAMES} - {"__base__"}:
+        store.register(name, tmp_path / name)
+    return model, mb
 
 
 both_ways_to_fuse = pytest.mark.parametrize("enabled", [True, "weights"], ids=["fused", "with weights"], indirect=True)
@@ -73,7 +86,10 @@ def layer_of(model):
 @both_ways_to_fuse
 def test_layers_are_checked_once(enabled, monkeypatch):
     """None of the guards of layers with adapters is left, and all others are."""
-    model, mb = enabled
+    check_guards(*enabled, monkeypatch)
+
+
+def check_guards(model, mb, monkeypatch):
     seen = []
     original = mb._decoding._covers
 
@@ -87,6 +103,11 @@ def test_layers_are_checked_once(enabled, monkeypatch):
     assert len(of_layers) > 100 and [each for each in of_layers if not each[2]] == []
     others = {*seen} - of_layers
     assert others and [each for each in others if each[2]] == []
+
+
+@pytest.mark.parametrize("stored", [True, "weights"], ids=["fused", "with weights"], indirect=True)
+def test_layers_of_stored_adapters_are_checked_once(stored, monkeypatch):
+    check_guards(*stored, monkeypatch)
 
 
 def hook_layer(model, mb):
@@ -147,6 +168,58 @@ def test_changes_between_calls_are_noticed(enabled, change):
     assert is_same(before, generate(model, is_compiled=False)) and graphs()
     torch.manual_seed(1)
     change(model, mb)
+    after = generate(model)
+    assert is_same(after, generate(model, is_compiled=False))
+    assert not is_same(after, before)
+
+
+def place_of(model):
+    return model.model.layers[0].self_attn.q_proj
+
+
+def hook_place(model, mb, folder):
+    place_of(model).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def pre_hook_place(model, mb, folder):
+    place_of(model).register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def give_place_bias(model, mb, folder):
+    place_of(model).bias = torch.nn.Parameter(torch.randn(place_of(model).out_features, device=DEVICE))
+
+
+def replace_place_weight(model, mb, folder):
+    place_of(model).weight = torch.nn.Parameter(torch.randn_like(place_of(model).weight))
+
+
+def replace_place(model, mb, folder):
+    place = place_of(model)
+    other = torch.nn.Linear(place.in_features, place.out_features, bias=False, device=DEVICE)
+    model.model.layers[0].self_attn.q_proj = other
+
+
+def register_larger(model, mb, folder):
+    config = LoraConfig(r=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base_model(num_hidden_layers=1), config).save_pretrained(folder / "larger")
+    mb._registry.store.register("three", folder / "larger")
+
+
+def wrap_by_peft(model, mb, folder):
+    get_peft_model(model, lora_configs()["eight"], adapter_name="peft")
+    place_of(model).base_layer.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_place, pre_hook_place, give_place_bias, replace_place_weight, replace_place, register_larger, wrap_by_peft],
+)
+def test_changes_of_layers_of_stored_adapters_are_noticed(stored, change, tmp_path):
+    model, mb = stored
+    before = generate(model)
+    assert is_same(before, generate(model, is_compiled=False)) and graphs()
+    torch.manual_seed(1)
+    change(model, mb, tmp_path)
     after = generate(model)
     assert is_same(after, generate(model, is_compiled=False))
     assert not is_same(after, before)

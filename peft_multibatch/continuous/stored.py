@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Collection, Container, Sequence
@@ -104,9 +105,9 @@ class StoredRequests:
         store = self._registry.store
         for name in self._leases.keys() - active:  # few, in every step
             if not any(each in active or each in waiting for each in self._leases[name].names):
-                ended = self._leases.pop(name)
                 if store is not None:
-                    store.touch(ended.adapters)
+                    store.note_use(self._leases[name].adapters)
+                del self._leases[name]
         for name in [name for name in self._loaded if name not in active and name not in waiting]:
             del self._loaded[name]
 
@@ -140,7 +141,8 @@ class StoredRequests:
                 self._unseen.discard(entry)
                 self._loaded.setdefault(state.request_id, now)
             ids, is_there = known[entry]
-            waiting.append(Waiting(state, ids, not is_there or state.request_id in self._loaded))
+            is_late = bool(ids) and (not is_there or state.request_id in self._loaded)
+            waiting.append(Waiting(state, ids, is_late))
         self._unseen = early
         late = [each for each in waiting if each.is_late]
         others = [each for each in waiting if not each.is_late]
@@ -177,22 +179,28 @@ class StoredRequests:
 
     def _lease(self, waiting: Waiting, turn: Turn, since: float | None = None) -> bool:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
-        store = self._registry.store
+        store, name = self._registry.store, waiting.state.request_id
         assert store is not None
+        known = self._leases.get(name)
+        if known is not None:
+            if all(map(operator.is_, known.adapters, map(store.current, waiting.ids))):
+                return True
+            del self._leases[name]  # of versions that were replaced
         if waiting.is_late and self._wake_up is not None:
             store.wake(self._wake_up)
         try:
             adapters = store.lease(waiting.ids, turn, since)
         except MultibatchError as error:
             self.failed.append((waiting.state, error))
+            self._loaded.pop(name, None)
             return False
-        if adapters is not None:
-            name, known = waiting.state.request_id, self._leases.get(waiting.state.request_id)
-            if known is None:
-                store.count(*((0, len(adapters)) if waiting.is_late else (len(adapters), 0)))
-            names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
-            self._leases[name] = Lease(adapters, names)
-        return adapters is not None
+        if adapters is None:
+            return False
+        if known is None:
+            store.count(*((0, len(adapters)) if waiting.is_late else (len(adapters), 0)))
+        names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
+        self._leases[name] = Lease(adapters, names)
+        return True
 
     def _starved(self, late: Sequence[Waiting]) -> Waiting | None:
         """The request that has waited too long for memory, if any; later ones wait behind it."""

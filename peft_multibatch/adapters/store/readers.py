@@ -32,18 +32,24 @@ class Readers:
         """Run a function that reads a file, and whose errors are its own."""
         with self._lock:
             self._waiting.append(read)
-            self.start()
+            self._start()
 
     def start(self) -> None:
         """Start the reads for which it is time; called again and again by those who wait for one."""
-        with self._lock:
-            while self._waiting and len(self._since) < MOST:
-                now = time.monotonic()
-                if sum(now - begin < HANGING for begin in self._since.values()) >= READERS:
-                    break
-                read = self._waiting.popleft()
-                self._since[read] = now
-                self._threads.submit(self._run, read)
+        if self._waiting and self._lock.acquire(blocking=False):  # whoever has it starts them
+            try:
+                self._start()
+            finally:
+                self._lock.release()
+
+    def _start(self) -> None:
+        while self._waiting and len(self._since) < MOST:
+            now = time.monotonic()
+            if sum(now - begin < HANGING for begin in self._since.values()) >= READERS:
+                break
+            read = self._waiting.popleft()
+            self._since[read] = now
+            self._threads.submit(self._run, read)
 
     def close(self) -> None:
         """Start nothing any more."""
@@ -57,4 +63,4 @@ class Readers:
         finally:
             with self._lock:
                 del self._since[read]
-                self.start()
+                self._start()

@@ -119,11 +119,9 @@ class StoredAdapters:
         found = {number: adapter for number in ids if (adapter := self.current(number)) is not None}
         return found if len(found) == len(ids) else None
 
-    def touch(self, adapters: Iterable[StoredAdapter]) -> None:
-        """Mark adapters as used: those of requests that have ended, which steps don't mark."""
-        with self._lock:
-            for adapter in adapters:
-                self._loader.final.touch(adapter.version)
+    def note_use(self, adapters: Iterable[StoredAdapter]) -> None:
+        """Record that adapters were used until now, by a request that has ended; steps don't record it."""
+        self._loader.final.used.extend(adapter.version for adapter in adapters)
 
     def begin_turn(self) -> Turn:
         """A turn of ``lease``. Other reads start in place of those that hang."""
@@ -147,7 +145,7 @@ class StoredAdapters:
         tier = self._loader.final
         wanted = [self._find(number) for number in ids]
         turn.stay.update(wanted)
-        if since is not None and all(version.loading is not None for version in wanted):  # without the lock
+        if wanted and since is not None and all(each.loading is not None for each in wanted):  # without the lock
             for version in wanted:
                 self._loader.check_time(version, since)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Set
 from typing import Any
 
@@ -19,6 +19,7 @@ class Tier:
     Attributes:
         arena: the memory.
         evictions: the number of evictions so far.
+        used: adapters whose use was recorded without the lock, in order; see ``touch``.
 
     Args:
         arena: the memory.
@@ -28,6 +29,7 @@ class Tier:
     def __init__(self, arena: Arena, keeps_pinned: bool = True) -> None:
         self.arena, self._keeps_pinned = arena, keeps_pinned
         self.evictions = 0
+        self.used: deque[Version] = deque()
         self._kept: OrderedDict[Version, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -38,6 +40,14 @@ class Tier:
 
     def touch(self, version: Version) -> bool:
         """Mark an adapter as used; returns whether it is in memory."""
+        self._touch_used()
+        return self._move_to_end(version)
+
+    def _touch_used(self) -> None:
+        while self.used:
+            self._move_to_end(self.used.popleft())
+
+    def _move_to_end(self, version: Version) -> bool:
         if version in self._kept:
             self._kept.move_to_end(version)
             return True
@@ -81,11 +91,17 @@ class Tier:
         let_go()
         return self._drop_unused(sizes, stay)
 
+    def _is_used(self, version: Version) -> bool:
+        """Whether a call, a plan or a request has it, and so its memory."""
+        adapter = version.adapter() if version.adapter is not None else None
+        return adapter is not None and adapter.memory is self._kept[version]
+
     def _drop_unused(self, sizes: Collection[int], stay: Set[Version]) -> bool:
         if self.arena.fits(sizes):
             return True
+        self._touch_used()
         for version in list(self._kept):
-            if (version.is_pinned and self._keeps_pinned) or version in stay:
+            if self._is_used(version) or (version.is_pinned and self._keeps_pinned) or version in stay:
                 continue
             memory = weakref.ref(self._kept[version])
             del self._kept[version]

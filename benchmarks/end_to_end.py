@@ -7,6 +7,7 @@
 The model has the shape of Llama 8B with 8 of its 32 layers, random weights in bfloat16, and adapters of rank 16 on all
 seven projections. Before a method is timed, its logits of the mixed batch must match PEFT's to the precision of
 bfloat16. Every round times each method and the base model once, and ratios are medians of the ratios within rounds.
+``begin_ms`` is the host's time to begin a call, a part of all of these measurements.
 Stored adapters are the same ones, saved and registered in an adapter store, which isn't compared with PEFT's modules
 whenever a call begins.
 """
@@ -290,6 +291,17 @@ def enabled(model: Any, names: list[str], fuse: Fuse, is_stored: bool) -> Iterat
             peft_multibatch.disable(model)
 
 
+def begin_ms(mb: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> float:
+    """Return the host's time to begin a call after another one, when nothing runs on the GPU yet."""
+    took = []
+    for _ in range(10):
+        model(input_ids=prompt, adapter_ids=names, logits_to_keep=1, use_cache=False)
+        begin = time.perf_counter()
+        with mb.batch(names):
+            took.append(time.perf_counter() - begin)
+    return round(1e3 * statistics.median(took), 3)
+
+
 def memory(base: Any, model: Any, prompt: torch.Tensor, names: list[str]) -> dict[str, float]:
     """Return peak memory of `generate` in GB, and memory kept between calls relative to the adapters' size."""
 
@@ -399,8 +411,9 @@ def main(
         used = memory(base, model, prompt, names) if DEVICE.type == "cuda" else {}
         plain = calls(base, prompt, wide)
         for way in [OURS] if quantize else ways.split("; "):
-            with enabled(model, names, *WAYS[way]) as (_, ids):
+            with enabled(model, names, *WAYS[way]) as (mb, ids):
                 columns = correct.check(way, model, ids) | (used if way == OURS else {})
+                columns["begin_ms"] = begin_ms(mb, model, prompt, ids)
                 mixed = calls(model, prompt, wide, adapter_ids=ids)
                 timings.measure({BASE: plain, way: mixed}, rounds, columns=columns)
                 if point in compiled.split(","):

@@ -8,6 +8,9 @@ import time
 import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import RequestState
+
+from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,3 +61,24 @@ def results(manager, number, timeout=60):
             found[output.request_id] = output
     assert len(found) == number, found
     return found
+
+
+class Simulation:
+    """Requests of ten tokens in a fair scheduler's queues, which are served one after the other."""
+
+    def __init__(self):
+        self._queue, self._waiting = FairScheduler(), {}
+
+    def arrive(self, entry):
+        state = RequestState(object(), [1] * 10, logit_processor_kwargs={KEY: entry})
+        self._waiting[state.request_id] = state
+        self._queue.add(state)
+
+    def serve(self):
+        """Serve the next request, and return its entry."""
+        self._queue.update(self._waiting, ())
+        state = next(self._queue.in_turn(self._queue.adapters)).state
+        del self._waiting[state.request_id]
+        entry = entry_of(state)
+        self._queue.charge(entry, 10)
+        return entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,10 +53,11 @@ class Admission:
         self._positions: int | None = None  # number of learned position embeddings, if the model has them
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # a problem of the model that keeps every request from running
-        # what requests' errors depend on, as of the last check: problem, is_disabled, versions of adapters by id
-        self._then: tuple[MultibatchError | None, bool, dict[int, int]] = None, False, {}
+        # what requests' errors depend on, as of the last check: problem, is_disabled, deleted adapters
+        self._then: tuple[MultibatchError | None, bool, int] = None, False, 0
+        self._versions: dict[int, int] = {}  # and versions of the running requests' adapters, by id
         self._promised: dict[str, RequestState] = {}  # ids of future children → the request to be forked into them
-        self._new: set[str] = set()  # requests added since the last check
+        self._new: dict[Any, RequestState] = {}  # requests to check next, by id: new ones, and those that may fail
         self._looked_at: tuple | None = None  # layers and head as of the last scan
         self._checked: dict[Entry, tuple] = {}  # entries that can run, with the versions of their adapters
 
@@ -73,7 +74,7 @@ class Admission:
 
     def note(self, state: RequestState) -> None:
         """Record a new request, which hasn't been checked yet."""
-        self._new.add(state.request_id)
+        self._new[state.request_id] = state
 
     def once(self, scheduler: Any, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
         """Wrap a scheduler's ``add`` so that it refuses ids, or ids of future children, that are already in use."""
@@ -110,8 +111,18 @@ class Admission:
 
         return add_once
 
-    def hopeless(self, states: Iterable[RequestState]) -> Iterator[tuple[RequestState, Exception]]:
-        """Yield the requests that can't run, or no longer can, each with its error."""
+    def hopeless(
+        self, active: Mapping[Any, RequestState], waiting: Mapping[Any, RequestState]
+    ) -> Iterator[tuple[RequestState, Exception]]:
+        """Yield the requests that can't run, or no longer can, each with its error.
+
+        Waiting requests are checked when they are new, when an adapter was deleted, when the model changes in a way
+        that concerns all, and by ``may_begin``, so that a step takes no longer because many wait.
+
+        Args:
+            active: the running requests, by id.
+            waiting: the waiting ones.
+        """
         try:
             self._handle._refresh()
             with torch.no_grad():
@@ -121,24 +132,31 @@ class Admission:
         except MultibatchError as caught:
             self._problem = caught
         self._is_disabled = any(layer.module._disable_adapters for layer in list(self._handle._layers.values()))
-        states = list(states)
-        used = {number for entry in {entry_of(state) for state in states} for number in ids_of(entry)}
-        versions = {number: self._registry.version(number) for number in used}
-        problem, is_disabled, known = self._then
-        is_same = (problem, is_disabled) == (self._problem, self._is_disabled)
-        if is_same and all(known.get(number, version) == version for number, version in versions.items()):
-            # only new requests and those without a limit need a check
-            states = [state for state in states if state.max_new_tokens is None or state.request_id in self._new]
-        self._then = self._problem, self._is_disabled, versions
+        used = {number for entry in {entry_of(state) for state in active.values()} for number in ids_of(entry)}
+        versions, known = {number: self._registry.version(number) for number in used}, self._versions
+        now = self._problem, self._is_disabled, self._registry.names.removals
+        if now == self._then and all(known.get(number, version) == version for number, version in versions.items()):
+            due = {name: state for name, state in active.items() if state.max_new_tokens is None}  # they get longer
+            due |= {
+                name: state
+                for name, state in self._new.items()
+                if state is active.get(name) or state is waiting.get(name)
+            }
+        else:
+            due = {**active, **waiting}
+        self._then, self._versions = now, versions
         self._new.clear()
-        for state in states:
+        for state in due.values():
             error = self.why_not(state)
             if error is not None:
                 yield state, error
 
     def may_begin(self, state: RequestState) -> bool:
-        """Whether a waiting request can run; those that ``hopeless`` has already checked can."""
-        return state.request_id not in self._new or self.why_not(state) is None
+        """Whether a waiting request can run. If it can't, ``hopeless`` says why next."""
+        can = self.why_not(state) is None
+        if not can:
+            self._new[state.request_id] = state
+        return can
 
     def why_not(self, state: RequestState) -> Exception | None:
         """Return the error that keeps a request from running, or None if it can run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -60,10 +60,6 @@ class Leaving:
         self._copies = copies
         processor._handle_request_error = self._tell
         self._scheduler.clear_cancelled_requests = self._with_outputs(self._scheduler.clear_cancelled_requests)
-
-    def states(self) -> Iterator[RequestState]:
-        """All running and waiting requests."""
-        return itertools.chain(self._scheduler.active_requests.values(), self._scheduler.waiting_requests.values())
 
     def has_begun(self, ids: set[int]) -> bool:
         """Whether a request that has started uses one of these adapters."""

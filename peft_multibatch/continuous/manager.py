@@ -25,7 +25,7 @@ from peft_multibatch.continuous.outputs import Outputs
 from peft_multibatch.continuous.prefixes import Prefixes
 from peft_multibatch.continuous.prompts import check_name, check_options, ends_of, limit_of, prefix_of, tokens_of
 from peft_multibatch.continuous.quarantine import Quarantine
-from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of, has_begun
+from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of
 from peft_multibatch.continuous.steps import Steps, finish_writes
 from peft_multibatch.continuous.stored import StoredRequests
 from peft_multibatch.errors import ModelStateError, MultibatchError, UnsupportedError
@@ -251,8 +251,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._leaving = Leaving(processor, self.num_return_sequences)
             self._quarantine = Quarantine(processor, self._leaving, self._registry, self._prefixes.key)
             self._steps.wrap(processor, self._quarantine)
-            scheduler.add_waiting_request = self._admission.once(scheduler, scheduler.add_waiting_request)
-            scheduler._get_waiting_candidates = self._in_turn(scheduler, scheduler._get_waiting_candidates)
+            add = self._queue.queueing(scheduler.add_waiting_request)
+            scheduler.add_waiting_request = self._admission.once(scheduler, add)
+            scheduler._get_waiting_candidates = self._in_turn(scheduler)
             cache.search_prefix_match = self._salted_search(cache.search_prefix_match)
             for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete"):  # newer and older transformers
                 if hasattr(cache, name):
@@ -260,16 +261,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         finish_writes(self.model.device)
         return processor
 
-    def _in_turn(self, scheduler: Any, candidates: Callable[[], list[RequestState]]) -> Callable[[], list]:
+    def _in_turn(self, scheduler: Any) -> Callable[[], list[RequestState]]:
         def in_turn() -> list[RequestState]:
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return []
             running = {entry_of(state) for state in scheduler.active_requests.values()}
-            there = list(filter(self._admission.may_begin, candidates()))
-            found = self._queue.order(there, running)
-            held = self._registry.held.keys()
-            free = [state for state in found if has_begun(state) or not held & ids_of(entry_of(state))]
-            return self._stored.ready(free, scheduler)
+            self._queue.update(scheduler.waiting_requests, running)
+            found = self._stored.ready(self._queue, self._registry.held.keys(), scheduler)
+            return list(filter(self._admission.may_begin, found))
 
         return in_turn
 
@@ -297,7 +296,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _fail_hopeless(self) -> None:
         """Fail requests that can't run, or no longer can, before they stop the loop."""
         failed, self._stored.failed = self._stored.failed, []
-        for state, error in [*failed, *self._admission.hopeless(self._leaving.states())]:
+        scheduler: Any = self.batch_processor.scheduler
+        hopeless = self._admission.hopeless(scheduler.active_requests, scheduler.waiting_requests)
+        for state, error in [*failed, *hopeless]:
             self._leaving.fail(state, error)
 
     def _resolve(self, adapter_id: Any) -> Entry:

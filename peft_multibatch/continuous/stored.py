@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 import time
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Sequence, Set
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.leaving import children_of
-from peft_multibatch.continuous.scheduler import entry_of
+from peft_multibatch.continuous.scheduler import Candidate, FairScheduler, entry_of
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.plan.ids import Entry, ids_of
 
@@ -30,18 +31,27 @@ AHEAD = 4
 """Adapters are loaded ahead for as many requests as a batch holds, divided by this."""
 
 
+SPARE = 16
+"""Candidates besides those for free places, in case some don't fit into the cache or the step."""
+
+
 class Waiting(NamedTuple):
     """A waiting request.
 
     Attributes:
-        state: transformers' state of the request.
+        candidate: the request.
         ids: the ids of its stored adapters.
         is_late: whether these aren't in memory, or had to be loaded for it.
     """
 
-    state: RequestState
+    candidate: Candidate
     ids: list[int]
     is_late: bool
+
+    @property
+    def state(self) -> RequestState:
+        """transformers' state of the request."""
+        return self.candidate.state
 
 
 class Lease(NamedTuple):
@@ -75,8 +85,8 @@ class StoredRequests:
         self._registry, self._wake_up = registry, wake_up
         self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to start
         self._loaded: dict[Any, float] = {}  # requests whose adapters had to be loaded, and since when they wait
-        self._early: set[Entry] = set()  # entries whose adapters load before the loop sees their requests
-        self._unseen: set[Entry] = set()  # those of before the last turn, which end if the next doesn't see them
+        self._early: set[tuple[int, ...]] = set()  # adapters that load before the loop sees their requests
+        self._unseen: set[tuple[int, ...]] = set()  # those of the turn before, which are forgotten after the next
         self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
 
     def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
@@ -96,7 +106,7 @@ class StoredRequests:
         scheduler = processor.scheduler
         ahead += len(scheduler.active_requests) + len(scheduler.waiting_requests)
         if ahead < scheduler.max_requests_per_batch:
-            self._early.add(entry)
+            self._early.add(ids_of(entry))
             with suppress(MultibatchError):  # the loop reports it
                 store.load(ids)
 
@@ -111,7 +121,7 @@ class StoredRequests:
         for name in [name for name in self._loaded if name not in active and name not in waiting]:
             del self._loaded[name]
 
-    def ready(self, states: Sequence[RequestState], scheduler: Any) -> list[RequestState]:
+    def ready(self, queue: FairScheduler, held: Set[int], scheduler: Any) -> list[RequestState]:
         """Return the requests that may run now, in order; the adapters of others start to load.
 
         Adapters are loaded for the requests that may start now, and ahead for few of those that come next, so that a
@@ -119,55 +129,58 @@ class StoredRequests:
         may run now needs.
 
         Args:
-            states: the waiting requests.
+            queue: the waiting requests.
+            held: ids of adapters whose requests may not start.
             scheduler: transformers' scheduler, which knows the running requests.
         """
         store, active = self._registry.store, scheduler.active_requests
-        if store is None:
-            return list(states)
-        self.keep(active.keys(), {state.request_id for state in states})
+        free = [adapters for adapters in queue.adapters if not (held and held & {*adapters})]
         places = max(scheduler.max_requests_per_batch - len(active), 0)
-        waiting: list[Waiting] = []
+        if store is None:
+            return [each.state for each in [*queue.begun(), *itertools.islice(queue.in_turn(free), places + SPARE)]]
+        self.keep(active.keys(), scheduler.waiting_requests)
         now = time.monotonic()
-        early, self._early = self._early, set()  # other threads add to it
-        known: dict[Entry, tuple[list[int], bool]] = {}  # many requests share an adapter
-        for state in states:
-            entry = entry_of(state)
-            if entry not in known:
-                ids = [each for each in ids_of(entry) if store.has(each)]
-                known[entry] = ids, all(map(store.is_loaded, ids))
-            if entry in early or entry in self._unseen:
-                early.discard(entry)
-                self._unseen.discard(entry)
-                self._loaded.setdefault(state.request_id, now)
-            ids, is_there = known[entry]
-            is_late = bool(ids) and (not is_there or state.request_id in self._loaded)
-            waiting.append(Waiting(state, ids, is_late))
-        self._unseen = early
-        late = [each for each in waiting if each.is_late]
-        others = [each for each in waiting if not each.is_late]
+        ids = {adapters: [each for each in adapters if store.has(each)] for adapters in free}
+        there = {adapters for adapters in free if all(map(store.is_loaded, ids[adapters]))}
+        self._note_early(queue, now)
+
+        def waiting(candidate: Candidate) -> Waiting:
+            entry = ids_of(entry_of(candidate.state))
+            own = ids[entry] if entry in ids else [each for each in entry if store.has(each)]
+            is_there = entry in there or all(map(store.is_loaded, own))
+            is_late = bool(own) and (not is_there or candidate.state.request_id in self._loaded)
+            return Waiting(candidate, own, is_late)
+
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded.keys() & active.keys())
+        ahead = max(scheduler.max_requests_per_batch // AHEAD, 1)
+        found = list(map(waiting, queue.begun()))
+        late = [each for each in found if each.is_late]
+        others = [each for each in found if not each.is_late]
+        for each in map(waiting, queue.in_turn(there)):
+            (late if each.is_late else others).append(each)
+            if len(others) >= places + SPARE:
+                break
+        absent = (adapters for adapters in free if adapters not in there)
+        late += map(waiting, itertools.islice(queue.in_turn(absent), places + ahead))
+        late.sort(key=_order)
         count = max(min(places, half), places - len(others), 0)
         late, later = late[:count], late[count:]
         starved = self._starved(late)
         if starved is not None:
             late = late[: late.index(starved) + 1]
-            others = [each for each in waiting[: waiting.index(starved)] if not each.is_late]
-            others += [each for each in waiting[waiting.index(starved) :] if not each.ids]
-        found = {each.state.request_id for each in others if not each.ids}
+            others = [each for each in others if _order(each) < _order(starved) or not each.ids]
+        chosen = [each for each in others if not each.ids]
         turn = store.begin_turn()
         # first, so that loading doesn't evict their adapters
-        for each in [each for each in others if each.ids][:places]:
-            if self._lease(each, turn):
-                found.add(each.state.request_id)
+        chosen += [each for each in [each for each in others if each.ids][:places] if self._lease(each, turn)]
         for each in late:
             since = self._loaded.get(each.state.request_id)
             self._loaded.setdefault(each.state.request_id, now)
             if self._lease(each, turn, since):
-                found.add(each.state.request_id)
+                chosen.append(each)
         short = [each for each in late if not all(map(store.is_coming, each.ids))]
         if later and not short:
-            later = later[: max(scheduler.max_requests_per_batch // AHEAD, 1)]
+            later = later[:ahead]
             soon = [number for each in [*late, *others[: scheduler.max_requests_per_batch]] for number in each.ids]
             store.look_ahead([number for each in later for number in each.ids], soon)
             for each in later:
@@ -175,7 +188,15 @@ class StoredRequests:
                     self._loaded.setdefault(each.state.request_id, now)
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), now
-        return [state for state in states if state.request_id in found]
+        return [each.state for each in sorted(chosen, key=_order)]
+
+    def _note_early(self, queue: FairScheduler, now: float) -> None:
+        """Find the requests whose adapters began to load before the loop saw them."""
+        early, self._early = self._early, set()  # other threads add to it
+        known = {adapters for adapters in early | self._unseen if adapters in queue.adapters}
+        for adapters in known:
+            self._loaded.setdefault(queue.first(adapters).request_id, now)
+        self._unseen = early - known
 
     def _lease(self, waiting: Waiting, turn: Turn, since: float | None = None) -> bool:
         """Whether a request may run now; starts to load its adapters if they aren't in memory."""
@@ -208,3 +229,8 @@ class StoredRequests:
         if time.monotonic() - since < STARVED:
             return None
         return next((each for each in late if each.state.request_id == name), None)
+
+
+def _order(waiting: Waiting) -> tuple[float, int]:
+    """What requests are sorted by, so that they start in turn."""
+    return waiting.candidate[:2]

@@ -19,6 +19,7 @@ class AdapterNames:
         by_id: its name, by id.
         count: the number of ids that were ever given.
         changes: how often one of PEFT's adapters was added or deleted.
+        removals: how often any adapter was deleted or unregistered.
         stored: the names of adapters that are in a store instead of in PEFT's modules.
 
     Args:
@@ -30,6 +31,7 @@ class AdapterNames:
         self.by_id: dict[int, str] = {}
         self.count = 0
         self.changes = 0
+        self.removals = 0
         self.stored: set[str] = set()
         self._gone: dict[str, int] = {}
         self.update(names)
@@ -119,6 +121,7 @@ class AdapterNames:
         if name in self.ids:
             number = self._gone[name] = self.ids.pop(name)
             del self.by_id[number]
+            self.removals += 1
             if len(self._gone) > MOST_GONE:
                 del self._gone[next(iter(self._gone))]
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from batching import DEVICE, generation, prompts, results, row_by_row, settings
+from batching import DEVICE, Simulation, generation, prompts, results, row_by_row, settings
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -19,7 +19,6 @@ from transformers.generation.continuous_batching.requests import RequestState
 import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.continuous import admission, prefixes
-from peft_multibatch.continuous.scheduler import FairScheduler
 
 
 ENTRIES = ["three", "__base__", "eight", {"four": 0.7, "eight": 0.3}, "four", "three"]
@@ -660,20 +659,13 @@ def test_an_adapter_on_the_head_that_is_loaded_while_requests_run(enabled):
 def test_a_flood_for_one_adapter_does_not_starve_the_others():
     """A simulation of two adapters, one of which has a hundred requests before the other's ten arrive."""
 
-    class Request:
-        def __init__(self, entry):
-            self.logit_processor_kwargs = {"adapter_id": entry}
-            self.initial_tokens = [1] * 10
-            self.status, self.generated_tokens, self._true_initial_tokens = 0, [], 0
-
-    queue, waiting, begun = FairScheduler(), [Request(0) for _ in range(100)], []
+    queue, begun = Simulation(), []
+    for _ in range(100):
+        queue.arrive(0)
     for step in range(110):
-        if step == 20:
-            waiting += [Request(1) for _ in range(10)]
-        state = queue.order(waiting, set())[0]
-        waiting.remove(state)
-        begun.append(state.logit_processor_kwargs["adapter_id"])
-        queue.charge(begun[-1], 10)
+        for _ in range(10 if step == 20 else 0):
+            queue.arrive(1)
+        begun.append(queue.serve())
     assert begun[:20] == [0] * 20
     # they alternate from the arrival on: the late adapter neither waits nor takes all places
     assert Counter(begun[20:40]) == {0: 10, 1: 10}

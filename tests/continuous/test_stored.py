@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batching import DEVICE, generation, prompts, results, settings
+from batching import DEVICE, Simulation, generation, prompts, results, settings
 from models import base_model, lora_configs
 from peft import LoraConfig, get_peft_model
 from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
@@ -285,6 +285,22 @@ def test_requests_that_ended_hold_no_memory(make, inputs, texts, is_stopped):
         assert whole_room(mb, inputs, ["a2", "a3"]) == [texts["a2"][0], texts["a3"][0]]
 
 
+def ready(requests, states, scheduler):
+    """The requests that may run now of those that wait, in order of arrival."""
+    queue = FairScheduler()
+    scheduler.waiting_requests = {state.request_id: state for state in states}
+    for state in states:
+        queue.add(state)
+    queue.update(scheduler.waiting_requests, ())
+    return requests.ready(queue, set(), scheduler)
+
+
+def begin_all(requests, states, scheduler):
+    begin = time.monotonic()
+    while ready(requests, states, scheduler) != states:
+        assert time.monotonic() - begin < 20
+
+
 def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
     """Even after the request that they were forked from has ended."""
     mb, store = make(room=1)
@@ -292,9 +308,7 @@ def test_sequences_that_were_forked_hold_their_adapter(make, inputs, texts):
     scheduler = SimpleNamespace(active_requests={}, max_requests_per_batch=4)
     number = mb._registry.names.ids["a0"]
     state = RequestState("r", inputs[0], num_children=1, logit_processor_kwargs={KEY: number})
-    begin = time.monotonic()
-    while requests.ready([state], scheduler) != [state]:
-        assert time.monotonic() - begin < 20
+    begin_all(requests, [state], scheduler)
     requests.keep({"r__child#0"}, ())
     store.prefetch("a1")
     assert store.stats().loads == 1 and store.stats().evictions == 0
@@ -313,14 +327,12 @@ def test_requests_without_room_look_for_it_once_a_turn(make, inputs, monkeypatch
         return [RequestState(f"r{number}", inputs[0], logit_processor_kwargs={KEY: number}) for number in ids]
 
     running = states(0, 2)
-    begin = time.monotonic()
-    while requests.ready(running, scheduler) != running:
-        assert time.monotonic() - begin < 20
+    begin_all(requests, running, scheduler)
     scheduler.active_requests = {state.request_id: state for state in running}
     looked, make_room = [], Tier.make_room
     monkeypatch.setattr(Tier, "make_room", lambda *args: looked.append(args) or make_room(*args))
     for turn in range(1, 4):
-        assert requests.ready(states(2, 8), scheduler) == []
+        assert ready(requests, states(2, 8), scheduler) == []
         assert len(looked) == turn
 
 
@@ -501,15 +513,9 @@ def test_the_adapter_that_was_used_least_recently_is_evicted(make, inputs):
     assert [store.is_loaded(store._names.ids[f"a{number}"]) for number in range(4)] == [True, False, True, True]
 
 
-def waiting(mb, name, inputs, request="r", **options):
+def waiting(mb, name, inputs, request="r"):
     number = mb._registry.names.ids[name] if name != "__base__" else -1
-    return RequestState(request, inputs[0], logit_processor_kwargs={KEY: number}, **options)
-
-
-def begin_all(requests, states, scheduler):
-    begin = time.monotonic()
-    while requests.ready(states, scheduler) != states:
-        assert time.monotonic() - begin < 20
+    return RequestState(request, inputs[0], logit_processor_kwargs={KEY: number})
 
 
 def test_an_adapter_is_used_until_its_request_ends(make, inputs):
@@ -545,9 +551,9 @@ def test_a_request_that_failed_to_load_leaves_nothing_to_another_of_the_same_id(
     scheduler = SimpleNamespace(active_requests={}, max_requests_per_batch=4)
     states, begin = [waiting(mb, "broken", inputs)], time.monotonic()
     while not requests.failed:
-        assert requests.ready(states, scheduler) == [] and time.monotonic() - begin < 20
+        assert ready(requests, states, scheduler) == [] and time.monotonic() - begin < 20
     states = [waiting(mb, "__base__", inputs)]
-    assert requests.ready(states, scheduler) == states
+    assert ready(requests, states, scheduler) == states
 
 
 def test_an_adapter_that_moves_to_peft_while_a_request_waits_for_it(make, folder, inputs, texts, monkeypatch):
@@ -621,25 +627,17 @@ def test_cold_adapters_have_every_place_where_nobody_else_wants_one(make, inputs
     assert [found[name].generated_tokens for name in requests] == [texts[f"a{n}"][0] for n in range(COUNT)]
 
 
-class Request:
-    def __init__(self, entry):
-        self.logit_processor_kwargs = {"adapter_id": entry}
-        self.initial_tokens = [1] * 10
-        self.status, self.generated_tokens, self._true_initial_tokens = 0, [], 0
-
-
 def test_adapters_without_end_do_not_starve_one_that_was_served_before():
     """A simulation in which requests for new adapters arrive twice as fast as any are served."""
-    queue, waiting, turns = FairScheduler(), [Request(0)], []
+    queue, turns = Simulation(), []
+    queue.arrive(0)
     for step in range(200):
-        state = queue.order(waiting, set())[0]
-        waiting.remove(state)
-        entry = state.logit_processor_kwargs["adapter_id"]
-        queue.charge(entry, 10)
+        entry = queue.serve()
         if entry == 0:
             turns.append(step)
-            waiting.append(Request(0))
-        waiting += [Request(1 + 2 * step + each) for each in range(2)]
+            queue.arrive(0)
+        for each in range(2):
+            queue.arrive(1 + 2 * step + each)
     assert len(turns) >= 4, turns
 
 

@@ -77,7 +77,7 @@ class Simulation:
     def serve(self):
         """Serve the next request, and return its entry."""
         self._queue.update(self._waiting, ())
-        state = next(self._queue.in_turn(self._queue.adapters)).state
+        (state,) = (each.state for each in self._queue.except_of(lambda adapters: False, 1))
         del self._waiting[state.request_id]
         entry = entry_of(state)
         self._queue.charge(entry, 10)

@@ -179,6 +179,11 @@ class Registry:
             found[each] = adapter
         return found
 
+    def of_peft(self) -> list[int]:
+        """Ids of the adapters in PEFT's modules."""
+        ids = self.names.ids
+        return [ids[name] for name in list(self.source.configs) if name in ids]
+
     def check_any_runs(self) -> None:
         """Check that at least one of the adapters, if there are any, can run.
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from typing import Any, NamedTuple
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
@@ -17,6 +17,10 @@ from peft_multibatch.plan.segments import BASE
 
 KEY = "adapter_id"
 """Key of a request's entry in its arguments for logits processors, which forks and evictions copy."""
+
+
+Adapters = tuple[int, ...]
+"""The ids of a request's adapters: several for a mixture, none for the base model."""
 
 
 def entry_of(state: RequestState) -> Entry:
@@ -57,7 +61,10 @@ class FairScheduler:
     new adapters would always go before one that was already served. Requests of the same adapter start in order of
     arrival.
 
-    There is a queue for each adapter, so that a step takes no longer because many requests wait.
+    There is a queue for each adapter, and a heap of their turns, so that a step takes no longer because many wait.
+
+    Attributes:
+        mixtures: adapters of mixtures for which requests wait, which are also in ``adapters``.
 
     Source:
         Virtual token counters: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. Initial counts:
@@ -65,17 +72,25 @@ class FairScheduler:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[int, ...], float] = {}
+        self.mixtures: set[Adapters] = set()
+        self._counts: dict[Adapters, float] = {}  # of adapters with requests
         self._now = 0.0  # the count of each adapter if all had been served equally
+        self._running: set[Adapters] = set()
         self._waiting: Mapping[Any, RequestState] = {}
         self._begun: list[RequestState] = []
-        # requests that haven't begun, by their adapters, in order of arrival; some may not be waiting any more
-        self._queues: dict[tuple[int, ...], deque[tuple[int, RequestState]]] = {}
+        # requests that haven't begun, in order of arrival; some may not be waiting any more
+        self._queues: dict[Adapters, deque[tuple[int, RequestState]]] = {}
         self._places = itertools.count()
+        self._size = 0  # of all queues together
+        self._new: list[Adapters] = []  # whose queue has no turn yet
+        self._turns: list[tuple[float, int, Adapters]] = []  # a heap; those that are out of date come up too early
+        self._turn_of: dict[Adapters, tuple[float, int, Adapters]] = {}
 
     def charge(self, entry: Entry, tokens: int) -> None:
         """Add tokens to the count of an entry's adapters."""
-        self._counts[ids_of(entry)] = self._counts.get(ids_of(entry), self._now) + tokens
+        adapters = ids_of(entry)
+        self._running.add(adapters)  # or its count would stay
+        self._counts[adapters] = self._counts.get(adapters, self._now) + tokens
         self._now += tokens / len(self._counts)
 
     def queueing(self, add: Callable[[RequestState], None]) -> Callable[[RequestState], None]:
@@ -91,11 +106,18 @@ class FairScheduler:
         """Queue a request that waits from now on."""
         if has_begun(state):
             self._begun.append(state)
-        else:
-            self._queues.setdefault(ids_of(entry_of(state)), deque()).append((next(self._places), state))
+            return
+        adapters = ids_of(entry_of(state))
+        if adapters not in self._queues:
+            self._queues[adapters] = deque()
+            self._new.append(adapters)
+            if len(adapters) > 1:
+                self.mixtures.add(adapters)
+        self._queues[adapters].append((next(self._places), state))
+        self._size += 1
 
     def update(self, waiting: Mapping[Any, RequestState], running: Iterable[Entry]) -> None:
-        """Forget requests that no longer wait, and the counts of adapters without requests.
+        """Note which requests wait and run.
 
         Args:
             waiting: the waiting requests, by id.
@@ -103,59 +125,118 @@ class FairScheduler:
         """
         self._waiting = waiting
         self._begun = list(filter(self._waits, self._begun))
-        total = 0
-        for adapters, queue in list(self._queues.items()):
-            while queue and not self._waits(queue[0][1]):
-                queue.popleft()
-            total += len(queue)
-            if not queue:
-                del self._queues[adapters]
-        if total > 2 * len(waiting):  # many were cancelled behind others that wait
-            self._queues = {
-                adapters: deque(each for each in queue if self._waits(each[1]))
-                for adapters, queue in self._queues.items()
-            }
-        busy = {*self._queues, *map(ids_of, running)}
-        self._counts = {adapters: count for adapters, count in self._counts.items() if adapters in busy}
-        self._now = max(self._now, min(self._counts.values())) if self._counts else 0.0
-        for adapters in self._queues:
-            self._counts.setdefault(adapters, self._now)
+        before, self._running = self._running, {*map(ids_of, running)}
+        for adapters in before - self._running:
+            if adapters not in self._queues:
+                self._counts.pop(adapters, None)
+        if self._size > 2 * len(waiting):  # many were cancelled behind others that wait
+            for adapters, queue in list(self._queues.items()):
+                self._queues[adapters] = deque(each for each in queue if self._waits(each[1]))
+                self._head(adapters)
+            self._size = sum(map(len, self._queues.values()))
+        new, self._new = [each for each in self._new if self._head(each) is not None], []
+        self._queue_up(each for each in new if each in self._counts)  # their requests ended just now
+        first = self._first_turn()
+        counts = [self._counts[each] for each in self._running if each in self._counts]
+        counts += [] if first is None else [first[0]]
+        self._now = max(self._now, min(counts, default=0.0))
+        self._queue_up(new)
 
     @property
-    def adapters(self) -> Iterable[tuple[int, ...]]:
-        """Ids of the adapters for which requests wait that haven't begun."""
+    def adapters(self) -> KeysView[Adapters]:
+        """Adapters for which requests wait that haven't begun; maybe also some whose last request left just now."""
         return self._queues.keys()
 
     def begun(self) -> list[Candidate]:
         """Requests that have begun before, which start first."""
         return [Candidate(-math.inf, place, state) for place, state in enumerate(self._begun)]
 
-    def first(self, adapters: tuple[int, ...]) -> RequestState:
+    def first(self, adapters: Adapters) -> RequestState | None:
         """The first waiting request for these adapters."""
-        return self._queues[adapters][0][1]
+        head = self._head(adapters)
+        return None if head is None else head[1]
 
-    def in_turn(self, some: Iterable[tuple[int, ...]]) -> Iterator[Candidate]:
-        """The requests for some of the adapters that haven't begun, in the order in which they should start.
+    def of(self, some: Iterable[Adapters], most: int) -> list[Candidate]:
+        """The first requests for some of the adapters, in the order in which they should start."""
+        coming = [self._requests(adapters) for adapters in some if self._head(adapters) is not None]
+        heapq.heapify(coming)
+        found: list[Candidate] = []
+        while coming and len(found) < most:
+            self._take(coming, found)
+        return found
 
-        Args:
-            some: ids of the adapters of a request, any number of times.
-        """
-        turns = []
+    def except_of(self, others: Callable[[Adapters], bool], most: int) -> list[Candidate]:
+        """The first requests for all adapters but those for which a function returns True."""
+        coming: list[tuple] = []
+        found: list[Candidate] = []
+        taken = []
+        while len(found) < most:
+            while (turn := self._first_turn()) is not None and (not coming or turn[:2] < coming[0][:2]):
+                taken.append(heapq.heappop(self._turns))
+                if not others(turn[2]):
+                    heapq.heappush(coming, self._requests(turn[2]))
+            if not coming:
+                break
+            self._take(coming, found)
+        for turn in taken:
+            heapq.heappush(self._turns, turn)
+        return found
+
+    def _queue_up(self, some: Iterable[Adapters]) -> None:
+        """Give adapters a turn that have none."""
         for adapters in some:
-            queue = iter(self._queues[adapters])
-            place, state = next(queue)
-            turns.append((self._counts[adapters], place, state, queue))
-        heapq.heapify(turns)
-        while turns:
-            count, place, state, queue = turns[0]
-            if self._waits(state):
-                yield Candidate(count, place, state)
-                count += len(state.initial_tokens)
-            following = next(queue, None)
-            if following is None:
-                heapq.heappop(turns)
-            else:
-                heapq.heapreplace(turns, (count, place, following[1], queue))
+            if adapters not in self._turn_of:
+                turn = self._counts.setdefault(adapters, self._now), self._queues[adapters][0][0], adapters
+                self._turn_of[adapters] = turn
+                heapq.heappush(self._turns, turn)
+
+    def _requests(self, adapters: Adapters) -> tuple[float, int, RequestState, Iterator[tuple[int, RequestState]]]:
+        queue = iter(self._queues[adapters])
+        place, state = next(queue)
+        return self._counts[adapters], place, state, queue
+
+    def _take(self, coming: list[tuple], found: list[Candidate]) -> None:
+        """Take the next request from a heap of results of ``_requests``."""
+        tokens, place, state, queue = heapq.heappop(coming)
+        if self._waits(state):
+            found.append(Candidate(tokens, place, state))
+            tokens += len(state.initial_tokens)
+        following = next(queue, None)
+        if following is not None:
+            heapq.heappush(coming, (tokens, place, following[1], queue))
+
+    def _first_turn(self) -> tuple[float, int, Adapters] | None:
+        """The adapters that have the first turn, with their count and the place of their first request."""
+        while self._turns:
+            turn = self._turns[0]
+            adapters = turn[2]
+            head = self._head(adapters)
+            if head is None or self._turn_of.get(adapters) is not turn:  # there are no requests, or a newer turn
+                heapq.heappop(self._turns)
+                continue
+            now = self._counts[adapters], head[0], adapters
+            if now == turn:
+                return turn
+            self._turn_of[adapters] = now
+            heapq.heapreplace(self._turns, now)
+        return None
+
+    def _head(self, adapters: Adapters) -> tuple[int, RequestState] | None:
+        """The first request of a queue, and its place; forgets those that no longer wait, and a queue without any."""
+        queue = self._queues.get(adapters)
+        if queue is None:
+            return None
+        while queue and not self._waits(queue[0][1]):
+            queue.popleft()
+            self._size -= 1
+        if queue:
+            return queue[0]
+        del self._queues[adapters]
+        self._turn_of.pop(adapters, None)
+        self.mixtures.discard(adapters)
+        if adapters not in self._running:
+            self._counts.pop(adapters, None)
+        return None
 
     def _waits(self, state: RequestState) -> bool:
         return self._waiting.get(state.request_id) is state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.leaving import children_of
-from peft_multibatch.continuous.scheduler import Candidate, FairScheduler, entry_of
+from peft_multibatch.continuous.scheduler import Adapters, Candidate, FairScheduler, entry_of
 from peft_multibatch.errors import MultibatchError
 from peft_multibatch.plan.ids import Entry, ids_of
 
@@ -85,8 +84,8 @@ class StoredRequests:
         self._registry, self._wake_up = registry, wake_up
         self._leases: dict[Any, Lease] = {}  # of requests that run, or are about to start
         self._loaded: dict[Any, float] = {}  # requests whose adapters had to be loaded, and since when they wait
-        self._early: set[tuple[int, ...]] = set()  # adapters that load before the loop sees their requests
-        self._unseen: set[tuple[int, ...]] = set()  # those of the turn before, which are forgotten after the next
+        self._early: set[Adapters] = set()  # adapters that load before the loop sees their requests
+        self._unseen: set[Adapters] = set()  # those of the turn before, which are forgotten after the next
         self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
 
     def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
@@ -134,34 +133,33 @@ class StoredRequests:
             scheduler: transformers' scheduler, which knows the running requests.
         """
         store, active = self._registry.store, scheduler.active_requests
-        free = [adapters for adapters in queue.adapters if not (held and held & {*adapters})]
         places = max(scheduler.max_requests_per_batch - len(active), 0)
+
+        def is_held(adapters: Adapters) -> bool:
+            return bool(held) and not held.isdisjoint(adapters)
+
         if store is None:
-            return [each.state for each in [*queue.begun(), *itertools.islice(queue.in_turn(free), places + SPARE)]]
+            return [each.state for each in [*queue.begun(), *queue.except_of(is_held, places + SPARE)]]
         self.keep(active.keys(), scheduler.waiting_requests)
         now = time.monotonic()
-        ids = {adapters: [each for each in adapters if store.has(each)] for adapters in free}
-        there = {adapters for adapters in free if all(map(store.is_loaded, ids[adapters]))}
         self._note_early(queue, now)
+        there = {each for each in self._in_memory(queue) if not is_held(each)}
 
         def waiting(candidate: Candidate) -> Waiting:
-            entry = ids_of(entry_of(candidate.state))
-            own = ids[entry] if entry in ids else [each for each in entry if store.has(each)]
-            is_there = entry in there or all(map(store.is_loaded, own))
-            is_late = bool(own) and (not is_there or candidate.state.request_id in self._loaded)
-            return Waiting(candidate, own, is_late)
+            ids = [each for each in ids_of(entry_of(candidate.state)) if store.has(each)]
+            is_there = all(map(store.is_loaded, ids))
+            is_late = bool(ids) and (not is_there or candidate.state.request_id in self._loaded)
+            return Waiting(candidate, ids, is_late)
 
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded.keys() & active.keys())
         ahead = max(scheduler.max_requests_per_batch // AHEAD, 1)
-        found = list(map(waiting, queue.begun()))
-        late = [each for each in found if each.is_late]
-        others = [each for each in found if not each.is_late]
-        for each in map(waiting, queue.in_turn(there)):
+        found = [*queue.begun(), *queue.of(there, places + SPARE + len(self._loaded))]
+        found += queue.except_of(lambda adapters: adapters in there or is_held(adapters), places + ahead)
+        late: list[Waiting] = []
+        others: list[Waiting] = []
+        for each in map(waiting, found):
             (late if each.is_late else others).append(each)
-            if len(others) >= places + SPARE:
-                break
-        absent = (adapters for adapters in free if adapters not in there)
-        late += map(waiting, itertools.islice(queue.in_turn(absent), places + ahead))
+        others.sort(key=_order)
         late.sort(key=_order)
         count = max(min(places, half), places - len(others), 0)
         late, later = late[:count], late[count:]
@@ -190,12 +188,23 @@ class StoredRequests:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]
 
+    def _in_memory(self, queue: FairScheduler) -> set[Adapters]:
+        """Adapters for which requests wait that don't have to be loaded."""
+        store = self._registry.store
+        assert store is not None
+        numbers = [*store.loaded(), *self._registry.of_peft()]
+        return queue.adapters & {(), *((number,) for number in numbers)} | {
+            each for each in queue.mixtures if all(store.is_loaded(number) for number in each if store.has(number))
+        }
+
     def _note_early(self, queue: FairScheduler, now: float) -> None:
         """Find the requests whose adapters began to load before the loop saw them."""
         early, self._early = self._early, set()  # other threads add to it
         known = {adapters for adapters in early | self._unseen if adapters in queue.adapters}
         for adapters in known:
-            self._loaded.setdefault(queue.first(adapters).request_id, now)
+            first = queue.first(adapters)
+            if first is not None:
+                self._loaded.setdefault(first.request_id, now)
         self._unseen = early - known
 
     def _lease(self, waiting: Waiting, turn: Turn, since: float | None = None) -> bool:

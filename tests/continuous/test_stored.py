@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -285,6 +286,11 @@ def test_requests_that_ended_hold_no_memory(make, inputs, texts, is_stopped):
         assert whole_room(mb, inputs, ["a2", "a3"]) == [texts["a2"][0], texts["a3"][0]]
 
 
+def waiting(mb, name, inputs, request="r"):
+    number = mb._registry.names.ids[name] if name != "__base__" else -1
+    return RequestState(request, inputs[0], logit_processor_kwargs={KEY: number})
+
+
 def ready(requests, states, scheduler):
     """The requests that may run now of those that wait, in order of arrival."""
     queue = FairScheduler()
@@ -334,6 +340,41 @@ def test_requests_without_room_look_for_it_once_a_turn(make, inputs, monkeypatch
     for turn in range(1, 4):
         assert ready(requests, states(2, 8), scheduler) == []
         assert len(looked) == turn
+
+
+def test_a_step_does_as_much_whatever_waits(make, folder, inputs):
+    """Counted in calls of functions: 100 and 2,000 waiting requests, each with an adapter of its own."""
+    mb, store = make(room=4)
+    for number in range(2000):
+        store.register(f"x{number}", folder / f"a{number % COUNT}")
+
+    def calls(count):
+        found = []
+        with serve(mb, max_requests_per_batch=4) as manager:
+            manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=2)
+            results(manager, 1)
+            with manager._changes.lock:  # no step runs
+                scheduler = manager.batch_processor.scheduler
+                for number in range(count):
+                    scheduler.add_waiting_request(waiting(mb, f"x{number}", inputs, number))
+                for _ in range(3):  # the first ones see all requests for the first time
+                    found.append(0)
+
+                    def note(frame, event, argument):
+                        found[-1] += event in ("call", "c_call")
+
+                    sys.setprofile(note)
+                    try:
+                        manager._fail_hopeless()
+                        manager.batch_processor.scheduler._get_waiting_candidates()
+                    finally:
+                        sys.setprofile(None)
+                scheduler.waiting_requests.clear()
+                scheduler.waiting_requests_order.clear()
+        return found[-1]
+
+    few, many = calls(100), calls(2000)
+    assert many < 1.5 * few < 5000, (few, many)
 
 
 def test_a_mixture_that_never_has_room(make, inputs, texts):
@@ -511,11 +552,6 @@ def test_the_adapter_that_was_used_least_recently_is_evicted(make, inputs):
             manager.add_request(inputs[0], adapter_id=f"a{number}")
             results(manager, 1)
     assert [store.is_loaded(store._names.ids[f"a{number}"]) for number in range(4)] == [True, False, True, True]
-
-
-def waiting(mb, name, inputs, request="r"):
-    number = mb._registry.names.ids[name] if name != "__base__" else -1
-    return RequestState(request, inputs[0], logit_processor_kwargs={KEY: number})
 
 
 def test_an_adapter_is_used_until_its_request_ends(make, inputs):

@@ -176,6 +176,11 @@ class StoredAdapters:
         version = self._versions.get(number)
         return version is not None and version in self._loader.final
 
+    def loaded(self) -> list[int]:
+        """Ids of the adapters in memory on the device where calls compute."""
+        ids = self._names.ids
+        return [ids[version.name] for version in self._loader.final.versions() if version.name in ids]
+
     def is_coming(self, number: int) -> bool:
         """Whether an adapter is in memory, or being loaded."""
         version = self._versions.get(number)

@@ -38,6 +38,10 @@ class Tier:
     def __contains__(self, version: Version) -> bool:
         return version in self._kept
 
+    def versions(self) -> list[Version]:
+        """The adapters in memory; other threads may call this."""
+        return list(self._kept)
+
     def touch(self, version: Version) -> bool:
         """Mark an adapter as used; returns whether it is in memory."""
         self._touch_used()

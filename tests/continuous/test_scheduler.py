@@ -1,0 +1,109 @@
+"""The order in which requests start, against its definition, which looks at all requests and adapters."""
+
+from __future__ import annotations
+
+import heapq
+import random
+
+import pytest
+from transformers.generation.continuous_batching.requests import RequestState
+
+from peft_multibatch.continuous.scheduler import KEY, FairScheduler, entry_of
+from peft_multibatch.plan.ids import ids_of
+
+
+class Definition:
+    def __init__(self):
+        self.counts, self.now = {}, 0.0
+
+    def charge(self, entry, tokens):
+        self.counts[ids_of(entry)] = self.counts.get(ids_of(entry), self.now) + tokens
+        self.now += tokens / len(self.counts)
+
+    def forget(self, busy):
+        self.counts = {adapters: count for adapters, count in self.counts.items() if adapters in busy}
+
+    def order(self, waiting, running, known):
+        queues = {}
+        for state in waiting:
+            queues.setdefault(ids_of(entry_of(state)), []).append(state)
+        self.forget({*queues, *map(ids_of, running), *known})
+        self.now = max(self.now, min(self.counts.values(), default=0.0))
+        for adapters in queues:
+            self.counts.setdefault(adapters, self.now)
+        turns = [(self.counts[adapters], place, queue) for place, (adapters, queue) in enumerate(queues.items())]
+        heapq.heapify(turns)
+        found = []
+        while turns:
+            count, place, queue = heapq.heappop(turns)
+            found.append(queue.pop(0))
+            if queue:
+                heapq.heappush(turns, (count + len(found[-1].initial_tokens), place, queue))
+        return found
+
+
+def ids(states):
+    return [state.request_id for state in states]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_the_order_of_the_definition(seed):
+    random.seed(seed)
+    queue, definition = FairScheduler(), Definition()
+    waiting, running = {}, {}
+    for step in range(300):
+        for number in range(random.choice((0, 0, 1, 2, 5 if step < 200 else 0))):
+            entry = random.choice((-1, random.randrange(12), ((random.randrange(4), 0.5), (5, 0.5))))
+            state = RequestState((step, number), [1] * random.randint(1, 9), logit_processor_kwargs={KEY: entry})
+            waiting[state.request_id] = state
+            queue.add(state)
+        for name in random.sample([*waiting], min(len(waiting), random.choice((0, 0, 0, 1, 8)))):  # cancelled
+            del waiting[name]
+        entries = [entry_of(state) for state in running.values()]
+        queue.update(waiting, entries)
+        expected = definition.order(waiting.values(), entries, queue.adapters)  # it may forget some later
+        some = {adapters for adapters in queue.adapters if random.random() < 0.4}
+        most = random.choice((1, 3, 1000))
+        for is_one_of_them in (True, False):
+            found = [
+                each.state
+                for each in (queue.of(some, most) if is_one_of_them else queue.except_of(some.__contains__, most))
+            ]
+            assert ids(found) == ids(
+                [each for each in expected if (ids_of(entry_of(each)) in some) == is_one_of_them][:most]
+            )
+        found = queue.except_of(lambda adapters: False, 1000)
+        assert ids(each.state for each in found) == ids(expected)
+        assert [each[:2] for each in found] == sorted(each[:2] for each in found)
+        definition.forget({*queue.adapters, *map(ids_of, entries)})  # while it looked at queues that are empty now
+        for state in expected[: random.choice((0, 1, 2))]:
+            running[state.request_id] = waiting.pop(state.request_id)
+        for name in random.sample([*running], min(len(running), random.choice((0, 1, 2)))):
+            del running[name]
+        for state in running.values():
+            tokens = random.randint(1, 3)
+            queue.charge(entry_of(state), tokens)
+            definition.charge(entry_of(state), tokens)
+    waiting.clear()
+    queue.update(waiting, ())
+    assert not queue.adapters and not queue.mixtures and not queue._counts and not queue._turn_of and not queue._size
+    assert not queue._turns
+
+
+def test_requests_that_begun_before_come_first_and_cancelled_ones_are_forgotten():
+    queue, waiting = FairScheduler(), {}
+    for number in range(100):
+        state = RequestState(number, [1], logit_processor_kwargs={KEY: 0})
+        state.generated_tokens = [1] if number == 50 else []
+        waiting[number] = state
+        queue.add(state)
+    del waiting[50]
+    again = RequestState(50, [1], generated_tokens=[1], logit_processor_kwargs={KEY: 0})
+    waiting[50] = again  # evicted once more, as another object
+    queue.add(again)
+    queue.update(waiting, ())
+    assert [each.state for each in queue.begun()] == [again]
+    for number in range(1, 100):
+        waiting.pop(number, None)
+    queue.update(waiting, ())
+    assert [len(each) for each in queue._queues.values()] == [1] and not queue.begun()

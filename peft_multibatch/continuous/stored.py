@@ -212,13 +212,14 @@ class StoredRequests:
         store, name = self._registry.store, waiting.state.request_id
         assert store is not None
         known = self._leases.get(name)
-        if known is not None:
-            if all(map(operator.is_, known.adapters, map(store.current, waiting.ids))):
-                return True
+        if known is not None and not all(map(operator.is_, known.adapters, map(store.current, waiting.ids))):
             del self._leases[name]  # of versions that were replaced
-        if waiting.is_late and self._wake_up is not None:
+        if self._wake_up is not None:
             store.wake(self._wake_up)
         try:
+            if name in self._leases:
+                store.check(self._leases[name].adapters)
+                return True
             adapters = store.lease(waiting.ids, turn, since)
         except MultibatchError as error:
             self.failed.append((waiting.state, error))

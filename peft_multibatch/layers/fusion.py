@@ -163,7 +163,8 @@ class Group:
         if not self.is_split and any(layer._forward_pre_hooks for layer in self.layers):
             self.split("forward pre-hooks have to run before each projection")
         if self._weight is not None and (
-            self._find() != self._addresses or any(_is_hooked(layer.base_layer) for layer in self.layers)
+            self._find() != self._addresses
+            or any(type(layer.base_layer) is not nn.Linear or _is_hooked(layer.base_layer) for layer in self.layers)
         ):
             self.part_weights("base weights not fused: they were moved, replaced or hooked")
 

@@ -36,6 +36,8 @@ def check_plain(name: str, module: nn.Module, parent: nn.Module) -> None:
         why = "hooked by accelerate, as in models on several devices"
     elif is_replaced(module):
         why = "a module whose forward was replaced"
+    elif "weight" not in module._parameters:
+        why = "a module whose weight is computed, as by a parametrization or by pruning"
     elif any(parameter.is_meta for parameter in module.parameters()):
         why = "on the meta device"
     if why:

@@ -6,7 +6,7 @@ compares the same values when it begins. ``Captures.layout`` names them, and is 
 
 A guard is left out only if ``state_of`` has its value, which holds for plain layers. Everything else stays guarded:
 other layers, with the rest of their group, other modules, whether parameters are shared, values that another version
-of PEFT or torch may read, and code that was traced without ids, or while a layer changed.
+of PEFT or torch may read, and code that was traced without ids, outside of ``generate``, or while a layer changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_multibatch.adapters.checks import HOOKS
+from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
 from peft_multibatch.layers.base import is_plain
 from peft_multibatch.layers.linear import linear
@@ -36,18 +37,21 @@ class Decoding:
 
     Args:
         graph: the state that compiled code reads.
+        call: returns the active call.
         layers: returns the patched layers.
     """
 
-    def __init__(self, graph: Graph, layers: Callable[[], Collection[PatchedLayer]]) -> None:
+    def __init__(
+        self, graph: Graph, call: Callable[[], Call | None], layers: Callable[[], Collection[PatchedLayer]]
+    ) -> None:
         self._layers, self._graph = layers, graph
 
         def keep(guards: Sequence[Any]) -> list[bool]:
             """Which of Dynamo's guards it has to check."""
             is_named = any(guard.name.endswith(".captures.layout") for guard in guards)
-            states = self._states()
-            # a part of the model, a call without ids, or a layer that has changed since `prepare`
-            if not is_named or not graph.here.thread.active or graph.captures.described != _named(states):
+            states, active = self._states(), call()
+            # a part of the model, a call that isn't `generate`, or a layer that has changed since `prepare`
+            if not is_named or active is None or not active.expands or graph.captures.described != _named(states):
                 return [True] * len(guards)
             plain = {layer.name for layer in states if _is_plain(layer, states)}
             return [not self._covers(guard, plain) for guard in guards]
@@ -121,7 +125,13 @@ def state_of(layer: PatchedLayer) -> tuple | None:
     ):
         return None
     base = module.base_layer._parameters
-    tensors = base["weight"], base["bias"], *((None, None) if group is None else (group[0]._weight, group[0]._bias))
+    if "weight" not in base or (place is not module and type(place) is not type(module.base_layer)):
+        return None
+    tensors = (
+        base["weight"],
+        base.get("bias"),
+        *((None, None) if group is None else (group[0]._weight, group[0]._bias)),
+    )
     if any(type(each) not in (nn.Parameter, Tensor) for each in tensors if each is not None):
         return None
     slices = None if group is None else (group[0].bank.key, group[1])

@@ -53,7 +53,7 @@ class Handle:
         self._scan: LayerScan | None = None
         self._layers: dict[nn.Module, PatchedLayer] = {}
         self._stored = StoredLayers(self._look, functools.partial(PatchedLayer, self._router), inner)
-        self._decoding = Decoding(self._router.graph, lambda: list(self._layers.values()))
+        self._decoding = Decoding(self._router.graph, self._router.live, lambda: list(self._layers.values()))
         self._positions, self._encoders = dict[Any, Any](), dict[Any, Any]()
         self._attached: dict[nn.Module, list[Callable[[], object]]] = {}
         self._lock = threading.RLock()

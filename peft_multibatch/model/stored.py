@@ -123,6 +123,10 @@ class StoredLayers:
         Returns:
             The layers that aren't part of the model.
         """
+        for place, patched in list(self._plain.items()):
+            if type(place) is not type(patched.module.base_layer):  # the layer represents what the module was before
+                patched.remove()
+                del self._plain[place], self.layers[patched.module]
         plain = {patched.module: patched for place, patched in list(self._plain.items()) if place in scan.names}
         self.names.update({layer: patched.name for layer, patched in (*layers.items(), *plain.items())})
         self.changes += 1

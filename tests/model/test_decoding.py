@@ -9,7 +9,7 @@ import torch
 from models import base_model, left_padded, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
 from threads import in_threads
-from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import peft_multibatch
 from peft_multibatch.model.decoding import state_of
@@ -190,7 +190,16 @@ def give_place_bias(model, mb, folder):
 
 
 def replace_place_weight(model, mb, folder):
-    place_of(model).weight = torch.nn.Parameter(torch.randn_like(place_of(model).weight))
+    """By one that lies in another order in memory."""
+    place_of(model).weight = torch.nn.Parameter(torch.randn_like(place_of(model).weight).T.contiguous().T)
+
+
+def hook_sibling_place(model, mb, folder):
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def change_class_of_place(model, mb, folder):
+    place_of(model).__class__ = Doubled
 
 
 def replace_place(model, mb, folder):
@@ -212,17 +221,52 @@ def wrap_by_peft(model, mb, folder):
 
 @pytest.mark.parametrize(
     "change",
-    [hook_place, pre_hook_place, give_place_bias, replace_place_weight, replace_place, register_larger, wrap_by_peft],
-)
+    [hook_place, pre_hook_place, hook_sibling_place, give_place_bias, replace_place_weight, replace_place,
+     change_class_of_place, register_larger, wrap_by_peft],
+)  # fmt: skip
 def test_changes_of_layers_of_stored_adapters_are_noticed(stored, change, tmp_path):
     model, mb = stored
     before = generate(model)
     assert is_same(before, generate(model, is_compiled=False)) and graphs()
     torch.manual_seed(1)
     change(model, mb, tmp_path)
+    compiled = graphs()
     after = generate(model)
+    assert graphs() > compiled
     assert is_same(after, generate(model, is_compiled=False))
     assert not is_same(after, before)
+
+
+def test_a_weight_that_is_computed(stored):
+    """A stored adapter's layer shares the module's weight, which no longer exists."""
+    model, _ = stored
+    generate(model)
+    torch.nn.utils.parametrize.register_parametrization(place_of(model), "weight", torch.nn.Tanh())
+    assert is_same(generate(model, None), generate(model, None, is_compiled=False))
+    with pytest.raises(peft_multibatch.AdapterUnsupportedError, match="a module whose weight is computed"):
+        generate(model)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # transformers 5.17 needs it
+@pytest.mark.parametrize("kind", ["enabled", "stored"])
+def test_code_that_is_compiled_outside_of_generate_has_all_guards(kind, enabled, stored):
+    model, mb = {"enabled": enabled, "stored": stored}[kind]
+    inner = model.get_base_model() if kind == "enabled" else model
+    inputs = {key: value.to(DEVICE) for key, value in left_padded(6, 4).items()}
+
+    def last(function):
+        with torch.no_grad(), mb.batch(NAMES):
+            cache = StaticCache(inner.config, max_cache_len=8)
+            token = inner(**inputs, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            return function(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    generate(model)
+    function = inner.get_compiled_call(config())
+    before = last(function)
+    assert torch.allclose(before, last(inner), atol=1e-4)
+    inner.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    after = last(function)
+    assert torch.allclose(after, last(inner), atol=1e-4) and not torch.allclose(after, before, atol=1e-4)
 
 
 def test_merged_adapters_are_refused(enabled):
@@ -310,6 +354,7 @@ class Halved(torch.nn.Linear):
         return super().forward(x) / 2
 
 
+@both_ways_to_fuse
 def test_a_layer_that_is_not_plain_keeps_the_guards_of_its_group(enabled):
     """The first layer of a group runs the base layers of all."""
     model, _ = enabled

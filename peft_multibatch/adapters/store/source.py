@@ -93,7 +93,7 @@ class StoredAdapters:
         """
         running = None if is_new else self._running(ids)
         if running is not None:
-            self._check(adapter.version for adapter in running.values())
+            self.check(running.values())
             self._streams.note()
             return running
         tier = self._loader.final
@@ -254,6 +254,16 @@ class StoredAdapters:
                 number, version.name, self.kind, version.serial, layout.ranks(), ", ".join(dtypes), layout.size,
                 len(layout.layers), "ready",
             )  # fmt: skip
+
+    def check(self, adapters: Iterable[StoredAdapter]) -> None:
+        """Check that adapters in memory still fit the model.
+
+        Raises:
+            AdapterMismatchError: the model changed, and one doesn't.
+            ModelStateError: the model was moved.
+            UnsupportedError: one has dropout, and the model is in train mode.
+        """
+        self._check(adapter.version for adapter in adapters)
 
     def _check(self, versions: Iterable[Version]) -> None:
         if self._model.device() != self._device:

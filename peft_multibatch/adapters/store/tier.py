@@ -105,7 +105,10 @@ class Tier:
             return True
         self._touch_used()
         for version in list(self._kept):
-            if self._is_used(version) or (version.is_pinned and self._keeps_pinned) or version in stay:
+            if self._is_used(version):
+                self._move_to_end(version)
+                continue
+            if (version.is_pinned and self._keeps_pinned) or version in stay:
                 continue
             memory = weakref.ref(self._kept[version])
             del self._kept[version]

@@ -77,6 +77,12 @@ def test_store_serving(load, tmp_path):
     assert {row["what"] for row in rows(tmp_path / "found.csv")} == {"throughput", "first token", "step"}
 
 
+def test_waiting(load, tmp_path):
+    load("waiting").main("30", 0.5, tmp_path / "found.csv", "")
+    assert len(rows(tmp_path / "found.csv")) == 4
+    assert all(int(row["steps"]) > 0 for row in rows(tmp_path / "found.csv"))
+
+
 def test_store(load, tmp_path):
     out = tmp_path / "found.csv"
     load("store").main(count=60, configurations=30, rounds=1, samples=8, present="1", loads=1, commit="", out=out)

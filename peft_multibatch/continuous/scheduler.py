@@ -148,7 +148,7 @@ class FairScheduler:
         return self._queues.keys()
 
     def begun(self) -> list[Candidate]:
-        """Requests that have begun before, which start first."""
+        """Requests that have started before, which start first."""
         return [Candidate(-math.inf, place, state) for place, state in enumerate(self._begun)]
 
     def first(self, adapters: Adapters) -> RequestState | None:

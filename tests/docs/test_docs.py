@@ -178,6 +178,10 @@ def requests_row(row: dict[str, str]) -> list[str]:
     return [row["adapters"], row["way"], row["tokens_per_s"], row["× base"], f"{float(row['first_s']):.2f}"]
 
 
+def waiting_row(row: dict[str, str]) -> list[str]:
+    return [f"{int(row['waiting']):,}", row["way"], row["choosing_ms"], row["choosing_max_ms"], row["step_ms"]]
+
+
 @pytest.mark.parametrize(
     ("page", "name", "cells"),
     [
@@ -189,6 +193,7 @@ def requests_row(row: dict[str, str]) -> list[str]:
         ("explanation/benchmarks-log.md", "end_to_end_h200_compiled.csv", whole_model_row),
         ("explanation/benchmarks-log.md", "end_to_end_quantized.csv", quantized_row),
         ("explanation/benchmarks-log.md", "continuous_h200.csv", requests_row),
+        ("explanation/benchmarks-log.md", "waiting.csv", waiting_row),
     ],
 )
 def test_tables_are_those_measured(page: str, name: str, cells: Callable[[dict[str, str]], list[str]]):

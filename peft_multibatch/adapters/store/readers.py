@@ -36,7 +36,7 @@ class Readers:
 
     def start(self) -> None:
         """Start the reads for which it is time; called again and again by those who wait for one."""
-        if self._waiting and self._lock.acquire(blocking=False):  # whoever has it starts them
+        if self._waiting and self._lock.acquire(blocking=False):  # the thread that has it starts them
             try:
                 self._start()
             finally:

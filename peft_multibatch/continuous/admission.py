@@ -54,10 +54,10 @@ class Admission:
         self._is_disabled = False
         self._problem: MultibatchError | None = None  # a problem of the model that keeps every request from running
         # what requests' errors depend on, as of the last check: problem, is_disabled, deleted adapters
-        self._then: tuple[MultibatchError | None, bool, int] = None, False, 0
+        self._then: tuple[MultibatchError | None, bool, int] | None = None
         self._versions: dict[int, int] = {}  # and versions of the running requests' adapters, by id
         self._promised: dict[str, RequestState] = {}  # ids of future children → the request to be forked into them
-        self._new: dict[Any, RequestState] = {}  # requests to check next, by id: new ones, and those that may fail
+        self._new: dict[Any, RequestState] = {}  # requests added since the last check, by id
         self._looked_at: tuple | None = None  # layers and head as of the last scan
         self._checked: dict[Entry, tuple] = {}  # entries that can run, with the versions of their adapters
 
@@ -152,10 +152,10 @@ class Admission:
                 yield state, error
 
     def may_begin(self, state: RequestState) -> bool:
-        """Whether a waiting request can run. If it can't, ``hopeless`` says why next."""
+        """Whether a waiting request can run. If one can't, ``hopeless`` checks all next."""
         can = self.why_not(state) is None
         if not can:
-            self._new[state.request_id] = state
+            self._then = None  # others may have become hopeless, too
         return can
 
     def why_not(self, state: RequestState) -> Exception | None:

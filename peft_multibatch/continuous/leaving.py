@@ -51,13 +51,14 @@ class Leaving:
     Args:
         processor: transformers' batch processor.
         copies: number of sequences per prompt.
+        left: called for each request that was taken out.
     """
 
-    def __init__(self, processor: Any, copies: int) -> None:
+    def __init__(self, processor: Any, copies: int, left: Callable[[RequestState], None]) -> None:
         self._processor = processor
         self._scheduler = processor.scheduler
         self._io = processor.inputs_and_outputs
-        self._copies = copies
+        self._copies, self._left = copies, left
         processor._handle_request_error = self._tell
         self._scheduler.clear_cancelled_requests = self._with_outputs(self._scheduler.clear_cancelled_requests)
 
@@ -91,7 +92,7 @@ class Leaving:
 
     def restart(self, states: Iterable[RequestState]) -> None:
         """Recompute requests from their prompts and the tokens generated so far, in other pages."""
-        states = list(states)
+        states = list({id(state): state for state in states}.values())
         again = [state.create_equivalent_initial_request() for state in states]
         self._take_out(states, clears=True)
         for state, new in zip(states, again):
@@ -108,6 +109,7 @@ class Leaving:
             scheduler.active_requests.pop(name, None)
             if scheduler.waiting_requests.pop(name, None) is not None:
                 scheduler.waiting_requests_order.remove(name)
+            self._left(state)
             if not clears:
                 processor.cache.free_blocks(name)
         if clears:

@@ -248,7 +248,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if is_new:
             self._admission.prepare(processor)
             scheduler, cache = processor.scheduler, processor.cache
-            self._leaving = Leaving(processor, self.num_return_sequences)
+            self._leaving = Leaving(processor, self.num_return_sequences, self._queue.left)
             self._quarantine = Quarantine(processor, self._leaving, self._registry, self._prefixes.key)
             self._steps.wrap(processor, self._quarantine)
             add = self._queue.queueing(scheduler.add_waiting_request)
@@ -263,6 +263,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _in_turn(self, scheduler: Any) -> Callable[[], list[RequestState]]:
         def in_turn() -> list[RequestState]:
+            for name in scheduler.active_requests:  # older transformers leave them there if a prefix was found
+                scheduler.waiting_requests.pop(name, None)
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return []
             running = {entry_of(state) for state in scheduler.active_requests.values()}

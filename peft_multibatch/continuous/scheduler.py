@@ -19,6 +19,9 @@ KEY = "adapter_id"
 """Key of a request's entry in its arguments for logits processors, which forks and evictions copy."""
 
 
+SLACK = 64
+"""The number of forgotten requests and turns that are kept at least, so that they are removed many at once."""
+
 Adapters = tuple[int, ...]
 """The ids of a request's adapters: several for a mixture, none for the base model."""
 
@@ -116,6 +119,15 @@ class FairScheduler:
         self._queues[adapters].append((next(self._places), state))
         self._size += 1
 
+    def left(self, state: RequestState) -> None:
+        """Forget a request that was cancelled or failed, and its adapters' count if it was the last one for them."""
+        self._head(ids_of(entry_of(state)))
+        if self._size > 2 * len(self._waiting) + SLACK:  # many left that were behind others
+            for adapters, queue in list(self._queues.items()):
+                self._queues[adapters] = deque(each for each in queue if self._waits(each[1]))
+                self._head(adapters)
+            self._size = sum(map(len, self._queues.values()))
+
     def update(self, waiting: Mapping[Any, RequestState], running: Iterable[Entry]) -> None:
         """Note which requests wait and run.
 
@@ -129,11 +141,9 @@ class FairScheduler:
         for adapters in before - self._running:
             if adapters not in self._queues:
                 self._counts.pop(adapters, None)
-        if self._size > 2 * len(waiting):  # many were cancelled behind others that wait
-            for adapters, queue in list(self._queues.items()):
-                self._queues[adapters] = deque(each for each in queue if self._waits(each[1]))
-                self._head(adapters)
-            self._size = sum(map(len, self._queues.values()))
+        if len(self._turns) > 2 * len(self._turn_of) + SLACK:
+            self._turns = list(self._turn_of.values())
+            heapq.heapify(self._turns)
         new, self._new = [each for each in self._new if self._head(each) is not None], []
         self._queue_up(each for each in new if each in self._counts)  # their requests ended just now
         first = self._first_turn()
@@ -151,10 +161,10 @@ class FairScheduler:
         """Requests that have started before, which start first."""
         return [Candidate(-math.inf, place, state) for place, state in enumerate(self._begun)]
 
-    def first(self, adapters: Adapters) -> RequestState | None:
-        """The first waiting request for these adapters."""
+    def first(self, adapters: Adapters) -> Candidate | None:
+        """The first request for these adapters that hasn't begun."""
         head = self._head(adapters)
-        return None if head is None else head[1]
+        return None if head is None else Candidate(self._counts[adapters], *head)
 
     def of(self, some: Iterable[Adapters], most: int) -> list[Candidate]:
         """The first requests for some of the adapters, in the order in which they should start."""
@@ -170,16 +180,18 @@ class FairScheduler:
         coming: list[tuple] = []
         found: list[Candidate] = []
         taken = []
-        while len(found) < most:
-            while (turn := self._first_turn()) is not None and (not coming or turn[:2] < coming[0][:2]):
-                taken.append(heapq.heappop(self._turns))
-                if not others(turn[2]):
-                    heapq.heappush(coming, self._requests(turn[2]))
-            if not coming:
-                break
-            self._take(coming, found)
-        for turn in taken:
-            heapq.heappush(self._turns, turn)
+        try:
+            while len(found) < most:
+                while (turn := self._first_turn()) is not None and (not coming or turn[:2] < coming[0][:2]):
+                    taken.append(heapq.heappop(self._turns))
+                    if not others(turn[2]):
+                        heapq.heappush(coming, self._requests(turn[2]))
+                if not coming:
+                    break
+                self._take(coming, found)
+        finally:
+            for turn in taken:
+                heapq.heappush(self._turns, turn)
         return found
 
     def _queue_up(self, some: Iterable[Adapters]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Collection, Container, Sequence, Set
+from collections.abc import Callable, Collection, Container, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,7 @@ AHEAD = 4
 """Adapters are loaded ahead for as many requests as a batch holds, divided by this."""
 
 
-SPARE = 16
+SPARE = 32
 """Candidates besides those for free places, in case some don't fit into the cache or the step."""
 
 
@@ -143,24 +143,9 @@ class StoredRequests:
         self.keep(active.keys(), scheduler.waiting_requests)
         now = time.monotonic()
         self._note_early(queue, now)
-        there = {each for each in self._in_memory(queue) if not is_held(each)}
-
-        def waiting(candidate: Candidate) -> Waiting:
-            ids = [each for each in ids_of(entry_of(candidate.state)) if store.has(each)]
-            is_there = all(map(store.is_loaded, ids))
-            is_late = bool(ids) and (not is_there or candidate.state.request_id in self._loaded)
-            return Waiting(candidate, ids, is_late)
-
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded.keys() & active.keys())
         ahead = max(scheduler.max_requests_per_batch // AHEAD, 1)
-        found = [*queue.begun(), *queue.of(there, places + SPARE + len(self._loaded))]
-        found += queue.except_of(lambda adapters: adapters in there or is_held(adapters), places + ahead)
-        late: list[Waiting] = []
-        others: list[Waiting] = []
-        for each in map(waiting, found):
-            (late if each.is_late else others).append(each)
-        others.sort(key=_order)
-        late.sort(key=_order)
+        late, others = self._candidates(queue, scheduler.waiting_requests, is_held, places, ahead)
         count = max(min(places, half), places - len(others), 0)
         late, later = late[:count], late[count:]
         starved = self._starved(late)
@@ -188,6 +173,39 @@ class StoredRequests:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]
 
+    def _candidates(
+        self,
+        queue: FairScheduler,
+        waiting: Mapping[Any, RequestState],
+        is_held: Callable[[Adapters], bool],
+        places: int,
+        ahead: int,
+    ) -> tuple[list[Waiting], list[Waiting]]:
+        """The first requests that are late, and the first of the others, each in the order in which they should start.
+
+        Args:
+            queue: the waiting requests.
+            waiting: the same by id.
+            is_held: whether requests for adapters may not start.
+            places: the number of requests that may start now.
+            ahead: the number of late ones for which adapters may be loaded ahead.
+        """
+        store = self._registry.store
+        assert store is not None
+        there = {each for each in self._in_memory(queue) if not is_held(each)}
+        found = [*queue.begun(), *queue.of(there, places + SPARE + len(self._loaded))]
+        loaded = {ids_of(entry_of(waiting[name])) for name in self._loaded if name in waiting} & there
+        firsts = {each.state.request_id: each for adapters in loaded if (each := queue.first(adapters)) is not None}
+        found += [firsts[name] for name in firsts.keys() - {each.state.request_id for each in found}]
+        found += queue.except_of(lambda adapters: adapters in there or is_held(adapters), places + ahead)
+        late: list[Waiting] = []
+        others: list[Waiting] = []
+        for each in found:
+            ids = [number for number in ids_of(entry_of(each.state)) if store.has(number)]
+            is_late = bool(ids) and (each.state.request_id in self._loaded or not all(map(store.is_loaded, ids)))
+            (late if is_late else others).append(Waiting(each, ids, is_late))
+        return sorted(late, key=_order), sorted(others, key=_order)
+
     def _in_memory(self, queue: FairScheduler) -> set[Adapters]:
         """Adapters for which requests wait that don't have to be loaded."""
         store = self._registry.store
@@ -204,7 +222,7 @@ class StoredRequests:
         for adapters in known:
             first = queue.first(adapters)
             if first is not None:
-                self._loaded.setdefault(first.request_id, now)
+                self._loaded.setdefault(first.state.request_id, now)
         self._unseen = early - known
 
     def _lease(self, waiting: Waiting, turn: Turn, since: float | None = None) -> bool:

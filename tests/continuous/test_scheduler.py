@@ -58,7 +58,7 @@ def test_it_is_the_order_of_the_definition(seed):
             waiting[state.request_id] = state
             queue.add(state)
         for name in random.sample([*waiting], min(len(waiting), random.choice((0, 0, 0, 1, 8)))):  # cancelled
-            del waiting[name]
+            queue.left(waiting.pop(name))
         entries = [entry_of(state) for state in running.values()]
         queue.update(waiting, entries)
         expected = definition.order(waiting.values(), entries, queue.adapters)  # it may forget some later
@@ -104,6 +104,38 @@ def test_requests_that_begun_before_come_first_and_cancelled_ones_are_forgotten(
     queue.update(waiting, ())
     assert [each.state for each in queue.begun()] == [again]
     for number in range(1, 100):
-        waiting.pop(number, None)
+        queue.left(waiting.pop(number))
     queue.update(waiting, ())
-    assert [len(each) for each in queue._queues.values()] == [1] and not queue.begun()
+    assert [len(each) for each in queue._queues.values()] < [70] and not queue.begun()
+    queue.charge(0, 1000)
+    queue.left(waiting.pop(0))
+    queue.update(waiting, ())
+    assert not queue._queues and not queue._counts and not queue._size
+
+
+def test_turns_are_forgotten_while_others_wait():
+    queue, waiting = FairScheduler(), {}
+    for number in range(20):
+        waiting[number] = RequestState(number, [1], logit_processor_kwargs={KEY: number})
+        queue.add(waiting[number])
+    queue.update(waiting, ())
+    for _ in range(1000):
+        waiting["hot"] = RequestState("hot", [1], logit_processor_kwargs={KEY: 99})
+        queue.add(waiting["hot"])
+        queue.charge(99, 100)
+        queue.update(waiting, (99,))
+        (found,) = queue.of({(99,)}, 1)
+        del waiting[found.state.request_id]
+        assert queue.first((99,)) is None
+    assert len(queue._turns) < 200
+
+
+def test_a_function_that_raises_loses_no_turn():
+    queue, waiting = FairScheduler(), {}
+    for number in range(5):
+        waiting[number] = RequestState(number, [1], logit_processor_kwargs={KEY: number})
+        queue.add(waiting[number])
+    queue.update(waiting, ())
+    with pytest.raises(KeyError):
+        queue.except_of(lambda adapters: {(0,): True}[adapters], 9)
+    assert ids(each.state for each in queue.except_of(lambda adapters: False, 9)) == [*range(5)]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batching import DEVICE, Simulation, generation, prompts, results, settings
-from models import base_model, lora_configs
+from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
 from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -377,6 +377,42 @@ def test_a_step_does_as_much_whatever_waits(make, folder, inputs):
     assert many < 1.5 * few < 5000, (few, many)
 
 
+def test_a_request_that_runs_and_waits_at_once_is_not_chosen(make, inputs):
+    """As in transformers 5.17, if a step had no room for a request whose first tokens were in the cache."""
+    mb, _ = make(room=2)
+    with serve(mb) as manager:
+        manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=1)
+        results(manager, 1)
+        with manager._changes.lock:  # no step runs
+            scheduler = manager.batch_processor.scheduler
+            states = [waiting(mb, "__base__", inputs, name) for name in ("one", "two")]
+            for state in states:
+                scheduler.add_waiting_request(state)
+            scheduler.active_requests["one"] = states[0]
+            assert scheduler._get_waiting_candidates() == states[1:]
+            scheduler.active_requests.clear()
+            scheduler.waiting_requests.clear()
+            scheduler.waiting_requests_order.clear()
+
+
+def test_all_requests_that_became_hopeless_fail_at_once(inputs):
+    """An adapter that continuous batching can't run replaces another one while 200 requests wait for it."""
+    model = peft_model().to(DEVICE)
+    mb = peft_multibatch.enable(model)
+    with serve(mb, max_requests_per_batch=2) as manager:
+        with manager._changes.lock:  # no step runs
+            names = [manager.add_request(inputs[0], adapter_id="eight", max_new_tokens=9) for _ in range(200)]
+        first = manager.get_result(timeout=20)
+        with manager.changing("eight"):
+            model.peft_config["eight"].alora_invocation_tokens = [1]
+        seen, ready = [], manager._stored.ready
+        manager._stored.ready = lambda *args: (seen.append(1), ready(*args))[1]
+        found = results(manager, len(names) - first.is_finished(), 60)
+        failed = [name for name in found if found[name].error]
+        assert len(failed) > 150 and all("is an aLoRA" in found[name].error for name in failed)
+        assert len(seen) <= 3
+
+
 def test_a_mixture_that_never_has_room(make, inputs, texts):
     mb, _ = make(room=2)
     with serve(mb) as manager:
@@ -522,19 +558,24 @@ def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeyp
 def test_steps_dont_wait_for_locks_that_loads_hold(make, inputs, monkeypatch):
     """Otherwise a loading thread that waits for the GIL would hold up all running requests."""
     mb, store = make(room=4)
-    begun, is_held = threading.Event(), threading.Event()
+    begun, is_held, are_loaded = threading.Event(), threading.Event(), []
     keep = stored.StoredRequests.keep
 
     def stops_once(requests, active, waiting):
         keep(requests, active, waiting)
-        if len(active) == 3 and not begun.is_set():
+        if len(active) == 3 and are_loaded and not begun.is_set():
             begun.set()
             is_held.wait(20)
 
     monkeypatch.setattr(stored.StoredRequests, "keep", stops_once)
     with serve(mb) as manager:
         for number in range(3):
-            manager.add_request(inputs[number], adapter_id=f"a{number}", max_new_tokens=3 if number else 30)
+            manager.add_request(inputs[number], adapter_id=f"a{number}", max_new_tokens=1)
+        results(manager, 3)
+        are_loaded.append(True)
+        with manager._changes.lock:  # no step runs
+            for number in range(3):
+                manager.add_request(inputs[number], adapter_id=f"a{number}", max_new_tokens=3 if number else 30)
         assert begun.wait(20)
         (longest,) = (
             state for state in manager.batch_processor.scheduler.active_requests.values() if state.max_new_tokens == 30

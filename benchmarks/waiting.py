@@ -82,7 +82,7 @@ def measure(way: str, count: int, seconds: float, root: Path) -> dict[str, float
             name = ids[number % len(ids)]
             options = {} if name is None else {"adapter_id": name}
             manager.add_request([1 + number % 900] * 12, max_new_tokens=8, **options)
-        while manager.batch_processor is None or not manager.batch_processor.scheduler.waiting_requests:
+        while manager.batch_processor is None or not manager.input_queue.empty():
             time.sleep(0.001)
         scheduler = manager.batch_processor.scheduler
         choose = scheduler._get_waiting_candidates

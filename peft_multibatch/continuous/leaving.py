@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,10 +51,12 @@ class Leaving:
     Args:
         processor: transformers' batch processor.
         copies: number of sequences per prompt.
-        left: called for each request that was taken out.
+        left: called for each request that was taken out, with those that still wait, by id.
     """
 
-    def __init__(self, processor: Any, copies: int, left: Callable[[RequestState], None]) -> None:
+    def __init__(
+        self, processor: Any, copies: int, left: Callable[[RequestState, Mapping[Any, RequestState]], None]
+    ) -> None:
         self._processor = processor
         self._scheduler = processor.scheduler
         self._io = processor.inputs_and_outputs
@@ -109,7 +111,7 @@ class Leaving:
             scheduler.active_requests.pop(name, None)
             if scheduler.waiting_requests.pop(name, None) is not None:
                 scheduler.waiting_requests_order.remove(name)
-            self._left(state)
+            self._left(state, scheduler.waiting_requests)
             if not clears:
                 processor.cache.free_blocks(name)
         if clears:

@@ -119,8 +119,14 @@ class FairScheduler:
         self._queues[adapters].append((next(self._places), state))
         self._size += 1
 
-    def left(self, state: RequestState) -> None:
-        """Forget a request that was cancelled or failed, and its adapters' count if it was the last one for them."""
+    def left(self, state: RequestState, waiting: Mapping[Any, RequestState]) -> None:
+        """Forget a request that was cancelled or failed, and its adapters' count if it was the last one for them.
+
+        Args:
+            state: the request.
+            waiting: the requests that still wait, by id.
+        """
+        self._waiting = waiting
         self._head(ids_of(entry_of(state)))
         if self._size > 2 * len(self._waiting) + SLACK:  # many left that were behind others
             for adapters, queue in list(self._queues.items()):

@@ -58,7 +58,7 @@ def test_it_is_the_order_of_the_definition(seed):
             waiting[state.request_id] = state
             queue.add(state)
         for name in random.sample([*waiting], min(len(waiting), random.choice((0, 0, 0, 1, 8)))):  # cancelled
-            queue.left(waiting.pop(name))
+            queue.left(waiting.pop(name), waiting)
         entries = [entry_of(state) for state in running.values()]
         queue.update(waiting, entries)
         expected = definition.order(waiting.values(), entries, queue.adapters)  # it may forget some later
@@ -104,11 +104,11 @@ def test_requests_that_begun_before_come_first_and_cancelled_ones_are_forgotten(
     queue.update(waiting, ())
     assert [each.state for each in queue.begun()] == [again]
     for number in range(1, 100):
-        queue.left(waiting.pop(number))
+        queue.left(waiting.pop(number), waiting)
     queue.update(waiting, ())
     assert [len(each) for each in queue._queues.values()] < [70] and not queue.begun()
     queue.charge(0, 1000)
-    queue.left(waiting.pop(0))
+    queue.left(waiting.pop(0), waiting)
     queue.update(waiting, ())
     assert not queue._queues and not queue._counts and not queue._size
 
@@ -139,3 +139,13 @@ def test_a_function_that_raises_loses_no_turn():
     with pytest.raises(KeyError):
         queue.except_of(lambda adapters: {(0,): True}[adapters], 9)
     assert ids(each.state for each in queue.except_of(lambda adapters: False, 9)) == [*range(5)]
+
+
+def test_a_request_that_leaves_before_the_first_step_takes_none_with_it():
+    queue = FairScheduler()
+    one, two = (RequestState(number, [1], logit_processor_kwargs={KEY: 0}) for number in range(2))
+    queue.add(one)
+    queue.add(two)
+    queue.left(one, {1: two})
+    queue.update({1: two}, ())
+    assert [each.state for each in queue.except_of(lambda adapters: False, 9)] == [two]

@@ -413,6 +413,17 @@ def test_all_requests_that_became_hopeless_fail_at_once(inputs):
         assert len(seen) <= 3
 
 
+def test_a_request_that_fails_before_the_first_step_takes_none_with_it(make, inputs, texts):
+    mb, _ = make(room=2)
+    with serve(mb) as manager:
+        with manager._changes.lock:  # no step runs
+            wrong = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=10_000)
+            right = manager.add_request(inputs[1], adapter_id="a0")
+        found = results(manager, 2)
+    assert "but the cache holds" in found[wrong].error
+    assert found[right].generated_tokens == texts["a0"][1]
+
+
 def test_a_mixture_that_never_has_room(make, inputs, texts):
     mb, _ = make(room=2)
     with serve(mb) as manager:

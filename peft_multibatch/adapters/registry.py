@@ -181,8 +181,8 @@ class Registry:
 
     def of_peft(self) -> list[int]:
         """Ids of the adapters in PEFT's modules."""
-        ids = self.names.ids
-        return [ids[name] for name in list(self.source.configs) if name in ids]
+        found = map(self.names.ids.get, list(self.source.configs))
+        return [number for number in found if number is not None]  # others were deleted just now
 
     def check_any_runs(self) -> None:
         """Check that at least one of the adapters, if there are any, can run.

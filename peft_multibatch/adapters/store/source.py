@@ -178,8 +178,8 @@ class StoredAdapters:
 
     def loaded(self) -> list[int]:
         """Ids of the adapters in memory on the device where calls compute."""
-        ids = self._names.ids
-        return [ids[version.name] for version in self._loader.final.versions() if version.name in ids]
+        found = map(self._names.ids.get, [version.name for version in self._loader.final.versions()])
+        return [number for number in found if number is not None]  # others were unregistered just now
 
     def is_coming(self, number: int) -> bool:
         """Whether an adapter is in memory, or being loaded."""

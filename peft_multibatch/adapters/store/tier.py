@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Set
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -39,8 +40,10 @@ class Tier:
         return version in self._kept
 
     def versions(self) -> list[Version]:
-        """The adapters in memory; other threads may call this."""
-        return list(self._kept)
+        """The adapters in memory. Needs no lock."""
+        while True:
+            with suppress(RuntimeError):  # others were added or dropped meanwhile
+                return list(self._kept)
 
     def touch(self, version: Version) -> bool:
         """Mark an adapter as used; returns whether it is in memory."""

@@ -264,7 +264,9 @@ def test_code_that_is_compiled_outside_of_generate_has_all_guards(kind, enabled,
     function = inner.get_compiled_call(config())
     before = last(function)
     assert torch.allclose(before, last(inner), atol=1e-4)
-    inner.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    layer = inner.model.layers[0].self_attn.k_proj
+    base = layer.base_layer if kind == "enabled" else layer
+    base.bias = torch.nn.Parameter(torch.randn(base.out_features, device=DEVICE))  # torch doesn't notice a hook
     after = last(function)
     assert torch.allclose(after, last(inner), atol=1e-4) and not torch.allclose(after, before, atol=1e-4)
 

@@ -1,7 +1,7 @@
 """Benchmark steps of continuous batching by the number of waiting requests, in a tiny model on a CPU.
 
     python benchmarks/waiting.py                       # results/waiting.csv beside this script
-    python benchmarks/waiting.py --counts 100,1000 --seconds 1 --out /tmp/waiting.csv
+    python benchmarks/waiting.py --counts 100,1000 --seconds 1 --out waiting.csv
 
 All requests are added first, and each way runs for the same time with 8 requests at once: transformers' continuous
 batching of the base model; 12 adapters of PEFT; 12 adapters in a store; and as many stored adapters as requests, of
@@ -39,13 +39,12 @@ def base_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **TINY)).eval()
 
 
-def save_adapters(root: Path) -> PeftModel:
-    """Save the adapters ``a0`` and so on with PEFT; returns their model."""
+def peft_model() -> PeftModel:
+    """Build a model with the adapters ``a0`` and so on."""
     config = LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False, task_type="CAUSAL_LM")
     model: Any = get_peft_model(base_model(), config, adapter_name="a0")
     for number in range(1, ADAPTERS):
         model.add_adapter(f"a{number}", config)
-    model.save_pretrained(str(root))
     return model.eval()
 
 
@@ -62,7 +61,7 @@ def session(way: str, count: int, root: Path) -> Iterator[tuple[Any, list[Any]]]
         with base_model().continuous_batching_context_manager(**options) as manager:
             yield manager, [None]
         return
-    model = save_adapters(root) if way == PEFT else base_model()
+    model = peft_model() if way == PEFT else base_model()
     mb = peft_multibatch.enable(model)
     ids = [f"a{number}" for number in range(count if way == DIFFERENT else ADAPTERS)]
     if way != PEFT:
@@ -114,7 +113,7 @@ def main(
     torch.set_num_threads(1)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        save_adapters(Path(folder))
+        peft_model().save_pretrained(folder)
         for count in map(int, counts.split(",")):
             for way in (BASE, PEFT, STORED, DIFFERENT):
                 found = measure(way, count, seconds, Path(folder))

@@ -106,19 +106,26 @@ def test_requests_that_begun_before_come_first_and_cancelled_ones_are_forgotten(
     for number in range(1, 100):
         queue.left(waiting.pop(number), waiting)
     queue.update(waiting, ())
-    assert [len(each) for each in queue._queues.values()] < [70] and not queue.begun()
+    (left,) = queue._queues.values()
+    assert len(left) < 70 and not queue.begun()
     queue.charge(0, 1000)
     queue.left(waiting.pop(0), waiting)
     queue.update(waiting, ())
     assert not queue._queues and not queue._counts and not queue._size
 
 
-def test_turns_are_forgotten_while_others_wait():
+def one_of_each(count):
+    """A queue with a request for each of a number of adapters, and the requests."""
     queue, waiting = FairScheduler(), {}
-    for number in range(20):
+    for number in range(count):
         waiting[number] = RequestState(number, [1], logit_processor_kwargs={KEY: number})
         queue.add(waiting[number])
     queue.update(waiting, ())
+    return queue, waiting
+
+
+def test_turns_are_forgotten_while_others_wait():
+    queue, waiting = one_of_each(20)
     for _ in range(1000):
         waiting["hot"] = RequestState("hot", [1], logit_processor_kwargs={KEY: 99})
         queue.add(waiting["hot"])
@@ -131,11 +138,7 @@ def test_turns_are_forgotten_while_others_wait():
 
 
 def test_a_function_that_raises_loses_no_turn():
-    queue, waiting = FairScheduler(), {}
-    for number in range(5):
-        waiting[number] = RequestState(number, [1], logit_processor_kwargs={KEY: number})
-        queue.add(waiting[number])
-    queue.update(waiting, ())
+    queue, _ = one_of_each(5)
     with pytest.raises(KeyError):
         queue.except_of(lambda adapters: {(0,): True}[adapters], 9)
     assert ids(each.state for each in queue.except_of(lambda adapters: False, 9)) == [*range(5)]

@@ -30,6 +30,7 @@ from peft_multibatch.adapters.store import files, progress, readers, transfers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import StoredAdapter
 
 
@@ -875,3 +876,30 @@ def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, s
     tier._kept = NotIterated(tier._kept.items())
     (adapter,) = store.lease([store._names.ids["a0"]], Turn(), since=None)
     assert adapter.name == "a0"
+
+
+def test_the_cost_of_an_eviction_does_not_grow_with_the_adapters_that_stay():
+    looked = []
+
+    class Adapter:
+        adapter = None
+
+        def __init__(self, stays):
+            self.stays = stays
+
+        @property
+        def is_pinned(self):
+            looked.append(self)
+            return self.stays
+
+    tier = Tier(Arena(100 * size_class(4096), torch.device("cpu"), False, Streams(torch.device("cpu"))))
+    pinned = [Adapter(True) for _ in range(60)]
+    awaited = [Adapter(False) for _ in range(20)]
+    others = [Adapter(False) for _ in range(220)]
+    for each in [*pinned, *awaited, *others]:
+        assert tier.make_room([4096], {*awaited}, lambda: None)
+        tier.put(each, tier.take(4096)[0])
+    assert tier.evictions == 200 and tier.versions()[-20:] == others[-20:]
+    assert {*tier.versions()} == {*pinned, *awaited, *others[-20:]}
+    # each eviction looks at one, and comes across those that stay once in a round of all others
+    assert len(looked) < 200 + 12 * 80

@@ -107,14 +107,13 @@ class Tier:
         if self.arena.fits(sizes):
             return True
         self._touch_used()
-        for version in list(self._kept):
-            if self._is_used(version):
+        for _ in range(len(self._kept)):
+            version = next(iter(self._kept))
+            # those that stay count as used, so that the next eviction doesn't come across them first
+            if (version.is_pinned and self._keeps_pinned) or version in stay or self._is_used(version):
                 self._move_to_end(version)
                 continue
-            if (version.is_pinned and self._keeps_pinned) or version in stay:
-                continue
-            memory = weakref.ref(self._kept[version])
-            del self._kept[version]
+            memory = weakref.ref(self._kept.pop(version))
             kept = memory()
             if kept is not None:  # a call reads it
                 self._kept[version] = kept

@@ -21,8 +21,9 @@ Host memory has room for 512 of them, device memory for 16, 64 or 128.
   device, in host memory, in a file in the page cache, or in a file that isn't (written out and dropped with
   ``posix_fadvise``).
 - ``step``: time between tokens of 16 requests for pinned adapters, while nothing is loaded, while adapters are copied
-  from host memory to the device, four at a time, and while they are read from files, first into new host memory and
-  then into memory that others have used; no request uses these.
+  from host memory to the device, and while they are read from files, first into new host memory and then into memory
+  that others have used; no request uses these. Loads follow each other as fast as possible, four at a time, or one by
+  one at a fixed rate.
 
 Throughput is timed after rounds that capture no CUDA graph. Before anything is timed, rows of a
 mixed batch must match those of PEFT's ``load_adapter`` to the precision of bfloat16, and first tokens of continuous
@@ -485,19 +486,21 @@ def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
     gaps: dict[str, list[float]] = {}
     loaded: dict[str, list[float]] = {}
 
-    def turn(what: str, numbers: Iterator[int] | None, most: int = 10**6) -> None:
+    def turn(what: str, numbers: Iterator[int] | None, most: int = 10**6, rate: float = 0) -> None:
         wanted: list[int] = []
+        count = 0
         with Running(sizes, store, manager) as running:
             first, begin, known = len(running.times), time.perf_counter(), store.stats().loads
             while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended and most > 0:
-                if numbers is not None and all(map(store.is_loaded, wanted)):
-                    some = [str(next(numbers)) for _ in range(4)]
+                is_due = count <= rate * (time.perf_counter() - begin) if rate else all(map(store.is_loaded, wanted))
+                if numbers is not None and is_due:
+                    some = [str(next(numbers)) for _ in range(1 if rate else 4)]
                     wanted = [store._names.ids[name] for name in some]
                     store.prefetch(*some)
+                    count += len(some)
                     most -= len(some)
                 time.sleep(0.005)  # few wakeups, because a step waits for any thread that runs Python
-            rate = (store.stats().loads - known) / (time.perf_counter() - begin)
-            loaded.setdefault(what, []).append(rate)
+            loaded.setdefault(what, []).append((store.stats().loads - known) / (time.perf_counter() - begin))
             gaps.setdefault(what, []).extend(
                 after - before for before, after in itertools.pairwise(running.times[first:])
             )
@@ -514,12 +517,15 @@ def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
         left = (stats.max_host_bytes - stats.host_bytes) // block_size(store)
         turn("from files into new memory", fresh, left)  # which has to be pinned
         read_in([next(fresh) for _ in range(left)])
+    numbers = itertools.cycle(in_host)
     for _ in range(2):
         turn(QUIET, None)
         if sizes.device == "cuda":
             read_in(in_host)
-            turn("from host memory", itertools.cycle(in_host))
+            turn("from host memory", numbers)
+            turn("from host memory, 100 per second", numbers, rate=100)
         turn("from files", fresh)
+        turn("from files, 100 per second", fresh, rate=100)
     return [
         {
             "what": "step", "way": what, "room": room, "requests": sizes.running,

@@ -210,7 +210,7 @@ def test_mixed_batch(kind, device):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bitsandbytes 8-bit"], indirect=True)
 def test_outliers(kind, device, monkeypatch):
-    """bitsandbytes looks for outlier columns in the whole batch, so a row depends on the others, as in PEFT's own mixed
+    """bitsandbytes looks for outlier columns in the whole batch, so a row depends on the others, also in PEFT's mixed
     batches."""
     monkeypatch.setitem(KINDS, kind, ("bitsandbytes", lambda device: bitsandbytes_8bit(device, 1.0), "Linear8bitLt"))
     model = build(kind, device)

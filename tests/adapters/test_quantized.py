@@ -142,6 +142,12 @@ KINDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 }
 
 
+def set_threshold(monkeypatch: pytest.MonkeyPatch, kind: str, threshold: float) -> None:
+    """Set the absolute value from which bitsandbytes multiplies a column of the batch without rounding it."""
+    package, _, name = KINDS[kind]
+    monkeypatch.setitem(KINDS, kind, (package, lambda device: bitsandbytes_8bit(device, threshold), name))
+
+
 def is_installed(package: str) -> bool:
     parent = package.rpartition(".")[0]
     return (not parent or is_installed(parent)) and importlib.util.find_spec(package) is not None
@@ -212,7 +218,7 @@ def test_mixed_batch(kind, device):
 def test_outliers(kind, device, monkeypatch):
     """bitsandbytes looks for outlier columns in the whole batch, so a row depends on the others, also in PEFT's mixed
     batches."""
-    monkeypatch.setitem(KINDS, kind, ("bitsandbytes", lambda device: bitsandbytes_8bit(device, 1.0), "Linear8bitLt"))
+    set_threshold(monkeypatch, kind, 1.0)
     model = build(kind, device)
     expected = model(**inputs_on(device), adapter_names=NAMES).logits
     one_by_one = torch.cat(row_by_row(model, NAMES, inputs_on(device), lambda row: model(**row).logits))
@@ -222,9 +228,13 @@ def test_outliers(kind, device, monkeypatch):
     assert_close(actual, expected, dtype_of(kind))
 
 
-def test_gradients(kind, device):
+def test_gradients(kind, device, monkeypatch):
     """Compare the gradients of every adapter's weights in a model that never ran inference, where bitsandbytes
     packs weights."""
+    if kind == "bitsandbytes 8-bit":
+        # Columns with a value this large aren't rounded to 8 bits. For others the last bit of a float32 may decide on
+        # the result, so that PEFT's own gradients change by up to 0.002 if embeddings change by 3e-7.
+        set_threshold(monkeypatch, kind, 1e-3)
     model = build(kind, device).train()
     model.set_requires_grad(["one", "two"])
     weights = [p for key, p in model.named_parameters() if "lora_" in key]

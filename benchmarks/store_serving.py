@@ -557,7 +557,8 @@ def plot(records: list[dict], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.legend(fontsize=8)
-    figure.suptitle(f"10,000 adapters, Llama-8B-shaped, 8 layers, {records[0]['gpu']}, commit {records[0]['commit']}")
+    commits = ", ".join(dict.fromkeys(each["commit"] for each in records))
+    figure.suptitle(f"10,000 adapters, Llama-8B-shaped, 8 layers, {records[0]['gpu']}, commit {commits}")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

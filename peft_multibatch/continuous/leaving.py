@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -82,9 +82,14 @@ class Leaving:
             error: the error of its output.
             clears: whether its cache pages may contain non-finite values and must be cleared.
         """
-        self._take_out([state], clears)
-        self._tell(error, state)
-        state._status = RequestStatus.FINISHED  # batches that are still running skip it
+        self.fail_all([(state, error)], clears)
+
+    def fail_all(self, errors: Sequence[tuple[RequestState, Exception]], clears: bool = False) -> None:
+        """As ``fail``, for several requests."""
+        self._take_out([state for state, _ in errors], clears)
+        for state, error in errors:
+            self._tell(error, state)
+            state._status = RequestStatus.FINISHED  # batches that are still running skip it
 
     def _tell(self, error: Exception, state: RequestState) -> None:
         router = self._processor.output_router
@@ -103,22 +108,26 @@ class Leaving:
 
     def _take_out(self, states: list[RequestState], clears: bool) -> None:
         scheduler, processor = self._scheduler, self._processor
-        names = [state.request_id for state in states]
-        for state, name in zip(states, names):
+        names = {state.request_id: state for state in states}
+        gone = {name for name in names if name in scheduler.waiting_requests}
+        if gone:  # once, because there may be thousands
+            kept = [name for name in scheduler.waiting_requests_order if name not in gone]
+            scheduler.waiting_requests_order.clear()
+            scheduler.waiting_requests_order.extend(kept)
+        for name, state in names.items():
             state._status = RequestStatus.FINISHED  # a batch that is still running skips it
             if hasattr(processor, "offloading_manager"):
                 processor.offloading_manager.free_request_cpu_cache(state)
             scheduler.active_requests.pop(name, None)
-            if scheduler.waiting_requests.pop(name, None) is not None:
-                scheduler.waiting_requests_order.remove(name)
+            scheduler.waiting_requests.pop(name, None)
             self._left(state, scheduler.waiting_requests)
             if not clears:
                 processor.cache.free_blocks(name)
         if clears:
             with on_stream(self._io.compute_stream):  # after the steps that still write there
-                clear_pages(processor.cache, names)
+                clear_pages(processor.cache, list(names))
         scheduler._requests_to_fork = [
-            each for each in scheduler._requests_to_fork if not any(each is state for state in states)
+            each for each in scheduler._requests_to_fork if each is not names.get(each.request_id)
         ]
         # a token of the running batch must not go to a later request with the same id
         for pair in getattr(self._io, "io_pairs", ()):
@@ -135,6 +144,7 @@ class Leaving:
         def clear_cancelled_requests() -> list[RequestState]:
             with self._scheduler._cancellation_lock:
                 asked = list(self._scheduler._requests_to_cancel)
+            cancelled: list[tuple[RequestState, Exception]] = []
             for name in asked:
                 for each in (name, *children_of(name, self._copies - 1)):
                     state = self.find(each)
@@ -143,7 +153,11 @@ class Leaving:
                             f"request {each!r} was cancelled by cancel_request({name!r}): expected it to run until "
                             "its end. Add it again to get all of its tokens."
                         )
-                        self.fail(state, error)
+                        cancelled.append((state, error))
+            if cancelled:
+                self.fail_all(cancelled)
+                with self._scheduler._cancellation_lock:  # for each, `clear` searches all that wait
+                    self._scheduler._requests_to_cancel -= {state.request_id for state, _ in cancelled}
             return clear()
 
         return clear_cancelled_requests

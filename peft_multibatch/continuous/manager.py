@@ -300,8 +300,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         failed, self._stored.failed = self._stored.failed, []
         scheduler: Any = self.batch_processor.scheduler
         hopeless = self._admission.hopeless(scheduler.active_requests, scheduler.waiting_requests)
-        for state, error in [*failed, *hopeless]:
-            self._leaving.fail(state, error)
+        if failed or hopeless:
+            self._leaving.fail_all([*failed, *hopeless])
 
     def _resolve(self, adapter_id: Any) -> Entry:
         names = self._registry.names

@@ -52,9 +52,14 @@ def limit_of(max_new_tokens: Any) -> int | None:
     """Convert ``max_new_tokens``.
 
     Raises:
-        UnsupportedError: it is neither an integer nor None.
+        UnsupportedError: it is neither None nor an integer, or is negative.
     """
-    return None if max_new_tokens is None else integers_of("max_new_tokens", [max_new_tokens])[0]
+    limit = None if max_new_tokens is None else integers_of("max_new_tokens", [max_new_tokens])[0]
+    if limit is not None and limit < 0:
+        raise UnsupportedError(
+            f"a request has max_new_tokens={limit}: expected at least 0. Leave it out for the generation config's limit."
+        )
+    return limit
 
 
 def prefix_of(input_ids: Any) -> list[int]:

@@ -59,9 +59,10 @@ class FairScheduler:
     """Picks the adapter that has been served least, among those with waiting requests.
 
     Every token that runs counts for its adapter; mixtures of the same adapters count as one, whatever their weights.
-    An adapter without requests doesn't accumulate credit: when it returns, it starts at the count that equal service
-    would have given each adapter, and at least at the lowest count. With the lowest count alone, an endless stream of
-    new adapters would always go before one that was already served. Requests of the same adapter start in order of
+    An adapter without waiting requests doesn't accumulate credit: when one waits again, it starts at the count that
+    equal service would have given each adapter, and at least at the lowest count of those that wait. With the lowest
+    count alone, an endless stream of new adapters would always go before one that was already served; without it, one
+    that used what nobody else wanted would have to wait for as long. Requests of the same adapter start in order of
     arrival.
 
     There is a queue for each adapter, and a heap of their turns, so that a step takes no longer because many wait.
@@ -85,7 +86,8 @@ class FairScheduler:
         self._queues: dict[Adapters, deque[tuple[int, RequestState]]] = {}
         self._places = itertools.count()
         self._size = 0  # of all queues together
-        self._new: list[Adapters] = []  # whose queue has no turn yet
+        self._added: dict[Adapters, None] = {}  # for which requests came since the last update, in order
+        self._seen = 0  # the place of the first of these requests
         self._turns: list[tuple[float, int, Adapters]] = []  # a heap; those that are out of date come up too early
         self._turn_of: dict[Adapters, tuple[float, int, Adapters]] = {}
 
@@ -113,10 +115,10 @@ class FairScheduler:
         adapters = ids_of(entry_of(state))
         if adapters not in self._queues:
             self._queues[adapters] = deque()
-            self._new.append(adapters)
             if len(adapters) > 1:
                 self.mixtures.add(adapters)
         self._queues[adapters].append((next(self._places), state))
+        self._added[adapters] = None
         self._size += 1
 
     def left(self, state: RequestState, waiting: Mapping[Any, RequestState]) -> None:
@@ -150,13 +152,18 @@ class FairScheduler:
         if len(self._turns) > 2 * len(self._turn_of) + SLACK:
             self._turns = list(self._turn_of.values())
             heapq.heapify(self._turns)
-        new, self._new = [each for each in self._new if self._head(each) is not None], []
-        self._queue_up(each for each in new if each in self._counts)  # their requests ended just now
+        # those for which no request has waited before
+        new = [each for each in self._added if (head := self._head(each)) is not None and head[0] >= self._seen]
+        self._added, self._seen = {}, next(self._places)
+        for adapters in new:
+            self._turn_of.pop(adapters, None)
         first = self._first_turn()
-        counts = [self._counts[each] for each in self._running if each in self._counts]
-        counts += [] if first is None else [first[0]]
+        counts = [self._counts[each] for each in self._running if each in self._counts] if first is None else [first[0]]
         self._now = max(self._now, min(counts, default=0.0))
-        self._queue_up(new)
+        for adapters in new:
+            self._counts[adapters] = max(self._counts.get(adapters, 0.0), self._now)
+            self._turn_of[adapters] = turn = self._counts[adapters], self._queues[adapters][0][0], adapters
+            heapq.heappush(self._turns, turn)
 
     @property
     def adapters(self) -> KeysView[Adapters]:
@@ -199,14 +206,6 @@ class FairScheduler:
             for turn in taken:
                 heapq.heappush(self._turns, turn)
         return found
-
-    def _queue_up(self, some: Iterable[Adapters]) -> None:
-        """Give adapters a turn that have none."""
-        for adapters in some:
-            if adapters not in self._turn_of:
-                turn = self._counts.setdefault(adapters, self._now), self._queues[adapters][0][0], adapters
-                self._turn_of[adapters] = turn
-                heapq.heappush(self._turns, turn)
 
     def _requests(self, adapters: Adapters) -> tuple[float, int, RequestState, Iterator[tuple[int, RequestState]]]:
         queue = iter(self._queues[adapters])

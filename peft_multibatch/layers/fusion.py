@@ -70,7 +70,7 @@ class Group:
         self._is_known = False  # whether the model was seen not to write the input in place in inference mode
         self._weight: Tensor | None = None  # the base weights, concatenated
         self._bias: Tensor | None = None
-        self._addresses: list[int] = []
+        self._places: list[tuple] = []
 
     def join(self) -> None:
         """Start running the layers as one product."""
@@ -104,7 +104,7 @@ class Group:
             self._keep([parameter.data for layer in self.layers for parameter in _parameters(layer)])
             self._weight = _side_by_side([base.weight for base in bases])
             self._bias = None if biases[0] is None else _side_by_side(biases)
-            self._addresses = self._find()
+            self._places = self._find()
             self.label = self.label.replace("fused", "fused with base weights", 1)
 
     def part_weights(self, reason: str = "") -> None:
@@ -163,7 +163,7 @@ class Group:
         if not self.is_split and any(layer._forward_pre_hooks for layer in self.layers):
             self.split("forward pre-hooks have to run before each projection")
         if self._weight is not None and (
-            self._find() != self._addresses
+            self._find() != self._places
             or any(type(layer.base_layer) is not nn.Linear or _is_hooked(layer.base_layer) for layer in self.layers)
         ):
             self.part_weights("base weights not fused: they were moved, replaced or hooked")
@@ -175,8 +175,13 @@ class Group:
             return None
         return F.linear(x, weight, bias)
 
-    def _find(self) -> list[int]:
-        return [parameter.data_ptr() for layer in self.layers for parameter in _parameters(layer)]
+    def _find(self) -> list[tuple]:
+        """Where the base parameters are in memory, and how they are laid out there."""
+        return [
+            (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
+            for layer in self.layers
+            for parameter in _parameters(layer)
+        ]
 
 
 def _parameters(layer: LoraLayer) -> list[Tensor]:

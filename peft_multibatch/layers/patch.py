@@ -68,18 +68,18 @@ class PatchedLayer:
         attributes[STATE] = module.__dict__[STATE] = self
         self._forward = Replacement(self.place, attribute, self._bound(handler))
         self._enable = Replacement(module, "enable_adapters", types.MethodType(_enable_adapters, module))
-        self._is_disabled_somewhere = False
+        self._knows_threads = False  # that disable adapters; never reset, because other threads read PEFT's flag before it
 
     @property
     def is_disabled(self) -> bool:
         """Whether the layer's adapters are disabled on this thread or task, or on all of them."""
         return self.module._disable_adapters and (
-            not self._is_disabled_somewhere or self.module in self.router.disabled.get()
+            not self._knows_threads or self.module in self.router.disabled.get()
         )
 
     def is_disabled_on(self, thread: ThreadState) -> bool:
         """As ``is_disabled``, if PEFT's flag is set, for compiled code, which can't read context variables."""
-        return not self._is_disabled_somewhere or thread.has_disabled
+        return not self._knows_threads or thread.has_disabled
 
     @property
     def is_in_place(self) -> bool:
@@ -93,9 +93,9 @@ class PatchedLayer:
         return any(tensor is each for buffers in self.router.buffers for each in buffers.values())
 
     def note(self, is_enabled: bool) -> None:
-        """Record that PEFT enabled or disabled the layer's adapters on this thread or task."""
+        """Record that PEFT enables or disables the layer's adapters on this thread or task."""
         disabled = self.router.disabled.get()
-        self._is_disabled_somewhere = not is_enabled
+        self._knows_threads = self._knows_threads or not is_enabled
         if is_enabled != (self.module not in disabled):
             disabled = disabled - {self.module} if is_enabled else disabled | {self.module}
             self.router.disabled.set(disabled)

@@ -2,7 +2,7 @@
 
 Files are read on threads, one at a time per adapter, so that no two requests register the same adapter. No request
 waits for the files of another adapter, or for another adapter to be replaced: all requests that wait for one adapter
-occupy a single thread.
+occupy a single thread, and replacements, which wait for running requests, have threads of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from peft_multibatch.serve.settings import NAME, Settings
 
 
 THREADS = 32
+MOST_REPLACED = 1024
+"""The most adapters that are replaced or unloaded at the same time."""
 
 
 class Catalog:
@@ -44,6 +46,7 @@ class Catalog:
         self._unloaded: set[str] = set()  # unloaded by an administrator; their folders may still exist
         self._stamps: dict[str, tuple] = {}  # file stamps of registered adapters
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapters")
+        self._replacing = ThreadPoolExecutor(MOST_REPLACED, thread_name_prefix="replaced_adapters")
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the last change of each adapter, until it has ended
 
     async def find(self, model: str, mixture: dict[str, float] | None = None) -> Target:
@@ -104,11 +107,12 @@ class Catalog:
 
     def close(self) -> None:
         """Shut down the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._replacing):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, name: str, function: Callable[..., None], *args: Any) -> None:
         """Run a function on a thread, after earlier ones for the same adapter, even if the request is cancelled."""
-        task = asyncio.create_task(self._after(self._tasks.get(name), function, *args))
+        task = asyncio.create_task(self._after(self._tasks.get(name), name, function, *args))
         self._tasks[name] = task
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -120,10 +124,13 @@ class Catalog:
         task.add_done_callback(ended)
         await asyncio.shield(task)
 
-    async def _after(self, before: asyncio.Task[None] | None, function: Callable[..., None], *args: Any) -> None:
+    async def _after(
+        self, before: asyncio.Task[None] | None, name: str, function: Callable[..., None], *args: Any
+    ) -> None:
         if before is not None:
             await asyncio.wait([before])
-        await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        threads = self._replacing if name in self._store else self._threads
+        await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
     async def _provide(self, name: str) -> None:
         if not NAME.fullmatch(name) or name == BASE_NAME:
@@ -144,13 +151,7 @@ class Catalog:
         """A value that changes when an adapter's files are replaced; None if they don't exist."""
         root = self._settings.adapters_dir
         folder = self._folders.get(name, root / name if root is not None else None)
-        if folder is None:
-            return None
-        try:
-            found = [os.stat(folder / file) for file in (CONFIG, WEIGHTS)]
-        except OSError:
-            return None
-        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+        return None if folder is None else _stamp_of(folder)
 
     def _register_known(self, name: str) -> None:
         folder = self._folder(name)
@@ -189,10 +190,11 @@ class Catalog:
                 "adapter_exists",
                 "lora_name",
             )
+        stamp = _stamp_of(root / folder)  # registering may take long
         self._register(name, root / folder)
         self._folders[name] = root / folder
         self._unloaded.discard(name)
-        self._stamps[name] = self._stamp(name) or ()
+        self._stamps[name] = stamp or ()
         self._store.prefetch(name)
 
     def _unload(self, name: str) -> None:
@@ -217,6 +219,14 @@ class Catalog:
                     yield name, int(os.stat(folder / CONFIG).st_mtime)
                 except OSError:
                     continue
+
+
+def _stamp_of(folder: Path) -> tuple | None:
+    try:
+        found = [os.stat(folder / file) for file in (CONFIG, WEIGHTS)]
+    except OSError:
+        return None
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
 
 def _size_of(folder: Path) -> int:

@@ -31,6 +31,7 @@ Str = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[Str, Field(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Weight = Annotated[float, Field(ge=-1000, le=1000)]  # larger ones could overflow
 
 
 class Strict(BaseModel):
@@ -54,7 +55,7 @@ class Sampled(Strict):
     """Parameters of all endpoints that generate text."""
 
     model: Str
-    adapter: dict[Str, float] | None = Field(None, description="a mixture: weights by name; needs the base model")
+    adapter: dict[Str, Weight] | None = Field(None, description="a mixture: weights by name; needs the base model")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default")
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None

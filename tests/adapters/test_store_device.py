@@ -17,7 +17,7 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import readers, transfers
+from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store import streams as store_streams
 from peft_multibatch.adapters.store.arena import Arena, size_class
@@ -184,7 +184,7 @@ def test_adapters_in_host_memory_do_not_wait_for_files(make, rows, monkeypatch):
     read, go = transfers.read_weights, threading.Event()
     monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
     try:
-        store.prefetch(*(f"a{number}" for number in range(7, 7 + readers.READERS)))
+        store.prefetch(*(f"a{number}" for number in range(7, 7 + transfers.READERS)))
         assert store.stats().device_adapters == 2
         check(model, rows, ["a0"])
         assert store.stats().loads == 8 and not go.is_set()
@@ -220,7 +220,7 @@ def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
         patched.setattr(store._loader.transfers._copier, "submit", refuse)
         check(model, rows, ["a0", "a1"])
         check(model, rows, ["a2"])
-        with pytest.raises(RuntimeError, match="cannot schedule"):
+        with pytest.raises(errors.StoreFullError, match=r"no thread can be started \(cannot schedule"):
             ask(model, ["a0", "a1"])  # one of them is only in host memory
     check(model, rows, ["a0", "a1"])
 
@@ -563,14 +563,16 @@ def test_a_thread_that_cannot_be_prepared(cuda, monkeypatch):
 def test_a_copy_that_was_submitted_before_its_thread_could_not_be_started(make, rows, monkeypatch):
     """`ThreadPoolExecutor` leaves it in its queue, for a thread that is started later."""
     model, store, _ = make(host=12, device=2)
-    queued = []
+    threads, queued = store._loader.transfers._copier._threads, []
 
     def refuse(*item):
         queued.append(item)
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(store._loader.transfers._copier, "submit", refuse)
-    check(model, rows, ["a0", "a1"])
-    for function, load in queued:
-        function(load)
-    assert len(queued) == len(store._streams.copied) == store.stats().loads == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(threads, "submit", refuse)
+        check(model, rows, ["a0", "a1"])
+    for function, worker in queued:
+        function(worker)
+    check(model, rows, ["a2", "a3"])
+    assert len(queued) == 2 and len(store._streams.copied) == store.stats().loads == 4

@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, progress, readers, transfers
+from peft_multibatch.adapters.store import files, progress, transfers, workers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.streams import Streams
@@ -537,7 +538,7 @@ def test_one_that_is_being_loaded_is_waited_for(folder, size, rows, monkeypatch)
 
 
 def test_files_that_hang_hold_up_no_others(folder, size, rows, monkeypatch):
-    monkeypatch.setattr(readers, "HANGING", 0.2)
+    monkeypatch.setattr(workers, "HANGING", 0.2)
     model, store = make(folder, size, COUNT, timeout=20)
     go, read, reading = threading.Event(), transfers.read_weights, []
 
@@ -547,12 +548,12 @@ def test_files_that_hang_hold_up_no_others(folder, size, rows, monkeypatch):
             go.wait(20)
         read(name, *args)
 
-    names = [f"a{number}" for number in range(readers.READERS)]
+    names = [f"a{number}" for number in range(transfers.READERS)]
     monkeypatch.setattr(transfers, "read_weights", hang)
     store.prefetch(*names)
     assert eventually(lambda: sorted(reading) == names)
     begin = time.monotonic()
-    check(model, rows, [f"a{number}" for number in range(readers.READERS, COUNT)])
+    check(model, rows, [f"a{number}" for number in range(transfers.READERS, COUNT)])
     assert time.monotonic() - begin < 10
     go.set()
     check(model, rows, names)
@@ -825,7 +826,7 @@ def test_disable_ends_calls_that_wait_for_adapters(folder, size, monkeypatch):
     model, _ = make(folder, size, COUNT, timeout=60.0)
     go, read = threading.Event(), transfers.read_weights
     monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(60), read(*args)))
-    count, caught = readers.READERS + 2, []
+    count, caught = transfers.READERS + 2, []
     inputs = {key: value[:1].repeat(count, 1) for key, value in left_padded(1).items()}
 
     def call():
@@ -878,28 +879,97 @@ def test_the_cost_of_a_lease_does_not_grow_with_the_adapters_in_memory(folder, s
     assert adapter.name == "a0"
 
 
-def test_the_cost_of_an_eviction_does_not_grow_with_the_adapters_that_stay():
-    looked = []
+def arena_for(count):
+    return Arena(count * size_class(4096), torch.device("cpu"), False, Streams(torch.device("cpu")))
 
-    class Adapter:
-        adapter = None
 
-        def __init__(self, stays):
-            self.stays = stays
+class Fake:
+    """A version that isn't in use."""
 
-        @property
-        def is_pinned(self):
-            looked.append(self)
-            return self.stays
+    adapter = None
+    layout = SimpleNamespace(size=4096)
 
-    tier = Tier(Arena(100 * size_class(4096), torch.device("cpu"), False, Streams(torch.device("cpu"))))
-    pinned = [Adapter(True) for _ in range(60)]
-    awaited = [Adapter(False) for _ in range(20)]
-    others = [Adapter(False) for _ in range(220)]
-    for each in [*pinned, *awaited, *others]:
-        assert tier.make_room([4096], {*awaited}, lambda: None)
+    def __init__(self, is_pinned=False):
+        self.is_pinned = is_pinned
+
+
+def test_the_cost_of_an_eviction_does_not_grow_with_the_adapters_in_memory(monkeypatch):
+    looked, is_used = [], Tier._is_used
+    monkeypatch.setattr(Tier, "_is_used", lambda tier, version: looked.append(version) or is_used(tier, version))
+    tier = Tier(arena_for(100))
+    pinned, others = [Fake(True) for _ in range(3)], [Fake() for _ in range(297)]
+    for each in [*pinned, *others]:
+        assert tier.make_room([4096], set(), lambda: None)
         tier.put(each, tier.take(4096)[0])
-    assert tier.evictions == 200 and tier.versions()[-20:] == others[-20:]
-    assert {*tier.versions()} == {*pinned, *awaited, *others[-20:]}
-    # each eviction looks at one, and comes across those that stay once in a round of all others
-    assert len(looked) < 200 + 12 * 80
+    assert tier.evictions == 200 and tier.versions() == [*pinned, *others[200:]]
+    assert len(looked) <= 200 * 4
+
+
+def test_nothing_is_evicted_where_that_would_not_make_enough_room(folder, size, rows, tmp_path):
+    model, store = make(folder, size, 4)
+    save(tmp_path / "big", LoraConfig(r=12, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    store.register("big", tmp_path / "big")
+    check(model, rows, ["a1", "a2", "a3", "a4"])
+    running = store.adapters([store._names.ids[name] for name in ("a1", "a2")])
+    store.prefetch("big")
+    assert in_memory(store) == {"a1", "a2", "a3", "a4"} and store.stats().evictions == 0
+    del running
+    ask(model, ["big"])
+    assert "big" in in_memory(store)
+
+
+def test_an_adapter_that_is_unpinned_was_used_when_it_was(folder, size, rows):
+    model, store = make(folder, size, 4)
+    store.pin("a0")
+    for number in range(1, 5):  # evicts a1
+        check(model, rows, [f"a{number}"])
+    store.pin("a0", False)
+    check(model, rows, ["a5"])
+    assert in_memory(store) == {"a2", "a3", "a4", "a5"}
+
+
+def test_a_version_that_is_replaced_while_it_is_pinned(folder, size, rows, monkeypatch):
+    model, store = make(folder, size, 4, timeout=20)
+    begun, go, read = threading.Event(), threading.Event(), transfers.read_weights
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (begun.set(), go.wait(20), read(*args)))
+    with ThreadPoolExecutor(1) as thread:
+        pinning = thread.submit(store.pin, "a0")
+        assert begun.wait(20)
+        store.register("a0", folder / "a1")
+        go.set()
+        pinning.result(20)
+    assert store.stats().pinned == 1 and store.is_loaded(store._names.ids["a0"])
+    store.register("a0", folder / "a2")
+    assert store.stats().pinned == 1
+    store.register("a0", folder / "a2", pin=False)
+    assert store.stats().pinned == 0
+    assert_close(ask(model, ["a0"])[0], rows["a2"])
+
+
+def test_threads_that_cannot_be_started(folder, size, rows, monkeypatch):
+    model, store = make(folder, size, COUNT, timeout=20)
+    start, left = threading.Thread.start, [3]
+
+    def fail(thread):
+        if thread.name.startswith("peft_multibatch_store") and left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for _ in range(3):
+        with pytest.raises(errors.StoreFullError, match=r"'a0' can't be loaded, because no thread can be started"):
+            ask(model, ["a0"])
+    gc.collect()
+    assert store.stats().host_bytes == 0
+    check(model, rows, ["a0", "a1", "a2"])
+    assert store.stats().loads == 3
+
+
+@pytest.mark.parametrize("name", [None, 1, ["a1"]], ids=repr)
+def test_names_that_are_none(folder, size, name):
+    _, store = make(folder, size, 2)
+    for method in (store.pin, store.unregister, store.prefetch):
+        with pytest.raises(errors.UnknownAdapterError, match="no adapter of the store"):
+            method(name)
+    assert name not in store

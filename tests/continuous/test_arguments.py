@@ -116,3 +116,10 @@ def test_an_adapter_called_base():
     assert "an adapter has this name" in found[odd].error
     with pytest.raises(errors.AdapterIdsError, match="an adapter has this name"):
         model.generate_batch(inputs, adapter_ids=["three", "__base__", -1], **OPTIONS)
+
+
+def test_a_negative_limit(enabled):
+    _, mb = enabled
+    with mb.continuous_batching(warmup=False, **OPTIONS) as manager:
+        request = manager.add_request([5, 6], adapter_id=0, max_new_tokens=-3)
+        assert "max_new_tokens=-3: expected at least 0" in results(manager, 1)[request].error

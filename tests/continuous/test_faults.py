@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -587,6 +588,43 @@ def test_cancelled_requests_and_their_children_end(enabled):
     assert all("was cancelled" in output.error for output in (*found.values(), *late.values()))
     assert 0 < len(found[asked].generated_tokens) < 400
     assert good[last].generated_tokens == row_by_row(model, [[9] * 20], ["eight"], 4)[0]
+
+def test_the_cost_of_cancelling_does_not_grow_with_the_square_of_the_requests(enabled):
+    """Those that wait are searched once, not once for each cancelled request."""
+    _, mb = enabled
+    searches = []
+
+    class Searched(deque):
+        def __iter__(self):
+            searches.append(len(self))
+            return super().__iter__()
+
+        def __contains__(self, name):
+            searches.append(len(self))
+            return super().__contains__(name)
+
+        def remove(self, name):
+            searches.append(len(self))
+            super().remove(name)
+
+    with serve(mb, 700, max_requests_per_batch=1) as manager:
+        first = manager.add_request([9] * 20, adapter_id="three")
+        waiting = [manager.add_request([9] * 20, adapter_id="eight") for _ in range(200)]
+        deadline = time.monotonic() + 60
+        while manager.batch_processor is None or len(manager.batch_processor.scheduler.waiting_requests) < 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        scheduler = manager.batch_processor.scheduler
+        with manager._changes.lock:  # no step runs
+            scheduler.waiting_requests_order = Searched(scheduler.waiting_requests_order)
+            for name in waiting:
+                manager.cancel_request(name)
+        found = results(manager, 200)
+        count = len(searches)
+        assert first in scheduler.active_requests
+        manager.cancel_request(first)
+    assert all("was cancelled" in output.error for output in found.values())
+    assert count < 100
 
 
 ODD = {

@@ -14,7 +14,7 @@ from peft_multibatch.plan.ids import ids_of
 
 class Definition:
     def __init__(self):
-        self.counts, self.now = {}, 0.0
+        self.counts, self.now, self.before = {}, 0.0, set()
 
     def charge(self, entry, tokens):
         self.counts[ids_of(entry)] = self.counts.get(ids_of(entry), self.now) + tokens
@@ -28,9 +28,12 @@ class Definition:
         for state in waiting:
             queues.setdefault(ids_of(entry_of(state)), []).append(state)
         self.forget({*queues, *map(ids_of, running), *known})
-        self.now = max(self.now, min(self.counts.values(), default=0.0))
-        for adapters in queues:
-            self.counts.setdefault(adapters, self.now)
+        waited = {adapters for adapters, queue in queues.items() if self.before.intersection(ids(queue))}
+        self.before = {*ids(waiting)}
+        counts = [self.counts[each] for each in waited or map(ids_of, running) if each in self.counts]
+        self.now = max(self.now, min(counts, default=0.0))
+        for adapters in queues.keys() - waited:
+            self.counts[adapters] = max(self.counts.get(adapters, 0.0), self.now)
         turns = [(self.counts[adapters], place, queue) for place, (adapters, queue) in enumerate(queues.items())]
         heapq.heapify(turns)
         found = []
@@ -152,3 +155,34 @@ def test_a_request_that_leaves_before_the_first_step_takes_none_with_it():
     queue.left(one, {1: two})
     queue.update({1: two}, ())
     assert [each.state for each in queue.except_of(lambda adapters: False, 9)] == [two]
+
+
+def serve(queue, demands, slots, steps, waiting, running):
+    """Run steps in which adapters always have this many requests, of ten tokens each; returns who ran in each."""
+    served = []
+    for _ in range(steps):
+        for entry, count in demands.items():
+            states = [*waiting.values(), *running]
+            for _ in range(count - sum(entry_of(state) == entry for state in states)):
+                state = RequestState(object(), [1], logit_processor_kwargs={KEY: entry})
+                waiting[state.request_id] = state
+                queue.add(state)
+        queue.update(waiting, map(entry_of, running))
+        for each in queue.except_of(lambda adapters: False, slots - len(running)):
+            running.append(waiting.pop(each.state.request_id))
+        served.append([entry_of(state) for state in running])
+        for state in running:
+            state.max_new_tokens = (state.max_new_tokens or 10) - 1
+            queue.charge(entry_of(state), 1)
+        running[:] = [state for state in running if state.max_new_tokens > 0]
+    return served
+
+
+@pytest.mark.parametrize("steps", [0, 100, 3000])
+@pytest.mark.parametrize("newcomer", [2, 1], ids=["a new adapter", "the one that wanted little"])
+def test_what_nobody_else_wanted_is_not_held_against_an_adapter(steps, newcomer):
+    """Adapter 0 fills a batch in which adapter 1 wants few places, for a while; then another one floods, too."""
+    queue, waiting, running = FairScheduler(), {}, []
+    serve(queue, {0: 40, 1: 2}, 16, steps, waiting, running)
+    served = sum(serve(queue, {0: 40, 1: 2} | {newcomer: 40}, 16, 100, waiting, running)[30:], [])
+    assert abs(served.count(0) - served.count(newcomer)) < 0.2 * len(served)

@@ -27,6 +27,7 @@ import peft_multibatch
 from peft_multibatch import errors
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
+from peft_multibatch.adapters.store.loading import Loader
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.continuous import stored
@@ -776,6 +777,34 @@ def test_memory_that_runs_out_before_the_limit_concerns_one_request(make, inputs
 def save_wide(folder):
     """Save an adapter on layers that no other adapter has."""
     return save(folder, LoraConfig(r=4, target_modules=["v_proj", "o_proj", "up_proj"], init_lora_weights=False))
+
+
+def test_memory_that_runs_out_while_adapters_are_loaded_ahead_concerns_nobody(make, inputs, texts, monkeypatch):
+    mb, _ = make(room=COUNT)
+    look_ahead, make_block, failed, is_ahead = Loader.look_ahead, Arena._make, [], []
+
+    def look(*args):
+        is_ahead.append(True)
+        try:
+            look_ahead(*args)
+        finally:
+            is_ahead.pop()
+
+    def fail(arena, size):
+        if is_ahead and not failed:
+            failed.append(size)
+            raise MemoryError
+        return make_block(arena, size)
+
+    monkeypatch.setattr(Loader, "look_ahead", look)
+    monkeypatch.setattr(Arena, "_make", fail)
+    with serve(mb, max_requests_per_batch=4) as manager:
+        rows = [number % len(inputs) for number in range(COUNT)]
+        requests = [manager.add_request(inputs[row], adapter_id=f"a{number}") for number, row in enumerate(rows)]
+        found = results(manager, COUNT)
+    assert failed
+    for number, (row, request) in enumerate(zip(rows, requests)):
+        assert found[request].generated_tokens == texts[f"a{number}"][row]
 
 
 def test_layers_that_came_after_a_graph_was_captured(make, tmp_path):

@@ -236,7 +236,8 @@ def test_replacing_while_requests_run(served, own, expected, tokenizer, folder):
     assert set(answers) == set(texts.values())
 
 
-def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected):
+def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected, monkeypatch):
+    monkeypatch.setattr(served.engine.core.catalog._threads, "_max_workers", 1)
     begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
     with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
         next(iter(stream))
@@ -245,6 +246,7 @@ def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected):
         replacing.start()
         time.sleep(0.1)
         assert ask(served, "green") == expected["green"]  # its first use
+        assert {each.id for each in served.client().models.list()} > {"red", "green"}
         assert replacing.is_alive() and served.engine.running["red"] == 1
     replacing.join()
     assert ask(served, "red") == expected["blue"]

@@ -98,6 +98,7 @@ def test_a_mixture_is_the_weighted_sum(client, folder, tokenizer):
     [
         ({"model": "red", "extra_body": {"adapter": {"blue": 1.0}}}, 400, "invalid_value"),
         ({"model": "base", "extra_body": {"adapter": {}}}, 400, "invalid_value"),
+        ({"model": "base", "extra_body": {"adapter": {"red": 1e39}}}, 400, "invalid_value"),
         ({"model": "base", "extra_body": {"adapter": {"yellow": 1.0}}}, 404, "model_not_found"),
         ({"model": "base", "extra_body": {"adapter": dict.fromkeys("abcde", 1.0)}}, 400, "invalid_value"),
         ({"model": "yellow"}, 404, "model_not_found"),

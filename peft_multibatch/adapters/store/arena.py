@@ -68,8 +68,12 @@ class Arena:
 
     def fits(self, sizes: Iterable[int]) -> bool:
         """Whether there is room for all of these at once."""
+        return self.missing(sizes) <= 0
+
+    def missing(self, sizes: Iterable[int]) -> int:
+        """How many bytes have to be freed before there is room for all of these at once."""
         self.collect()
-        return self.used + sum(map(size_class, sizes)) <= self.limit
+        return self.used + sum(map(size_class, sizes)) - self.limit
 
     def take(self, size: int) -> tuple[Tensor, Any]:
         """Take a block; there must be room for it.

@@ -238,14 +238,14 @@ class Layout:
             module, half = parse_key(name, tensor.key)
             if half in found.setdefault(module, {}):
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has lora_{half} of {module} twice: expected one. Save the adapter again."
+                    f"adapter {name!r} has lora_{half} of {short(module)} twice: expected one. Save the adapter again."
                 )
             found[module][half] = tensor
         for module, halves in found.items():
             if len(halves) < 2:
                 missing = "A" if "B" in halves else "B"
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has no lora_{missing} in {module}: expected lora_A and lora_B. Save it again, "
+                    f"adapter {name!r} has no lora_{missing} in {short(module)}: expected lora_A and lora_B. Save it again, "
                     "from a model that has all of its weights."
                 )
         return found
@@ -276,10 +276,15 @@ def parse_key(name: str, key: str) -> tuple[str, str]:
     found = KEY.fullmatch(key)
     if found is None:
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has the tensor {key[:120]!r}: expected only lora_A.weight and lora_B.weight of linear "
+            f"adapter {name!r} has the tensor {short(key)!r}: expected only lora_A.weight and lora_B.weight of linear "
             "layers, because a store supports nothing else. Use load_adapter."
         )
     return found["module"], found["half"]
+
+
+def short(name: str) -> str:
+    """A name in a file, for messages."""
+    return name[:120] if name.isprintable() else repr(name[:120])
 
 
 def _check_names(name: str, found: Mapping[str, Any], wanted: set[str]) -> None:
@@ -298,7 +303,7 @@ def _check_names(name: str, found: Mapping[str, Any], wanted: set[str]) -> None:
         if names:
             is_in = "its configuration names" if what.startswith("no") else "isn't in its configuration or the model"
             raise AdapterMismatchError(
-                f"adapter {name!r} has {what} {min(names)}, which {is_in}, and {len(names) - 1} more like it: "
+                f"adapter {name!r} has {what} {short(min(names))}, which {is_in}, and {len(names) - 1} more like it: "
                 "expected weights for exactly the modules that target_modules names in this model. Save it again, "
                 "from the model for which it was trained."
             )

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.progress import Progress
-from peft_multibatch.adapters.store.readers import READERS
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
-from peft_multibatch.adapters.store.transfers import POLL, Load, Transfers, late
+from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
@@ -126,7 +125,7 @@ class Loader:
 
     def _try(self, version: Version, turn: Turn) -> bool:
         """Start loading an adapter, unless there is no room for its size."""
-        if version.layout.size < turn.too_large and self._begin([version], turn.stay):
+        if version.layout.size < turn.too_large and self._begin([version], turn.stay) is not None:
             return True
         turn.too_large = min(turn.too_large, version.layout.size)
         return False
@@ -144,7 +143,11 @@ class Loader:
                 return
             if version.loading is not None or version in self.transfers.ahead:
                 continue
-            if self._is_awaited() or not self._try(version, turn):
+            try:
+                is_begun = not self._is_awaited() and self._try(version, turn)
+            except StoreFullError:  # the device has less memory than the limit; the load for its request says so
+                return
+            if not is_begun:
                 if self.final is self.host or version in self.host:
                     continue
                 if not self.host.make_room([version.layout.size], turn.stay, lambda: None):
@@ -188,11 +191,6 @@ class Loader:
                 self.transfers.check_open()
                 self.transfers.readers.start()
                 self.check_possible(versions)
-                errors = [load.error for load in loads.values() if load.error is not None]
-                if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
-                    held.clear()
-                    loads.clear()
-                    raise type(errors[0])(*errors[0].args)
                 if not held and (ticket is None or self._is_first(ticket)):
                     found = self._reserve(versions)
                     if found is None and ticket is None:
@@ -201,6 +199,11 @@ class Loader:
                     elif found is not None:
                         held, loads = found
                         ticket = None
+                errors = [load.error for load in loads.values() if load.error is not None]
+                if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
+                    held.clear()
+                    loads.clear()
+                    raise type(errors[0])(*errors[0].args)
                 missing = sum(version.loading is load for version, load in loads.items())
                 if held and not missing:
                     return held
@@ -223,28 +226,30 @@ class Loader:
     def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
         """Reserve memory for all of these, and start loading those that aren't there; None if there is no room."""
         missing = [each for each in versions if each.loading is None and each not in self.final]
-        if missing and not self._begin(missing, {*versions}):
+        started = self._begin(missing, {*versions})
+        if started is None:
             return None
         held, loads = {}, {}
         for version in versions:
-            if version.loading is not None:
-                loads[version] = version.loading
-                held[version] = version.loading.memory
+            load = started.get(version, version.loading)
+            if load is not None:
+                loads[version], held[version] = load, load.memory
             else:
                 memory = self.final.get(version)
                 assert memory is not None
                 held[version] = memory
         return held, loads
 
-    def _begin(self, versions: Sequence[Version], stay: Set[Version]) -> bool:
+    def _begin(self, versions: Sequence[Version], stay: Set[Version]) -> dict[Version, Load] | None:
+        """Start loading adapters, which may have failed already; None if there is no room for all of them."""
         sizes = [version.layout.size for version in versions]
-        if not self.final.make_room(sizes, stay, self._let_go):
-            return False
-        started = [Load(version, *self.final.take(version.layout.size)) for version in versions]
-        for load in started:
+        if versions and not self.final.make_room(sizes, stay, self._let_go):
+            return None
+        started = {version: Load(version, *self.final.take(version.layout.size)) for version in versions}
+        for version, load in started.items():
+            version.loading, version.error = load, None
             self.transfers.start(load)  # its threads wait for the lock
-            load.version.loading, load.version.error = load, None
-        return True
+        return started
 
     def _is_awaited(self) -> bool:
         while self._queue and self._queue[0]() is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from peft import LoraConfig
 
 from peft_multibatch.adapters.store.patterns import LONGEST, MOST_PATTERNS, NAME, Patterns, is_safe
 from peft_multibatch.compat import check_target_module_exists
@@ -33,8 +36,12 @@ READ: dict[str, tuple[type, ...]] = {
     "layers_pattern": (list, str, type(None)),
 }
 
-# Keys for which only these values are accepted. Unknown keys must be off, as PEFT's new options are by default.
+# Keys for which only these values are accepted. Others must be off, as PEFT's new options are by default.
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+
+# Keys that PEFT knows are on with an empty list or dictionary, except for these.
+EMPTY_IS_OFF = frozenset({"layer_replication", "modules_to_save", "target_parameters"})
+KNOWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 
 MOST_NAMES = 8192
 MOST_LISTS = 16
@@ -120,7 +127,8 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
         AdapterFileError: a value is invalid.
     """
     for key, value in sorted(config.items(), key=lambda item: item[0] not in ONLY):  # checks the type first
-        is_off = value is None or value is False or value in ("", [], {})
+        is_empty = value in ("", [], {}) and (key not in KNOWN or key in EMPTY_IS_OFF)
+        is_off = value is None or value is False or is_empty
         if key in ONLY:
             if not any(type(value) is type(each) and value == each for each in ONLY[key]):
                 raise _unsupported(name, key, value)
@@ -137,8 +145,10 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
     layers = [layers] if isinstance(layers, int) else layers
     if values["r"] < 1 or any(type(rank) is not int or rank < 1 for _, rank in ranks):
         raise _wrong(name, "r", [values["r"], *(rank for _, rank in ranks)])
-    if not _is_finite(values["lora_alpha"]) or not _is_finite(values["lora_dropout"]):
+    if not _is_finite(values["lora_alpha"]):
         raise _wrong(name, "lora_alpha", values["lora_alpha"])
+    if not 0 <= values["lora_dropout"] <= 1:
+        raise _wrong(name, "lora_dropout", values["lora_dropout"])
     if layers is not None and any(type(each) is not int for each in layers):
         raise _wrong(name, "layers_to_transform", layers)
     if isinstance(values["target_modules"], str) and values["target_modules"].lower() == "all-linear":

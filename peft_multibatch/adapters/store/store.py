@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 NAME = re.compile(r"[^\x00-\x1f\ud800-\udfff]{1,256}")
 
+FILES = operator.attrgetter("path", "identity", "config")
+"""What the files of a version are known by."""
+
 
 class Registered(NamedTuple):
     """The result of ``register_folder``.
@@ -48,7 +52,7 @@ class Registered(NamedTuple):
 class AdapterStore(StoredAdapters):
     """Adapters in files, of which those in use are in memory. Created by ``mb.adapter_store``."""
 
-    def register(self, name: str, folder: str | os.PathLike, pin: bool = False) -> None:
+    def register(self, name: str, folder: str | os.PathLike, pin: bool | None = None) -> None:
         """Register an adapter. Reads and checks its configuration and the header of its weights, but no weights.
 
         Args:
@@ -56,7 +60,8 @@ class AdapterStore(StoredAdapters):
                 running calls finish with the old one.
             folder: a folder written by PEFT's ``save_pretrained``, with weights as safetensors. The files must stay
                 in place.
-            pin: whether to load the adapter and keep it in memory, as ``pin`` does.
+            pin: whether to load the adapter and keep it in memory, as ``pin`` does; by default, a new version of a
+                pinned adapter is pinned, too, but isn't waited for.
 
         Raises:
             AdapterFileError: the files are missing, damaged or outside of ``roots``.
@@ -101,7 +106,7 @@ class AdapterStore(StoredAdapters):
                 continue
             try:
                 self._check_name(name)
-                self._register(name, files.find(name, path, self._roots), None)
+                self._register(name, files.find(name, path, self._roots), None, is_lazy=True)
                 names.append(name)
             except MultibatchError as error:
                 refused[name] = error.with_traceback(None)
@@ -142,23 +147,27 @@ class AdapterStore(StoredAdapters):
         Waits until it is loaded. If that fails, the adapter isn't pinned.
 
         Raises:
-            UnknownAdapterError: no adapter of the store has this name.
+            UnknownAdapterError: no adapter of the store has this name, or it was unregistered meanwhile.
             AdapterFileError: its files can't be read any more.
             StoreFullError: it doesn't fit into memory along with the other pinned adapters, or running calls left no
                 room for it within the timeout.
         """
-        with self._lock:
-            version = self._version(name)
-            if pinned:
-                self._check_pin(version)
-            self._loader.pin(version, pinned)
-        if pinned:
+        while True:
+            with self._lock:
+                version = self._version(name)
+                if pinned:
+                    self._check_pin(version)
+                self._loader.pin(version, pinned)
+            if not pinned:
+                return
             try:
                 self._loader.fetch([version])
             except BaseException:
                 with self._lock:
                     self._loader.pin(version, False)
                 raise
+            if not version.is_gone:
+                return
 
     def stats(self) -> StoreStats:
         """Counters: registered adapters, memory use, hits, misses, loads and evictions."""
@@ -200,13 +209,13 @@ class AdapterStore(StoredAdapters):
         return len(self._versions)
 
     def __contains__(self, name: object) -> bool:
-        return self._names.ids.get(name, -1) in self._versions  # type: ignore[call-overload]
+        return isinstance(name, str) and self._names.ids.get(name, -1) in self._versions
 
     def __iter__(self) -> Iterator[str]:
         return iter([version.name for version in list(self._versions.values())])
 
-    def _register(self, name: str, found: AdapterFiles, pin: bool | None) -> None:
-        """Register an adapter. With ``pin=None``, one that is registered from the same files isn't changed."""
+    def _register(self, name: str, found: AdapterFiles, pin: bool | None, is_lazy: bool = False) -> None:
+        """Register an adapter. If lazy, one that is registered from the same files isn't changed."""
         if self._is_closed:
             raise ModelStateError(
                 "an adapter was registered in a store whose model was disabled: expected an enabled model. Call "
@@ -220,20 +229,19 @@ class AdapterStore(StoredAdapters):
             with nullcontext() if guarded < 0 else self._guard(guarded), self._lock:
                 number = self._names.ids.get(name, -1)
                 known = self._versions.get(number)
-                if known is not None and pin is None:
-                    if (known.path, known.identity, known.config) == (version.path, version.identity, version.config):
-                        return
-                    pin = known.is_pinned
+                if known is not None and is_lazy and FILES(known) == FILES(version):
+                    return
+                is_pinned = (known is not None and known.is_pinned) if pin is None else pin
                 if known is not None and guarded != number:  # requests may run with it
                     guarded = number
                     continue
-                if pin:
+                if is_pinned:
                     self._check_pin(version)
                 number = self._names.add_stored(name)
                 self._versions[number] = version
                 if known is not None:
                     self._forget(known)
-                if pin:
+                if is_pinned:
                     self._loader.pin(version, True)
                     self._loader.prefetch(version, Turn())
                 return
@@ -250,8 +258,8 @@ class AdapterStore(StoredAdapters):
         version = self._versions.get(self._names.ids.get(name, -1)) if isinstance(name, str) else None
         if version is None:
             raise UnknownAdapterError(
-                f"no adapter of the store is called {name!r:.80}: expected {nearest(name, self._names)}. Register it "
-                "first."
+                f"no adapter of the store is called {name!r:.80}: expected {nearest(str(name), self._names)}. Register "
+                "it first."
             )
         return version
 

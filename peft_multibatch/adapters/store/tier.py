@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_multibatch.adapters.store.arena import Arena
+from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.version import Version
 
 
@@ -104,21 +104,33 @@ class Tier:
         return adapter is not None and adapter.memory is self._kept[version]
 
     def _drop_unused(self, sizes: Collection[int], stay: Set[Version]) -> bool:
-        if self.arena.fits(sizes):
-            return True
         self._touch_used()
-        for _ in range(len(self._kept)):
-            version = next(iter(self._kept))
-            # those that stay count as used, so that the next eviction doesn't come across them first
-            if (version.is_pinned and self._keeps_pinned) or version in stay or self._is_used(version):
-                self._move_to_end(version)
-                continue
-            memory = weakref.ref(self._kept.pop(version))
-            kept = memory()
-            if kept is not None:  # a call reads it
-                self._kept[version] = kept
-                continue
-            self.evictions += 1
-            if self.arena.fits(sizes):
-                return True
-        return False
+        stay = {*stay}
+        while (missing := self.arena.missing(sizes)) > 0:
+            found = self._evictable(missing, stay)
+            if not found:
+                return False
+            for version in found:
+                memory = weakref.ref(self._kept.pop(version))
+                kept = memory()
+                if kept is None:
+                    self.evictions += 1
+                else:  # a call reads it
+                    self._kept[version] = kept
+                    stay.add(version)
+        return True
+
+    def _evictable(self, missing: int, stay: Set[Version]) -> list[Version]:
+        """The least recently used adapters that have this many bytes together; none if all of them have less."""
+        found, used = [], []
+        for version in self._kept:
+            if missing <= 0:
+                break
+            if self._is_used(version):
+                used.append(version)
+            elif version not in stay and not (version.is_pinned and self._keeps_pinned):
+                found.append(version)
+                missing -= size_class(version.layout.size)
+        for version in used:
+            self._move_to_end(version)
+        return found if missing <= 0 else []

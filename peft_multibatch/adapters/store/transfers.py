@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -15,12 +14,18 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.files import read_weights
-from peft_multibatch.adapters.store.readers import Readers
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
+from peft_multibatch.adapters.store.workers import Workers
 from peft_multibatch.errors import AdapterFileError, MultibatchError, NotEnabledError, StoreFullError
 
+
+READERS = 4
+"""The number of files that are read at the same time, besides those that hang."""
+
+MOST_READERS = 64
+"""The most threads that read files, including those that hang."""
 
 POLL = 0.005
 """Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
@@ -81,8 +86,8 @@ class Transfers:
         self.to_wake: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
-        self.readers = Readers()
-        self._copier = ThreadPoolExecutor(1, "peft_multibatch_copies")
+        self.readers = Workers("peft_multibatch_store", READERS, MOST_READERS)
+        self._copier = Workers("peft_multibatch_copies", 1, 1)
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
@@ -90,7 +95,7 @@ class Transfers:
         """Start nothing any more."""
         self.is_closed = True
         self.readers.close()
-        self._copier.shutdown(wait=False, cancel_futures=True)
+        self._copier.close()
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -105,17 +110,27 @@ class Transfers:
             )
 
     def start(self, load: Load) -> None:
-        """Load an adapter where calls compute."""
+        """Load an adapter where calls compute. Whatever goes wrong is the load's error."""
         load.source = self._host.get(load.version)
-        if load.source is None:
-            self.readers.submit(partial(self._read_for, load))
-        else:
-            self._copier.submit(self._copy, load)
+        try:
+            if load.source is None:
+                self.readers.submit(partial(self._read_for, load))
+            else:
+                self._copier.submit(partial(self._copy, load))
+        except RuntimeError as error:
+            load.error = StoreFullError(
+                f"adapter {load.version.name!r} can't be loaded, because no thread can be started ({error}): expected "
+                "a process that may start threads. Raise its limit, or run fewer of them."
+            )
+            self._end(load)
 
     def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
         self.ahead.add(version)
-        self.readers.submit(partial(self._read_ahead, version, stay))
+        try:
+            self.readers.submit(partial(self._read_ahead, version, stay))
+        except RuntimeError:  # no thread can be started; the load for its request says so
+            self.ahead.discard(version)
 
     # In the threads.
     def _read_for(self, load: Load) -> None:
@@ -130,17 +145,14 @@ class Transfers:
             self._end(load)
             return
         try:
-            self._copier.submit(self._copy, load)
+            self._copier.submit(partial(self._copy, load))
         except RuntimeError:  # the interpreter is about to exit, or no thread could be started
             if not self.is_closed:
                 self._copy(load)
 
     def _copy(self, load: Load) -> None:
-        source, load.source = load.source, None
-        if source is None:  # `submit` queued this, but couldn't start a thread, so it was copied without one
-            return
-        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
-        del source  # others may wait for this memory
+        self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
+        load.source = None  # others may wait for this memory
         self._end(load)
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:

@@ -10,10 +10,12 @@ block, and the call ends when that object is freed. Frames that a traceback keep
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
+from types import FrameType
 from typing import Any
 
 from peft_multibatch.calls.call import Call, over
@@ -69,9 +71,13 @@ class ActiveCall(ContextDecorator):
         end = self._end() if self._end is not None else None
         if end is None:
             end = self._by_hand = functools.partial(_leave, self)
+        else:
+            call.frame = id(sys._getframe(1))  # a reference would keep the call active
         call.end = weakref.ref(end, self._graph.drop_ended)
         end = None  # a traceback that keeps this frame must not keep the call active
         call.outer = self._live()
+        if call.outer is not None:
+            call.suspended = {*_frames_around(call)} - {*map(id, _stack(sys._getframe(1)))}
         self._call = call
         self._token = self._calls.set(call)
         try:
@@ -87,6 +93,34 @@ class ActiveCall(ContextDecorator):
     __exit__: Any = _Exit()
 
 
+def check_running(call: Call) -> None:
+    """Check that no generator runs whose own block is open around a call that began while it was suspended.
+
+    Raises:
+        ModelStateError: one runs, with the ids of a block that isn't its own.
+    """
+    if call.suspended and not call.suspended.isdisjoint(map(id, _stack(sys._getframe(1)))):
+        raise ModelStateError(
+            "a generator with an open mb.batch block called the model while a block that began after it, in another "
+            "generator, was still open, so the call would have used the other's ids: expected one generator with an "
+            "open block at a time on a thread or task. Pass adapter_ids to each call instead."
+        )
+
+
+def _frames_around(call: Call) -> Iterator[int]:
+    outer = call.outer
+    while outer is not None:
+        if outer.frame and outer.is_active:
+            yield outer.frame
+        outer = outer.outer
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def _leave(block: ActiveCall, *error: Any) -> None:
     call = block._call
     if call is None or block._token is None:  # it was never entered
@@ -98,6 +132,8 @@ def _leave(block: ActiveCall, *error: Any) -> None:
     except ValueError:
         call.ended = True
         block._graph.leave(call)
+        if any(isinstance(each, Exception) for each in error):  # says more than this one would
+            return
         raise ModelStateError(
             "an mb.batch block was left on another thread or task than it was entered on, so calls in between may "
             "have run without its ids, or was left before a block that was entered later: expected nested blocks on "

@@ -73,6 +73,8 @@ class Call:
         end: returns None once the block was left, in whatever way; see ``ActiveCall``.
         ended: True once the block was left normally.
         outer: the call that was active before, and is again afterwards.
+        frame: the id of the frame whose ``with`` statement it belongs to; 0 if it was entered in another way.
+        suspended: the frames of outer calls that weren't running when it began, because they are generators.
         thread: the thread on which it began.
         task: the asyncio task in which it began.
         sibling_outputs: for each fused group, the outputs that its first layer computed for the others.
@@ -109,6 +111,8 @@ class Call:
         self.end: Callable[[], Any] = over
         self.ended = False
         self.outer: Call | None = None
+        self.frame = 0
+        self.suspended: set[int] = set()
         self.thread: ThreadState | None = None
         self.task = 0
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}

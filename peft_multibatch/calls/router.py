@@ -17,7 +17,7 @@ import torch
 
 from peft_multibatch.adapters.registry import Registry
 from peft_multibatch.adapters.shards import Split, check_same
-from peft_multibatch.calls.active import ActiveCall
+from peft_multibatch.calls.active import ActiveCall, check_running
 from peft_multibatch.calls.batch_plan import BatchPlan
 from peft_multibatch.calls.call import Call
 from peft_multibatch.calls.graphs import Graph
@@ -111,6 +111,8 @@ class Router:
                 "a model was called in a task that was started inside mb.batch(...), after that block had ended: "
                 "expected the task to end first. Await it inside the block, or pass adapter_ids to the call."
             )
+        if call is not None and call.suspended:
+            check_running(call)
         return call
 
     def _check_outside(self, call: Call) -> None:

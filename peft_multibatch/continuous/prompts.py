@@ -57,7 +57,8 @@ def limit_of(max_new_tokens: Any) -> int | None:
     limit = None if max_new_tokens is None else integers_of("max_new_tokens", [max_new_tokens])[0]
     if limit is not None and limit < 0:
         raise UnsupportedError(
-            f"a request has max_new_tokens={limit}: expected at least 0. Leave it out for the generation config's limit."
+            f"a request has max_new_tokens={limit}: expected at least 0. Leave it out for the limit of the generation "
+            "config."
         )
     return limit
 

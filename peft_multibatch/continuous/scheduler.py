@@ -158,8 +158,8 @@ class FairScheduler:
         for adapters in new:
             self._turn_of.pop(adapters, None)
         first = self._first_turn()
-        counts = [self._counts[each] for each in self._running if each in self._counts] if first is None else [first[0]]
-        self._now = max(self._now, min(counts, default=0.0))
+        counts = [self._counts[each] for each in self._running if each in self._counts]
+        self._now = max(self._now, min(counts, default=0.0) if first is None else first[0])
         for adapters in new:
             self._counts[adapters] = max(self._counts.get(adapters, 0.0), self._now)
             self._turn_of[adapters] = turn = self._counts[adapters], self._queues[adapters][0][0], adapters

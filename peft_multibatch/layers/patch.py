@@ -68,14 +68,13 @@ class PatchedLayer:
         attributes[STATE] = module.__dict__[STATE] = self
         self._forward = Replacement(self.place, attribute, self._bound(handler))
         self._enable = Replacement(module, "enable_adapters", types.MethodType(_enable_adapters, module))
-        self._knows_threads = False  # that disable adapters; never reset, because other threads read PEFT's flag before it
+        # whether threads that disable adapters are known; never reset, because others read PEFT's flag first
+        self._knows_threads = False
 
     @property
     def is_disabled(self) -> bool:
         """Whether the layer's adapters are disabled on this thread or task, or on all of them."""
-        return self.module._disable_adapters and (
-            not self._knows_threads or self.module in self.router.disabled.get()
-        )
+        return self.module._disable_adapters and (not self._knows_threads or self.module in self.router.disabled.get())
 
     def is_disabled_on(self, thread: ThreadState) -> bool:
         """As ``is_disabled``, if PEFT's flag is set, for compiled code, which can't read context variables."""

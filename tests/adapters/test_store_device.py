@@ -17,9 +17,9 @@ from tolerances import assert_close
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store import streams as store_streams
+from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock

@@ -589,6 +589,7 @@ def test_cancelled_requests_and_their_children_end(enabled):
     assert 0 < len(found[asked].generated_tokens) < 400
     assert good[last].generated_tokens == row_by_row(model, [[9] * 20], ["eight"], 4)[0]
 
+
 def test_the_cost_of_cancelling_does_not_grow_with_the_square_of_the_requests(enabled):
     """Those that wait are searched once, not once for each cancelled request."""
     _, mb = enabled

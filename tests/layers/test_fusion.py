@@ -179,14 +179,19 @@ def test_base_weights_of_a_model_made_in_inference_mode():
     assert torch.equal(again, expected)
 
 
+def transpose(weight):
+    weight.data = weight.data.t()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: model.double(),
         lambda model: setattr(attention(model).k_proj.base_layer, "weight", torch.nn.Parameter(torch.randn(24, 48))),
         lambda model: attention(model).k_proj.base_layer.register_forward_hook(lambda *args: None),
+        lambda model: transpose(attention(model).q_proj.base_layer.weight),
     ],
-    ids=["double", "replaced", "hooked"],
+    ids=["double", "replaced", "hooked", "transposed"],
 )
 def test_base_weights_that_change_places_run_apart(change):
     model = peft_model()

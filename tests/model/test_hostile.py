@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from models import alone, base_model, left_padded, lora_configs, peft_model, row_by_row
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tolerances import assert_close
 from torch import nn
 
@@ -490,3 +492,100 @@ def test_parts_without_adapters_have_rows_of_their_own():
         actual = model.get_base_model().get_image_features(images).pooler_output
     for mine, theirs in zip(actual, expected):
         assert torch.equal(mine, theirs)
+
+
+def test_generators_with_open_blocks_that_take_turns():
+    """Context variables aren't switched with generators, so the first would get the ids of the second."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    one, other = ["three"] * 6, ["four"] * 6
+    expected = {ids[0]: logits(model, adapter_ids=ids) for ids in (one, other)}
+
+    def generate(ids):
+        with mb.batch(ids):
+            for _ in range(3):
+                yield logits(model)
+
+    def call_inside(ids):
+        with mb.batch(ids):
+            yield
+            yield logits(model, adapter_ids=ids)
+
+    first, second = generate(one), generate(other)
+    assert_close(next(first), expected["three"])
+    assert_close(next(second), expected["four"])
+    with pytest.raises(errors.ModelStateError, match="another generator, was still open"):
+        next(first)
+    assert_close(next(second), expected["four"])
+    second.close()
+    first, second = call_inside(one), generate(other)
+    next(first), next(second)
+    assert_close(next(first), expected["three"])
+    second.close(), first.close()
+    assert_close(logits(model, adapter_ids=one), expected["three"])
+
+
+def test_asynchronous_generators_with_open_blocks_that_take_turns():
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+
+    async def generate(ids):
+        with mb.batch(ids):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield logits(model)
+
+    async def take_turns():
+        first, second = generate(["three"] * 6), generate(["four"] * 6)
+        await anext(first), await anext(second)
+        with pytest.raises(errors.ModelStateError, match="another generator, was still open"):
+            await anext(first)
+        await second.aclose()
+
+    asyncio.run(take_turns())
+
+
+def test_blocks_that_context_managers_open():
+    """They are suspended generators, too."""
+    model = peft_model()
+    mb = peft_multibatch.enable(model)
+    expected = logits(model, adapter_ids=NAMES)
+
+    @contextlib.contextmanager
+    def block(ids):
+        with mb.batch(ids):
+            yield
+
+    async def ask():
+        with block(["three"] * 6), block(NAMES):
+            await asyncio.sleep(0)
+            return logits(model)
+
+    with block(["three"] * 6), mb.batch(["four"] * 6), block(NAMES):
+        assert_close(logits(model), expected)
+        assert_close(asyncio.run(ask()), expected)
+    with contextlib.ExitStack() as stack:
+        for ids in (["three"] * 6, NAMES):
+            stack.enter_context(block(ids))
+            stack.enter_context(mb.batch(ids))
+        assert_close(logits(model), expected)
+
+
+def test_adapters_are_enabled_again_on_another_thread(monkeypatch):
+    """A batch runs between PEFT's own call and what is recorded of it."""
+    model = peft_model()
+    peft_multibatch.enable(model)
+    expected, found = logits(model, adapter_ids=NAMES), []
+    enable = BaseTunerLayer.enable_adapters
+
+    def while_batches_run(layer, enabled):
+        found.append(in_thread(lambda: logits(model, adapter_ids=NAMES)))
+        enable(layer, enabled)
+        found.append(in_thread(lambda: logits(model, adapter_ids=NAMES)))
+
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", while_batches_run)
+    with model.disable_adapter():
+        pass
+    assert len(found) > 20
+    for each in found:
+        assert_close(each, expected)

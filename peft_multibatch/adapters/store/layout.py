@@ -245,8 +245,8 @@ class Layout:
             if len(halves) < 2:
                 missing = "A" if "B" in halves else "B"
                 raise AdapterMismatchError(
-                    f"adapter {name!r} has no lora_{missing} in {short(module)}: expected lora_A and lora_B. Save it again, "
-                    "from a model that has all of its weights."
+                    f"adapter {name!r} has no lora_{missing} in {short(module)}: expected lora_A and lora_B. Save it "
+                    "again, from a model that has all of its weights."
                 )
         return found
 

@@ -258,8 +258,8 @@ class AdapterStore(StoredAdapters):
         version = self._versions.get(self._names.ids.get(name, -1)) if isinstance(name, str) else None
         if version is None:
             raise UnknownAdapterError(
-                f"no adapter of the store is called {name!r:.80}: expected {nearest(str(name), self._names)}. Register "
-                "it first."
+                f"no adapter of the store is called {name!r:.80}: expected {nearest(str(name), self._names)}. "
+                "Register it first."
             )
         return version
 

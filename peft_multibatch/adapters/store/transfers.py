@@ -151,8 +151,10 @@ class Transfers:
                 self._copy(load)
 
     def _copy(self, load: Load) -> None:
-        self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
-        load.source = None  # others may wait for this memory
+        source, load.source = load.source, None
+        assert source is not None
+        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
+        del source  # others may wait for this memory
         self._end(load)
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:

@@ -20,7 +20,7 @@ HANGING = 10.0
 class Workers:
     """Runs a few jobs at the same time, in order.
 
-    A thread goes on with the next job by itself, so a job that was handed over runs once, also if the executor can't
+    A thread takes the next job by itself, so a job that was handed over runs once, also if the executor can't
     start a thread for it.
 
     Args:

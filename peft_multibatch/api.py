@@ -216,7 +216,7 @@ class Multibatch(Handle):
                 )
         registry.store = AdapterStore(
             self._stored, registry.names, registry.slots, device_of(self._inner), max_host_memory, max_device_memory,
-            max_rank, roots, dtype, timeout, router.let_go, registry.changing,
+            max_rank, roots, dtype, timeout, router.let_go, lambda: router.live() is not None, registry.changing,
         )  # fmt: skip
         registry.slots.reserve(slots)
         self._look(is_changed=True)

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from peft_multibatch.serve.core import Core
-from peft_multibatch.serve.errors import ApiError, broken, busy, took_too_long, unavailable
+from peft_multibatch.serve.errors import ApiError, broken, busy, invalid, took_too_long, unavailable
 from peft_multibatch.serve.jobs import Delta, Inbox, Job, Sequence
-from peft_multibatch.serve.messages import Output, State
+from peft_multibatch.serve.messages import Output, State, Target
 from peft_multibatch.serve.process import CoreProcess
 
 
@@ -39,6 +39,7 @@ class Engine:
         self.core, self.settings = core, core.settings
         self.is_stopping = False
         self.running: Counter[str] = Counter()
+        self._used: Counter[str] = Counter()  # as running, by the names of all adapters instead of labels
         self._ids = itertools.count()
         self._jobs: dict[int, Inbox] = {}
         self._places: dict[str, Inbox] = {}  # of each answer
@@ -124,7 +125,7 @@ class Engine:
         left = job.arrived + self.settings.request_timeout - time.perf_counter()
         timer = loop.call_later(left, inbox.fail, took_too_long(self.settings.request_timeout))
         ends = [] if job.ignore_eos else self.core.ends
-        with self._place(job.target.label, len(job.prompts) * job.n):
+        with self._place(job.target, len(job.prompts) * job.n):
             self._jobs[number] = inbox
             try:
                 for sequence in job.sequences(self.tokenizer):
@@ -173,19 +174,27 @@ class Engine:
             self._prepared -= 1
 
     @contextlib.contextmanager
-    def _place(self, label: str, count: int) -> Iterator[None]:
+    def _place(self, target: Target, count: int) -> Iterator[None]:
         limit, own = self.settings.max_batch + self.settings.max_queue, self.settings.max_requests_per_adapter
+        most = limit if own is None else min(limit, own)
+        if count > most:
+            raise invalid(f"The request asks for {count} answers: expected at most {most} here. Request fewer.", "n")
         if self.running.total() + count > limit:
             raise busy("The server has reached its limit of requests: try again later.", "queue_full")
-        if own is not None and self.running[label] + count > own:
-            raise busy(f"The model `{label}` has reached its limit of requests: try again later.", "adapter_busy")
-        self.running[label] += count
+        names = target.names or (target.label,)
+        full = next((name for name in names if own is not None and self._used[name] + count > own), None)
+        if full is not None:
+            raise busy(f"The model `{full}` has reached its limit of requests: try again later.", "adapter_busy")
+        counts = [(self.running, target.label), *((self._used, name) for name in names)]
+        for counter, name in counts:
+            counter[name] += count
         try:
             yield
         finally:
-            self.running[label] -= count
-            if not self.running[label]:
-                del self.running[label]
+            for counter, name in counts:
+                counter[name] -= count
+                if not counter[name]:
+                    del counter[name]
 
     def _receive(self, outputs: list[Output]) -> None:
         """Take the core's outputs, in any thread."""

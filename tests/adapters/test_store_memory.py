@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, progress, transfers, workers
+from peft_multibatch.adapters.store import files, loading, progress, transfers, workers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.streams import Streams
@@ -593,6 +594,48 @@ def test_batches_that_each_want_more_than_half_of_the_room(folder, size, rows):
     assert not any(thread.is_alive() for thread in threads)
     assert failures == []
     assert store.stats().host_bytes <= 5 * size
+
+
+def test_a_batch_that_wants_most_of_the_room_beside_many_small_ones(folder, size, rows):
+    """They find room again and again before there is enough for it, and wait behind it after a second."""
+    model, _ = make(folder, size, 6, timeout=8)
+    mb = model._multibatch
+    is_over, failures = threading.Event(), []
+
+    def ask_for_one(number):
+        try:
+            for name in itertools.cycle(f"a{each}" for each in range(5 + number, COUNT, 3)):
+                if is_over.is_set():
+                    return
+                with mb.batch([name]):
+                    time.sleep(0.05)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask_for_one, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.2)
+        for _ in range(3):
+            check(model, rows, [f"a{number}" for number in range(5)])
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_batch_inside_another_one_does_not_wait_for_those_that_want_its_room(folder, size, rows, monkeypatch):
+    monkeypatch.setattr(loading, "STARVED", 0)
+    model, store = make(folder, size, 3, timeout=8)
+    mb = model._multibatch
+    with ThreadPoolExecutor(1) as thread:
+        with mb.batch(["a0"]):
+            waiting = thread.submit(ask, model, ["a1", "a2", "a3"])
+            assert eventually(lambda: len(store._loader._queue) == 1)
+            check(model, rows, ["a4"])
+        waiting.result(20)
 
 
 def test_each_output_is_wholly_one_version(folder, size, rows):

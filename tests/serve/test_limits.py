@@ -140,7 +140,15 @@ def test_one_adapter_does_not_take_all_places(tokenizer, folder):
         with pytest.raises(openai.RateLimitError) as caught:
             served.client().completions.create(model="red", prompt="x", max_tokens=1)
         assert caught.value.body["code"] == "adapter_busy"
-        assert served.client().completions.create(model="blue", prompt="x", max_tokens=1).choices
+        for mixture in ({"red": 1.0}, {"blue": 0.5, "red": 0.5}):
+            with pytest.raises(openai.RateLimitError) as caught:
+                served.client().completions.create(model="base", prompt="x", extra_body={"adapter": mixture})
+            assert caught.value.body["message"].startswith("The model `red` has reached")
+        ask = {"prompt": "x", "max_tokens": 1}
+        assert served.client().completions.create(model="blue", **ask).choices
+        assert served.client().completions.create(model="base", extra_body={"adapter": {"blue": 0.5}}, **ask).choices
+        with pytest.raises(openai.BadRequestError, match="asks for 2 answers: expected at most 1"):
+            served.client().completions.create(model="blue", n=2, **ask)
         stream.close()
 
 

@@ -22,8 +22,15 @@ from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
 
+STARVED = 1.0
+"""Seconds after which a batch that waits for room makes later ones wait behind it."""
+
+
 class Ticket:
     """A batch's place in the queue for memory, as long as its thread references this."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
 
 
 class Turn:
@@ -56,6 +63,7 @@ class Loader:
         timeout: the most seconds that a batch waits.
         streams: the device's streams.
         let_go: called when memory runs out, to drop plans of calls that have ended.
+        is_nested: whether a batch would begin inside another one, which may hold what those that wait are waiting for.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class Loader:
         timeout: float,
         streams: Streams,
         let_go: Callable[[], None],
+        is_nested: Callable[[], bool],
     ) -> None:
         self.lock = threading.Condition(threading.RLock())
         in_host = Arena(host, torch.device("cpu"), streams.has_memory, streams)
@@ -74,7 +83,7 @@ class Loader:
             self.final = Tier(Arena(final, device, False, streams))
         self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout)
         self.pinned: set[Version] = set()
-        self._timeout, self._let_go = timeout, let_go
+        self._timeout, self._let_go, self._is_nested = timeout, let_go, is_nested
         self._queue: deque[weakref.ref[Ticket]] = deque()
 
     def close(self) -> None:
@@ -191,14 +200,14 @@ class Loader:
                 self.transfers.check_open()
                 self.transfers.readers.start()
                 self.check_possible(versions)
-                if not held and (ticket is None or self._is_first(ticket)):
+                if not held and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
                     found = self._reserve(versions)
-                    if found is None and ticket is None:
-                        ticket = Ticket()
-                        self._queue.append(weakref.ref(ticket))
-                    elif found is not None:
+                    if found is not None:
                         held, loads = found
                         ticket = None
+                if not held and ticket is None:
+                    ticket = Ticket()
+                    self._queue.append(weakref.ref(ticket))
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
                     held.clear()
@@ -256,8 +265,13 @@ class Loader:
             self._queue.popleft()
         return bool(self._queue)
 
-    def _is_first(self, ticket: Ticket) -> bool:
-        return not self._is_awaited() or self._queue[0]() is ticket
+    def _is_first(self, ticket: Ticket | None) -> bool:
+        return not self._is_awaited() or self._queue[0]() is ticket or self._is_nested()
+
+    def is_starved(self) -> bool:
+        """Whether a batch on this thread has to wait behind one that waits for room. The caller holds the lock."""
+        first = self._queue[0]() if self._is_awaited() else None
+        return first is not None and time.monotonic() - first.since >= STARVED and not self._is_nested()
 
     def check_possible(self, versions: Sequence[Version]) -> None:
         """Check that the adapters of a batch fit into memory together.

@@ -38,6 +38,7 @@ class StoredAdapters:
         dtype: the dtype of weights in memory.
         timeout: the most seconds that a batch waits for its adapters.
         let_go: called when memory runs out, to drop plans of calls that have ended.
+        is_nested: whether a call would begin inside another one.
         guard: returns a block in which an adapter may be changed.
     """
 
@@ -56,6 +57,7 @@ class StoredAdapters:
         dtype: StoreDtype,
         timeout: float,
         let_go: Callable[[], None],
+        is_nested: Callable[[], bool],
         guard: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self._model, self._names, self._slots = model, names, slots
@@ -63,7 +65,7 @@ class StoredAdapters:
         self._layouts = Layouts(model, max_rank, dtype)
         self._device, self._streams = device, streams_of(device)
         sizes = parse_size("max_host_memory", max_host_memory), parse_size("max_device_memory", max_device_memory)
-        self._loader = Loader(device, *sizes, timeout, self._streams, let_go)
+        self._loader = Loader(device, *sizes, timeout, self._streams, let_go, is_nested)
         self._guard = guard
         self._lock = self._loader.lock
         self._versions: dict[int, Version] = {}  # by id
@@ -101,12 +103,13 @@ class StoredAdapters:
             versions = {number: self._find(number) for number in ids}
             wanted = list(dict.fromkeys(versions.values()))
             there = sum(tier.touch(version) for version in wanted)
-            found = tier.get_all(wanted) if there == len(wanted) else {}
+            waits = there < len(wanted) or (is_new and self._loader.is_starved())
+            found = {} if waits else tier.get_all(wanted)
         if is_new:
             self.count(there, len(wanted) - there)
         self._check(wanted)
         self._streams.note()
-        if there < len(wanted):  # a waiting batch references no memory, so that batches can't block each other
+        if waits:  # a waiting batch references no memory, so that batches can't block each other
             found = self._loader.fetch(wanted)
         names = self._model.names
         return {number: version.in_memory(found[version], self._slots, names) for number, version in versions.items()}

@@ -135,6 +135,7 @@ DAMAGED = {
     "not a tensor": edit_header(lambda header, key: header.update({key: 7})),
     "a configuration that is no JSON": change_config(b"r: 8"),
     "a configuration that is a list": change_config(b"[]"),
+    "more dropout than there is": lambda folder: edit_config(folder, lora_dropout=2.0),
     "a configuration without end": change_config(b" " * ((1 << 20) + 1)),
     "a configuration that names a key twice": change_config(b'{"r": 8, "r": 4}'),
     "no type": lambda folder: change_config(b'{"r": 8, "target_modules": ["q_proj"]}')(folder),

@@ -252,6 +252,23 @@ def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected, monke
     assert ask(served, "red") == expected["blue"]
 
 
+def test_a_folder_that_is_renamed_while_its_adapter_waits_to_be_replaced(served, own, expected):
+    shutil.copytree(own / "blue", own / "next")
+    begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
+    with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        change_red = {"lora_name": "red", "lora_path": "next", "load_inplace": True}
+        replacing = threading.Thread(target=lambda: change(served, "load", **change_red))
+        replacing.start()
+        time.sleep(0.3)
+        shutil.copytree(own / "green", own / "newer")
+        shutil.rmtree(own / "next")
+        os.rename(own / "newer", own / "next")
+        assert replacing.is_alive()
+    replacing.join()
+    assert ask(served, "red") == expected["green"]
+
+
 def test_nobody_waits_for_a_crowd_that_names_a_replaced_adapter(served, own, expected):
     """Requests that wait for the new version occupy no threads, of which there are few."""
     begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}

@@ -66,10 +66,6 @@ class Arena:
         self._unmade: deque[int] = deque()  # reserved bytes whose allocation failed
         self._returned: deque[Any] = deque()  # appended without a lock, by any thread that frees a last tensor
 
-    def fits(self, sizes: Iterable[int]) -> bool:
-        """Whether there is room for all of these at once."""
-        return self.missing(sizes) <= 0
-
     def missing(self, sizes: Iterable[int]) -> int:
         """How many bytes have to be freed before there is room for all of these at once."""
         self.collect()

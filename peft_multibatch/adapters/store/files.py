@@ -142,18 +142,18 @@ def parse_header(name: str, header: bytes, size: int) -> tuple[StoredTensor, ...
         shape: Any = known.get("shape")
         offsets: Any = known.get("data_offsets")
         if not (isinstance(dtype, str) and dtype in DTYPES and _are_sizes(shape) and _are_sizes(offsets)):
-            raise wrong(f"{_short(key)} is {_short(entry)}")
+            raise wrong(f"{short(key)} is {short(entry)}")
         if len(shape) > 8 or len(offsets) != 2:
-            raise wrong(f"{_short(key)} has {len(shape)} dimensions and {len(offsets)} offsets")
+            raise wrong(f"{short(key)} has {len(shape)} dimensions and {len(offsets)} offsets")
         count = math.prod(shape)
         if offsets[1] - offsets[0] != count * DTYPES[dtype].itemsize:
-            raise wrong(f"{_short(key)} has {_short(shape)} numbers of {dtype} in the bytes {_short(offsets)}")
+            raise wrong(f"{short(key)} has {short(shape)} numbers of {dtype} in the bytes {short(offsets)}")
         found.append((offsets[0], offsets[1], StoredTensor(key, DTYPES[dtype], tuple(shape), offsets[0])))
     found.sort(key=lambda each: each[:2])
     end = 0
     for start, stop, tensor in found:
         if start != end:
-            raise wrong(f"{_short(tensor.key)} starts at {start}, and the tensor before it ends at {end}")
+            raise wrong(f"{short(tensor.key)} starts at {start}, and the tensor before it ends at {end}")
         end = stop
     if 8 + len(header) + end != size:
         raise wrong(f"tensors end at byte {8 + len(header) + end}, and the file at {size}")
@@ -247,6 +247,7 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(each) is int and 0 <= each < 1 << 48 for each in values)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value from a file, for messages."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.checks import check_scaling
-from peft_multibatch.adapters.store.files import StoredTensor
+from peft_multibatch.adapters.store.files import StoredTensor, short
 from peft_multibatch.adapters.store.patterns import Patterns
 from peft_multibatch.adapters.store.settings import Settings
 from peft_multibatch.adapters.tables import SlotRows, TableBlock, bits
@@ -276,15 +276,10 @@ def parse_key(name: str, key: str) -> tuple[str, str]:
     found = KEY.fullmatch(key)
     if found is None:
         raise AdapterUnsupportedError(
-            f"adapter {name!r} has the tensor {short(key)!r}: expected only lora_A.weight and lora_B.weight of linear "
+            f"adapter {name!r} has the tensor {key[:120]!r}: expected only lora_A.weight and lora_B.weight of linear "
             "layers, because a store supports nothing else. Use load_adapter."
         )
     return found["module"], found["half"]
-
-
-def short(name: str) -> str:
-    """A name in a file, for messages."""
-    return name[:120] if name.isprintable() else repr(name[:120])
 
 
 def _check_names(name: str, found: Mapping[str, Any], wanted: set[str]) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/lora_kernels.py                       # results/lora_kernels.csv beside this script
     python benchmarks/lora_kernels.py --sweep               # also tries launches other than the chosen one
     python benchmarks/lora_kernels.py --grid                # results/lora_kernels_grid.csv: many more points
+    python benchmarks/lora_kernels.py --uneven              # _uneven.csv: plans whose segments differ much in length
 
 Every point is launched for a plan that the host knows, and for any plan, as in compiled decoding and continuous
 batching. Both are compared with float64 before they are timed. One graph runs the point on as many copies of the
@@ -44,7 +45,6 @@ from peft_multibatch.adapters.tables import (
 )
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
-from peft_multibatch.plan.segments import piece_for
 
 
 matplotlib.use("Agg")
@@ -65,10 +65,26 @@ class Point(NamedTuple):
     rank: int
     target: float | None = None
     engine: float | None = None
+    spread: str = ""
 
     def __str__(self) -> str:
         widths = "+".join(str(width) for width in self.widths)
-        return f"M{self.rows} L{self.adapters} r{self.rank} {self.inputs}→{widths}"
+        return f"M{self.rows} L{self.adapters} r{self.rank} {self.inputs}→{widths} {self.spread}".rstrip()
+
+    def ids(self) -> list[int]:
+        """Return the adapter of every row: by default, all have as many rows."""
+        if self.spread == "half":  # one adapter has half of the rows
+            rest = self.rows - self.rows // 2
+            return [0] * (self.rows // 2) + [1 + row * (self.adapters - 1) // rest for row in range(rest)]
+        if self.spread == "prompts":  # of five adapters, and 64 rows of decoding
+            long = (self.rows - 64) // 5
+            ids = [prompt * 5 % self.adapters for prompt in range(5) for _ in range(long)]
+            return ids + [row % self.adapters for row in range(self.rows - len(ids))]
+        if self.spread == "Zipf":
+            shares = torch.tensor([1 / (1 + adapter) for adapter in range(self.adapters)])
+            bounds = (shares.cumsum(0) / shares.sum() * self.rows).round().tolist()
+            return [next(adapter for adapter, bound in enumerate(bounds) if row < bound) for row in range(self.rows)]
+        return [row * self.adapters // self.rows for row in range(self.rows)]
 
 
 QKV = (4096, 1024, 1024)
@@ -106,6 +122,19 @@ POINTS = [  # with the target and the best engine, in µs on an H100
 LAYER = [
     Point(rows, adapters, inputs, widths, 16)
     for rows, adapters in ((32, 32), (64, 8), (64, 32), (64, 64), (256, 8), (256, 32), (1024, 8), (1024, 32))
+    for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
+]
+UNEVEN = [
+    Point(rows, adapters, inputs, widths, rank, spread=spread)
+    for spread, rank, shapes in (
+        ("half", 16, ((256, 8), (1024, 8), (1024, 32), (4096, 8), (4096, 32), (16384, 32))),
+        ("half", 64, ((1024, 8), (4096, 8))),
+        ("prompts", 16, ((1024, 8), (1024, 32))),
+        ("prompts", 64, ((1024, 32),)),
+        ("Zipf", 16, ((64, 16), (256, 32), (1024, 8), (1024, 32), (4096, 32))),
+        ("Zipf", 64, ((256, 32), (4096, 8))),
+    )
+    for rows, adapters in shapes
     for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
 ]
 GRID = [
@@ -147,8 +176,8 @@ class Fixed:
 
 
 class Case:
-    """Random adapters, enough copies of them to fill the cache, and a plan; with ``for_any_plan`` at a fixed
-    address."""
+    """Random adapters, enough copies of them to fill the cache, and a plan; with ``for_any_plan`` at a fixed address,
+    with ``is_whole`` never cut into pieces."""
 
     def __init__(
         self,
@@ -156,6 +185,7 @@ class Case:
         dtype: torch.dtype = torch.bfloat16,
         copies: int | None = None,
         for_any_plan: bool = False,
+        is_whole: bool = False,
     ) -> None:
         self.point = point
         self.for_any_plan = for_any_plan
@@ -174,11 +204,12 @@ class Case:
         for table, parts in zip(self._tables, self.parts):
             table.block.write({slot: Fixed(table, slot, row) for slot, row in parts.items()})
         self.tables = [table.describe(parts) for table, parts in zip(self._tables, self.parts)]
-        self.segments = Segments.from_ids([row * point.adapters // point.rows for row in range(point.rows)])
+        whole = Segments.from_ids(point.ids())
+        self.segments = whole if is_whole else cutting.even(whole, point.rows)
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
-            buffer.update(self.segments.cut(piece_for(point.rows)))
+            buffer.update(whole.cut(cutting.piece_for(point.rows)))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]
@@ -270,10 +301,10 @@ def compile_all(job: list[tuple[Point, list[cutting.Launch] | None]]) -> None:
         if candidates is None:
             case = Case(point, copies=1, for_any_plan=True)
             case.run(case.tables[0], case.ys)
-        case = Case(point, copies=1)
-        for launch in candidates or [choose(case, cutting.limits_of(DEVICE))]:
-            with contextlib.suppress(triton.runtime.errors.OutOfResources):
-                case.run(case.tables[0], case.ys, launch)
+        for case in (Case(point, copies=1), *([Case(point, copies=1, is_whole=True)] if point.spread else [])):
+            for launch in candidates or [choose(case, cutting.limits_of(DEVICE))]:
+                with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                    case.run(case.tables[0], case.ys, launch)
     torch.cuda.synchronize()
 
 
@@ -293,9 +324,9 @@ def best_of(
 
 def words(point: str) -> str:
     """Spell out a point such as ``M32 L8 r16 4096→4096``."""
-    rows, adapters, rank, shape = point.split(" ")
+    rows, adapters, rank, *rest = point.split(" ")
     plural = "" if adapters == "L1" else "s"
-    return f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]},\n{shape}"
+    return f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]},\n{', '.join(rest)}"
 
 
 def plot(records: list[dict], path: Path) -> None:
@@ -340,18 +371,20 @@ def ratios(records: list[dict]) -> str:
 def main(
     sweep: bool = False,
     grid: bool = False,
+    uneven: bool = False,
     only: str = "",
     out: Annotated[
         Path | None,
         typer.Option(
-            help="the CSV; the plot is written next to it", show_default="results/lora_kernels.csv, or _grid.csv"
+            help="the CSV; the plot is written next to it", show_default="results/lora_kernels.csv, _grid.csv or _uneven.csv"
         ),
     ] = None,
     commit: str = "",
 ) -> None:
     """Check and time every point; with --sweep, also search for better launches."""
-    out = out or RESULTS / f"lora_kernels{'_grid' if grid else ''}.csv"
-    points = [point for point in (GRID if grid else POINTS + LAYER) if only in str(point)]
+    kind, points = ("_grid", GRID) if grid else ("_uneven", UNEVEN) if uneven else ("", POINTS + LAYER)
+    out = out or RESULTS / f"lora_kernels{kind}.csv"
+    points = [point for point in points if only in str(point)]
     gpu, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     commit = commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     pool = concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
@@ -367,6 +400,7 @@ def main(
             raise SystemExit(f"{point}: relative error {error:.1e}; nothing is timed")
         times, any_plan = case.time(chosen), statistics.median(fixed.time())
         del fixed
+        whole = statistics.median(Case(point, is_whole=True).time()) if uneven else None
         best_launch = chosen
         if sweep:
             best_launch = best_of(case, shrink_launches(chosen, point), chosen, pool)
@@ -382,11 +416,11 @@ def main(
             *(f"{v:.1f}" if v else "" for v in (floor, point.engine, point.target, p50, any_plan, best)),
             f"{tuple(chosen)} {shown}",
         )
-        console.print(f"{point}: {p50:.2f}, for any plan {any_plan:.2f}")
+        console.print(f"{point}: {p50:.2f}, for any plan {any_plan:.2f}" + (f", not cut {whole:.2f}" if whole else ""))
         records.append({
             "point": str(point), "floor_us": round(floor, 2), "engine_us": point.engine, "target_us": point.target,
             "p20_us": round(p20, 2), "p50_us": round(p50, 2), "p80_us": round(p80, 2),
-            "any_plan_us": round(any_plan, 2),
+            "any_plan_us": round(any_plan, 2), **({"whole_us": round(whole, 2)} if whole else {}),
             "sweep_us": round(best, 2) if sweep else "", "error": f"{error:.1e}",
             "copy_TB_s": round(bandwidth / 1e6, 2), "gpu": gpu, "torch": torch.__version__,
             "triton": triton.__version__, "commit": commit.strip(),

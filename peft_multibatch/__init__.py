@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from peft_multibatch.api import Multibatch, disable, enable
     from peft_multibatch.continuous.manager import AdapterBatchingManager
     from peft_multibatch.plan.ids import AdapterId, AdapterIds
-    from peft_multibatch.plan.segments import SegmentBuffer, Segments
+    from peft_multibatch.plan.segment_buffer import SegmentBuffer
+    from peft_multibatch.plan.segments import Segments
     from peft_multibatch.report import (
         AdapterReport,
         LayerCheck,
@@ -95,7 +96,7 @@ _LAZY = {
     "OutputCheck": "report",
     "Registered": "adapters.store.store",
     "Report": "report",
-    "SegmentBuffer": "plan.segments",
+    "SegmentBuffer": "plan.segment_buffer",
     "Segments": "plan.segments",
     "StoreStats": "report",
     "Verification": "report",

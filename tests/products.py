@@ -33,6 +33,7 @@ MIXES = {
     "one row each": [[2, 0, 1]],
     "interleaved": [[2, 0, 1, 2, 0, 3]],
     "with base": [[-1, 1, -1, 0]],
+    "uneven": [[0] * 20 + [1, 2, -1, 0] * 2],
     "all base": [[-1, -1]],
     "no adapter here": [[3, 3]],
     "mixtures": [[0, 1, 0, -1, 2], [1, -1, 2, -1, 0]],
@@ -89,9 +90,8 @@ class Case:
             return TorchProduct(self.components, trained, wanted, self.masks), trained
         table = make_table(self.weights_dtype, self.slots, len(self.ys), DEVICE)
         update(table, self.parts)
-        plans = [each.pack().to(DEVICE) for each in self.components]
         drops = self.drops() if self.masks else None
-        return TritonProduct(self.components, plans, [table.describe(self.parts)], trained, wanted, drops), trained
+        return TritonProduct(self.components, [table.describe(self.parts)], trained, wanted, drops), trained
 
     def drops(self):
         steps = [

@@ -92,7 +92,6 @@ class BatchPlan:
         self._weights: dict[Bank, dict[int, SlotWeights]] = {}
         # by device and stream: see streams.py
         self._tables: dict[tuple[Bank, torch.device, int], tuple[TableRows, ...]] = {}
-        self._plans: dict[tuple[torch.device, int], list[Tensor]] = {}
         self._trained: dict[Bank, TrainedWeights] = {}
         self._index = {slot: position for position, slot in enumerate(adapters)}
         self._positions: dict[tuple[torch.device, int], Tensor] = {}
@@ -239,15 +238,6 @@ class BatchPlan:
                 Segments.from_ids([positions[slot] for slot in slots], weights=weights).pack()
                 for slots, weights in components(self.entries)
             ]
-
-    def plans(self, device: torch.device) -> list[Tensor]:
-        """The packed plans on a device."""
-        place = device, streams.key(device)
-        found = self._plans.get(place)
-        if found is None:
-            with torch.inference_mode(False):
-                found = self._plans[place] = [each.pack().to(device, non_blocking=True) for each in self.components]
-        return found
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 ``[E]``: index of each entry's adapter among those in use; ``-1`` for the base model and mixtures."""

@@ -6,7 +6,8 @@ import torch
 
 from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
-from peft_multibatch.plan.segments import SegmentBuffer, piece_for
+from peft_multibatch.ops.launches import piece_for
+from peft_multibatch.plan.segment_buffer import SegmentBuffer
 
 
 class PlanBuffers:

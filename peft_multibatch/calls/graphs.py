@@ -23,7 +23,8 @@ from peft_multibatch.calls.positions import Positions
 from peft_multibatch.calls.take_plan import number
 from peft_multibatch.calls.threads import PerThread, ThreadState, current_task
 from peft_multibatch.errors import ModelStateError, NotEnabledError, UnsupportedError
-from peft_multibatch.plan.segments import BASE, Segments, packed_size
+from peft_multibatch.plan.segment_buffer import packed_size
+from peft_multibatch.plan.segments import BASE, Segments
 
 
 if TYPE_CHECKING:
@@ -287,8 +288,7 @@ class Graph:
         """Update attributes after a call of a thread began or ended."""
         active = [call for call in self._calls if call.is_active]
         around = {(call.outer, call.thread, call.task) for call in active}
-        calls = [call for call in active if (call, call.thread, call.task) not in around]  # innermost of each task
-        self._innermost = calls
+        calls = self._innermost = [call for call in active if (call, call.thread, call.task) not in around]
         samples = [0 if call.expands else call.plan.segments.num_entries for call in calls if call.thread is thread]
         self.contended = any(call.plan is not calls[0].plan for call in calls)
         self.components = max([self.components, *(len(call.plan.components) for call in calls)])

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from peft_multibatch.plan.segments import packed_size
+from peft_multibatch.plan.segment_buffer import packed_size
 
 
 _keys = itertools.count()

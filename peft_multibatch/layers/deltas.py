@@ -99,9 +99,9 @@ def products_of(
         ys = [y.contiguous() for y in ys]
         if not call.is_media:  # which no graph runs
             router.graph.prepare(call, x.device)
-        packed, tables = plan.plans(x.device), plan.tables(bank, x.device)
         assert router.kernels is not None
-        products = router.kernels.Products(ys, x, bank.widths, plan.components, packed, tables, adds)
+        tables = plan.tables(bank, x.device)
+        products = router.kernels.Products(ys, x, bank.widths, plan.components, tables, adds)
         plan.products[place] = products
     return ys, products
 
@@ -127,7 +127,7 @@ def _add_as_node(
             from peft_multibatch.ops.triton_gradients import TritonProduct  # imports triton
 
             drops = None if dropouts is None else dropouts.table(call.draws, x.device)
-            product = TritonProduct(plan.components, plan.plans(x.device), tables, trained, wanted, drops)
+            product = TritonProduct(plan.components, tables, trained, wanted, drops)
             return add_with_gradients(product, trained, ys, x)
     masks = {} if dropouts is None else dropouts.masks(call.draws)
     return add_with_gradients(TorchProduct(plan.components, trained, wanted, masks), trained, ys, x)

@@ -8,9 +8,15 @@ from typing import NamedTuple
 
 import torch
 
+from peft_multibatch.plan.segments import Segments
+
 
 SMALLEST = 16
 """The least rows or columns of a block that tensor cores can multiply."""
+
+
+UNEVEN = 2
+"""A plan is cut if its launches would have programs for this many times as many rows as there are."""
 
 
 class Launch(NamedTuple):
@@ -61,6 +67,30 @@ def limits_of(device: torch.device) -> Limits:
     found = torch.cuda.get_device_properties(device)
     # torch doesn't know it on AMD's GPUs, where it is 64 kB or more
     return Limits(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 2**16))
+
+
+def piece_for(rows: int) -> int:
+    """The most rows of a segment for launches that don't depend on segment lengths, for a plan of this many rows.
+
+    Such launches give every segment the same programs, so segments are cut into pieces: of the rows that a program
+    handles at once or, in large plans, of several tall tiles, each of which reads its adapter's weights once.
+    """
+    return 16 if rows < 2048 else 128
+
+
+def even(segments: Segments, num_rows: int) -> Segments:
+    """The plan to launch for a plan that the host knows: itself, or cut into pieces if it is uneven.
+
+    Every segment gets the programs that the longest one needs. If segments differ much, most of these have nothing to
+    do, while those of the longest segment are too few for the whole GPU.
+
+    Args:
+        segments: the plan.
+        num_rows: ``T``, a multiple of its entries.
+    """
+    if segments.num_segments * segments.longest < UNEVEN * segments.num_entries:
+        return segments
+    return segments.cut(max(1, piece_for(num_rows) * segments.num_entries // max(num_rows, 1)))
 
 
 def choose(

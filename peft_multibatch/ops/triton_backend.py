@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import Launch, choose, fits, limits_of
+from peft_multibatch.ops.launches import Launch, choose, even, fits, limits_of, piece_for
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
-from peft_multibatch.plan.segments import HEADER, Segments, piece_for
+from peft_multibatch.plan.segments import HEADER, Segments
 
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -222,7 +222,6 @@ class Products:
         x: the input of all slices, ``[..., K]``.
         widths: ``N`` of each slice.
         components: the segments of each component.
-        plans: the same, packed, on the device.
         tables: the bank's tables, one per dtype.
         adds: as in ``product``; without, there can be only one component and table.
     """
@@ -233,7 +232,6 @@ class Products:
         x: Tensor,
         widths: Sequence[int],
         components: Sequence[Segments],
-        plans: Sequence[Tensor],
         tables: Sequence[TableRows],
         adds: bool = True,
     ) -> None:
@@ -245,16 +243,13 @@ class Products:
         self._is_contiguous = x.is_contiguous()
         if self.can_run and x.numel():
             rows = _rows(x)
-            per_entry = rows.numel() // rows.shape[-1] // components[0].num_entries
-            self._products = [
-                (
-                    product(ys, rows, widths, each.num_segments, each.longest * per_entry, table, adds=adds),
-                    plan,
-                    table.rows,
-                )
-                for each, plan in zip(components, plans)
-                for table in tables
-            ]
+            num_rows = rows.numel() // rows.shape[-1]
+            for each in components:
+                segments = even(each, num_rows)
+                longest = segments.longest * (num_rows // segments.num_entries)
+                for table in tables:
+                    found = product(ys, rows, widths, segments.num_segments, longest, table, adds=adds)
+                    self._products.append((found, segments.packed_on(x.device), table.rows))
 
     def fit(self, ys: Sequence[Tensor], x: Tensor) -> bool:
         """Whether tensors have the shapes and dtypes of the products, and are contiguous."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.launches import fit_expand, fit_shrink, limits_of
+from peft_multibatch.ops.launches import even, fit_expand, fit_shrink, limits_of
 from peft_multibatch.ops.triton_backend import DTYPES, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
@@ -25,35 +25,28 @@ class Pass(NamedTuple):
 
     Attributes:
         segments: the component's segments.
-        plan: the same, packed, on the device.
         table: the table of the weights.
-        is_mixed: whether an adapter may have several segments.
         drops: the dropout masks, or None. Adapters with masks have one segment.
     """
 
     segments: Segments
-    plan: Tensor
     table: TableRows
-    is_mixed: bool
     drops: DropTable | None
 
-    @property
-    def num_segments(self) -> int:
-        """The number of segments of the component."""
-        return self.segments.num_segments
+    def pieces(self, num_rows: int) -> tuple[Segments, int]:
+        """The segments for kernels that compute each row by itself, and the rows of the longest one."""
+        found = even(self.segments, num_rows) if self.drops is None else self.segments
+        return found, found.longest * (num_rows // found.num_entries)
 
-    def longest(self, num_rows: int) -> int:
-        """The rows of the longest segment."""
-        return self.segments.longest * (num_rows // self.segments.num_entries)
-
-    @property
-    def where(self) -> tuple[Tensor, Tensor, int]:
+    def where(self, segments: Segments) -> tuple[Tensor, Tensor, int]:
         """The kernels' arguments for the plan and the table."""
-        return self.plan, self.table.rows, self.table.rows.stride(0)
+        rows = self.table.rows
+        return segments.packed_on(rows.device), rows, rows.stride(0)
 
     def dropout(self, of_input: bool = True) -> tuple[Tensor, Tensor, bool]:
         """The kernels' arguments for dropout: two tensors, and whether they are used, which is only so for inputs."""
-        return (self.table.rows, self.plan, False) if self.drops is None or not of_input else (*self.drops, True)
+        none = self.table.rows, self.table.rows, False
+        return none if self.drops is None or not of_input else (*self.drops, True)
 
     @property
     def weights(self) -> tuple[Any, bool, str]:
@@ -72,7 +65,6 @@ class TritonProduct:
 
     Args:
         components: the segments of each component.
-        plans: the same, packed, on the device.
         tables: the bank's tables, one per dtype.
         weights: the weights of the adapters in use.
         wanted: the gradients that ``backward`` computes.
@@ -82,7 +74,6 @@ class TritonProduct:
     def __init__(
         self,
         components: Sequence[Segments],
-        plans: Sequence[Tensor],
         tables: Sequence[TableRows],
         weights: TrainedWeights,
         wanted: Wanted,
@@ -91,10 +82,7 @@ class TritonProduct:
         self.wanted = wanted
         self._weights = weights
         self._passes = [
-            Pass(component, plan, table, component.weights is not None, drops)
-            for component, plan in zip(components, plans)
-            for table in tables
-            if table.rank
+            Pass(component, table, drops) for component in components for table in tables if table.rank
         ]
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -152,9 +140,10 @@ def _shrink(each: Pass, inputs: Sequence[Tensor], is_backward: bool) -> Tensor:
     block_t = 32 if rank <= 64 else 16
     block_c = 128 if rank <= 32 else 64 if rank <= 128 else 32
     block_c = fit_shrink(block_t, block_c, rank, _itemsize(each, inputs[0]), limits_of(out.device).shared)
-    tiles = triton.cdiv(each.longest(num_rows), block_t)
-    shrink_kernel[each.num_segments * tiles * slices,](
-        out, *_three(inputs), *each.where, num_rows,
+    segments, longest = each.pieces(num_rows)
+    tiles = triton.cdiv(longest, block_t)
+    shrink_kernel[segments.num_segments * tiles * slices,](
+        out, *_three(inputs), *each.where(segments), num_rows,
         *_three([x.shape[1] for x in inputs]), *_three([x.stride(0) for x in inputs]),
         tiles, *each.dropout(), slices, rank, block_t, block_c, is_backward, *each.weights, num_warps=4,
     )  # fmt: skip
@@ -168,11 +157,12 @@ def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tens
     block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
     block_t, block_c = fit_expand(block_t, block_c, rank, _itemsize(each, to[0]), shared, trains=True)
     blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
-    most = triton.cdiv(each.longest(num_rows), block_t)
+    segments, longest = each.pieces(num_rows)
+    most = triton.cdiv(longest, block_t)
     # a program reads its weights once for several tiles of rows, if there are still enough programs for the whole GPU
-    tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors, blocks * each.num_segments)))
-    expand_kernel[each.num_segments * tiles, blocks](
-        *_three(to), *_three(sources), h, *each.where, num_rows,
+    tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors, blocks * segments.num_segments)))
+    expand_kernel[segments.num_segments * tiles, blocks](
+        *_three(to), *_three(sources), h, *each.where(segments), num_rows,
         *_three([y.shape[1] for y in to]), *_three([y.stride(0) for y in to]),
         tiles, slices, rank, block_t, block_c, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
@@ -182,9 +172,10 @@ def _grad_x(each: Pass, grad_x: Tensor, ds: Tensor, is_in_place: bool) -> None:
     """Write ``dX``, or add to it."""
     (num_rows, slices, rank), block_t = ds.shape, 32
     block_c, block_r = 128 if rank <= 32 else 64, min(rank, 64)
-    tiles = triton.cdiv(each.longest(num_rows), block_t)
-    grad_x_kernel[each.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
-        grad_x, ds, *each.where, num_rows, grad_x.shape[1], grad_x.stride(0),
+    segments, longest = each.pieces(num_rows)
+    tiles = triton.cdiv(longest, block_t)
+    grad_x_kernel[segments.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
+        grad_x, ds, *each.where(segments), num_rows, grad_x.shape[1], grad_x.stride(0),
         tiles, *each.dropout(), slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
 
@@ -202,18 +193,19 @@ def _grad_weight(
     assert each.table.dtype is not None
     if each.table.dtype not in buffers:
         return
-    num_rows, slices, rank = left.shape
+    (num_rows, slices, rank), segments = left.shape, each.segments
     block_r, block_t = min(rank, 32), 32 if each.table.dtype == torch.float32 else 64
+    long = triton.cdiv(segments.num_entries, segments.longest)  # segments as long as the longest, which takes the most
     widths = [x.shape[1] for x in inputs]
     most = 2 * limits_of(left.device).processors
     for block_c in (128, 64, 32):
         blocks = sum(triton.cdiv(width, block_c) for width in widths)
-        if blocks * each.num_segments * (rank // block_r) >= most:
+        if blocks * long * (rank // block_r) >= most:
             break
-    grad_weight_kernel[blocks, each.num_segments, rank // block_r](
-        buffers[each.table.dtype], offsets, left, *_three(inputs), *each.where, num_rows,
+    grad_weight_kernel[blocks, segments.num_segments, rank // block_r](
+        buffers[each.table.dtype], offsets, left, *_three(inputs), *each.where(segments), num_rows,
         *_three(widths), *_three([x.stride(0) for x in inputs]),
-        *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, each.is_mixed, is_in_place,
+        *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, segments.weights is not None, is_in_place,
         *each.weights, num_warps=4,
     )  # fmt: skip
 

@@ -30,15 +30,6 @@ MOST_SHAPES = 16
 """The most input sizes for which a plan caches its rows."""
 
 
-def piece_for(entries: int) -> int:
-    """The most entries of a segment in a ``SegmentBuffer``, for a plan of this many entries.
-
-    Launches that read the buffer can't depend on segment lengths, so segments are cut into pieces: of the rows that a
-    program handles at once or, in large plans, of several tall tiles, each of which reads its adapter's weights once.
-    """
-    return 16 if entries < 2048 else 128
-
-
 RUN = 16
 """Rows per entry from which, on a CPU, one product per run of equal entries is faster than reordering rows."""
 
@@ -162,16 +153,32 @@ class Segments:
     def cut(self, most: int) -> Segments:
         """The same plan with segments of at most this many entries, so several segments may have the same slot.
 
-        For launches whose size doesn't depend on the plan, where each segment gets a fixed number of programs.
+        For launches that give every segment the same number of programs. Results are cached.
         """
         if self.longest <= most:
             return self
+        found = self._cut.get(most)
+        if found is None:
+            with torch.inference_mode(False):  # other calls reuse it, possibly with gradients
+                found = self._cut[most] = self._in_pieces(most)
+        return found
+
+    def _in_pieces(self, most: int) -> Segments:
         parts = (self.seg_lens + most - 1) // most
         begins = self.seg_indptr[:-1] - most * (parts.cumsum(0) - parts)  # so that adding n * most gives the n-th part
         steps = torch.arange(0, most * int(parts.sum()), most, dtype=torch.int32, device="cpu")
         seg_indptr = torch.cat([begins.repeat_interleave(parts) + steps, self.seg_indptr[-1:]]).to(torch.int32)
         weights = None if self.weights is None else self.weights.repeat_interleave(parts)
         return Segments(self.weight_indices.repeat_interleave(parts), seg_indptr, self.permutation, weights)
+
+    def packed_on(self, device: torch.device) -> Tensor:
+        """``pack``'s result on a device, cached for the current stream."""
+        place = device, streams.key(device)
+        found = self._packed.get(place)
+        if found is None:
+            with torch.inference_mode(False):  # other calls reuse it, possibly with gradients
+                found = self._packed[place] = self.pack().to(device, non_blocking=True)
+        return found
 
     def rows(self, num_rows: int, device: torch.device, layer: object = "a layer") -> list[tuple[int, slice | Tensor]]:
         """The rows of each segment in a tensor with ``T // E`` rows per entry in dimension 0.
@@ -278,6 +285,14 @@ class Segments:
     def _blocks(self) -> dict[tuple[int, torch.device, int], Blocks]:
         return {}
 
+    @cached_property
+    def _cut(self) -> dict[int, Segments]:
+        return {}
+
+    @cached_property
+    def _packed(self) -> dict[tuple[torch.device, int], Tensor]:
+        return {}
+
     def _rows_at(self, start: int, stop: int, per_entry: int, device: torch.device) -> slice | Tensor:
         if self.permutation is None:
             return slice(start * per_entry, stop * per_entry)
@@ -315,34 +330,3 @@ class Segments:
         slots, bounds, bits = triples.view(-1, 3).t().contiguous()
         weights = bits[:-1].view(torch.float32)
         return cls(slots[:-1], bounds, permutation if is_permuted else None, None if (weights == 1).all() else weights)
-
-
-class SegmentBuffer:
-    """A plan at a fixed address on a device, for captured graphs.
-
-    The buffer never moves and never grows. ``update`` overwrites the last plan with the next one. Anything after the
-    plan's own length is stale; ops get the length from the plan's header.
-
-    Args:
-        capacity: the most entries that a plan may have.
-        device: the device of the buffer.
-    """
-
-    def __init__(self, capacity: int, device: torch.device | str = "cpu") -> None:
-        self.capacity = capacity
-        self.packed = torch.zeros(packed_size(capacity), dtype=torch.int32, device=device)
-
-    def update(self, segments: Segments) -> None:
-        """Copy a plan into the buffer. Copies only the length of the compressed plan.
-
-        Args:
-            segments: a plan of at most ``capacity`` entries; the caller allocates a larger buffer for a larger plan.
-        """
-        assert segments.num_entries <= self.capacity, (segments.num_entries, self.capacity)
-        packed = segments.pack()
-        self.packed[: packed.numel()].copy_(packed, non_blocking=True)
-
-
-def packed_size(entries: int) -> int:
-    """The maximum length of a packed plan with this many entries."""
-    return HEADER + 3 * (entries + 1) + entries

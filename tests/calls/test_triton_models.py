@@ -180,7 +180,7 @@ def test_a_capture_that_is_refused_leaves_nothing_behind(monkeypatch):
         monkeypatch.setattr(deltas, "check_not_capturing", refuse)
         with pytest.raises(peft_multibatch.UnsupportedError):
             model(**inputs(), use_cache=False)
-        assert not call.plan._plans
+        assert not call.plan.segments._packed
 
 
 @pytest.mark.parametrize("fuse", [True, "weights"])

@@ -15,7 +15,6 @@ from weight_tables import make_table, update
 from peft_multibatch import SegmentBuffer, Segments, ops
 from peft_multibatch.adapters.tables import LayerWeights
 from peft_multibatch.ops import launches
-from peft_multibatch.plan.segments import piece_for
 
 
 triton_backend = pytest.importorskip("peft_multibatch.ops.triton_backend", reason="needs triton")
@@ -160,13 +159,46 @@ def test_a_large_buffer_has_larger_pieces(monkeypatch):
     expected = y.double()
     ops.torch_backend.apply_([expected], x.double(), plan, exact(parts))
     buffer = SegmentBuffer(entries, DEVICE)
-    pieces = plan.cut(piece_for(entries))
+    pieces = plan.cut(launches.piece_for(entries))
     assert pieces.longest == 128 and pieces.num_segments == 10 + 7 + 1
     buffer.update(pieces)
     triton_backend.add_([y], x, [24], buffer.packed, [table])
     assert_close(y, expected)
     (launch,) = launches_of
     assert (launch.block_t, launch.tiles) == (64, 2)
+
+
+@pytest.mark.parametrize(
+    ("slots", "per_entry", "most"),
+    [
+        ([0, 0, 1], 1, 2),  # two segments of three samples
+        ([0] * 40 + [1] * 24, 1, 40),  # even enough
+        ([0] * 90 + [1, 2, 3] * 10, 1, 16),
+        ([1, 0, 0, 0, 2, 0, 0, 3, -1], 24, 1),  # an entry has more rows than a piece
+        ([1, 0, 0, 0, 2, 0, 0, 3, -1], 6, 2),
+        ([-1] * 30 + [0, 2], 4, 4),
+    ],
+)
+@pytest.mark.parametrize("adds", [True, False])
+def test_uneven_plans_are_cut_before_they_are_launched(slots, per_entry, most, adds, monkeypatch):
+    grids, original = [], triton_backend.Product
+    monkeypatch.setattr(triton_backend, "Product", lambda key, launch: grids.append(key) or original(key, launch))
+    parts = random_parts([[8, 4], [3, 0], [5, 16], [2, 2]], 36, [40, 24], torch.float32)
+    table = table_of(parts, torch.float32)
+    plan, num_rows = Segments.from_ids(slots), len(slots) * per_entry
+    x = torch.randn(num_rows, 36, device=DEVICE)
+    ys = [torch.randn(num_rows, width, device=DEVICE) for width in (40, 24)]
+    expected = [y.double() if adds else torch.zeros_like(y, dtype=torch.float64) for y in ys]
+    ops.torch_backend.apply_(expected, x.double(), plan, exact(parts))
+    products = triton_backend.Products(ys, x, [40, 24], [plan], [table], adds)
+    products(ys, x, {})
+    for y, want in zip(ys, expected):
+        assert_close(y, want)
+    (key,) = grids
+    assert key.longest == most * per_entry
+    assert key.num_segments == sum(-(-length // most) for length in plan.seg_lens.tolist())
+    if most == plan.longest:
+        assert key.num_segments == plan.num_segments < len(slots)
 
 
 def test_a_graph_goes_round_more_segments_than_it_has_programs_for(monkeypatch):

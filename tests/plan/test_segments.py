@@ -107,6 +107,7 @@ def test_cut_plans_serve_the_same_entries(slots, most):
     assert cut.slots == slots
     assert (cut.longest <= most) and cut.seg_lens.gt(0).all()
     assert cut.num_segments == sum(-(-length // most) for length in plan.seg_lens.tolist())
+    assert plan.cut(most) is plan.cut(most)
     assert cut.scales == [0.5 if slot % 2 else 1.0 for slot in cut.weight_indices.tolist()]
 
 

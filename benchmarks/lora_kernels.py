@@ -73,9 +73,10 @@ class Point(NamedTuple):
 
     def ids(self) -> list[int]:
         """Return the adapter of every row: by default, all have as many rows."""
-        if self.spread == "half":  # one adapter has half of the rows
-            rest = self.rows - self.rows // 2
-            return [0] * (self.rows // 2) + [1 + row * (self.adapters - 1) // rest for row in range(rest)]
+        if self.spread in ("half", "three quarters"):  # of all rows have one adapter
+            long = self.rows // 2 if self.spread == "half" else self.rows * 3 // 4
+            rest = self.rows - long
+            return [0] * long + [1 + row * (self.adapters - 1) // rest for row in range(rest)]
         if self.spread == "prompts":  # of five adapters, and 64 rows of decoding
             long = (self.rows - 64) // 5
             ids = [prompt * 5 % self.adapters for prompt in range(5) for _ in range(long)]
@@ -133,6 +134,7 @@ UNEVEN = [
         ("prompts", 64, ((1024, 32),)),
         ("Zipf", 16, ((64, 16), (256, 32), (1024, 8), (1024, 32), (4096, 32))),
         ("Zipf", 64, ((256, 32), (4096, 8))),
+        ("three quarters", 16, ((32, 2), (128, 2), (512, 2), (2048, 2), (8192, 2))),
     )
     for rows, adapters in shapes
     for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
@@ -205,11 +207,12 @@ class Case:
             table.block.write({slot: Fixed(table, slot, row) for slot, row in parts.items()})
         self.tables = [table.describe(parts) for table, parts in zip(self._tables, self.parts)]
         whole = Segments.from_ids(point.ids())
-        self.segments = whole if is_whole else cutting.even(whole, point.rows)
+        piece = cutting.piece_for(point.rows)
+        self.segments = whole if is_whole else cutting.even(whole, point.rows, piece)
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
-            buffer.update(whole.cut(cutting.piece_for(point.rows)))
+            buffer.update(whole.cut(piece))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]

@@ -15,7 +15,7 @@ SMALLEST = 16
 """The least rows or columns of a block that tensor cores can multiply."""
 
 
-UNEVEN = 2
+UNEVEN = 1.25
 """A plan is cut if its launches would have programs for this many times as many rows as there are."""
 
 
@@ -78,7 +78,7 @@ def piece_for(rows: int) -> int:
     return 16 if rows < 2048 else 128
 
 
-def even(segments: Segments, num_rows: int) -> Segments:
+def even(segments: Segments, num_rows: int, piece: int) -> Segments:
     """The plan to launch for a plan that the host knows: itself, or cut into pieces if it is uneven.
 
     Every segment gets the programs that the longest one needs. If segments differ much, most of these have nothing to
@@ -87,10 +87,11 @@ def even(segments: Segments, num_rows: int) -> Segments:
     Args:
         segments: the plan.
         num_rows: ``T``, a multiple of its entries.
+        piece: the most rows of a piece, if entries don't have more.
     """
     if segments.num_segments * segments.longest < UNEVEN * segments.num_entries:
         return segments
-    return segments.cut(max(1, piece_for(num_rows) * segments.num_entries // max(num_rows, 1)))
+    return segments.cut(max(1, piece * segments.num_entries // max(num_rows, 1)))
 
 
 def choose(

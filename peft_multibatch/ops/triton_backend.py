@@ -245,7 +245,7 @@ class Products:
             rows = _rows(x)
             num_rows = rows.numel() // rows.shape[-1]
             for each in components:
-                segments = even(each, num_rows)
+                segments = even(each, num_rows, piece_for(num_rows))
                 longest = segments.longest * (num_rows // segments.num_entries)
                 for table in tables:
                     found = product(ys, rows, widths, segments.num_segments, longest, table, adds=adds)

@@ -20,6 +20,10 @@ from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_ke
 from peft_multibatch.plan.segments import Segments
 
 
+PIECE = 128
+"""The most rows of a piece of an uneven plan: several tiles."""
+
+
 class Pass(NamedTuple):
     """A set of launches for one component of the plan and the adapters of one dtype.
 
@@ -35,7 +39,7 @@ class Pass(NamedTuple):
 
     def pieces(self, num_rows: int) -> tuple[Segments, int]:
         """The segments for kernels that compute each row by itself, and the rows of the longest one."""
-        found = even(self.segments, num_rows) if self.drops is None else self.segments
+        found = even(self.segments, num_rows, PIECE) if self.drops is None else self.segments
         return found, found.longest * (num_rows // found.num_entries)
 
     def where(self, segments: Segments) -> tuple[Tensor, Tensor, int]:

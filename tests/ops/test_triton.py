@@ -172,7 +172,8 @@ def test_a_large_buffer_has_larger_pieces(monkeypatch):
     ("slots", "per_entry", "most"),
     [
         ([0, 0, 1], 1, 2),  # two segments of three samples
-        ([0] * 40 + [1] * 24, 1, 40),  # even enough
+        ([0] * 39 + [1] * 25, 1, 39),  # even enough
+        ([0] * 40 + [1] * 24, 1, 16),
         ([0] * 90 + [1, 2, 3] * 10, 1, 16),
         ([1, 0, 0, 0, 2, 0, 0, 3, -1], 24, 1),  # an entry has more rows than a piece
         ([1, 0, 0, 0, 2, 0, 0, 3, -1], 6, 2),

@@ -329,7 +329,8 @@ def words(point: str) -> str:
     """Spell out a point such as ``M32 L8 r16 4096→4096``."""
     rows, adapters, rank, *rest = point.split(" ")
     plural = "" if adapters == "L1" else "s"
-    return f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]},\n{', '.join(rest)}"
+    counts = f"{rows[1:]} row{'' if rows == 'M1' else 's'}, {adapters[1:]} adapter{plural}, rank {rank[1:]}"
+    return f"{counts},\n{', '.join(rest)}"
 
 
 def plot(records: list[dict], path: Path) -> None:
@@ -379,7 +380,8 @@ def main(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="the CSV; the plot is written next to it", show_default="results/lora_kernels.csv, _grid.csv or _uneven.csv"
+            help="the CSV; the plot is written next to it",
+            show_default="results/lora_kernels.csv, _grid.csv or _uneven.csv",
         ),
     ] = None,
     commit: str = "",

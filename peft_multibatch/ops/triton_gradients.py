@@ -85,9 +85,7 @@ class TritonProduct:
     ) -> None:
         self.wanted = wanted
         self._weights = weights
-        self._passes = [
-            Pass(component, table, drops) for component in components for table in tables if table.rank
-        ]
+        self._passes = [Pass(component, table, drops) for component in components for table in tables if table.rank]
 
     def forward(self, ys: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """As in ``gradients.Product``; one ``h`` ``[T, I, R]`` per pass."""
@@ -209,8 +207,8 @@ def _grad_weight(
     grad_weight_kernel[blocks, segments.num_segments, rank // block_r](
         buffers[each.table.dtype], offsets, left, *_three(inputs), *each.where(segments), num_rows,
         *_three(widths), *_three([x.stride(0) for x in inputs]),
-        *each.dropout(not is_b), slices, rank, block_t, block_c, block_r, is_b, segments.weights is not None, is_in_place,
-        *each.weights, num_warps=4,
+        *each.dropout(not is_b), slices, rank, block_t, block_c, block_r,
+        is_b, segments.weights is not None, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ class Case:
         self.tables = [table.describe(parts) for table, parts in zip(self._tables, self.parts)]
         whole = Segments.from_ids(point.ids())
         piece = cutting.piece_for(point.rows)
-        self.segments = whole if is_whole else cutting.even(whole, point.rows, piece)
+        self.segments = whole if is_whole else cutting.even_out(whole, point.rows, piece)
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
@@ -281,7 +281,7 @@ def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch
     tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (16, 32, 64, 128)}
     blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
     return [
-        cutting.cut(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
+        cutting.with_splits(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
         for t in tiles
         for k in blocks
         for warps in (1, 2, 4, 8)

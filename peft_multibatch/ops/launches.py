@@ -16,7 +16,10 @@ SMALLEST = 16
 
 
 UNEVEN = 1.25
-"""A plan is cut if its launches would have programs for this many times as many rows as there are."""
+"""A plan is cut into pieces if its launches have this many times as many tiles of rows without them."""
+
+LONG_PIECE = 128
+"""The most rows of a piece that has several tiles."""
 
 
 class Launch(NamedTuple):
@@ -70,28 +73,33 @@ def limits_of(device: torch.device) -> Limits:
 
 
 def piece_for(rows: int) -> int:
-    """The most rows of a segment for launches that don't depend on segment lengths, for a plan of this many rows.
+    """The most rows of a piece, for a plan of this many rows.
 
-    Such launches give every segment the same programs, so segments are cut into pieces: of the rows that a program
-    handles at once or, in large plans, of several tall tiles, each of which reads its adapter's weights once.
+    Of the rows that a program handles at once or, in large plans, of several tall tiles, each of which reads its
+    adapter's weights once.
     """
-    return 16 if rows < 2048 else 128
+    return 16 if rows < 2048 else LONG_PIECE
 
 
-def even(segments: Segments, num_rows: int, piece: int) -> Segments:
-    """The plan to launch for a plan that the host knows: itself, or cut into pieces if it is uneven.
+def even_out(segments: Segments, num_rows: int, piece: int) -> Segments:
+    """The same plan, cut into pieces if it is uneven.
 
-    Every segment gets the programs that the longest one needs. If segments differ much, most of these have nothing to
-    do, while those of the longest segment are too few for the whole GPU.
+    Every segment gets the programs that the longest one needs. If segments differ much in length, most of these have
+    nothing to do, while those of the longest segment are too few for the whole GPU.
 
     Args:
         segments: the plan.
         num_rows: ``T``, a multiple of its entries.
-        piece: the most rows of a piece, if entries don't have more.
+        piece: the most rows of a piece. An entry isn't divided, even if it has more.
     """
-    if segments.num_segments * segments.longest < UNEVEN * segments.num_entries:
+    per_entry = max(num_rows // max(segments.num_entries, 1), 1)
+    most, tile = max(piece // per_entry, 1), min(piece, 64)
+    if segments.longest <= most:
         return segments
-    return segments.cut(max(1, piece * segments.num_entries // max(num_rows, 1)))
+    pieces = sum(_cdiv(stop - start, most) for _, start, stop in segments.spans)
+    before = segments.num_segments * _cdiv(segments.longest * per_entry, tile)
+    after = pieces * _cdiv(most * per_entry, tile)
+    return segments.cut(most) if before >= UNEVEN * after else segments
 
 
 def choose(
@@ -167,7 +175,9 @@ def choose(
     block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)
     expand_block_t, block_n = fit_expand(expand_block_t, block_n, rank, itemsize, shared)
     expand = expand_tiles, expand_block_t
-    return cut(tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand)
+    return with_splits(
+        tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand
+    )
 
 
 # What kernels need is up to the compiler. These bounds hold for everything that tests/ops/shared_memory.py compiles.
@@ -206,7 +216,7 @@ def fits(rank: int, itemsize: int, shared: int, trains: bool = False) -> bool:
     return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, trains)) <= shared
 
 
-def cut(
+def with_splits(
     tiles: int,
     block_t: int,
     splits: int,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import Launch, choose, even, fits, limits_of, piece_for
+from peft_multibatch.ops.launches import LONG_PIECE, Launch, choose, even_out, fits, limits_of, piece_for
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import HEADER, Segments
 
@@ -245,9 +245,11 @@ class Products:
             rows = _rows(x)
             num_rows = rows.numel() // rows.shape[-1]
             for each in components:
-                segments = even(each, num_rows, piece_for(num_rows))
-                longest = segments.longest * (num_rows // segments.num_entries)
                 for table in tables:
+                    # short pieces read large weights too often
+                    piece = piece_for(num_rows) if padded(table.rank) <= 64 else LONG_PIECE
+                    segments = even_out(each, num_rows, piece)
+                    longest = segments.longest * (num_rows // segments.num_entries)
                     found = product(ys, rows, widths, segments.num_segments, longest, table, adds=adds)
                     self._products.append((found, segments.packed_on(x.device), table.rows))
 

@@ -13,15 +13,11 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.launches import even, fit_expand, fit_shrink, limits_of
+from peft_multibatch.ops.launches import LONG_PIECE, even_out, fit_expand, fit_shrink, limits_of
 from peft_multibatch.ops.triton_backend import DTYPES, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
-from peft_multibatch.plan.segments import Segments
-
-
-PIECE = 128
-"""The most rows of a piece of an uneven plan: several tiles."""
+from peft_multibatch.plan.segments import BASE, Segments
 
 
 class Pass(NamedTuple):
@@ -38,8 +34,11 @@ class Pass(NamedTuple):
     drops: DropTable | None
 
     def pieces(self, num_rows: int) -> tuple[Segments, int]:
-        """The segments for kernels that compute each row by itself, and the rows of the longest one."""
-        found = even(self.segments, num_rows, PIECE) if self.drops is None else self.segments
+        """The segments for kernels that compute each row by itself, and the rows of the longest one.
+
+        Masks depend on the position of a row in its adapter's segment, which then isn't cut.
+        """
+        found = even_out(self.segments, num_rows, LONG_PIECE) if self.drops is None else self.segments
         return found, found.longest * (num_rows // found.num_entries)
 
     def where(self, segments: Segments) -> tuple[Tensor, Tensor, int]:
@@ -197,12 +196,13 @@ def _grad_weight(
         return
     (num_rows, slices, rank), segments = left.shape, each.segments
     block_r, block_t = min(rank, 32), 32 if each.table.dtype == torch.float32 else 64
-    long = triton.cdiv(segments.num_entries, segments.longest)  # segments as long as the longest, which takes the most
+    lens = [stop - start for slot, start, stop in segments.spans if slot != BASE] or [1]
+    equal = triton.cdiv(sum(lens), max(lens))  # the longest segment takes the most time: count those of its length
     widths = [x.shape[1] for x in inputs]
     most = 2 * limits_of(left.device).processors
     for block_c in (128, 64, 32):
         blocks = sum(triton.cdiv(width, block_c) for width in widths)
-        if blocks * long * (rank // block_r) >= most:
+        if blocks * equal * (rank // block_r) >= most:
             break
     grad_weight_kernel[blocks, segments.num_segments, rank // block_r](
         buffers[each.table.dtype], offsets, left, *_three(inputs), *each.where(segments), num_rows,

@@ -29,7 +29,6 @@ HEADER = 4
 MOST_SHAPES = 16
 """The most input sizes for which a plan caches its rows."""
 
-
 RUN = 16
 """Rows per entry from which, on a CPU, one product per run of equal entries is faster than reordering rows."""
 
@@ -157,10 +156,10 @@ class Segments:
         """
         if self.longest <= most:
             return self
-        found = self._cut.get(most)
+        found = self._cuts.get(most)
         if found is None:
             with torch.inference_mode(False):  # other calls reuse it, possibly with gradients
-                found = self._cut[most] = self._in_pieces(most)
+                found = self._cuts[most] = self._in_pieces(most)
         return found
 
     def _in_pieces(self, most: int) -> Segments:
@@ -268,7 +267,7 @@ class Segments:
         Raises:
             RowMappingError: the number of rows isn't a multiple of the number of entries.
         """
-        if num_rows % max(self.num_entries, 1):
+        if num_rows % self.num_entries if self.num_entries else num_rows:
             raise RowMappingError(
                 f"{layer} received {num_rows} rows for {self.num_entries} adapter ids, so its rows can't be mapped to "
                 f"samples: expected a multiple of {self.num_entries}. Pass one id per sample. If the layer gathers or "
@@ -286,7 +285,7 @@ class Segments:
         return {}
 
     @cached_property
-    def _cut(self) -> dict[int, Segments]:
+    def _cuts(self) -> dict[int, Segments]:
         return {}
 
     @cached_property

@@ -20,6 +20,7 @@ from products import (
 from tolerances import assert_close
 
 from peft_multibatch import UnsupportedError
+from peft_multibatch.ops.launches import Limits
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -166,6 +167,35 @@ def test_launches_do_not_depend_on_the_number_of_adapters(monkeypatch, mix):
         monkeypatch.setattr(triton_gradients, name, Counted(getattr(triton_gradients, name), launches))
     make(mix, dtype=torch.float32).gradients(TritonProduct)
     assert len(launches) == 6 * len(MIXES[mix])
+
+
+@kernels
+def test_uneven_plans_are_cut(monkeypatch):
+    """All kernels but those that sum up the rows of an adapter read pieces of at most 128 rows."""
+    grids = {}
+    for name in ("shrink_kernel", "expand_kernel", "grad_x_kernel", "grad_weight_kernel"):
+        grids[name] = []
+        monkeypatch.setattr(triton_gradients, name, Counted(getattr(triton_gradients, name), grids[name]))
+    case = make("uneven", dtype=torch.float32)  # 204, 4, 4 and 4 rows
+    case.gradients(TritonProduct)
+    tiles, slices = 128 // 32, len(case.ys)
+    assert [grid[0] for grid in grids["shrink_kernel"]] == [5 * tiles * slices] * 2
+    assert [grid[0] for grid in grids["grad_x_kernel"]] == [5 * tiles]
+    assert grids["expand_kernel"][0][0] % 5 == 0
+    assert [grid[1] for grid in grids["grad_weight_kernel"]] == [4, 4]
+
+
+@kernels
+def test_rows_of_the_base_model_do_not_narrow_the_gradients_blocks(monkeypatch):
+    blocks = []
+    monkeypatch.setattr(triton_gradients, "grad_weight_kernel", Counted(triton_gradients.grad_weight_kernel, blocks))
+    monkeypatch.setattr(triton_gradients, "limits_of", lambda _: Limits(4, 2**20))
+    counts = []
+    for slots in ([0, 0, 1, 1, 2, 2], [-1] * 30 + [0, 0, 1, 1, 2, 2]):
+        Case([slots], [[3], [8], [5], [0]], 300, [300], torch.float32).gradients(TritonProduct)
+        counts.append([grid[0] for grid in blocks])
+        blocks.clear()
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.gpu

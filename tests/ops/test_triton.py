@@ -173,7 +173,8 @@ def test_a_large_buffer_has_larger_pieces(monkeypatch):
     [
         ([0, 0, 1], 1, 2),  # two segments of three samples
         ([0] * 39 + [1] * 25, 1, 39),  # even enough
-        ([0] * 40 + [1] * 24, 1, 16),
+        ([0] * 50 + [1] * 14, 1, 16),
+        ([0] * 40 + [1] * 24, 65, 40),  # pieces of one entry would have two tiles each, the second almost empty
         ([0] * 90 + [1, 2, 3] * 10, 1, 16),
         ([1, 0, 0, 0, 2, 0, 0, 3, -1], 24, 1),  # an entry has more rows than a piece
         ([1, 0, 0, 0, 2, 0, 0, 3, -1], 6, 2),
@@ -254,7 +255,7 @@ def test_weights_of_another_dtype_than_x():
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_partial_sums(splits):
-    launch = launches.cut(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
+    launch = launches.with_splits(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
     assert launch.splits == splits
     check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
 

@@ -126,6 +126,13 @@ def test_rows_that_map_to_no_sample_are_refused():
     )
 
 
+def test_rows_without_ids_are_refused():
+    plan = Segments.from_ids([])
+    assert plan.rows_per_entry(0) == 0
+    with pytest.raises(RowMappingError, match="received 4 rows for 0 adapter ids"):
+        plan.rows_per_entry(4)
+
+
 def test_a_plan_read_from_a_buffer_survives_the_next_update():
     buffer = SegmentBuffer(4)
     buffer.update(Segments.from_ids([0, 0, 1]))

@@ -154,8 +154,8 @@ class StoredAdapters:
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; None if they have to wait.
 
-        Loads those that aren't in memory, if nobody has waited for room for longer. Adapters that are there and weren't
-        loaded for the caller are refused only if somebody else has waited for too long.
+        Loads those that aren't in memory, if no one has waited for room for longer. Adapters that are there and weren't
+        loaded for the caller are refused only if others have waited for too long.
 
         Args:
             ids: the adapters, which aren't evicted for others in this turn from now on.

@@ -154,7 +154,7 @@ class StoredAdapters:
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; None if they have to wait.
 
-        Loads those that aren't in memory, if no one has waited for room for longer. Adapters that are there and weren't
+        Loads those that aren't in memory, if no one has waited longer for room. Adapters that are there and weren't
         loaded for the caller are refused only if others have waited for too long.
 
         Args:

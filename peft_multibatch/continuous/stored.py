@@ -5,11 +5,10 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestState
 
 from peft_multibatch.continuous.leaving import children_of
@@ -20,7 +19,6 @@ from peft_multibatch.plan.ids import Entry, ids_of
 
 if TYPE_CHECKING:
     from peft_multibatch.adapters.registry import Registry
-    from peft_multibatch.adapters.store.line import Place
     from peft_multibatch.adapters.store.loading import Turn
     from peft_multibatch.adapters.store.version import StoredAdapter
 
@@ -89,8 +87,6 @@ class StoredRequests:
         self._early: set[Adapters] = set()  # adapters that load before the loop sees their requests
         self._unseen: set[Adapters] = set()  # those of the turn before, which are forgotten after the next
         self._short: tuple[Any, float] = None, 0.0  # the first request without memory, and since when
-        self._place: Place | None = None  # in the line for memory
-        self._coming: list[Tensor] = []  # memory of adapters that are loaded for requests, until the next turn
 
     def queued(self, entry: Entry, processor: Any, ahead: int) -> None:
         """Start loading a new request's adapters without waiting for the running step, if it may be next.
@@ -113,11 +109,9 @@ class StoredRequests:
             with suppress(MultibatchError):  # the loop reports it
                 store.load(ids)
 
-    def keep(self, active: Collection[Any], waiting: Collection[Any]) -> None:
+    def keep(self, active: Collection[Any], waiting: Container[Any]) -> None:
         """Release the adapters of all requests except these, because the others have ended or may no longer start."""
         store = self._registry.store
-        if not waiting:
-            self._place, self._coming = None, []
         for name in self._leases.keys() - active:  # few, in every step
             if not any(each in active or each in waiting for each in self._leases[name].names):
                 if store is not None:
@@ -159,7 +153,7 @@ class StoredRequests:
             late = late[: late.index(starved) + 1]
             others = [each for each in others if _order(each) < _order(starved) or not each.ids]
         chosen = [each for each in others if not each.ids]
-        turn = store.begin_turn(self._place)
+        turn = store.begin_turn()
         # first, so that loading doesn't evict their adapters
         chosen += [each for each in [each for each in others if each.ids][:places] if self._lease(each, turn)]
         for each in late:
@@ -175,7 +169,6 @@ class StoredRequests:
             for each in later:
                 if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
                     self._loaded.setdefault(each.state.request_id, now)
-        self._place, self._coming = store.end_turn(turn, bool(short)), turn.coming
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import files, line, progress, transfers, workers
+from peft_multibatch.adapters.store import files, loading, progress, transfers, workers
 from peft_multibatch.adapters.store.arena import Arena, parse_size, size_class
 from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.store.streams import Streams
@@ -627,13 +627,13 @@ def test_a_batch_that_wants_most_of_the_room_beside_many_small_ones(folder, size
 
 
 def test_a_batch_inside_another_one_does_not_wait_for_those_that_want_its_room(folder, size, rows, monkeypatch):
-    monkeypatch.setattr(line, "STARVED", 0)
+    monkeypatch.setattr(loading, "STARVED", 0)
     model, store = make(folder, size, 3, timeout=8)
     mb = model._multibatch
     with ThreadPoolExecutor(1) as thread:
         with mb.batch(["a0"]):
             waiting = thread.submit(ask, model, ["a1", "a2", "a3"])
-            assert eventually(lambda: len(store._loader.line._places) == 1)
+            assert eventually(lambda: len(store._loader._queue) == 1)
             check(model, rows, ["a4"])
         waiting.result(20)
 
@@ -1016,16 +1016,3 @@ def test_names_that_are_none(folder, size, name):
         with pytest.raises(errors.UnknownAdapterError, match="no adapter of the store"):
             method(name)
     assert name not in store
-
-
-def test_a_manager_that_takes_no_steps_loses_its_place_in_line(folder, size, rows, monkeypatch):
-    """Otherwise a paused manager would hold up all batches."""
-    monkeypatch.setattr(line, "LAPSED", 0.5)
-    monkeypatch.setattr(line, "STARVED", 0)
-    model, store = make(folder, size, 3, timeout=8)
-    place = store._loader.line.join(lapses=True)
-    begin = time.monotonic()
-    check(model, rows, ["a0", "a1"])
-    assert 0.4 < time.monotonic() - begin < 5 and place.has_lapsed()
-    place.renew()
-    assert store._loader.line.first() is None

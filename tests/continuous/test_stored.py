@@ -567,59 +567,6 @@ def test_an_adapter_that_finds_no_room_has_its_turn(make, inputs, texts, monkeyp
         assert all(found[name].generated_tokens == texts[f"a{number}"][0] for name, number in hot.items())
 
 
-def test_a_batch_that_waits_for_room_is_not_overtaken_without_end(make, inputs, texts):
-    """Two adapters with an endless stream of requests occupy all of the memory; they wait behind it after a second."""
-    mb, _ = make(room=2)
-    with serve(mb, max_requests_per_batch=4) as manager, ThreadPoolExecutor(3) as threads:
-        hot = {manager.add_request(inputs[0], adapter_id=f"a{number % 2}"): number % 2 for number in range(8)}
-        batches, ended, deadline = [], 0, time.monotonic() + 60
-        for served in itertools.count():
-            output = manager.get_result(timeout=1)
-            assert time.monotonic() < deadline
-            if output is not None and output.is_finished():
-                number = hot.pop(output.request_id)
-                assert output.generated_tokens == texts[f"a{number}"][0]
-                hot[manager.add_request(inputs[0], adapter_id=f"a{number}")] = number
-            if served == 8:
-                batches = [threads.submit(whole_room, mb, inputs, ["a2", "a3"]) for _ in range(3)]
-            if batches and all(each.done() for each in batches):
-                ended += 1
-                if ended == 8:  # requests run again
-                    break
-        assert all(each.result() == [texts["a2"][0], texts["a3"][0]] for each in batches)
-        found = results(manager, 8)
-        assert all(found[name].generated_tokens == texts[f"a{number}"][0] for name, number in hot.items())
-
-
-def test_requests_have_their_turn_between_batches_without_end(make, inputs, texts):
-    """Four threads whose batches need all of the memory, each of which waits for longer than a second."""
-    mb, _ = make(room=2)
-    is_over, failures = threading.Event(), []
-
-    def ask(first):
-        try:
-            while not is_over.is_set():
-                with mb.batch([f"a{first}", f"a{first + 1}"]):
-                    time.sleep(0.6)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=ask, args=(2 * number + 2,)) for number in range(4)]
-    with serve(mb) as manager:
-        for thread in threads:
-            thread.start()
-        try:
-            time.sleep(1.5)
-            for _ in range(2):
-                request = manager.add_request(inputs[0], adapter_id="a0")
-                assert results(manager, 1)[request].generated_tokens == texts["a0"][0]
-        finally:
-            is_over.set()
-            for thread in threads:
-                thread.join()
-    assert not failures
-
-
 def test_steps_dont_wait_for_locks_that_loads_hold(make, inputs, monkeypatch):
     """Otherwise a loading thread that waits for the GIL would hold up all running requests."""
     mb, store = make(room=4)

@@ -6,13 +6,14 @@ import gc
 import math
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.arena import Arena, size_class
-from peft_multibatch.adapters.store.line import Line, Place
 from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
@@ -21,23 +22,27 @@ from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
 
+STARVED = 1.0
+"""Seconds after which a batch that waits for room makes later ones wait behind it."""
+
+
+class Ticket:
+    """A batch's place in the queue for memory, as long as its thread references this."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+
+
 class Turn:
     """Loads that are asked for at once, as by the requests that wait for a step of continuous batching.
 
     Attributes:
         stay: adapters that must not be evicted for others.
-        place: where those that ask stand in line, or None.
-        took: whether they took memory because they were the first in line.
-        is_held: whether adapters that are in memory were refused, because others have waited for too long.
-        coming: the memory of adapters that requests wait for which wait for nothing else. It isn't evicted as long as
-            this is referenced.
         too_large: the smallest size for which there was no room.
     """
 
-    def __init__(self, stay: Iterable[Version] = (), place: Place | None = None) -> None:
-        self.stay, self.place = {*stay}, place
-        self.took = self.is_held = False
-        self.coming: list[Tensor] = []
+    def __init__(self, stay: Iterable[Version] = ()) -> None:
+        self.stay = {*stay}
         self.too_large = math.inf
 
 
@@ -50,7 +55,6 @@ class Loader:
         final: adapters on the device where calls compute; on a CPU, the same as ``host``.
         pinned: the pinned adapters, in memory or not.
         transfers: reads and copies them.
-        line: those that wait for room.
 
     Args:
         device: the device where calls compute.
@@ -59,7 +63,7 @@ class Loader:
         timeout: the most seconds that a batch waits.
         streams: the device's streams.
         let_go: called when memory runs out, to drop plans of calls that have ended.
-        is_nested: as in ``Line``.
+        is_nested: whether a batch would begin inside another one, which may hold what those that wait are waiting for.
     """
 
     def __init__(
@@ -79,8 +83,8 @@ class Loader:
             self.final = Tier(Arena(final, device, False, streams))
         self.transfers = Transfers(self.lock, self.host, self.final, streams, timeout)
         self.pinned: set[Version] = set()
-        self.line = Line(is_nested)
-        self._timeout, self._let_go = timeout, let_go
+        self._timeout, self._let_go, self._is_nested = timeout, let_go, is_nested
+        self._queue: deque[weakref.ref[Ticket]] = deque()
 
     def close(self) -> None:
         """Stop loading; batches that wait get an error. The caller holds the lock."""
@@ -124,9 +128,9 @@ class Loader:
             )
 
     def prefetch(self, version: Version, turn: Turn) -> None:
-        """Start loading an adapter, if there is room that nobody else waits for. The caller holds the lock."""
-        if version.loading is None and version not in self.final and self.line.first() in (None, turn.place):
-            turn.took = self._try(version, turn) or turn.took
+        """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock."""
+        if version.loading is None and version not in self.final and not self._is_awaited():
+            self._try(version, turn)
 
     def _try(self, version: Version, turn: Turn) -> bool:
         """Start loading an adapter, unless there is no room for its size."""
@@ -138,7 +142,7 @@ class Loader:
     def look_ahead(self, versions: Sequence[Version], turn: Turn) -> None:
         """Start loading adapters that will be needed next, in this order.
 
-        Into the memory where calls compute if there is room that nobody waits for, otherwise into host memory, and
+        Into the memory where calls compute if there is room that no batch waits for, otherwise into host memory, and
         with at most half of the threads. The caller holds the lock.
         """
         missing = [each for each in dict.fromkeys(versions) if each not in self.final]
@@ -149,7 +153,7 @@ class Loader:
             if version.loading is not None or version in self.transfers.ahead:
                 continue
             try:
-                is_begun = self.line.first() is None and self._try(version, turn)
+                is_begun = not self._is_awaited() and self._try(version, turn)
             except StoreFullError:  # the device has less memory than the limit; the load for its request says so
                 return
             if not is_begun:
@@ -189,20 +193,21 @@ class Loader:
         deadline = time.monotonic() + self._timeout
         held: dict[Version, Tensor] = {}
         loads: dict[Version, Load] = {}
-        place: Place | None = None
+        ticket: Ticket | None = None
         was_collected = False
         while True:
             with self.lock:
                 self.transfers.check_open()
                 self.transfers.readers.start()
                 self.check_possible(versions)
-                if not held and (self.line.has_turn(place) or (place is None and not self.line.is_starved())):
+                if not held and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
                     found = self._reserve(versions)
                     if found is not None:
                         held, loads = found
-                        place = None
-                if not held and place is None:
-                    place = self.line.join()
+                        ticket = None
+                if not held and ticket is None:
+                    ticket = Ticket()
+                    self._queue.append(weakref.ref(ticket))
                 errors = [load.error for load in loads.values() if load.error is not None]
                 if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
                     held.clear()
@@ -254,6 +259,19 @@ class Loader:
             version.loading, version.error = load, None
             self.transfers.start(load)  # its threads wait for the lock
         return started
+
+    def _is_awaited(self) -> bool:
+        while self._queue and self._queue[0]() is None:
+            self._queue.popleft()
+        return bool(self._queue)
+
+    def _is_first(self, ticket: Ticket | None) -> bool:
+        return not self._is_awaited() or self._queue[0]() is ticket or self._is_nested()
+
+    def is_starved(self) -> bool:
+        """Whether a batch on this thread has to wait behind one that waits for room. The caller holds the lock."""
+        first = self._queue[0]() if self._is_awaited() else None
+        return first is not None and time.monotonic() - first.since >= STARVED and not self._is_nested()
 
     def check_possible(self, versions: Sequence[Version]) -> None:
         """Check that the adapters of a batch fit into memory together.

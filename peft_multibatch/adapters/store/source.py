@@ -14,7 +14,6 @@ from peft_multibatch.adapters.slots import Slots
 from peft_multibatch.adapters.store.arena import parse_size
 from peft_multibatch.adapters.store.layout import Layers, StoreDtype
 from peft_multibatch.adapters.store.layouts import Layouts
-from peft_multibatch.adapters.store.line import Place
 from peft_multibatch.adapters.store.loading import Loader, Turn
 from peft_multibatch.adapters.store.paths import resolve_roots
 from peft_multibatch.adapters.store.streams import streams_of
@@ -104,7 +103,7 @@ class StoredAdapters:
             versions = {number: self._find(number) for number in ids}
             wanted = list(dict.fromkeys(versions.values()))
             there = sum(tier.touch(version) for version in wanted)
-            waits = there < len(wanted) or (is_new and self._loader.line.is_starved())
+            waits = there < len(wanted) or (is_new and self._loader.is_starved())
             found = {} if waits else tier.get_all(wanted)
         if is_new:
             self.count(there, len(wanted) - there)
@@ -127,35 +126,13 @@ class StoredAdapters:
         """Record that adapters were used until now, by a request that has ended; steps don't record it."""
         self._loader.final.used.extend(adapter.version for adapter in adapters)
 
-    def begin_turn(self, place: Place | None) -> Turn:
-        """A turn of ``lease``. Other reads start in place of those that hang.
-
-        Args:
-            place: what ``end_turn`` returned after the turn before.
-        """
+    def begin_turn(self) -> Turn:
+        """A turn of ``lease``. Other reads start in place of those that hang."""
         self._loader.transfers.readers.start()
-        return Turn(place=place)
-
-    def end_turn(self, turn: Turn, is_short: bool) -> Place | None:
-        """A place in line for the next turn, so that batches don't take all room that gets free; None if not needed.
-
-        Args:
-            turn: the turn.
-            is_short: whether there was no room for an adapter.
-        """
-        if not is_short and not turn.is_held:
-            return None
-        if turn.place is None or turn.took or turn.place.has_lapsed():
-            with self._lock:
-                return self._loader.line.join(lapses=True)
-        turn.place.renew()
-        return turn.place
+        return Turn()
 
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
-        """Adapters that stay in memory as long as they are referenced; None if they have to wait.
-
-        Loads those that aren't in memory, if no one has waited longer for room. Adapters that are there and weren't
-        loaded for the caller are refused only if others have waited for too long.
+        """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
 
         Args:
             ids: the adapters, which aren't evicted for others in this turn from now on.
@@ -171,11 +148,9 @@ class StoredAdapters:
         tier = self._loader.final
         wanted = [self._find(number) for number in ids]
         turn.stay.update(wanted)
-        loads = [load for each in wanted if (load := each.loading) is not None]
-        if wanted and since is not None and len(loads) == len(wanted):  # without the lock
+        if wanted and since is not None and all(each.loading is not None for each in wanted):  # without the lock
             for version in wanted:
                 self._loader.check_time(version, since)
-            turn.coming += [load.memory for load in loads]
             return None
         with self._lock:
             self._loader.check_possible(wanted)
@@ -187,17 +162,9 @@ class StoredAdapters:
                     self._loader.check_time(version, since)
                 if not tier.touch(version):
                     self._loader.prefetch(version, turn)
-            found = tier.get_all([version for version in wanted if version in tier])
-            loads = [load for version in wanted if version not in found and (load := version.loading) is not None]
-            if len(found) + len(loads) < len({*wanted}):
-                return None
-            if loads:
-                turn.coming += [*found.values(), *(load.memory for load in loads)]
-                return None
-            if since is None and self._loader.line.is_starved(turn.place):
-                turn.is_held = True
-                return None
-            turn.took = turn.took or self._loader.line.first() is turn.place
+            found = tier.get_all(wanted) if all(version in tier for version in wanted) else None
+        if found is None:
+            return None
         self._check(wanted)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
 
@@ -223,7 +190,7 @@ class StoredAdapters:
         return version is None or version.loading is not None or version in self._loader.final
 
     def load(self, ids: Sequence[int]) -> None:
-        """Start loading adapters, as far as there is room that nobody waits for."""
+        """Start loading adapters, as far as there is room that no batch waits for."""
         with self._lock:
             turn = Turn(versions := [self._find(number) for number in ids])
             for version in versions:

@@ -207,12 +207,12 @@ class Case:
             table.block.write({slot: Fixed(table, slot, row) for slot, row in parts.items()})
         self.tables = [table.describe(parts) for table, parts in zip(self._tables, self.parts)]
         whole = Segments.from_ids(point.ids())
-        piece = cutting.piece_for(point.rows)
+        piece = cutting.piece_for(point.rows, triton_backend.padded(point.rank))
         self.segments = whole if is_whole else cutting.even_out(whole, point.rows, piece)
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
-            buffer.update(whole.cut(piece))
+            buffer.update(whole.cut(cutting.piece_for(point.rows)))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]

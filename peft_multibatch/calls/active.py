@@ -100,7 +100,7 @@ def check_running(call: Call) -> None:
         ModelStateError: one runs, with the ids of a block that isn't its own.
     """
     # without those that have ended, because another frame may have the memory of theirs, and thus its id
-    suspended = call.suspended.intersection(_frames_around(call)) if call.suspended else call.suspended
+    suspended = call.suspended.intersection(_frames_around(call))
     if suspended and not suspended.isdisjoint(map(id, _stack(sys._getframe(1)))):
         raise ModelStateError(
             "a generator with an open mb.batch block called the model while a block that began after it, in another "

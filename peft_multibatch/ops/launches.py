@@ -72,13 +72,17 @@ def limits_of(device: torch.device) -> Limits:
     return Limits(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 2**16))
 
 
-def piece_for(rows: int) -> int:
+def piece_for(rows: int, rank: int = 16) -> int:
     """The most rows of a piece, for a plan of this many rows.
 
     Of the rows that a program handles at once or, in large plans, of several tall tiles, each of which reads its
-    adapter's weights once.
+    adapter's weights once. Short pieces would read the weights of large ranks too often.
+
+    Args:
+        rows: the rows of the plan.
+        rank: the largest rank, if it is known.
     """
-    return 16 if rows < 2048 else LONG_PIECE
+    return 16 if rows < 2048 and rank <= 64 else LONG_PIECE
 
 
 def even_out(segments: Segments, num_rows: int, piece: int) -> Segments:
@@ -94,12 +98,11 @@ def even_out(segments: Segments, num_rows: int, piece: int) -> Segments:
     """
     per_entry = max(num_rows // max(segments.num_entries, 1), 1)
     most, tile = max(piece // per_entry, 1), min(piece, 64)
-    if segments.longest <= most:
+    tiles = segments.num_segments * _cdiv(segments.longest * per_entry, tile)
+    if segments.longest <= most or tiles < UNEVEN * _cdiv(num_rows, tile):  # no pieces could have fewer
         return segments
-    pieces = sum(_cdiv(stop - start, most) for _, start, stop in segments.spans)
-    before = segments.num_segments * _cdiv(segments.longest * per_entry, tile)
-    after = pieces * _cdiv(most * per_entry, tile)
-    return segments.cut(most) if before >= UNEVEN * after else segments
+    pieces = segments.cut(most)
+    return pieces if tiles >= UNEVEN * pieces.num_segments * _cdiv(most * per_entry, tile) else segments
 
 
 def choose(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_multibatch.adapters.tables import TableRows
-from peft_multibatch.ops.launches import LONG_PIECE, Launch, choose, even_out, fits, limits_of, piece_for
+from peft_multibatch.ops.launches import Launch, choose, even_out, fits, limits_of, piece_for
 from peft_multibatch.ops.triton_kernels import expand_kernel, shrink_kernel
 from peft_multibatch.plan.segments import HEADER, Segments
 
@@ -246,9 +246,7 @@ class Products:
             num_rows = rows.numel() // rows.shape[-1]
             for each in components:
                 for table in tables:
-                    # short pieces read large weights too often
-                    piece = piece_for(num_rows) if padded(table.rank) <= 64 else LONG_PIECE
-                    segments = even_out(each, num_rows, piece)
+                    segments = even_out(each, num_rows, piece_for(num_rows, padded(table.rank)))
                     longest = segments.longest * (num_rows // segments.num_entries)
                     found = product(ys, rows, widths, segments.num_segments, longest, table, adds=adds)
                     self._products.append((found, segments.packed_on(x.device), table.rows))

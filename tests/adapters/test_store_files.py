@@ -158,6 +158,10 @@ DAMAGED = {
         folder, layers_to_transform=[0], layers_pattern=[f"layers{number}" for number in range(100)]
     ),
     "layers that are text": lambda folder: edit_config(folder, layers_to_transform=["0"]),
+    "layers of a pattern": lambda folder: edit_config(folder, target_modules=".*q_proj", layers_to_transform=[0]),
+    "lists of layers without layers": lambda folder: edit_config(folder, layers_pattern=["layers"]),
+    "a task that PEFT doesn't know": lambda folder: edit_config(folder, task_type="CAUSAL"),
+    "a task that is a list": lambda folder: edit_config(folder, task_type=["CAUSAL_LM"]),
 }
 
 

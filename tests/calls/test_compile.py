@@ -18,6 +18,7 @@ from torch._inductor import constant_folding
 
 import peft_multibatch
 from peft_multibatch import ModelStateError, Segments
+from peft_multibatch.calls.threads import current_task
 
 
 MIXES = [
@@ -227,6 +228,17 @@ def test_a_block_that_another_task_opens_inside_of_one(compiled):
             assert_close(logits(fast), want)
 
     asyncio.run(main())
+
+
+def test_a_task_never_gets_the_number_of_one_that_has_ended():
+    async def number():
+        return current_task()
+
+    async def main():  # new tasks get the memory of old ones, and so their ids
+        return [await asyncio.create_task(number()) for _ in range(20)]
+
+    assert len({*asyncio.run(main())}) == 20
+    assert current_task() == 0
 
 
 def test_enabling_and_disabling_a_model_that_was_compiled_before():

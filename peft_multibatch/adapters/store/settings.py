@@ -91,7 +91,7 @@ class Settings(NamedTuple):
             excluded = None
         if isinstance(targets, str):
             modules = [module for module in modules if patterns.matches(targets, module)]
-            targets, layers = {*modules}, None  # PEFT doesn't look at layers then
+            targets = {*modules}
         config = _Config(targets, excluded, layers, [*self.layers_pattern])
         return {module for module in modules if check_target_module_exists(config, module)}
 
@@ -140,6 +140,13 @@ def read_settings(name: str, config: Mapping[str, Any]) -> Settings:
     for key, types in READ.items():
         if type(values.get(key)) not in types:
             raise _wrong(name, key, values.get(key))
+    try:
+        LoraConfig(**{key: config[key] for key in (*READ, "task_type") if key in config})
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"adapter {name!r} has a configuration that PEFT refuses ({str(error)[:200]}): expected one that PEFT's "
+            "save_pretrained writes. Save the adapter again."
+        ) from error
     ranks, alphas = (_pattern(name, key, values.get(key)) for key in ("rank_pattern", "alpha_pattern"))
     layers = values.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers

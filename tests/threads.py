@@ -1,9 +1,10 @@
-"""Run the same work on several threads at once."""
+"""Run the same work on several threads at once, and wait for what threads do."""
 
 from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -24,3 +25,11 @@ def in_threads(work: Callable[[random.Random], None], count: int = 4, seconds: f
         thread.join(seconds)
     assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
     assert failures == []
+
+
+def eventually(is_so: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether a condition becomes true."""
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return is_so()

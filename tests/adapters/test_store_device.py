@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from devices import Device
 from models import base_model, left_padded
 from peft import LoraConfig
 from stored import by_peft, expected, logits, save, save_many
-from threads import in_threads
+from threads import eventually, in_threads
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import peft_multibatch
 from peft_multibatch import errors
@@ -21,33 +26,11 @@ from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store import streams as store_streams
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
-from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
 from peft_multibatch.calls.router import Router
 
 
 COUNT = 12
-
-
-class Device(Streams):
-    """The CPU as a device with separate memory, whose copies are recorded."""
-
-    has_memory = True
-
-    def __init__(self, device):
-        super().__init__(device)
-        self.copied, self.marks, self.pinned = [], 0, 0
-
-    def mark(self):
-        self.marks += 1
-        return self.marks
-
-    def pin(self, block):
-        self.pinned += len(block)
-
-    def copy(self, target, source, mark):
-        self.copied.append((target.data_ptr(), mark))
-        target.copy_(source)
 
 
 @pytest.fixture(scope="module")
@@ -192,37 +175,134 @@ def test_adapters_in_host_memory_do_not_wait_for_files(make, rows, monkeypatch):
         go.set()
 
 
-def test_one_copy_at_a_time(make, rows, monkeypatch):
+def test_one_thread_at_a_time_launches_copies(make, rows, monkeypatch):
     """Threads that use CUDA at the same time delay the launches of running steps."""
-    running, most = [], []
+    running, most, launch = [], [], Device.copy
 
-    def copy(target, source, mark):
+    def copy(*args):
         running.append(True)
         time.sleep(0.005)
         most.append(len(running))
         running.pop()
-        target.copy_(source)
+        return launch(*args)
 
-    model, store, _ = make(host=12, device=12)
-    monkeypatch.setattr(store._streams, "copy", copy)
+    model, *_ = make(host=12, device=12)
+    monkeypatch.setattr(Device, "copy", copy)
     check(model, rows, [f"a{number}" for number in range(COUNT)])
     assert most == [1] * COUNT
 
 
-def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
-    """As while the interpreter exits: it runs on the thread that has read the file."""
+@pytest.fixture
+def late(monkeypatch):
+    """Copies that wait to be finished, in the order in which they were launched."""
+    monkeypatch.setattr(Device, "late", found := [])
+    return found
+
+
+def test_an_adapter_is_in_memory_once_its_copy_has_finished(make, rows, late):
+    model, store, size = make(host=12, device=2)
+    store.prefetch("a0", "a1")
+    assert eventually(lambda: len(late) == 2)  # no other thread copies, and none has to wait for a copy
+    for _ in range(3):
+        stats = store.stats()
+        assert (stats.loads, stats.device_adapters, stats.device_bytes) == (0, 0, 2 * size)
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(check, model, rows, ["a0", "a1"])
+        assert eventually(lambda: store.stats().misses == 2)
+        late[0].finish()
+        assert eventually(lambda: store.stats().device_adapters == 1)
+        assert not call.done()
+        late[1].finish()
+        call.result()
+    stats = store.stats()
+    assert (stats.loads, stats.device_adapters, stats.hits) == (2, 2, 0) and stats.load_seconds >= 2 * 0.5
+    check(model, rows, ["a1", "a0"])
+    assert store.stats().hits == 2 and len(late) == 2
+
+
+def test_memory_that_is_copied_from_or_to_is_not_used_for_others(make, rows, late, folder):
+    """Not even if the adapter was replaced meanwhile."""
+    model, store, size = make(host=1, device=1, timeout=0.5)
+    store.prefetch("a0")
+    assert eventually(lambda: late)
+    for _ in range(2):
+        with pytest.raises(errors.StoreFullError, match=r"waited 0.5 s"):
+            ask(model, ["a1"])
+        store.register("a0", folder / "a0")
+    assert (store.stats().host_bytes, store.stats().device_bytes) == (size, size)
+    late.pop().finish()
+    assert (store.stats().loads, store.stats().device_adapters) == (1, 0)  # nobody uses the old version
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(check, model, rows, ["a1"])
+        assert eventually(lambda: late)
+        late.pop().finish()
+        call.result()
+
+
+def test_a_copy_that_fails(make, rows, late, monkeypatch):
+    """On the device, or when it is launched."""
+    model, store, size = make(host=12, device=2)
+
+    def refuse(*_):
+        raise RuntimeError("CUDA error: out of events")
+
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(check, model, rows, ["a0"])
+        assert eventually(lambda: late)
+        late.pop().failure = "CUDA error: uncorrectable"
+        with pytest.raises(errors.AdapterFileError, match=r"'a0' can't be loaded .*CUDA error: uncorrectable"):
+            call.result()
+        with monkeypatch.context() as patched:
+            patched.setattr(Device, "copy", refuse)
+            with pytest.raises(errors.AdapterFileError, match=r"'a0' can't be loaded .*CUDA error: out of events"):
+                ask(model, ["a0"])
+        call = other.submit(check, model, rows, ["a0"])
+        assert eventually(lambda: late)
+        late.pop().finish()
+        call.result()
+    stats = store.stats()
+    assert (stats.loads, stats.device_adapters, stats.device_bytes) == (1, 1, size)
+
+
+def interrupted(function):
+    def run(*args):
+        function(*args)
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_ctrl_c_while_a_copy_is_collected(make, rows, late, monkeypatch):
+    """Before or after it counts as finished."""
     model, store, _ = make(host=12, device=2)
+    transfers = store._loader.transfers
+    for count, name in enumerate(["_end", "_is_copied", "_try"], 1):
+        store.prefetch(f"a{count}")
+        assert eventually(lambda: late)
+        late.pop().finish()
+        with monkeypatch.context() as patched:
+            patched.setattr(transfers, name, interrupted(getattr(transfers, name)))
+            with pytest.raises(KeyboardInterrupt):
+                store.stats()
+        check(model, rows, [f"a{count}"])
+        assert store.stats().loads == count and not transfers.is_copying
+
+
+def test_adapters_in_host_memory_need_no_thread(make, rows, monkeypatch):
+    """As while the interpreter exits."""
+    model, store, _ = make(host=12, device=2)
+    check(model, rows, ["a0", "a1"])
+    check(model, rows, ["a2", "a3"])
 
     def refuse(*_):
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._loader.transfers._copier, "submit", refuse)
+        patched.setattr(store._loader.transfers.readers, "submit", refuse)
         check(model, rows, ["a0", "a1"])
-        check(model, rows, ["a2"])
         with pytest.raises(errors.StoreFullError, match=r"no thread can be started \(cannot schedule"):
-            ask(model, ["a0", "a1"])  # one of them is only in host memory
-    check(model, rows, ["a0", "a1"])
+            ask(model, ["a0", "a4"])
+    check(model, rows, ["a0", "a4"])
 
 
 def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
@@ -239,17 +319,14 @@ def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
     assert not store._loader.final.make_room([COUNT * 10**6], set(), store._loader._let_go) and dropped
 
 
-def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
+def test_closing_ends_reads_that_wait_for_host_memory(make, late):
     model, store, _ = make(host=1, device=COUNT, timeout=60)
-    begun, go, ended = threading.Event(), threading.Event(), []
-    monkeypatch.setattr(store._streams, "copy", lambda *_: (begun.set(), go.wait(20), ended.append(True)))
     store.prefetch("a0", "a1")
-    assert begun.wait(20)
+    assert eventually(lambda: late)
     peft_multibatch.disable(model)
     # one of them waits for the memory that is being copied
     store._loader.transfers.readers._threads.shutdown(wait=True)
-    assert not ended
-    go.set()
+    assert len(late) == 1
 
 
 def test_memory_is_written_again_only_after_what_read_it(make, rows):
@@ -511,28 +588,35 @@ def cuda(monkeypatch):
     done = []
 
     class Recorded:
-        def __init__(self, device):
+        def __init__(self, *_, **__):
             pass
 
         def wait_event(self, event):
             done.append(event)
 
-        def synchronize(self):
-            done.append("synchronize")
+        def record(self):
+            done.append("record")
+
+    @contextlib.contextmanager
+    def block(name):
+        done.append(name)
+        yield
+        done.append(f"end {name}")
 
     monkeypatch.setattr(torch.cuda, "Stream", Recorded)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("set"))
-    monkeypatch.setattr(store_streams, "_relax", lambda: done.append("relax"))
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: block("stream"))
+    monkeypatch.setattr(store_streams, "_relaxed", lambda: block("relaxed"))
     return store_streams.CudaStreams(torch.device("cuda")), done
 
 
-def test_each_thread_that_copies_is_prepared_once(cuda):
+def test_a_copy_is_launched_on_its_stream(cuda):
+    """Also inside modes of torch that see all operations, such as one that counts them."""
     streams, done = cuda
     source, target = torch.arange(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
-    for _ in range(2):
-        in_threads(lambda _: [streams.copy(target, source, None) for _ in range(2)], count=1)
-        assert done == ["relax", "set", "synchronize", "synchronize"]
-        done.clear()
+    with FlopCounterMode(display=False), FakeTensorMode():
+        streams.copy(target, source, None)
+    assert done == ["relaxed", "stream", "record", "record", "end stream", "end relaxed"]
     assert torch.equal(target, source)
 
 
@@ -543,36 +627,3 @@ def test_a_mark_is_waited_for_once(cuda):
     for mark in (first, first, second, first, None, first):
         streams.copy(target, source, mark)
     assert [each for each in done if len(each) == 1] == ["a", "b", "b", "c", "a", "b", "a", "b"]
-
-
-def test_a_thread_that_cannot_be_prepared(cuda, monkeypatch):
-    streams, done = cuda
-    target, source = torch.zeros(5, dtype=torch.uint8), torch.ones(5, dtype=torch.uint8)
-
-    def fail(_):
-        raise RuntimeError("CUDA error")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.cuda, "set_stream", fail)
-        with pytest.raises(RuntimeError, match="CUDA error"):
-            streams.copy(target, source, None)
-    streams.copy(target, source, None)
-    assert done == ["relax", "relax", "set", "synchronize"] and torch.equal(target, source)
-
-
-def test_a_copy_that_was_submitted_before_its_thread_could_not_be_started(make, rows, monkeypatch):
-    """`ThreadPoolExecutor` leaves it in its queue, for a thread that is started later."""
-    model, store, _ = make(host=12, device=2)
-    threads, queued = store._loader.transfers._copier._threads, []
-
-    def refuse(*item):
-        queued.append(item)
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threads, "submit", refuse)
-        check(model, rows, ["a0", "a1"])
-    for function, worker in queued:
-        function(worker)
-    check(model, rows, ["a2", "a3"])
-    assert len(queued) == 2 and len(store._streams.copied) == store.stats().loads == 4

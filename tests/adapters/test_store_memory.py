@@ -23,6 +23,7 @@ from models import base_model, left_padded
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from stored import WEIGHTS, by_peft, edit_config, edit_tensors, expected, logits, save, save_many
+from threads import eventually
 from tolerances import assert_close
 from tqdm.auto import tqdm
 
@@ -78,14 +79,6 @@ def ask(model, names):
 def check(model, rows, names):
     for actual, name in zip(ask(model, names), names):
         assert_close(actual, rows[name])
-
-
-def eventually(is_so):
-    """Retry a condition, because loader threads release a failed load shortly after the batch gets its error."""
-    deadline = time.monotonic() + 10
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return is_so()
 
 
 def in_memory(store):

@@ -17,7 +17,7 @@ from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
-from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
+from peft_multibatch.adapters.store.transfers import COPY_POLL, POLL, READERS, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
@@ -199,6 +199,7 @@ class Loader:
             with self.lock:
                 self.transfers.check_open()
                 self.transfers.readers.start()
+                self.transfers.collect()
                 self.check_possible(versions)
                 if not held and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
                     found = self._reserve(versions)
@@ -218,7 +219,7 @@ class Loader:
                     return held
                 left = deadline - time.monotonic()
                 if left > 0:
-                    self.lock.wait(min(left, POLL))
+                    self.lock.wait(min(left, COPY_POLL if self.transfers.is_copying else POLL))
             if left > 0:
                 progress.update(len(versions) - missing if held else 0)
                 continue
@@ -251,6 +252,7 @@ class Loader:
 
     def _begin(self, versions: Sequence[Version], stay: Set[Version]) -> dict[Version, Load] | None:
         """Start loading adapters, which may have failed already; None if there is no room for all of them."""
+        self.transfers.collect()
         sizes = [version.layout.size for version in versions]
         if versions and not self.final.make_room(sizes, stay, self._let_go):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +18,7 @@ from peft_multibatch.adapters.store.layouts import Layouts
 from peft_multibatch.adapters.store.loading import Loader, Turn
 from peft_multibatch.adapters.store.paths import resolve_roots
 from peft_multibatch.adapters.store.streams import streams_of
+from peft_multibatch.adapters.store.transfers import COPY_POLL
 from peft_multibatch.adapters.store.version import StoredAdapter, Version
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.plan.names import AdapterNames
@@ -100,6 +102,7 @@ class StoredAdapters:
             return running
         tier = self._loader.final
         with self._lock:
+            self._loader.transfers.collect()
             versions = {number: self._find(number) for number in ids}
             wanted = list(dict.fromkeys(versions.values()))
             there = sum(tier.touch(version) for version in wanted)
@@ -127,9 +130,25 @@ class StoredAdapters:
         self._loader.final.used.extend(adapter.version for adapter in adapters)
 
     def begin_turn(self) -> Turn:
-        """A turn of ``lease``. Other reads start in place of those that hang."""
-        self._loader.transfers.readers.start()
+        """A turn of ``lease``, in which adapters whose copies have finished are in memory.
+
+        Other reads start in place of those that hang.
+        """
+        transfers = self._loader.transfers
+        transfers.readers.start()
+        if transfers.is_copying and self._lock.acquire(blocking=False):  # otherwise the next turn does it
+            try:
+                transfers.collect()
+            finally:
+                self._lock.release()
         return Turn()
+
+    def wait_for_copy(self) -> bool:
+        """Wait for a moment if an adapter is being copied to the device; returns whether one is."""
+        if self._loader.transfers.is_copying:
+            time.sleep(COPY_POLL)
+            return True
+        return False
 
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
@@ -249,6 +268,7 @@ class StoredAdapters:
     def describe(self) -> Iterator[AdapterReport]:
         """Reports on the adapters in memory where calls compute; the others are only counted in ``stats``."""
         with self._lock:
+            self._loader.transfers.collect()
             found = [(number, each) for number, each in self._versions.items() if each in self._loader.final]
         for number, version in sorted(found, key=lambda pair: pair[0]):
             layout = version.layout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,29 @@ import torch
 from torch import Tensor
 
 from peft_multibatch import streams
+from peft_multibatch.compat import disable_current_modes
+
+
+class Copy:
+    """A copy to a device, which may still be under way.
+
+    Args:
+        begin: recorded before it.
+        end: recorded after it.
+    """
+
+    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._begin, self._end = begin, end
+
+    def is_done(self) -> bool:
+        """Whether it has finished, so that calls may read it on any stream."""
+        with _relaxed():
+            return self._end.query()
+
+    def seconds(self) -> float:
+        """How long it took."""
+        with _relaxed():
+            return self._begin.elapsed_time(self._end) / 1000
 
 
 class Streams:
@@ -48,9 +70,9 @@ class Streams:
     def pin(self, block: Any) -> None:
         """Pin host memory."""
 
-    def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
-        """Copy a block to the device, in one of the store's threads; returns when the copy has finished."""
-        target.copy_(source)
+    def copy(self, target: Tensor, source: Tensor, mark: Any) -> Copy:
+        """Begin to copy a block to the device. Both must exist until the copy has finished."""
+        raise NotImplementedError
 
 
 class CudaStreams(Streams):
@@ -62,7 +84,6 @@ class CudaStreams(Streams):
         super().__init__(device)
         self._copies = torch.cuda.Stream(device)
         self._last: Any = None  # for which the stream for copies has waited
-        self._prepared = threading.local()
 
     def note(self) -> None:
         streams.note(self.device)
@@ -83,48 +104,44 @@ class CudaStreams(Streams):
         address = block.ctypes.data
         with _relaxed():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, block.nbytes, 0))
-        weakref.finalize(block, _unpin, address).atexit = False
+        weakref.finalize(block, _unpin, address, self._copies).atexit = False
 
-    def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
-        if not hasattr(self._prepared, "is_done"):  # for good, because nothing else runs on this thread
-            _relax()
-            torch.cuda.set_stream(self._copies)
-            self._prepared.is_done = True
-        if mark is not self._last:  # many blocks have the same
-            for event in mark or ():
-                self._copies.wait_event(event)
-            self._last = mark
-        target.copy_(source, non_blocking=True)
-        self._copies.synchronize()  # calls may read it on any stream from now on
+    def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> Copy:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with disable_current_modes(), _relaxed(), torch.cuda.stream(self._copies):
+            if mark is not self._last:  # many blocks have the same
+                for event in mark or ():
+                    self._copies.wait_event(event)
+                self._last = mark
+            begin.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+        return Copy(begin, end)
 
 
 @contextmanager
 def _relaxed() -> Iterator[None]:
-    """As ``_relax``, for a block."""
-    mode = _relax()
-    try:
-        yield
-    finally:
-        _relax(mode)
-
-
-def _relax(mode: int = 2) -> int:  # cudaStreamCaptureModeRelaxed
-    """Allow this thread to allocate, free and wait while another one captures a CUDA graph; returns its mode before.
+    """A block in which this thread may allocate, free and wait while another one captures a CUDA graph.
 
     torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
     """
-    exchanged = ctypes.c_int(mode)
-    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
-    return exchanged.value
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    exchange = _driver().cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 @functools.cache
 def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+    return ctypes.PyDLL("libcuda.so.1")  # without giving up the GIL, which takes longer than these calls
 
 
-def _unpin(address: int) -> None:
+def _unpin(address: int, copies: torch.cuda.Stream) -> None:
     with _relaxed():
+        copies.synchronize()  # one may still read it if its store was dropped
         torch.cuda.cudart().cudaHostUnregister(address)
 
 

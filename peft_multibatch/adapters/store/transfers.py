@@ -1,10 +1,11 @@
-"""The threads that read stored adapters from files, and copy them to the device."""
+"""Reading stored adapters from files, in threads, and copying them to the device."""
 
 from __future__ import annotations
 
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.files import read_weights
-from peft_multibatch.adapters.store.streams import Streams
+from peft_multibatch.adapters.store.streams import Copy, Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.adapters.store.workers import Workers
@@ -30,6 +31,9 @@ MOST_READERS = 64
 POLL = 0.005
 """Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
 
+COPY_POLL = 0.0002
+"""Seconds between checks of those that wait for a copy and have nothing else to do."""
+
 Found = TypeVar("Found")
 
 
@@ -41,15 +45,17 @@ class Load:
         memory: the memory for its weights, which stays reserved as long as this is referenced.
         mark: what to wait for before the memory is written.
         since: when it began, as ``time.monotonic``.
-        source: the weights in host memory, until they are copied to the device.
+        source: the weights in host memory, until they were copied to the device.
+        copy: the copy to the device, once it was launched.
         error: the error, if loading failed.
-        seconds: the time that threads have spent on it.
+        seconds: the time that it took to read and to copy it.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
         self.version, self.memory, self.mark = version, memory, mark
         self.since = time.monotonic()
         self.source: Tensor | None = None
+        self.copy: Copy | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
 
@@ -57,10 +63,9 @@ class Load:
 class Transfers:
     """Reads adapters into host memory, and copies them from there to a device with memory of its own.
 
-    A few threads read files. A single one copies, because one copy at a time already uses the whole bus, and several
-    threads that use CUDA delay the launches of running steps. So adapters in host memory don't wait for files either.
-    All of these threads delay steps by the Python that they run, and by every call that gives up the GIL and takes it
-    again, so they do little, and take the lock once where they can.
+    A few threads read files. They delay steps by the Python that they run, and by every call that gives up the GIL and
+    takes it again, so they do little, and take the lock once where they can. Nothing but the device works on copies:
+    whoever has an adapter in host memory launches its copy, and whoever wants to know asks whether it has finished.
 
     Attributes:
         is_closed: whether the model was disabled, so that nothing starts any more.
@@ -68,7 +73,7 @@ class Transfers:
         ahead: adapters that are being read into host memory before they are needed.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
-        seconds: the time that loads which have ended took, summed over all threads.
+        seconds: the time that loads which have ended took to read and to copy, summed up.
         to_wake: loops that wait for an adapter, to wake when one was loaded or failed to load. Guarded by the lock.
 
     Args:
@@ -87,7 +92,7 @@ class Transfers:
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
         self.readers = Workers("peft_multibatch_store", READERS, MOST_READERS)
-        self._copier = Workers("peft_multibatch_copies", 1, 1)
+        self._copying: deque[Load] = deque()  # in the order of their copies
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
@@ -95,7 +100,6 @@ class Transfers:
         """Start nothing any more."""
         self.is_closed = True
         self.readers.close()
-        self._copier.close()
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -112,17 +116,43 @@ class Transfers:
     def start(self, load: Load) -> None:
         """Load an adapter where calls compute. Whatever goes wrong is the load's error."""
         load.source = self._host.get(load.version)
+        if load.source is not None:
+            self._copying.append(load)
+            self.collect()
+            return
         try:
-            if load.source is None:
-                self.readers.submit(partial(self._read_for, load))
-            else:
-                self._copier.submit(partial(self._copy, load))
+            self.readers.submit(partial(self._read_for, load))
         except RuntimeError as error:
             load.error = StoreFullError(
                 f"adapter {load.version.name!r} can't be loaded, because no thread can be started ({error}): expected "
                 "a process that may start threads. Raise its limit, or run fewer of them."
             )
             self._end(load)
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether there are copies that haven't been collected. Needs no lock."""
+        return bool(self._copying)
+
+    def collect(self) -> None:
+        """Launch copies of what is in host memory, and end loads whose copies have finished."""
+        for load in self._copying:
+            source = load.source
+            if source is not None and load.copy is None and load.error is None:
+                load.copy = self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
+        while self._copying and self._is_copied(load := self._copying[0]):
+            load.source = None  # others may wait for this memory
+            if load.version.loading is load:  # it isn't if an exception such as Ctrl-C's came after it had ended
+                self._end(load)
+            self._copying.popleft()
+
+    def _is_copied(self, load: Load) -> bool:
+        """Whether a copy has finished, or failed."""
+        if load.copy is not None and self._try(load, load.copy.is_done) is False:
+            return False
+        if load.copy is not None and load.error is None:
+            load.seconds += self._try(load, load.copy.seconds) or 0.0
+        return True
 
     def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
@@ -140,22 +170,15 @@ class Transfers:
                 self.bytes_read += load.version.layout.file_size if load.error is None else 0
                 self._end(load)
             return
-        load.source = self._try(load, partial(self._in_host, load.version))
-        if load.source is None:
-            self._end(load)
-            return
-        try:
-            self._copier.submit(partial(self._copy, load))
-        except RuntimeError:  # the interpreter is about to exit, or no thread could be started
-            if not self.is_closed:
-                self._copy(load)
-
-    def _copy(self, load: Load) -> None:
-        source, load.source = load.source, None
-        assert source is not None
-        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
-        del source  # others may wait for this memory
-        self._end(load)
+        source = self._try(load, partial(self._in_host, load.version))
+        with self._lock:
+            if source is None:
+                self._end(load)
+            elif not self.is_closed:
+                load.source = source
+                self._copying.append(load)
+                self.collect()
+                self._wake()  # those that wait for it look at its copy from now on
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
         with suppress(Exception):  # the load for its request raises again
@@ -189,15 +212,19 @@ class Transfers:
                 if not version.is_gone:
                     self._final.put(version, load.memory)
             version.loading, version.error = None, load.error
-            self._lock.notify_all()
-            for event in self.to_wake:
-                event.set()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._lock.notify_all()
+        for event in self.to_wake:
+            event.set()
 
     def _in_host(self, version: Version, stay: Set[Version] = frozenset(), is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:
             with self._lock:
+                self.collect()
                 memory = self._host.get(version)
                 if memory is not None:
                     return memory

@@ -64,8 +64,9 @@ class Transfers:
     """Reads adapters into host memory, and copies them from there to a device with memory of its own.
 
     A few threads read files. They delay steps by the Python that they run, and by every call that gives up the GIL and
-    takes it again, so they do little, and take the lock once where they can. Nothing but the device works on copies:
-    whoever has an adapter in host memory launches its copy, and whoever wants to know asks whether it has finished.
+    takes it again, so they do little, and take the lock once where they can. No thread waits for copies: the caller
+    launches them if an adapter is in host memory already, otherwise the thread that has read it does, and those that
+    wait ask whether they have finished.
 
     Attributes:
         is_closed: whether the model was disabled, so that nothing starts any more.

@@ -17,7 +17,7 @@ from peft_multibatch.compat import disable_current_modes
 
 
 class Copy:
-    """A copy to a device, which may still be under way.
+    """A copy to a device, which may still be running.
 
     Args:
         begin: recorded before it.

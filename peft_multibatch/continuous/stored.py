@@ -168,8 +168,9 @@ class StoredRequests:
             for each in later:
                 if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
                     self._loaded.setdefault(each.state.request_id, now)
-        if not chosen and not active and store.wait_for_copy() and self._wake_up is not None:
-            self._wake_up.set()  # look again, because nothing else does when the copy has finished
+        if not chosen and not active and store.wait_for_copies(number for each in late for number in each.ids):
+            if self._wake_up is not None:
+                self._wake_up.set()  # look again, because nothing else does when a copy has finished
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import threading
 import time
@@ -26,6 +27,7 @@ from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store import streams as store_streams
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
+from peft_multibatch.adapters.store.loading import Turn
 from peft_multibatch.adapters.tables import TableBlock
 from peft_multibatch.calls.router import Router
 
@@ -264,28 +266,110 @@ def test_a_copy_that_fails(make, rows, late, monkeypatch):
     assert (stats.loads, stats.device_adapters, stats.device_bytes) == (1, 1, size)
 
 
-def interrupted(function):
-    def run(*args):
-        function(*args)
-        raise KeyboardInterrupt
+def test_copies_that_finish_or_fail_while_others_of_their_batch_begin(make, rows, late, monkeypatch):
+    model, store, _ = make(host=12, device=3)
+    store.prefetch("a0", "a1")
+    assert eventually(lambda: len(late) == 2)
+    launch = Device.copy
 
-    return run
+    def launch_later(*args):
+        late[0].finish()
+        late[1].failure = "CUDA error: uncorrectable"
+        store.stats()  # as by a signal handler
+        return launch(*args)
 
-
-def test_ctrl_c_while_a_copy_is_collected(make, rows, late, monkeypatch):
-    """Before or after it counts as finished."""
-    model, store, _ = make(host=12, device=2)
-    transfers = store._loader.transfers
-    for count, name in enumerate(["_end", "_is_copied", "_try"], 1):
-        store.prefetch(f"a{count}")
+    with monkeypatch.context() as patched, pytest.raises(errors.AdapterFileError, match=r"'a1' can't be loaded"):
+        patched.setattr(Device, "copy", launch_later)
+        ask(model, ["a0", "a1", "a2"])
+    del late[:]
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(check, model, rows, ["a0", "a1"])
         assert eventually(lambda: late)
         late.pop().finish()
-        with monkeypatch.context() as patched:
-            patched.setattr(transfers, name, interrupted(getattr(transfers, name)))
+        call.result()
+
+
+@pytest.mark.parametrize("name", ["_launch", "_try", "_end"])
+def test_ctrl_c_while_a_copy_begins_or_is_collected(make, rows, monkeypatch, name):
+    """And a signal handler that looks at the store before that."""
+    model, store, _ = make(host=12, device=3)
+    check(model, rows, ["a0", "a1", "a2"])
+    check(model, rows, ["a3", "a4", "a5"])
+    before, transfers = store.stats(), store._loader.transfers
+    work = getattr(transfers, name)
+
+    def interrupt(*args):
+        monkeypatch.setattr(transfers, name, work)
+        work(*args)
+        store.stats()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Device, "late", late := [])
+        if name == "_launch":
+            patched.setattr(transfers, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                store.prefetch("a0", "a1")
+        store.prefetch("a0", "a1")
+        for copy in late:
+            copy.finish()
+        if name != "_launch":
+            patched.setattr(transfers, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 store.stats()
-        check(model, rows, [f"a{count}"])
-        assert store.stats().loads == count and not transfers.is_copying
+    stats = store.stats()
+    assert stats.loads - before.loads == 2 and not transfers.is_copying
+    assert stats.load_seconds - before.load_seconds == pytest.approx(2 * 0.5, abs=0.1)
+    check(model, rows, ["a0", "a1", "a2"])
+    check(model, rows, ["a3", "a4", "a5"])
+    assert store.stats().loads - before.loads == 6
+
+
+def test_a_request_that_has_waited_for_a_finished_copy_for_long(make, late):
+    """As while all places of a batch were taken, and nobody looked."""
+    _, store, _ = make(host=12, device=2, timeout=0.1)
+    store.prefetch("a0")
+    assert eventually(lambda: late)
+    late.pop().finish()
+    begin = time.monotonic()
+    time.sleep(0.2)
+    assert store.lease([store._names.ids["a0"]], Turn(), begin) is not None
+
+
+def test_only_those_that_wait_for_a_copy_look_often(make, rows, late, monkeypatch):
+    model, store, _ = make(host=12, device=2)
+    store.prefetch("a0")
+    assert eventually(lambda: late)
+    read, go, pauses, wait = transfers.read_weights, threading.Event(), [], store._lock.wait
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
+    monkeypatch.setattr(store._lock, "wait", lambda seconds: (pauses.append(seconds), wait(seconds)))
+    with ThreadPoolExecutor(1) as other:
+        call = other.submit(check, model, rows, ["a1"])
+        assert eventually(lambda: len(pauses) > 2)
+        assert {*pauses} == {transfers.POLL}
+        go.set()
+        assert eventually(lambda: len(late) == 2)
+        del pauses[:]
+        assert eventually(lambda: len(pauses) > 2) and pauses[-1] == transfers.COPY_POLL
+        for copy in late:
+            copy.finish()
+        call.result()
+
+
+def test_closing_keeps_no_memory_of_copies(make, late):
+    model, store, _ = make(host=12, device=2)
+    store.prefetch("a0")
+    assert eventually(lambda: late)
+    late.clear()
+    load = store._versions[store._names.ids["a0"]].loading
+    memory = [weakref.ref(load.memory), weakref.ref(load.source)]
+    gc.disable()
+    try:
+        del load
+        peft_multibatch.disable(model)
+        assert [each() for each in memory] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_adapters_in_host_memory_need_no_thread(make, rows, monkeypatch):
@@ -323,10 +407,11 @@ def test_closing_ends_reads_that_wait_for_host_memory(make, late):
     model, store, _ = make(host=1, device=COUNT, timeout=60)
     store.prefetch("a0", "a1")
     assert eventually(lambda: late)
+    begin = time.monotonic()
     peft_multibatch.disable(model)
     # one of them waits for the memory that is being copied
     store._loader.transfers.readers._threads.shutdown(wait=True)
-    assert len(late) == 1
+    assert len(late) == 1 and time.monotonic() - begin < 20
 
 
 def test_memory_is_written_again_only_after_what_read_it(make, rows):

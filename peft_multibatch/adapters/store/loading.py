@@ -146,7 +146,8 @@ class Loader:
         with at most half of the threads. The caller holds the lock.
         """
         missing = [each for each in dict.fromkeys(versions) if each not in self.final]
-        free = READERS // 2 - len(self.transfers.ahead) - sum(each.loading is not None for each in missing)
+        reading = [each for each in missing if each.loading is not None and each.loading.copy is None]
+        free = READERS // 2 - len(self.transfers.ahead) - len(reading)
         for version in missing:
             if free <= 0:
                 return
@@ -164,18 +165,23 @@ class Loader:
                 self.transfers.read_ahead(version, turn.stay)
             free -= 1
 
-    def check_time(self, version: Version, since: float) -> None:
-        """Check that nobody waits for longer than the timeout while an adapter is loaded.
+    def is_late(self, version: Version, since: float) -> bool:
+        """Whether a caller has waited for longer than the timeout while an adapter is loaded.
 
         Args:
             version: the adapter.
             since: when the caller began to wait for it, for room or for the load.
-
-        Raises:
-            StoreFullError: the caller does.
         """
         load = version.loading
-        if load is not None and time.monotonic() - max(load.since, since) > self._timeout:
+        return load is not None and time.monotonic() - max(load.since, since) > self._timeout
+
+    def check_time(self, version: Version, since: float) -> None:
+        """Check that a caller hasn't waited for too long; see ``is_late``.
+
+        Raises:
+            StoreFullError: it has.
+        """
+        if self.is_late(version, since):
             raise late([version], self._timeout, "they weren't loaded")
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
@@ -219,7 +225,8 @@ class Loader:
                     return held
                 left = deadline - time.monotonic()
                 if left > 0:
-                    self.lock.wait(min(left, COPY_POLL if self.transfers.is_copying else POLL))
+                    is_copying = any(load.copy is not None for load in loads.values())
+                    self.lock.wait(min(left, COPY_POLL if is_copying else POLL))
             if left > 0:
                 progress.update(len(versions) - missing if held else 0)
                 continue
@@ -252,13 +259,11 @@ class Loader:
 
     def _begin(self, versions: Sequence[Version], stay: Set[Version]) -> dict[Version, Load] | None:
         """Start loading adapters, which may have failed already; None if there is no room for all of them."""
-        self.transfers.collect()
         sizes = [version.layout.size for version in versions]
         if versions and not self.final.make_room(sizes, stay, self._let_go):
             return None
         started = {version: Load(version, *self.final.take(version.layout.size)) for version in versions}
-        for version, load in started.items():
-            version.loading, version.error = load, None
+        for load in started.values():
             self.transfers.start(load)  # its threads wait for the lock
         return started
 

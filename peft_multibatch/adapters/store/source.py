@@ -130,10 +130,7 @@ class StoredAdapters:
         self._loader.final.used.extend(adapter.version for adapter in adapters)
 
     def begin_turn(self) -> Turn:
-        """A turn of ``lease``, in which adapters whose copies have finished are in memory.
-
-        Other reads start in place of those that hang.
-        """
+        """A turn of ``lease``. Collects finished copies, and other reads start in place of those that hang."""
         transfers = self._loader.transfers
         transfers.readers.start()
         if transfers.is_copying and self._lock.acquire(blocking=False):  # otherwise the next turn does it
@@ -143,12 +140,13 @@ class StoredAdapters:
                 self._lock.release()
         return Turn()
 
-    def wait_for_copy(self) -> bool:
-        """Wait for a moment if an adapter is being copied to the device; returns whether one is."""
-        if self._loader.transfers.is_copying:
+    def wait_for_copies(self, ids: Iterable[int]) -> bool:
+        """Wait for a moment if one of these adapters is being copied to the device; returns whether one is."""
+        loads = [version.loading for number in ids if (version := self._versions.get(number)) is not None]
+        is_copying = any(load is not None and load.copy is not None for load in loads)
+        if is_copying:
             time.sleep(COPY_POLL)
-            return True
-        return False
+        return is_copying
 
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
@@ -168,10 +166,10 @@ class StoredAdapters:
         wanted = [self._find(number) for number in ids]
         turn.stay.update(wanted)
         if wanted and since is not None and all(each.loading is not None for each in wanted):  # without the lock
-            for version in wanted:
-                self._loader.check_time(version, since)
-            return None
+            if not any(self._loader.is_late(each, since) for each in wanted):
+                return None
         with self._lock:
+            self._loader.transfers.collect()
             self._loader.check_possible(wanted)
             for version in wanted:
                 error, version.error = version.error, None
@@ -211,6 +209,7 @@ class StoredAdapters:
     def load(self, ids: Sequence[int]) -> None:
         """Start loading adapters, as far as there is room that no batch waits for."""
         with self._lock:
+            self._loader.transfers.collect()
             turn = Turn(versions := [self._find(number) for number in ids])
             for version in versions:
                 self._loader.prefetch(version, turn)
@@ -229,7 +228,7 @@ class StoredAdapters:
             self._loader.look_ahead(wanted, Turn([*wanted, *others]))
 
     def wake(self, event: threading.Event) -> None:
-        """Set an event whenever an adapter was loaded, as long as the event exists."""
+        """Set an event whenever an adapter was read or loaded, as long as the event exists."""
         if event not in self._loader.transfers.to_wake:
             with self._lock:
                 self._loader.transfers.to_wake.add(event)

@@ -84,6 +84,7 @@ class CudaStreams(Streams):
         super().__init__(device)
         self._copies = torch.cuda.Stream(device)
         self._last: Any = None  # for which the stream for copies has waited
+        self._reads: dict[int, torch.cuda.Event] = {}  # the end of the last copy from each pinned block, by address
 
     def note(self) -> None:
         streams.note(self.device)
@@ -104,7 +105,7 @@ class CudaStreams(Streams):
         address = block.ctypes.data
         with _relaxed():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, block.nbytes, 0))
-        weakref.finalize(block, _unpin, address, self._copies).atexit = False
+        weakref.finalize(block, _unpin, address, self._reads).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> Copy:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,6 +117,7 @@ class CudaStreams(Streams):
             begin.record()
             target.copy_(source, non_blocking=True)
             end.record()
+        self._reads[source.data_ptr()] = end
         return Copy(begin, end)
 
 
@@ -139,9 +141,11 @@ def _driver() -> Any:
     return ctypes.PyDLL("libcuda.so.1")  # without giving up the GIL, which takes longer than these calls
 
 
-def _unpin(address: int, copies: torch.cuda.Stream) -> None:
+def _unpin(address: int, reads: dict[int, torch.cuda.Event]) -> None:
+    end = reads.pop(address, None)
     with _relaxed():
-        copies.synchronize()  # one may still read it if its store was dropped
+        if end is not None:
+            end.synchronize()  # a copy may still read the block if its store was closed or dropped
         torch.cuda.cudart().cudaHostUnregister(address)
 
 

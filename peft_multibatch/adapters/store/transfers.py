@@ -75,7 +75,8 @@ class Transfers:
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
         seconds: the time that loads which have ended took to read and to copy, summed up.
-        to_wake: loops that wait for an adapter, to wake when one was loaded or failed to load. Guarded by the lock.
+        to_wake: loops that wait for an adapter, to wake when one was read or loaded, or failed to load. Guarded by the
+            lock.
 
     Args:
         lock: guards all of a store's state.
@@ -98,9 +99,12 @@ class Transfers:
 
     # The caller holds the lock, for which the threads wait.
     def close(self) -> None:
-        """Start nothing any more."""
+        """Start nothing any more, and end no load. Copies that are running keep their memory until they have ended."""
         self.is_closed = True
         self.readers.close()
+        for load in self._copying:
+            load.version.loading = None  # a reference cycle
+        self._copying.clear()
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -116,11 +120,19 @@ class Transfers:
 
     def start(self, load: Load) -> None:
         """Load an adapter where calls compute. Whatever goes wrong is the load's error."""
-        load.source = self._host.get(load.version)
-        if load.source is not None:
-            self._copying.append(load)
-            self.collect()
-            return
+        version = load.version
+        version.loading, version.error = load, None
+        try:
+            load.source = self._host.get(version)
+            if load.source is not None:
+                self._copy(load)
+            else:
+                self._submit(load)
+        except BaseException:  # such as Ctrl-C's; a thread or a copy that has begun already changes nothing any more
+            version.loading = None
+            raise
+
+    def _submit(self, load: Load) -> None:
         try:
             self.readers.submit(partial(self._read_for, load))
         except RuntimeError as error:
@@ -130,30 +142,32 @@ class Transfers:
             )
             self._end(load)
 
+    def _copy(self, load: Load) -> None:
+        self._copying.append(load)
+        self._launch(load)
+
+    def _launch(self, load: Load) -> None:
+        assert load.source is not None
+        load.copy = self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
+
     @property
     def is_copying(self) -> bool:
         """Whether there are copies that haven't been collected. Needs no lock."""
         return bool(self._copying)
 
     def collect(self) -> None:
-        """Launch copies of what is in host memory, and end loads whose copies have finished."""
-        for load in self._copying:
-            source = load.source
-            if source is not None and load.copy is None and load.error is None:
-                load.copy = self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
-        while self._copying and self._is_copied(load := self._copying[0]):
+        """End loads whose copies have finished."""
+        while self._copying:
+            load = self._copying[0]
+            if load.copy is None and load.error is None:  # an exception such as Ctrl-C's came before it was launched
+                self._launch(load)
+            if load.copy is not None and self._try(load, load.copy.is_done) is False:
+                return
+            copied = self._try(load, load.copy.seconds) if load.copy is not None and load.error is None else None
             load.source = None  # others may wait for this memory
-            if load.version.loading is load:  # it isn't if an exception such as Ctrl-C's came after it had ended
-                self._end(load)
-            self._copying.popleft()
-
-    def _is_copied(self, load: Load) -> bool:
-        """Whether a copy has finished, or failed."""
-        if load.copy is not None and self._try(load, load.copy.is_done) is False:
-            return False
-        if load.copy is not None and load.error is None:
-            load.seconds += self._try(load, load.copy.seconds) or 0.0
-        return True
+            self._end(load, copied or 0.0)
+            if self._copying and self._copying[0] is load:  # it isn't if a signal handler has collected it meanwhile
+                self._copying.popleft()
 
     def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
@@ -175,10 +189,11 @@ class Transfers:
         with self._lock:
             if source is None:
                 self._end(load)
-            elif not self.is_closed:
+            elif self.is_closed:
+                load.version.loading = None  # a reference cycle
+            else:
                 load.source = source
-                self._copying.append(load)
-                self.collect()
+                self._copy(load)
                 self._wake()  # those that wait for it look at its copy from now on
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
@@ -204,15 +219,16 @@ class Transfers:
             load.seconds += time.perf_counter() - begin
         return None
 
-    def _end(self, load: Load) -> None:
+    def _end(self, load: Load, copied: float = 0.0) -> None:
         version = load.version
         with self._lock:
-            self.seconds += load.seconds
-            if load.error is None:
-                self.loads += 1
-                if not version.is_gone:
-                    self._final.put(version, load.memory)
+            if version.loading is not load:  # it has ended already, or an exception such as Ctrl-C's came at its start
+                return
+            if load.error is None and not version.is_gone:
+                self._final.put(version, load.memory)
             version.loading, version.error = None, load.error
+            self.loads += load.error is None
+            self.seconds += load.seconds + copied
             self._wake()
 
     def _wake(self) -> None:

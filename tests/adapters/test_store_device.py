@@ -268,7 +268,9 @@ def test_a_copy_that_fails(make, rows, late, monkeypatch):
 
 def test_copies_that_finish_or_fail_while_others_of_their_batch_begin(make, rows, late, monkeypatch):
     model, store, _ = make(host=12, device=3)
-    store.prefetch("a0", "a1")
+    store.prefetch("a0")
+    assert eventually(lambda: len(late) == 1)
+    store.prefetch("a1")
     assert eventually(lambda: len(late) == 2)
     launch = Device.copy
 

@@ -250,7 +250,9 @@ class Loader:
         for version in versions:
             load = started.get(version, version.loading)
             if load is not None:
-                loads[version], held[version] = load, load.memory
+                loads[version] = load
+                if load.memory is not None:  # otherwise no thread could be started
+                    held[version] = load.memory
             else:
                 memory = self.final.get(version)
                 assert memory is not None

@@ -165,9 +165,8 @@ class StoredAdapters:
         tier = self._loader.final
         wanted = [self._find(number) for number in ids]
         turn.stay.update(wanted)
-        if wanted and since is not None and all(each.loading is not None for each in wanted):  # without the lock
-            if not any(self._loader.is_late(each, since) for each in wanted):
-                return None
+        if since is not None and self._are_loading(wanted, since):  # without the lock
+            return None
         with self._lock:
             self._loader.transfers.collect()
             self._loader.check_possible(wanted)
@@ -184,6 +183,11 @@ class StoredAdapters:
             return None
         self._check(wanted)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
+
+    def _are_loading(self, versions: Sequence[Version], since: float) -> bool:
+        """Whether there is nothing to do until adapters are loaded, all of which have time."""
+        is_one_late = any(self._loader.is_late(each, since) for each in versions)
+        return bool(versions) and not is_one_late and all(each.loading is not None for each in versions)
 
     def count(self, hits: int, misses: int) -> None:
         """Count adapters that were in memory when a call or request began, and those that weren't."""

@@ -42,7 +42,8 @@ class Load:
 
     Attributes:
         version: the adapter.
-        memory: the memory for its weights, which stays reserved as long as this is referenced.
+        memory: the memory for its weights, which stays reserved as long as this is referenced; None once it has ended,
+            because the thread that ended it may still have the load for a moment.
         mark: what to wait for before the memory is written.
         since: when it began, as ``time.monotonic``.
         source: the weights in host memory, until they were copied to the device.
@@ -52,7 +53,8 @@ class Load:
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
-        self.version, self.memory, self.mark = version, memory, mark
+        self.version, self.mark = version, mark
+        self.memory: Tensor | None = memory
         self.since = time.monotonic()
         self.source: Tensor | None = None
         self.copy: Copy | None = None
@@ -128,7 +130,7 @@ class Transfers:
                 self._copy(load)
             else:
                 self._submit(load)
-        except BaseException:  # such as Ctrl-C's; a thread or a copy that has begun already changes nothing any more
+        except BaseException:  # such as Ctrl-C's; a thread or a copy that has started already changes nothing any more
             version.loading = None
             raise
 
@@ -147,7 +149,7 @@ class Transfers:
         self._launch(load)
 
     def _launch(self, load: Load) -> None:
-        assert load.source is not None
+        assert load.memory is not None and load.source is not None
         load.copy = self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
 
     @property
@@ -180,6 +182,7 @@ class Transfers:
     # In the threads.
     def _read_for(self, load: Load) -> None:
         if self._final is self._host:
+            assert load.memory is not None
             self._try(load, partial(self._read, load.version, load.memory))
             with self._lock:
                 self.bytes_read += load.version.layout.file_size if load.error is None else 0
@@ -224,8 +227,9 @@ class Transfers:
         with self._lock:
             if version.loading is not load:  # it has ended already, or an exception such as Ctrl-C's came at its start
                 return
-            if load.error is None and not version.is_gone:
+            if load.memory is not None and load.error is None and not version.is_gone:
                 self._final.put(version, load.memory)
+            load.memory = None
             version.loading, version.error = None, load.error
             self.loads += load.error is None
             self.seconds += load.seconds + copied

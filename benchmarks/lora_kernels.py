@@ -66,26 +66,29 @@ class Point(NamedTuple):
     target: float | None = None
     engine: float | None = None
     spread: str = ""
+    per_entry: int = 1
 
     def __str__(self) -> str:
         widths = "+".join(str(width) for width in self.widths)
-        return f"M{self.rows} L{self.adapters} r{self.rank} {self.inputs}→{widths} {self.spread}".rstrip()
+        found = f"M{self.rows} L{self.adapters} r{self.rank} {self.inputs}→{widths} {self.spread}".rstrip()
+        return found if self.per_entry == 1 else f"{found}, {self.per_entry} rows per entry"
 
     def ids(self) -> list[int]:
-        """Return the adapter of every row: by default, all have as many rows."""
-        if self.spread in ("half", "three quarters"):  # of all rows have one adapter
-            long = self.rows // 2 if self.spread == "half" else self.rows * 3 // 4
-            rest = self.rows - long
-            return [0] * long + [1 + row * (self.adapters - 1) // rest for row in range(rest)]
+        """Return the adapter of every entry: by default, all have as many."""
+        entries = self.rows // self.per_entry
+        if self.spread in ("half", "three quarters"):  # of all entries have one adapter
+            long = entries // 2 if self.spread == "half" else entries * 3 // 4
+            rest = entries - long
+            return [0] * long + [1 + entry * (self.adapters - 1) // rest for entry in range(rest)]
         if self.spread == "prompts":  # of five adapters, and 64 rows of decoding
-            long = (self.rows - 64) // 5
+            long = (entries - 64) // 5
             ids = [prompt * 5 % self.adapters for prompt in range(5) for _ in range(long)]
-            return ids + [row % self.adapters for row in range(self.rows - len(ids))]
+            return ids + [entry % self.adapters for entry in range(entries - len(ids))]
         if self.spread == "Zipf":
             shares = torch.tensor([1 / (1 + adapter) for adapter in range(self.adapters)])
-            bounds = (shares.cumsum(0) / shares.sum() * self.rows).round().tolist()
-            return [next(adapter for adapter, bound in enumerate(bounds) if row < bound) for row in range(self.rows)]
-        return [row * self.adapters // self.rows for row in range(self.rows)]
+            bounds = (shares.cumsum(0) / shares.sum() * entries).round().tolist()
+            return [next(adapter for adapter, bound in enumerate(bounds) if entry < bound) for entry in range(entries)]
+        return [entry * self.adapters // entries for entry in range(entries)]
 
 
 QKV = (4096, 1024, 1024)
@@ -126,15 +129,20 @@ LAYER = [
     for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
 ]
 UNEVEN = [
-    Point(rows, adapters, inputs, widths, rank, spread=spread)
-    for spread, rank, shapes in (
-        ("half", 16, ((256, 8), (1024, 8), (1024, 32), (4096, 8), (4096, 32), (16384, 32))),
-        ("half", 64, ((1024, 8), (4096, 8))),
-        ("prompts", 16, ((1024, 8), (1024, 32))),
-        ("prompts", 64, ((1024, 32),)),
-        ("Zipf", 16, ((64, 16), (256, 32), (1024, 8), (1024, 32), (4096, 32))),
-        ("Zipf", 64, ((256, 32), (4096, 8))),
-        ("three quarters", 16, ((32, 2), (128, 2), (512, 2), (2048, 2), (8192, 2))),
+    Point(rows, adapters, inputs, widths, rank, spread=spread, per_entry=per_entry)
+    for spread, per_entry, rank, shapes in (
+        ("half", 1, 16, ((256, 8), (1024, 8), (1024, 32), (4096, 8), (4096, 32), (16384, 32))),
+        ("half", 1, 64, ((1024, 8), (4096, 8))),
+        ("half", 1, 128, ((1024, 8), (4096, 8))),
+        ("half", 1, 256, ((1024, 8), (4096, 8))),
+        ("half", 12, 16, ((768, 8),)),
+        ("half", 100, 16, ((1600, 8), (6400, 8))),
+        ("half", 100, 128, ((6400, 8),)),
+        ("prompts", 1, 16, ((1024, 8), (1024, 32))),
+        ("prompts", 1, 64, ((1024, 32),)),
+        ("Zipf", 1, 16, ((64, 16), (256, 32), (1024, 8), (1024, 32), (4096, 32))),
+        ("Zipf", 1, 64, ((256, 32), (4096, 8))),
+        ("three quarters", 1, 16, ((32, 2), (128, 2), (512, 2), (2048, 2), (8192, 2))),
     )
     for rows, adapters in shapes
     for inputs, widths in ((4096, QKV), (4096, ONE), (4096, (14336, 14336)), (14336, ONE))
@@ -209,10 +217,11 @@ class Case:
         whole = Segments.from_ids(point.ids())
         piece = cutting.piece_for(point.rows, triton_backend.padded(point.rank))
         self.segments = whole if is_whole else cutting.even_out(whole, point.rows, piece)
+        self.longest = self.segments.longest * point.per_entry
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
             buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
-            buffer.update(whole.cut(cutting.piece_for(point.rows)))
+            buffer.update(whole.cut(cutting.piece_for(whole.num_entries)))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]
@@ -222,7 +231,7 @@ class Case:
             triton_backend.add_(ys, self.x, self.point.widths, self.plan, [table])
             return
         product = triton_backend.product(
-            ys, self.x, self.point.widths, self.segments.num_segments, self.segments.longest, table, launch
+            ys, self.x, self.point.widths, self.segments.num_segments, self.longest, table, launch
         )
         product(ys, self.x, self.plan, table.rows)
 
@@ -264,7 +273,7 @@ def choose(case: Case, limits: cutting.Limits) -> cutting.Launch:
     """Return the launch that the package chooses for a plan that it knows."""
     point, segments = case.point, case.segments
     rank, itemsize = triton_backend.padded(point.rank), case.x.itemsize
-    return cutting.choose(segments.num_segments, segments.longest, point.inputs, point.widths, rank, itemsize, limits)
+    return cutting.choose(segments.num_segments, case.longest, point.inputs, point.widths, rank, itemsize, limits)
 
 
 def copy_bandwidth() -> float:

@@ -43,9 +43,10 @@ def run(*command, **environment):
 
 
 @pytest.mark.parametrize("for_any_plan", [False, True])
-def test_kernels_are_checked(for_any_plan, load):
+@pytest.mark.parametrize("options", [{"rows": 5}, {"rows": 60, "spread": "half", "per_entry": 3}], ids=str)
+def test_kernels_are_checked(for_any_plan, options, load):
     kernels = load("lora_kernels")
-    point = kernels.Point(rows=5, adapters=2, inputs=64, widths=(64, 32), rank=8, target=None)
+    point = kernels.Point(adapters=2, inputs=64, widths=(64, 32), rank=8, **options)
     case = kernels.Case(point, torch.float32, copies=1, for_any_plan=for_any_plan)
     launch = kernels.choose(case, kernels.cutting.Limits(132, 227 * 1024))
     assert case.check(launch) <= RELATIVE_ERROR[torch.float32]

@@ -168,8 +168,9 @@ class StoredRequests:
             for each in later:
                 if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
                     self._loaded.setdefault(each.state.request_id, now)
-        if not chosen and not active:
-            self._wait_for_copies(late)
+        has_nothing_to_do = bool(late) and not chosen and not active
+        if has_nothing_to_do and store.wait_for_copies() and self._wake_up is not None:
+            self._wake_up.set()  # look again, because nothing else does when a copy has finished
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]
@@ -251,13 +252,6 @@ class StoredRequests:
         names = [name, *children_of(name, waiting.state.num_children)] if known is None else known.names
         self._leases[name] = Lease(adapters, names)
         return True
-
-    def _wait_for_copies(self, late: Sequence[Waiting]) -> None:
-        """Wait for a moment, and make an idle loop look again, because nothing else does when a copy has finished."""
-        store = self._registry.store
-        assert store is not None
-        if store.wait_for_copies([number for each in late for number in each.ids]) and self._wake_up is not None:
-            self._wake_up.set()
 
     def _starved(self, late: Sequence[Waiting]) -> Waiting | None:
         """The request that has waited too long for memory, if any; later ones wait behind it."""

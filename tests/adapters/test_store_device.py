@@ -9,7 +9,9 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from devices import Device
@@ -283,6 +285,7 @@ def test_copies_that_finish_or_fail_while_others_of_their_batch_begin(make, rows
     with monkeypatch.context() as patched, pytest.raises(errors.AdapterFileError, match=r"'a1' can't be loaded"):
         patched.setattr(Device, "copy", launch_later)
         ask(model, ["a0", "a1", "a2"])
+    late[-1].finish()
     del late[:]
     with ThreadPoolExecutor(1) as other:
         call = other.submit(check, model, rows, ["a0", "a1"])
@@ -291,32 +294,44 @@ def test_copies_that_finish_or_fail_while_others_of_their_batch_begin(make, rows
         call.result()
 
 
-@pytest.mark.parametrize("name", ["_launch", "_try", "_end"])
+def test_a_signal_handler_looks_while_a_batch_begins(make, rows, monkeypatch):
+    """At the store, so that loads of the same batch end."""
+    model, store, _ = make(host=12, device=3)
+    check(model, rows, ["a0", "a1", "a2"])
+    check(model, rows, ["a3", "a4", "a5"])
+    launch = Device.copy
+    monkeypatch.setattr(Device, "copy", lambda *args: (store.stats(), launch(*args), store.stats())[1])
+    check(model, rows, ["a0", "a1", "a2"])
+    assert store.stats().loads == 9
+
+
+@pytest.mark.parametrize("name", ["copy", "_copy", "_try", "_end"])
 def test_ctrl_c_while_a_copy_begins_or_is_collected(make, rows, monkeypatch, name):
     """And a signal handler that looks at the store before that."""
     model, store, _ = make(host=12, device=3)
     check(model, rows, ["a0", "a1", "a2"])
     check(model, rows, ["a3", "a4", "a5"])
     before, transfers = store.stats(), store._loader.transfers
-    work = getattr(transfers, name)
+    place = store._streams if name == "copy" else transfers
+    work = getattr(place, name)
 
     def interrupt(*args):
-        monkeypatch.setattr(transfers, name, work)
+        monkeypatch.setattr(place, name, work)
         work(*args)
         store.stats()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(Device, "late", late := [])
-        if name == "_launch":
-            patched.setattr(transfers, name, interrupt)
+        if "copy" in name:
+            patched.setattr(place, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 store.prefetch("a0", "a1")
         store.prefetch("a0", "a1")
         for copy in late:
             copy.finish()
-        if name != "_launch":
-            patched.setattr(transfers, name, interrupt)
+        if "copy" not in name:
+            patched.setattr(place, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 store.stats()
     stats = store.stats()
@@ -325,6 +340,23 @@ def test_ctrl_c_while_a_copy_begins_or_is_collected(make, rows, monkeypatch, nam
     check(model, rows, ["a0", "a1", "a2"])
     check(model, rows, ["a3", "a4", "a5"])
     assert store.stats().loads - before.loads == 6
+
+
+def test_a_finished_copy_leaves_its_room_to_others(make, late, folder):
+    """Though nobody has looked at it."""
+    _, store, _ = make(host=12, device=1)
+    for name in ("a0", "a1"):
+        store.prefetch(name)
+        assert eventually(lambda: late)
+        late.pop().finish()
+    assert [each.name for each in store.describe()] == ["a1"]
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(3):
+            registered = other.submit(store.register, "a2", folder / "a2", pin=True)
+            assert eventually(lambda: late)
+            late.pop().finish()
+            registered.result()
+    assert [each.name for each in store.describe()] == ["a2"]
 
 
 def test_a_request_that_has_waited_for_a_finished_copy_for_long(make, late):
@@ -346,32 +378,37 @@ def test_only_those_that_wait_for_a_copy_look_often(make, rows, late, monkeypatc
     monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
     monkeypatch.setattr(store._lock, "wait", lambda seconds: (pauses.append(seconds), wait(seconds)))
     with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a1"])
-        assert eventually(lambda: len(pauses) > 2)
-        assert {*pauses} == {transfers.POLL}
-        go.set()
-        assert eventually(lambda: len(late) == 2)
+        call = other.submit(check, model, rows, ["a0", "a1"])
+        assert eventually(lambda: len(pauses) > 5)
+        assert pauses[:3] == [transfers.COPY_POLL * 2**each for each in range(3)] and pauses[-1] == transfers.POLL
+        late.pop().finish()
         del pauses[:]
-        assert eventually(lambda: len(pauses) > 2) and pauses[-1] == transfers.COPY_POLL
-        for copy in late:
-            copy.finish()
+        assert eventually(lambda: len(pauses) > 2) and {*pauses} == {transfers.POLL}
+        go.set()
+        assert eventually(lambda: late)
+        late.pop().finish()
         call.result()
 
 
-def test_closing_keeps_no_memory_of_copies(make, late):
-    model, store, _ = make(host=12, device=2)
+def test_closing_keeps_no_memory_of_loads(make, late, monkeypatch):
+    """Of one that is being copied, and of one that waits to be read."""
+    model, store, _ = make(host=12, device=COUNT)
     store.prefetch("a0")
     assert eventually(lambda: late)
     late.clear()
-    load = store._versions[store._names.ids["a0"]].loading
-    memory = [weakref.ref(load.memory), weakref.ref(load.source)]
+    read, go = transfers.read_weights, threading.Event()
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
+    store.prefetch(*(f"a{number}" for number in range(1, 2 + transfers.READERS)))
+    loads = [store._versions[store._names.ids[name]].loading for name in ("a0", f"a{1 + transfers.READERS}")]
+    memory = [weakref.ref(loads[0].memory), weakref.ref(loads[0].source), weakref.ref(loads[1].memory)]
     gc.disable()
     try:
-        del load
+        del loads
         peft_multibatch.disable(model)
-        assert [each() for each in memory] == [None, None]
+        assert eventually(lambda: [each() for each in memory] == [None] * 3)
     finally:
         gc.enable()
+        go.set()
 
 
 def test_adapters_in_host_memory_need_no_thread(make, rows, monkeypatch):
@@ -714,3 +751,31 @@ def test_a_mark_is_waited_for_once(cuda):
     for mark in (first, first, second, first, None, first):
         streams.copy(target, source, mark)
     assert [each for each in done if len(each) == 1] == ["a", "b", "b", "c", "a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("has_failed", [False, True], ids=["", "of a device that has failed"])
+def test_host_memory_is_unpinned_once_nothing_reads_it(cuda, monkeypatch, has_failed):
+    streams, done = cuda
+
+    def synchronize(event):
+        done.append("synchronize")
+        if has_failed:
+            raise RuntimeError("CUDA error")
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *_: done.append("register"), cudaHostUnregister=lambda *_: done.append("unregister")
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", synchronize, raising=False)
+    blocks = [np.zeros(5, dtype=np.uint8) for _ in range(2)]
+    for block in blocks:
+        streams.pin(block)
+    streams.copy(torch.zeros(5, dtype=torch.uint8), torch.from_numpy(blocks[0]), None)
+    done.clear()
+    del block
+    blocks.pop(0)
+    assert done == ["relaxed", "synchronize", "unregister", "end relaxed"]
+    done.clear()
+    blocks.clear()
+    assert done == ["relaxed", "unregister", "end relaxed"]

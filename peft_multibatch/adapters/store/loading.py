@@ -129,6 +129,7 @@ class Loader:
 
     def prefetch(self, version: Version, turn: Turn) -> None:
         """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock."""
+        self.transfers.collect()
         if version.loading is None and version not in self.final and not self._is_awaited():
             self._try(version, turn)
 
@@ -145,6 +146,7 @@ class Loader:
         Into the memory where calls compute if there is room that no batch waits for, otherwise into host memory, and
         with at most half of the threads. The caller holds the lock.
         """
+        self.transfers.collect()
         missing = [each for each in dict.fromkeys(versions) if each not in self.final]
         reading = [each for each in missing if each.loading is not None and each.loading.copy is None]
         free = READERS // 2 - len(self.transfers.ahead) - len(reading)
@@ -200,7 +202,7 @@ class Loader:
         held: dict[Version, Tensor] = {}
         loads: dict[Version, Load] = {}
         ticket: Ticket | None = None
-        was_collected = False
+        was_collected, pause = False, COPY_POLL
         while True:
             with self.lock:
                 self.transfers.check_open()
@@ -225,8 +227,9 @@ class Loader:
                     return held
                 left = deadline - time.monotonic()
                 if left > 0:
-                    is_copying = any(load.copy is not None for load in loads.values())
-                    self.lock.wait(min(left, COPY_POLL if is_copying else POLL))
+                    is_copying = any(each.loading is load and load.copy is not None for each, load in loads.items())
+                    self.lock.wait(min(left, pause if is_copying else POLL))
+                    pause = min(2 * pause, POLL) if is_copying else pause
             if left > 0:
                 progress.update(len(versions) - missing if held else 0)
                 continue
@@ -251,11 +254,9 @@ class Loader:
             load = started.get(version, version.loading)
             if load is not None:
                 loads[version] = load
-                if load.memory is not None:  # otherwise no thread could be started
-                    held[version] = load.memory
-            else:
-                memory = self.final.get(version)
-                assert memory is not None
+            # it may have failed or, if a signal handler looked at the store, ended already
+            memory = load.memory if load is not None and load.memory is not None else self.final.get(version)
+            if memory is not None:
                 held[version] = memory
         return held, loads
 

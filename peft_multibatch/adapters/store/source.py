@@ -140,10 +140,9 @@ class StoredAdapters:
                 self._lock.release()
         return Turn()
 
-    def wait_for_copies(self, ids: Iterable[int]) -> bool:
-        """Wait for a moment if one of these adapters is being copied to the device; returns whether one is."""
-        loads = [version.loading for number in ids if (version := self._versions.get(number)) is not None]
-        is_copying = any(load is not None and load.copy is not None for load in loads)
+    def wait_for_copies(self) -> bool:
+        """Wait for a moment if adapters are being copied to the device; returns whether any are."""
+        is_copying = self._loader.transfers.is_copying
         if is_copying:
             time.sleep(COPY_POLL)
         return is_copying
@@ -213,7 +212,6 @@ class StoredAdapters:
     def load(self, ids: Sequence[int]) -> None:
         """Start loading adapters, as far as there is room that no batch waits for."""
         with self._lock:
-            self._loader.transfers.collect()
             turn = Turn(versions := [self._find(number) for number in ids])
             for version in versions:
                 self._loader.prefetch(version, turn)
@@ -252,6 +250,7 @@ class StoredAdapters:
             self._is_closed = True
             self._loader.close()
             for version in self._versions.values():
+                version.loading = None  # a reference cycle
                 self._forget(version)
                 self._names.remove_stored(version.name)
             self._versions.clear()

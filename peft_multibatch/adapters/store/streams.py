@@ -6,7 +6,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -115,9 +115,9 @@ class CudaStreams(Streams):
                     self._copies.wait_event(event)
                 self._last = mark
             begin.record()
+            self._reads[source.data_ptr()] = end
             target.copy_(source, non_blocking=True)
             end.record()
-        self._reads[source.data_ptr()] = end
         return Copy(begin, end)
 
 
@@ -145,7 +145,8 @@ def _unpin(address: int, reads: dict[int, torch.cuda.Event]) -> None:
     end = reads.pop(address, None)
     with _relaxed():
         if end is not None:
-            end.synchronize()  # a copy may still read the block if its store was closed or dropped
+            with suppress(RuntimeError):  # of a device that has failed
+                end.synchronize()  # a copy may still read the block if its store was closed or dropped
         torch.cuda.cudart().cudaHostUnregister(address)
 
 

@@ -31,8 +31,8 @@ MOST_READERS = 64
 POLL = 0.005
 """Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
 
-COPY_POLL = 0.0002
-"""Seconds between checks of those that wait for a copy and have nothing else to do."""
+COPY_POLL = 0.0005
+"""Seconds until those that wait for a copy and have nothing else to do look at it."""
 
 Found = TypeVar("Found")
 
@@ -101,7 +101,7 @@ class Transfers:
 
     # The caller holds the lock, for which the threads wait.
     def close(self) -> None:
-        """Start nothing any more, and end no load. Copies that are running keep their memory until they have ended."""
+        """Start nothing any more, and end no load."""
         self.is_closed = True
         self.readers.close()
         for load in self._copying:
@@ -145,12 +145,12 @@ class Transfers:
             self._end(load)
 
     def _copy(self, load: Load) -> None:
-        self._copying.append(load)
-        self._launch(load)
-
-    def _launch(self, load: Load) -> None:
         assert load.memory is not None and load.source is not None
         load.copy = self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
+        if load.copy is not None:
+            self._copying.append(load)
+        else:
+            self._end(load)
 
     @property
     def is_copying(self) -> bool:
@@ -161,11 +161,10 @@ class Transfers:
         """End loads whose copies have finished."""
         while self._copying:
             load = self._copying[0]
-            if load.copy is None and load.error is None:  # an exception such as Ctrl-C's came before it was launched
-                self._launch(load)
-            if load.copy is not None and self._try(load, load.copy.is_done) is False:
+            assert load.copy is not None
+            if self._try(load, load.copy.is_done) is False:
                 return
-            copied = self._try(load, load.copy.seconds) if load.copy is not None and load.error is None else None
+            copied = self._try(load, load.copy.seconds) if load.error is None else None
             load.source = None  # others may wait for this memory
             self._end(load, copied or 0.0)
             if self._copying and self._copying[0] is load:  # it isn't if a signal handler has collected it meanwhile
@@ -223,17 +222,17 @@ class Transfers:
         return None
 
     def _end(self, load: Load, copied: float = 0.0) -> None:
+        """End a load. The caller holds the lock."""
         version = load.version
-        with self._lock:
-            if version.loading is not load:  # it has ended already, or an exception such as Ctrl-C's came at its start
-                return
-            if load.memory is not None and load.error is None and not version.is_gone:
-                self._final.put(version, load.memory)
-            load.memory = None
-            version.loading, version.error = None, load.error
-            self.loads += load.error is None
-            self.seconds += load.seconds + copied
-            self._wake()
+        if version.loading is not load:  # it has ended already, or an exception such as Ctrl-C's came at its start
+            return
+        if load.memory is not None and load.error is None and not version.is_gone:
+            self._final.put(version, load.memory)
+        load.memory = None
+        version.loading, version.error = None, load.error
+        self.loads += load.error is None
+        self.seconds += load.seconds + copied
+        self._wake()
 
     def _wake(self) -> None:
         self._lock.notify_all()
@@ -249,12 +248,12 @@ class Transfers:
                 memory = self._host.get(version)
                 if memory is not None:
                     return memory
+                self.check_open()
                 is_read = version in self.ahead and not is_ahead  # by another thread
                 # plans hold memory of the device, so dropping them wouldn't help
                 if not is_read and self._host.make_room([version.layout.size], stay, lambda: None):
                     reserved = self._host.arena.reserve(version.layout.size)
                     break
-                self.check_open()
                 if time.monotonic() > deadline or is_ahead:
                     used = f"others used all {self._host.arena.limit} bytes of host memory"
                     raise late([version], self._timeout, used)

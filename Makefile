@@ -89,7 +89,7 @@ help:
 	$(PIP) install -e ".[dev]"
 	touch $@
 
-# All packages that aren't named here are those of .venv.
+# All packages that aren't named here are those of .venv, unless the older ones need others.
 .venv/oldest: .venv/dev
 	$(PYTHON) -m venv $@
 	cd $@/lib/python*/site-packages && ls -d $(CURDIR)/.venv/lib/python*/site-packages > dev.pth

@@ -434,10 +434,7 @@ def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
     monkeypatch.setattr(Router, "let_go", lambda _: dropped.append(True))
     _, store, _ = make(host=1, device=COUNT)
     store.prefetch(*(f"a{number}" for number in range(COUNT)))
-    deadline = time.monotonic() + 20
-    while store.stats().device_adapters < COUNT:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    assert eventually(lambda: store.stats().device_adapters == COUNT, 20)
     assert not dropped
     assert not store._loader.final.make_room([COUNT * 10**6], set(), store._loader._let_go) and dropped
 

@@ -595,7 +595,7 @@ def test_steps_dont_wait_for_locks_that_loads_hold(make, inputs, monkeypatch):
         )
         with store._lock, store._loader.transfers.readers._lock:
             is_held.set()
-            wait_until(lambda: len(longest.generated_tokens) > 20)  # the others have ended
+            assert eventually(lambda: len(longest.generated_tokens) > 20, 20)  # the others have ended
         assert not [each for each in results(manager, 3).values() if each.error]
 
 
@@ -653,7 +653,7 @@ def test_an_adapter_that_moves_to_peft_while_a_request_waits_for_it(make, folder
     mb, store = make(4, model)
     with serve(mb) as manager:
         request = manager.add_request(inputs[0], adapter_id="a1")
-        wait_until(lambda: request in manager._stored._loaded)
+        assert eventually(lambda: request in manager._stored._loaded, 20)
         with manager.changing("a1"):
             store.unregister("a1")
             model.load_adapter(str(folder / "a1"), "a1")
@@ -945,11 +945,11 @@ def test_a_new_version_waits_for_the_requests_of_all_managers(make, folder, inpu
         elif other == "one that runs":
             stack.enter_context(serve(mb))
         request = manager.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
-        wait_until(lambda: manager.served["a0"] >= len(inputs[0]) + 5)
+        assert eventually(lambda: manager.served["a0"] >= len(inputs[0]) + 5, 20)
         with ThreadPoolExecutor(1) as thread:
             change = thread.submit(store.register, "a0", folder / "a1")
             if other == "one that begins meanwhile":
-                wait_until(lambda: mb._registry.held)
+                assert eventually(lambda: mb._registry.held, 20)
                 second = stack.enter_context(serve(mb))
                 late = second.add_request(inputs[0], adapter_id="a0", max_new_tokens=LONG)
             assert not change.done()
@@ -959,13 +959,6 @@ def test_a_new_version_waits_for_the_requests_of_all_managers(make, folder, inpu
         if other == "one that begins meanwhile":
             assert results(second, 1)[late].generated_tokens == new
     assert new != expected
-
-
-def wait_until(is_so):
-    deadline = time.monotonic() + 20
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert is_so()
 
 
 @pytest.mark.skipif(not hasattr(ContinuousBatchingManager, "pause"), reason="needs a newer transformers")
@@ -1039,7 +1032,7 @@ def test_an_adapter_that_takes_too_long_to_load_fails_its_own_requests(make, inp
             else:
                 assert found[request].generated_tokens == texts[name][row]
         go.set()
-        wait_until(lambda: store.is_loaded(store._names.ids["a0"]))
+        assert eventually(lambda: store.is_loaded(store._names.ids["a0"]), 20)
         request = manager.add_request(inputs[0], adapter_id="a0")
         assert results(manager, 1)[request].generated_tokens == texts["a0"][0]
 

@@ -43,6 +43,7 @@ from peft_multibatch.adapters.tables import (
     Tables,
     WeightTable,
 )
+from peft_multibatch.calls.buffers import capacity_for
 from peft_multibatch.ops import launches as cutting
 from peft_multibatch.ops import torch_backend, triton_backend
 
@@ -136,8 +137,12 @@ UNEVEN = [
         ("half", 1, 128, ((1024, 8), (4096, 8))),
         ("half", 1, 256, ((1024, 8), (4096, 8))),
         ("half", 12, 16, ((768, 8),)),
+        ("half", 5, 16, ((320, 8), (1280, 8))),
         ("half", 100, 16, ((1600, 8), (6400, 8))),
         ("half", 100, 128, ((6400, 8),)),
+        ("even", 5, 16, ((320, 8), (1280, 8))),
+        ("even", 100, 16, ((1600, 8),)),
+        ("even", 512, 16, ((16384, 8), (16384, 32))),
         ("prompts", 1, 16, ((1024, 8), (1024, 32))),
         ("prompts", 1, 64, ((1024, 32),)),
         ("Zipf", 1, 16, ((64, 16), (256, 32), (1024, 8), (1024, 32), (4096, 32))),
@@ -220,8 +225,9 @@ class Case:
         self.longest = self.segments.longest * point.per_entry
         self.plan = self.segments.pack().to(DEVICE)
         if for_any_plan:
-            buffer = SegmentBuffer(max(point.rows, 1024), DEVICE)
-            buffer.update(whole.cut(cutting.piece_for(whole.num_entries)))
+            buffer = SegmentBuffer(capacity_for(whole.num_entries), DEVICE)  # as PlanBuffers does
+            is_long = point.per_entry >= cutting.LONG_ENTRY
+            buffer.update(whole.cut(1 if is_long else cutting.piece_for(whole.num_entries)))
             self.plan = buffer.packed
         self.x = torch.randn(point.rows, point.inputs, device=DEVICE, dtype=dtype)
         self.ys = [torch.randn(point.rows, width, device=DEVICE, dtype=dtype) for width in point.widths]

@@ -47,7 +47,7 @@ class Graph:
         components: the number of plans that graphs read, the most adapters that a sample has had in any call.
         plans: the number of plans so far, a tensor on the CPU. Graphs of ops that recompute in ``backward`` save it,
             so autograd raises an error if the plan has changed since.
-        buffers: plans at fixed addresses for kernels, by device, one per component.
+        buffers: plans at fixed addresses for kernels, one per component, by device and whether entries are long.
         sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         captures: the CUDA graphs that were captured.
@@ -74,7 +74,7 @@ class Graph:
         with torch.inference_mode(False):
             self.plans = torch.zeros((), dtype=torch.int32, device="cpu")
         self._buffers = PlanBuffers()
-        self.buffers = self._buffers.by_device
+        self.buffers = self._buffers.by_place
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._active_call, self._note = active, note
@@ -117,8 +117,8 @@ class Graph:
         return True
 
     @torch._dynamo.assume_constant_result
-    def arm_kernels(self, key: str, device: str) -> bool:
-        """Record that a graph of kernels reads this bank on this device."""
+    def arm_kernels(self, key: str, device: str, is_long: bool) -> bool:
+        """Record that a graph of kernels reads this bank on this device, for entries of many rows if ``is_long``."""
         call = self._active_call()
         with self._lock:
             if call is not None:
@@ -131,22 +131,23 @@ class Graph:
                     torch._dynamo.mark_static_address(table.rows)
                 if self._tables.add(bank, place):
                     self.forget()
-                self.prepare(call, place)
+                self.prepare(call, place, is_long)
         return True
 
-    def prepare(self, call: Call, device: torch.device) -> None:
-        """Write the plan of a call to the fixed address on a device, for the current stream."""
+    def prepare(self, call: Call, device: torch.device, is_long: bool = False) -> None:
+        """Write the plan of a call to the fixed addresses on a device, for the current stream."""
         with self._lock:
-            if str(device) not in self.buffers:
-                self._buffers.grow(device, call.plan.segments.num_entries, self.components)
-                self._written = None
+            for place in {(str(device), False), (str(device), is_long)}:
+                if place not in self.buffers:
+                    self._buffers.grow(place, call.plan.segments.num_entries, self.components)
+                    self._written = None
             if self._written is call.plan or call.for_graphs or not self.contended:
                 self._write(call.plan)
             if self.contended:  # the calling layer writes rows to the tables itself
                 self._tables.forget()
 
     def fixed(
-        self, call: Call, bank: Bank, device: torch.device, is_capturing: bool
+        self, call: Call, bank: Bank, device: torch.device, is_capturing: bool, is_long: bool = False
     ) -> tuple[list[Tensor], tuple[TableRows, ...]]:
         """Plans and tables at fixed addresses, for kernels that are being captured in a CUDA graph or will be next.
 
@@ -155,7 +156,7 @@ class Graph:
         """
         plan = call.plan
         if not is_capturing:
-            self.prepare(call, device)
+            self.prepare(call, device, is_long)
             if not bank.has_rows(plan.adapters, device, plan.slots):
                 bank.tables(plan.adapters, device, plan.slots)
         # the plan of a continuous batching step stays until the step ends, whichever calls begin in between
@@ -174,7 +175,8 @@ class Graph:
             self.captures.extend(bank, plan.adapters, device, bool(captured and bank in self._tables), is_capturing)
             if self._tables.add(bank, device):
                 self.forget()
-            buffers = self.buffers[str(device)]
+            # the only ones, if no call has had a long input before the capture
+            buffers = self.buffers.get((str(device), is_long)) or self.buffers[str(device), False]
             self.captures.note(is_users=is_capturing and not call.for_graphs, components=len(buffers))
         return [buffer.packed for buffer in buffers], bank.graph_tables
 

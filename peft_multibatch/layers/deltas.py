@@ -18,6 +18,7 @@ from peft_multibatch.calls.take_plan import take_plan
 from peft_multibatch.errors import UnsupportedError
 from peft_multibatch.layers.patch import check_not_capturing
 from peft_multibatch.ops.gradients import Wanted, add_with_gradients, without_autocast
+from peft_multibatch.ops.launches import LONG_ENTRY
 from peft_multibatch.ops.torch_gradients import TorchProduct
 
 
@@ -58,7 +59,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
         if is_capturing or call.for_graphs:
             if plan is not call.plan:
                 check_not_capturing(x.device)
-            packed, tables = router.graph.fixed(call, bank, x.device, is_capturing)
+            packed, tables = router.graph.fixed(call, bank, x.device, is_capturing, _is_long(plan, x))
             can_run = plan is call.plan and not router.graph.captures.why_no_kernels(plan)
             if can_run and kernels.takes(ys, x, tables):
                 call.num_rows(x.shape)
@@ -88,6 +89,11 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
     return ys
 
 
+def _is_long(plan: BatchPlan, x: Tensor) -> bool:
+    """Whether an input has so many rows per entry that graphs read plans of single entries."""
+    return x.shape[:-1].numel() >= LONG_ENTRY * plan.segments.num_entries
+
+
 def products_of(
     call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tensor], x: Tensor, adds: bool = True
 ) -> tuple[list[Tensor], Any]:
@@ -98,7 +104,7 @@ def products_of(
         call.num_rows(x.shape)
         ys = [y.contiguous() for y in ys]
         if not call.is_media:  # which no graph runs
-            router.graph.prepare(call, x.device)
+            router.graph.prepare(call, x.device, _is_long(plan, x))
         assert router.kernels is not None
         tables = plan.tables(bank, x.device)
         products = router.kernels.Products(ys, x, bank.widths, plan.components, tables, adds)
@@ -183,10 +189,13 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
             f"a model was compiled, and {graph.no_kernels}: expected adapters of a dtype and rank with kernels. Run "
             "it without torch.compile, or pass disable_compile=True to generate."
         )
-    graph.arm_kernels(bank.key, str(x.device))
+    is_long = False
+    if x.shape[1:-1].numel() >= LONG_ENTRY:  # a branch, because the comparison of symbolic sizes isn't a constant
+        is_long = True
+    graph.arm_kernels(bank.key, str(x.device), is_long)
     ys = [y.contiguous() for y in ys]
     for table in bank.graph_tables:
-        for buffer in graph.buffers[str(x.device)]:
+        for buffer in graph.buffers[str(x.device), is_long]:
             ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)
     return ys
 

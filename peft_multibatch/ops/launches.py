@@ -21,6 +21,10 @@ UNEVEN = 1.25
 LONG_PIECE = 128
 """The most rows of a piece that has several tiles."""
 
+LONG_ENTRY = 8
+"""The rows from which an entry is a piece of its own in plans at a fixed address. Without, a program would take turns
+with all rows of a piece's entries; with fewer rows, most of a tile would be empty."""
+
 
 class Launch(NamedTuple):
     """How a product is divided into programs.

@@ -66,10 +66,10 @@ def launches(monkeypatch):
     return count
 
 
-def logits(model, names=NAMES, rows=6, **kwargs):
+def logits(model, names=NAMES, rows=6, length=4, **kwargs):
     with torch.no_grad():
         ids = {"adapter_ids": names} if names is not None else {}
-        return model(**inputs(rows), **ids, **kwargs).logits
+        return model(**inputs(rows, length), **ids, **kwargs).logits
 
 
 def expected(model, names=NAMES):
@@ -86,6 +86,40 @@ def test_what_graphs_read_has_no_long_segments():
     plan = Segments.unpack(buffer.packed)
     assert [mb.adapter_names[slot] for slot in plan.slots] == names
     assert (plan.num_segments, plan.longest) == (4, 16)
+
+
+@pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
+def test_what_graphs_of_long_inputs_read_is_cut_into_samples(compiled):
+    """A program has the rows of one sample, whichever samples have the same adapter; each token decoded has its own."""
+    model, mb, fast, graphs = compiled
+    names = ["four"] * 5 + ["three", "four", "three"]
+    for length in (9, 11, 4, 12, 3, 4, 9):
+        batch = inputs(8, length)
+        with mb.batch(names), torch.no_grad():
+            actual = fast(**batch, use_cache=False).logits
+        assert_close(actual, logits(model, names, 8, length, use_cache=False))
+    assert len(graphs) == 3  # of 9 tokens, of any eight or more, and of fewer
+    buffers = mb._router.graph.buffers
+    plans = {is_long: Segments.unpack(buffer.packed) for (_, is_long), (buffer,) in buffers.items()}
+    assert all([mb.adapter_names[slot] for slot in plan.slots] == names for plan in plans.values())
+    assert {is_long: (plan.num_segments, plan.longest) for is_long, plan in plans.items()} == {
+        False: (2, 6),
+        True: (8, 1),
+    }
+
+
+def test_a_capture_of_longer_inputs_than_any_before_reads_what_there_is():
+    """Slower, but as right."""
+    model, mb = enabled()
+    logits(model)
+    graph, bank, device = mb._router.graph, mb._groups[0].bank, inputs()["input_ids"].device
+    with torch.no_grad(), mb.batch(NAMES):
+        logits(model, None)
+        before = graph.fixed(mb._router.live(), bank, device, True, is_long=True)[0]
+        model(**inputs(6, 9))
+        after = graph.fixed(mb._router.live(), bank, device, True, is_long=True)[0]
+    (short,), (long,) = (graph.buffers[str(device), is_long] for is_long in (False, True))
+    assert [each is short.packed for each in before] == [each is long.packed for each in after] == [True]
 
 
 @contextmanager
@@ -816,9 +850,10 @@ def test_static_cache_with_one_graph_for_twenty_mixes(launches, fuse):
 
 
 @gpu
-def test_a_graph_captured_by_the_user():
+@pytest.mark.parametrize("length", [4, 40])  # of which a sample's rows are a piece
+def test_a_graph_captured_by_the_user(length):
     model, mb = enabled()
-    batch = inputs()
+    batch = inputs(6, length)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), mb.batch([0] * 6):
         model(**batch, use_cache=False)
@@ -828,12 +863,12 @@ def test_a_graph_captured_by_the_user():
         with mb.batch(mix):
             graph.replay()
             actual = out.clone()
-        assert_close(actual, logits(model, mix, use_cache=False))
+        assert_close(actual, logits(model, mix, length=length, use_cache=False))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_B["three"].weight.data = torch.randn_like(layer.lora_B["three"].weight)
     with mb.batch(MIXES[0]):
         graph.replay()
-        assert_close(out, logits(model, MIXES[0], use_cache=False))
+        assert_close(out, logits(model, MIXES[0], length=length, use_cache=False))
     config = lora_configs()["eight"]
     config.r = 64
     model.add_adapter("large", config)
@@ -845,7 +880,7 @@ def test_a_graph_captured_by_the_user():
                 pass
     with mb.batch(MIXES[2]):
         graph.replay()
-        assert_close(out, logits(model, MIXES[2], use_cache=False))
+        assert_close(out, logits(model, MIXES[2], length=length, use_cache=False))
 
 
 @gpu

@@ -170,7 +170,9 @@ def choose(
             expand = _cdiv(longest, 64 if is_single and num_segments * longest <= 8192 else 128), 32
         elif is_prefill:
             block_k, shrink_warps = 128 if rank <= 64 and programs <= 2 * processors else 64, 8
-            splits = 1
+            # with splits, expand reads as many sums per row, which the columns of several slices don't make up for
+            few = processors // (2 if num_inputs > 8192 else 4)
+            splits = min(4, num_inputs // 1024) if is_single and programs <= few and rank <= 128 else 1
             if rank <= 64:
                 expand = _cdiv(longest, 128), 32
         else:
@@ -178,24 +180,31 @@ def choose(
             splits = _power_of_2(min(3 * processors // programs, num_inputs // 512))
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
-    expand_tiles, expand_block_t = expand or (tiles, block_t)
     block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)
-    expand_block_t, block_n = fit_expand(expand_block_t, block_n, rank, itemsize, shared)
-    expand = expand_tiles, expand_block_t
-    return with_splits(
+    if splits == 2 and rank > 64:
+        splits = 1  # two are slower than one or four, and need the most shared memory
+    launch = with_splits(
         tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand
     )
+    sums = SUMS_OF_TWO_SPLITS if launch.splits == 2 else SUMS
+    expand_block_t, block_n = fit_expand(launch.expand_block_t, block_n, rank, itemsize, shared, sums)
+    return launch._replace(expand_block_t=expand_block_t, block_n=block_n)
 
 
 # What kernels need is up to the compiler. These bounds hold for everything that tests/ops/shared_memory.py compiles.
+SUMS, SUMS_OF_TWO_SPLITS, SUMS_IN_TRAINING = 2, 5, 4
+"""The blocks of sums that an expand kernel has in shared memory. It has both of two splits, in several stages: a loop
+over one further split isn't a loop to the compiler, which then pipelines its loads."""
+
+
 def shrink_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
     """Bytes of shared memory that a program of a shrink kernel needs at most: blocks of x and lora_A."""
     return (3 if block_t >= 64 else 2) * (rank + block_t) * block_k * itemsize
 
 
-def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, trains: bool) -> int:
-    """Bytes that a program of an expand kernel needs at most: a block of lora_B, and the sums in two or four forms."""
-    return rank * block_n * itemsize + rank * block_t * (4 if trains else 2) * max(itemsize, 4) + 16384
+def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, sums: int) -> int:
+    """Bytes that a program of an expand kernel needs at most: a block of lora_B, and so many blocks of sums."""
+    return rank * block_n * itemsize + rank * block_t * sums * max(itemsize, 4) + 16384
 
 
 def fit_shrink(block_t: int, block_k: int, rank: int, itemsize: int, shared: int) -> int:
@@ -205,11 +214,9 @@ def fit_shrink(block_t: int, block_k: int, rank: int, itemsize: int, shared: int
     return block_k
 
 
-def fit_expand(
-    block_t: int, block_n: int, rank: int, itemsize: int, shared: int, trains: bool = False
-) -> tuple[int, int]:
+def fit_expand(block_t: int, block_n: int, rank: int, itemsize: int, shared: int, sums: int) -> tuple[int, int]:
     """The largest ``block_t`` and ``block_n``, up to these, with which an expand kernel fits."""
-    while max(block_t, block_n) > SMALLEST and expand_memory(block_t, block_n, rank, itemsize, trains) > shared:
+    while max(block_t, block_n) > SMALLEST and expand_memory(block_t, block_n, rank, itemsize, sums) > shared:
         if block_t > SMALLEST and 2 * block_t > block_n:
             block_t //= 2
         else:
@@ -219,8 +226,9 @@ def fit_expand(
 
 def fits(rank: int, itemsize: int, shared: int, trains: bool = False) -> bool:
     """Whether kernels fit into this much shared memory with the smallest blocks."""
+    sums = SUMS_IN_TRAINING if trains else SUMS
     shrink = shrink_memory(SMALLEST, SMALLEST, rank, itemsize)
-    return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, trains)) <= shared
+    return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, sums)) <= shared
 
 
 def with_splits(

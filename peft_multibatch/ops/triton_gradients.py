@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_multibatch.adapters.tables import TableRows
 from peft_multibatch.ops.dropout import DropTable
 from peft_multibatch.ops.gradients import TrainedWeights, Wanted
-from peft_multibatch.ops.launches import LONG_PIECE, even_out, fit_expand, fit_shrink, limits_of
+from peft_multibatch.ops.launches import LONG_PIECE, SUMS_IN_TRAINING, even_out, fit_expand, fit_shrink, limits_of
 from peft_multibatch.ops.triton_backend import DTYPES, padded
 from peft_multibatch.ops.triton_gradient_kernels import grad_weight_kernel, grad_x_kernel
 from peft_multibatch.ops.triton_training_kernels import expand_kernel, shrink_kernel
@@ -156,7 +156,7 @@ def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tens
     rank, slices, num_rows = padded(each.table.rank), len(to), len(h)
     processors, shared = limits_of(h.device)
     block_t, block_c = 32, 128 if rank <= 32 else 64 if rank <= 128 else 32
-    block_t, block_c = fit_expand(block_t, block_c, rank, _itemsize(each, to[0]), shared, trains=True)
+    block_t, block_c = fit_expand(block_t, block_c, rank, _itemsize(each, to[0]), shared, SUMS_IN_TRAINING)
     blocks = sum(triton.cdiv(y.shape[1], block_c) for y in to)
     segments, longest = each.pieces(num_rows)
     most = triton.cdiv(longest, block_t)

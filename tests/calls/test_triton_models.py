@@ -90,7 +90,7 @@ def test_what_graphs_read_has_no_long_segments():
 
 @pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
 def test_what_graphs_of_long_inputs_read_is_cut_into_samples(compiled):
-    """A program has the rows of one sample, whichever samples have the same adapter; each token decoded has its own."""
+    """A program has the rows of one sample, whichever samples have the same adapter."""
     model, mb, fast, graphs = compiled
     names = ["four"] * 5 + ["three", "four", "three"]
     for length in (9, 11, 4, 12, 3, 4, 9):

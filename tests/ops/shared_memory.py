@@ -29,7 +29,7 @@ from peft_multibatch.ops.launches import Limits, fits
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
 # adapters of a batch, rows of each, slices: each way of choosing a launch
-BATCHES = [(4, 1, 1), (64, 1, 1), (64, 1, 3), (4, 128, 2), (32, 512, 1), (32, 512, 3)]
+BATCHES = [(4, 1, 1), (64, 1, 1), (64, 1, 3), (4, 128, 2), (10, 100, 3), (3, 512, 1), (32, 512, 1), (32, 512, 3)]
 
 
 class Recorded:
@@ -92,7 +92,9 @@ def main():
         for rank in map(int, options.ranks.split(",")):
             for kernel, args, extra in launches(rank, getattr(torch, dtype), options.limit):
                 constants = {p.name: a for p, a in zip(kernel.params, args) if p.is_constexpr}
-                blocks = {name: value for name, value in constants.items() if name == "R" or "BLOCK" in name}
+                blocks = {
+                    name: value for name, value in constants.items() if name in ("R", "SPLITS") or "BLOCK" in name
+                }
                 key = kernel.__module__, kernel.__name__, dtype, *blocks.items(), extra["num_warps"]
                 if key in seen:
                     continue

@@ -168,6 +168,21 @@ def test_a_large_buffer_has_larger_pieces(monkeypatch):
     assert (launch.block_t, launch.tiles) == (64, 2)
 
 
+def test_few_tall_tiles_split_columns(monkeypatch):
+    """Otherwise, most multiprocessors would have nothing to do."""
+    chosen, original = [], triton_backend.Product
+    monkeypatch.setattr(triton_backend, "Product", lambda key, launch: chosen.append(launch) or original(key, launch))
+    monkeypatch.setattr(triton_backend, "limits_of", lambda _: launches.Limits(132, 227 * 1024))
+    parts = random_parts([[40], [64]], 4096, [24], torch.float32)
+    x, y = torch.randn(1100, 4096, device=DEVICE), torch.randn(1100, 24, device=DEVICE)
+    plan = Segments.from_ids([0] * 600 + [1] * 500)
+    expected = y.double()
+    ops.torch_backend.apply_([expected], x.double(), plan, exact(parts))
+    triton_backend.Products([y], x, [24], [plan], [table_of(parts, torch.float32)])([y], x, {})
+    assert_close(y, expected)
+    assert [(launch.block_t, launch.splits) for launch in chosen] == [(64, 4)]
+
+
 @pytest.mark.parametrize(
     ("slots", "per_entry", "most"),
     [

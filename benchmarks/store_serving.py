@@ -492,7 +492,6 @@ def steps(sizes: Sizes, store: Any, manager: Any, room: int) -> list[dict]:
         with Running(sizes, store, manager) as running:
             first, begin, known = len(running.times), time.perf_counter(), store.stats().loads
             while time.perf_counter() - begin < sizes.step_seconds and not running.has_ended and most > 0:
-                store.stats()  # notices which copies have finished
                 is_due = count <= rate * (time.perf_counter() - begin) if rate else all(map(store.is_loaded, wanted))
                 if numbers is not None and is_due:
                     some = [str(next(numbers)) for _ in range(1 if rate else 4)]

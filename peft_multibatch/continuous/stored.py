@@ -141,7 +141,7 @@ class StoredRequests:
         if store is None:
             return [each.state for each in [*queue.begun(), *queue.except_of(is_held, places + SPARE)]]
         self.keep(active.keys(), scheduler.waiting_requests)
-        turn, now = store.begin_turn(), time.monotonic()
+        now = time.monotonic()
         self._note_early(queue, now)
         half = max(scheduler.max_requests_per_batch // 2, 1) - len(self._loaded.keys() & active.keys())
         ahead = max(scheduler.max_requests_per_batch // AHEAD, 1)
@@ -153,6 +153,7 @@ class StoredRequests:
             late = late[: late.index(starved) + 1]
             others = [each for each in others if _order(each) < _order(starved) or not each.ids]
         chosen = [each for each in others if not each.ids]
+        turn = store.begin_turn()
         # first, so that loading doesn't evict their adapters
         chosen += [each for each in [each for each in others if each.ids][:places] if self._lease(each, turn)]
         for each in late:
@@ -168,9 +169,6 @@ class StoredRequests:
             for each in later:
                 if any(store.is_coming(number) and not store.is_loaded(number) for number in each.ids):
                     self._loaded.setdefault(each.state.request_id, now)
-        has_nothing_to_do = bool(late) and not chosen and not active
-        if has_nothing_to_do and store.wait_for_copies() and self._wake_up is not None:
-            self._wake_up.set()  # look again, because nothing else does when a copy has finished
         if not short or short[0].state.request_id != self._short[0]:
             self._short = (short[0].state.request_id if short else None), now
         return [each.state for each in sorted(chosen, key=_order)]

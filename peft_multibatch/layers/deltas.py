@@ -90,7 +90,7 @@ def _add(call: Call, plan: BatchPlan, router: Router, bank: Bank, ys: list[Tenso
 
 
 def _is_long(plan: BatchPlan, x: Tensor) -> bool:
-    """Whether an input has so many rows per entry that graphs read plans of single entries."""
+    """Whether graphs read plans of single entries for an input, because it has many rows per entry."""
     return x.shape[:-1].numel() >= LONG_ENTRY * plan.segments.num_entries
 
 

@@ -203,7 +203,7 @@ def shrink_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
 
 
 def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, sums: int) -> int:
-    """Bytes that a program of an expand kernel needs at most: a block of lora_B, and so many blocks of sums."""
+    """Bytes that a program of an expand kernel needs at most: blocks of lora_B and of sums."""
     return rank * block_n * itemsize + rank * block_t * sums * max(itemsize, 4) + 16384
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import random
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from devices import Device
 from models import base_model, left_padded
 from peft import LoraConfig
 from stored import by_peft, expected, logits, save, save_many
 from threads import eventually, in_threads
 from tolerances import assert_close
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import peft_multibatch
 from peft_multibatch import errors
@@ -29,12 +22,33 @@ from peft_multibatch.adapters.store import source as store_module
 from peft_multibatch.adapters.store import streams as store_streams
 from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
-from peft_multibatch.adapters.store.loading import Turn
+from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.tables import TableBlock
 from peft_multibatch.calls.router import Router
 
 
 COUNT = 12
+
+
+class Device(Streams):
+    """The CPU as a device with separate memory, whose copies are recorded."""
+
+    has_memory = True
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.copied, self.marks, self.pinned = [], 0, 0
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def pin(self, block):
+        self.pinned += len(block)
+
+    def copy(self, target, source, mark):
+        self.copied.append((target.data_ptr(), mark))
+        target.copy_(source)
 
 
 @pytest.fixture(scope="module")
@@ -179,253 +193,37 @@ def test_adapters_in_host_memory_do_not_wait_for_files(make, rows, monkeypatch):
         go.set()
 
 
-def test_one_thread_at_a_time_launches_copies(make, rows, monkeypatch):
+def test_one_copy_at_a_time(make, rows, monkeypatch):
     """Threads that use CUDA at the same time delay the launches of running steps."""
-    running, most, launch = [], [], Device.copy
+    running, most = [], []
 
-    def copy(*args):
+    def copy(target, source, mark):
         running.append(True)
         time.sleep(0.005)
         most.append(len(running))
         running.pop()
-        return launch(*args)
+        target.copy_(source)
 
-    model, *_ = make(host=12, device=12)
-    monkeypatch.setattr(Device, "copy", copy)
+    model, store, _ = make(host=12, device=12)
+    monkeypatch.setattr(store._streams, "copy", copy)
     check(model, rows, [f"a{number}" for number in range(COUNT)])
     assert most == [1] * COUNT
 
 
-@pytest.fixture
-def late(monkeypatch):
-    """Copies that wait to be finished, in the order in which they were launched."""
-    monkeypatch.setattr(Device, "late", found := [])
-    return found
-
-
-def test_an_adapter_is_in_memory_once_its_copy_has_finished(make, rows, late):
-    model, store, size = make(host=12, device=2)
-    store.prefetch("a0", "a1")
-    assert eventually(lambda: len(late) == 2)  # no other thread copies, and none has to wait for a copy
-    for _ in range(3):
-        stats = store.stats()
-        assert (stats.loads, stats.device_adapters, stats.device_bytes) == (0, 0, 2 * size)
-    with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a0", "a1"])
-        assert eventually(lambda: store.stats().misses == 2)
-        late[0].finish()
-        assert eventually(lambda: store.stats().device_adapters == 1)
-        assert not call.done()
-        late[1].finish()
-        call.result()
-    stats = store.stats()
-    assert (stats.loads, stats.device_adapters, stats.hits) == (2, 2, 0) and stats.load_seconds >= 2 * 0.5
-    check(model, rows, ["a1", "a0"])
-    assert store.stats().hits == 2 and len(late) == 2
-
-
-def test_memory_that_is_copied_from_or_to_is_not_used_for_others(make, rows, late, folder):
-    """Not even if the adapter was replaced meanwhile."""
-    model, store, size = make(host=1, device=1, timeout=0.5)
-    store.prefetch("a0")
-    assert eventually(lambda: late)
-    for _ in range(2):
-        with pytest.raises(errors.StoreFullError, match=r"waited 0.5 s"):
-            ask(model, ["a1"])
-        store.register("a0", folder / "a0")
-    assert (store.stats().host_bytes, store.stats().device_bytes) == (size, size)
-    late.pop().finish()
-    assert (store.stats().loads, store.stats().device_adapters) == (1, 0)  # nobody uses the old version
-    with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a1"])
-        assert eventually(lambda: late)
-        late.pop().finish()
-        call.result()
-
-
-def test_a_copy_that_fails(make, rows, late, monkeypatch):
-    """On the device, or when it is launched."""
-    model, store, size = make(host=12, device=2)
-
-    def refuse(*_):
-        raise RuntimeError("CUDA error: out of events")
-
-    with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a0"])
-        assert eventually(lambda: late)
-        late.pop().failure = "CUDA error: uncorrectable"
-        with pytest.raises(errors.AdapterFileError, match=r"'a0' can't be loaded .*CUDA error: uncorrectable"):
-            call.result()
-        with monkeypatch.context() as patched:
-            patched.setattr(Device, "copy", refuse)
-            with pytest.raises(errors.AdapterFileError, match=r"'a0' can't be loaded .*CUDA error: out of events"):
-                ask(model, ["a0"])
-        call = other.submit(check, model, rows, ["a0"])
-        assert eventually(lambda: late)
-        late.pop().finish()
-        call.result()
-    stats = store.stats()
-    assert (stats.loads, stats.device_adapters, stats.device_bytes) == (1, 1, size)
-
-
-def test_copies_that_finish_or_fail_while_others_of_their_batch_begin(make, rows, late, monkeypatch):
-    model, store, _ = make(host=12, device=3)
-    store.prefetch("a0")
-    assert eventually(lambda: len(late) == 1)
-    store.prefetch("a1")
-    assert eventually(lambda: len(late) == 2)
-    launch = Device.copy
-
-    def launch_later(*args):
-        late[0].finish()
-        late[1].failure = "CUDA error: uncorrectable"
-        store.stats()  # as by a signal handler
-        return launch(*args)
-
-    with monkeypatch.context() as patched, pytest.raises(errors.AdapterFileError, match=r"'a1' can't be loaded"):
-        patched.setattr(Device, "copy", launch_later)
-        ask(model, ["a0", "a1", "a2"])
-    late[-1].finish()
-    del late[:]
-    with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a0", "a1"])
-        assert eventually(lambda: late)
-        late.pop().finish()
-        call.result()
-
-
-def test_a_signal_handler_looks_while_a_batch_begins(make, rows, monkeypatch):
-    """At the store, so that loads of the same batch end."""
-    model, store, _ = make(host=12, device=3)
-    check(model, rows, ["a0", "a1", "a2"])
-    check(model, rows, ["a3", "a4", "a5"])
-    launch = Device.copy
-    monkeypatch.setattr(Device, "copy", lambda *args: (store.stats(), launch(*args), store.stats())[1])
-    check(model, rows, ["a0", "a1", "a2"])
-    assert store.stats().loads == 9
-
-
-@pytest.mark.parametrize("name", ["copy", "_copy", "_try", "_end"])
-def test_ctrl_c_while_a_copy_begins_or_is_collected(make, rows, monkeypatch, name):
-    """And a signal handler that looks at the store before that."""
-    model, store, _ = make(host=12, device=3)
-    check(model, rows, ["a0", "a1", "a2"])
-    check(model, rows, ["a3", "a4", "a5"])
-    before, transfers = store.stats(), store._loader.transfers
-    place = store._streams if name == "copy" else transfers
-    work = getattr(place, name)
-
-    def interrupt(*args):
-        monkeypatch.setattr(place, name, work)
-        work(*args)
-        store.stats()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Device, "late", late := [])
-        if "copy" in name:
-            patched.setattr(place, name, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                store.prefetch("a0", "a1")
-        store.prefetch("a0", "a1")
-        for copy in late:
-            copy.finish()
-        if "copy" not in name:
-            patched.setattr(place, name, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                store.stats()
-    stats = store.stats()
-    assert stats.loads - before.loads == 2 and not transfers.is_copying
-    assert stats.load_seconds - before.load_seconds == pytest.approx(2 * 0.5, abs=0.1)
-    check(model, rows, ["a0", "a1", "a2"])
-    check(model, rows, ["a3", "a4", "a5"])
-    assert store.stats().loads - before.loads == 6
-
-
-def test_a_finished_copy_leaves_its_room_to_others(make, late, folder):
-    """Though nobody has looked at it."""
-    _, store, _ = make(host=12, device=1)
-    for name in ("a0", "a1"):
-        store.prefetch(name)
-        assert eventually(lambda: late)
-        late.pop().finish()
-    assert [each.name for each in store.describe()] == ["a1"]
-    with ThreadPoolExecutor(1) as other:
-        for _ in range(3):
-            registered = other.submit(store.register, "a2", folder / "a2", pin=True)
-            assert eventually(lambda: late)
-            late.pop().finish()
-            registered.result()
-    assert [each.name for each in store.describe()] == ["a2"]
-
-
-def test_a_request_that_has_waited_for_a_finished_copy_for_long(make, late):
-    """As while all places of a batch were taken, and nobody looked."""
-    _, store, _ = make(host=12, device=2, timeout=0.1)
-    store.prefetch("a0")
-    assert eventually(lambda: late)
-    late.pop().finish()
-    begin = time.monotonic()
-    time.sleep(0.2)
-    assert store.lease([store._names.ids["a0"]], Turn(), begin) is not None
-
-
-def test_only_those_that_wait_for_a_copy_look_often(make, rows, late, monkeypatch):
+def test_a_copy_that_no_thread_can_run(make, rows, monkeypatch):
+    """As while the interpreter exits: it runs on the thread that has read the file."""
     model, store, _ = make(host=12, device=2)
-    store.prefetch("a0")
-    assert eventually(lambda: late)
-    read, go, pauses, wait = transfers.read_weights, threading.Event(), [], store._lock.wait
-    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
-    monkeypatch.setattr(store._lock, "wait", lambda seconds: (pauses.append(seconds), wait(seconds)))
-    with ThreadPoolExecutor(1) as other:
-        call = other.submit(check, model, rows, ["a0", "a1"])
-        assert eventually(lambda: len(pauses) > 5)
-        assert pauses[:3] == [transfers.COPY_POLL * 2**each for each in range(3)] and pauses[-1] == transfers.POLL
-        late.pop().finish()
-        del pauses[:]
-        assert eventually(lambda: len(pauses) > 2) and {*pauses} == {transfers.POLL}
-        go.set()
-        assert eventually(lambda: late)
-        late.pop().finish()
-        call.result()
-
-
-def test_closing_keeps_no_memory_of_loads(make, late, monkeypatch):
-    """Of one that is being copied, and of one that waits to be read."""
-    model, store, _ = make(host=12, device=COUNT)
-    store.prefetch("a0")
-    assert eventually(lambda: late)
-    late.clear()
-    read, go = transfers.read_weights, threading.Event()
-    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
-    store.prefetch(*(f"a{number}" for number in range(1, 2 + transfers.READERS)))
-    loads = [store._versions[store._names.ids[name]].loading for name in ("a0", f"a{1 + transfers.READERS}")]
-    memory = [weakref.ref(loads[0].memory), weakref.ref(loads[0].source), weakref.ref(loads[1].memory)]
-    gc.disable()
-    try:
-        del loads
-        peft_multibatch.disable(model)
-        assert eventually(lambda: [each() for each in memory] == [None] * 3)
-    finally:
-        gc.enable()
-        go.set()
-
-
-def test_adapters_in_host_memory_need_no_thread(make, rows, monkeypatch):
-    """As while the interpreter exits."""
-    model, store, _ = make(host=12, device=2)
-    check(model, rows, ["a0", "a1"])
-    check(model, rows, ["a2", "a3"])
 
     def refuse(*_):
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._loader.transfers.readers, "submit", refuse)
+        patched.setattr(store._loader.transfers._copier, "submit", refuse)
         check(model, rows, ["a0", "a1"])
+        check(model, rows, ["a2"])
         with pytest.raises(errors.StoreFullError, match=r"no thread can be started \(cannot schedule"):
-            ask(model, ["a0", "a4"])
-    check(model, rows, ["a0", "a4"])
+            ask(model, ["a0", "a1"])  # one of them is only in host memory
+    check(model, rows, ["a0", "a1"])
 
 
 def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
@@ -439,15 +237,67 @@ def test_waiting_for_host_memory_drops_no_plans(make, monkeypatch):
     assert not store._loader.final.make_room([COUNT * 10**6], set(), store._loader._let_go) and dropped
 
 
-def test_closing_ends_reads_that_wait_for_host_memory(make, late):
+def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
     model, store, _ = make(host=1, device=COUNT, timeout=60)
+    begun, go, ended = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(store._streams, "copy", lambda *_: (begun.set(), go.wait(20), ended.append(True)))
     store.prefetch("a0", "a1")
-    assert eventually(lambda: late)
-    begin = time.monotonic()
+    assert begun.wait(20)
     peft_multibatch.disable(model)
     # one of them waits for the memory that is being copied
     store._loader.transfers.readers._threads.shutdown(wait=True)
-    assert len(late) == 1 and time.monotonic() - begin < 20
+    assert not ended
+    go.set()
+
+
+def test_closing_keeps_no_memory_of_loads_that_wait(make, monkeypatch):
+    """For a thread that reads, and for the one that copies."""
+    model, store, _ = make(host=12, device=COUNT)
+    read, go, begun = transfers.read_weights, threading.Event(), threading.Event()
+    store.prefetch("a0", "a1")
+    assert eventually(lambda: store.stats().loads == 2)
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
+    monkeypatch.setattr(store._streams, "copy", lambda *_: (begun.set(), go.wait(20)))
+    loader = store._loader
+    with store._lock:
+        for name in ("a0", "a1"):
+            loader.final.drop(store._versions[store._names.ids[name]])
+    store.prefetch("a0", "a1", *(f"a{number}" for number in range(2, 3 + transfers.READERS)))
+    assert begun.wait(20)
+    waiting = [store._versions[store._names.ids[name]].loading for name in ("a1", f"a{2 + transfers.READERS}")]
+    memory = [weakref.ref(load.memory) for load in waiting]
+    gc.disable()
+    try:
+        del waiting
+        peft_multibatch.disable(model)
+        assert eventually(lambda: [each() for each in memory] == [None] * 2)
+    finally:
+        gc.enable()
+        go.set()
+
+
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_ctrl_c_while_a_load_starts(make, rows, monkeypatch, place):
+    """Whether its thread has it already or not, it begins again the next time."""
+    model, store, size = make(host=12, device=2)
+    if place == "host":
+        check(model, rows, ["a0", "a1"])
+        check(model, rows, ["a2", "a3"])
+    loader = store._loader
+    workers = loader.transfers._copier if place == "host" else loader.transfers.readers
+    for is_submitted in (False, True):
+
+        def interrupt(job, submit=workers.submit, is_submitted=is_submitted):
+            if is_submitted:
+                submit(job)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(workers, "submit", interrupt)
+            store.prefetch("a0")
+        assert store._versions[store._names.ids["a0"]].loading is None
+    check(model, rows, ["a0", "a1"])
+    assert eventually(lambda: (store.stats().device_bytes, store.stats().device_adapters) == (2 * size, 2))
 
 
 def test_memory_is_written_again_only_after_what_read_it(make, rows):
@@ -709,35 +559,28 @@ def cuda(monkeypatch):
     done = []
 
     class Recorded:
-        def __init__(self, *_, **__):
+        def __init__(self, device):
             pass
 
         def wait_event(self, event):
             done.append(event)
 
-        def record(self):
-            done.append("record")
-
-    @contextlib.contextmanager
-    def block(name):
-        done.append(name)
-        yield
-        done.append(f"end {name}")
+        def synchronize(self):
+            done.append("synchronize")
 
     monkeypatch.setattr(torch.cuda, "Stream", Recorded)
-    monkeypatch.setattr(torch.cuda, "Event", Recorded)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: block("stream"))
-    monkeypatch.setattr(store_streams, "_relaxed", lambda: block("relaxed"))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("set"))
+    monkeypatch.setattr(store_streams, "_relax", lambda: done.append("relax"))
     return store_streams.CudaStreams(torch.device("cuda")), done
 
 
-def test_a_copy_is_launched_on_its_stream(cuda):
-    """Also inside modes of torch that see all operations, such as one that counts them."""
+def test_each_thread_that_copies_is_prepared_once(cuda):
     streams, done = cuda
     source, target = torch.arange(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
-    with FlopCounterMode(display=False), FakeTensorMode():
-        streams.copy(target, source, None)
-    assert done == ["relaxed", "stream", "record", "record", "end stream", "end relaxed"]
+    for _ in range(2):
+        in_threads(lambda _: [streams.copy(target, source, None) for _ in range(2)], count=1)
+        assert done == ["relax", "set", "synchronize", "synchronize"]
+        done.clear()
     assert torch.equal(target, source)
 
 
@@ -750,29 +593,34 @@ def test_a_mark_is_waited_for_once(cuda):
     assert [each for each in done if len(each) == 1] == ["a", "b", "b", "c", "a", "b", "a", "b"]
 
 
-@pytest.mark.parametrize("has_failed", [False, True], ids=["", "of a device that has failed"])
-def test_host_memory_is_unpinned_once_nothing_reads_it(cuda, monkeypatch, has_failed):
+def test_a_thread_that_cannot_be_prepared(cuda, monkeypatch):
     streams, done = cuda
+    target, source = torch.zeros(5, dtype=torch.uint8), torch.ones(5, dtype=torch.uint8)
 
-    def synchronize(event):
-        done.append("synchronize")
-        if has_failed:
-            raise RuntimeError("CUDA error")
+    def fail(_):
+        raise RuntimeError("CUDA error")
 
-    runtime = SimpleNamespace(
-        cudaHostRegister=lambda *_: done.append("register"), cudaHostUnregister=lambda *_: done.append("unregister")
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
-    monkeypatch.setattr(torch.cuda.Event, "synchronize", synchronize, raising=False)
-    blocks = [np.zeros(5, dtype=np.uint8) for _ in range(2)]
-    for block in blocks:
-        streams.pin(block)
-    streams.copy(torch.zeros(5, dtype=torch.uint8), torch.from_numpy(blocks[0]), None)
-    done.clear()
-    del block
-    blocks.pop(0)
-    assert done == ["relaxed", "synchronize", "unregister", "end relaxed"]
-    done.clear()
-    blocks.clear()
-    assert done == ["relaxed", "unregister", "end relaxed"]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "set_stream", fail)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            streams.copy(target, source, None)
+    streams.copy(target, source, None)
+    assert done == ["relax", "relax", "set", "synchronize"] and torch.equal(target, source)
+
+
+def test_a_copy_that_was_submitted_before_its_thread_could_not_be_started(make, rows, monkeypatch):
+    """`ThreadPoolExecutor` leaves it in its queue, for a thread that is started later."""
+    model, store, _ = make(host=12, device=2)
+    threads, queued = store._loader.transfers._copier._threads, []
+
+    def refuse(*item):
+        queued.append(item)
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threads, "submit", refuse)
+        check(model, rows, ["a0", "a1"])
+    for function, worker in queued:
+        function(worker)
+    check(model, rows, ["a2", "a3"])
+    assert len(queued) == 2 and len(store._streams.copied) == store.stats().loads == 4

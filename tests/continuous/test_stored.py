@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batching import DEVICE, Simulation, generation, prompts, results, settings
-from devices import Device
 from models import base_model, lora_configs, peft_model
 from peft import LoraConfig, get_peft_model
 from stored import WEIGHTS, by_peft, edit_tensors, save, save_many
@@ -27,9 +26,10 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import peft_multibatch
 from peft_multibatch import errors
-from peft_multibatch.adapters.store import source, transfers
+from peft_multibatch.adapters.store import transfers
 from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.loading import Loader
+from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.continuous import stored
 from peft_multibatch.continuous.scheduler import KEY, FairScheduler
@@ -680,8 +680,7 @@ def test_adapters_begin_to_load_when_a_request_is_queued(make, inputs, texts, mo
 @pytest.mark.parametrize("has_memory", [False, True], ids=["one tier", "two tiers"])
 def test_adapters_are_loaded_ahead_for_requests_that_come_next(make, inputs, texts, monkeypatch, has_memory):
     """While others have all places; into host memory if there is no more room where calls compute."""
-    if has_memory and DEVICE == "cpu":
-        monkeypatch.setattr(source, "streams_of", Device)
+    monkeypatch.setattr(Streams, "has_memory", has_memory)  # a device with memory of its own
     model = base_model().to(DEVICE)
     mb = peft_multibatch.enable(model)
     store = mb.adapter_store(6 * SIZE, SIZE if has_memory else 6 * SIZE, timeout=20)
@@ -702,25 +701,6 @@ def test_adapters_are_loaded_ahead_for_requests_that_come_next(make, inputs, tex
         manager.cancel_request(first)
         assert results(manager, 2)[second].generated_tokens == texts["a1"][1]
     mb.disable()
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU copies as soon as it can")
-def test_requests_wait_for_copies_to_the_device(make, inputs, texts, monkeypatch):
-    """While others run, and where the loop has nothing else to do."""
-    monkeypatch.setattr(source, "streams_of", Device)
-    monkeypatch.setattr(Device, "late", late := [])
-    mb, store = make(room=2)
-    with serve(mb) as manager:
-        first = manager.add_request(inputs[0], adapter_id="a0")
-        assert eventually(lambda: late)
-        other = manager.add_request(inputs[1], adapter_id="__base__")
-        assert results(manager, 1)[other].generated_tokens == texts["__base__"][1]
-        turns, ready = [], stored.StoredRequests.ready
-        monkeypatch.setattr(stored.StoredRequests, "ready", lambda *args: (turns.append(None), ready(*args))[1])
-        assert eventually(lambda: len(turns) > 20, seconds=1)  # it would look ten times a second otherwise
-        assert store.stats().device_adapters == 0
-        late.pop().finish()
-        assert results(manager, 1)[first].generated_tokens == texts["a0"][0]
 
 
 def test_cold_adapters_have_every_place_where_nobody_else_wants_one(make, inputs, texts):

@@ -17,7 +17,7 @@ from peft_multibatch.adapters.store.arena import Arena, size_class
 from peft_multibatch.adapters.store.progress import Progress
 from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
-from peft_multibatch.adapters.store.transfers import COPY_POLL, POLL, READERS, Load, Transfers, late
+from peft_multibatch.adapters.store.transfers import POLL, READERS, Load, Transfers, late
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.errors import StoreFullError
 
@@ -129,7 +129,6 @@ class Loader:
 
     def prefetch(self, version: Version, turn: Turn) -> None:
         """Start loading an adapter, if there is room that no batch waits for. The caller holds the lock."""
-        self.transfers.collect()
         if version.loading is None and version not in self.final and not self._is_awaited():
             self._try(version, turn)
 
@@ -146,10 +145,8 @@ class Loader:
         Into the memory where calls compute if there is room that no batch waits for, otherwise into host memory, and
         with at most half of the threads. The caller holds the lock.
         """
-        self.transfers.collect()
         missing = [each for each in dict.fromkeys(versions) if each not in self.final]
-        reading = [each for each in missing if each.loading is not None and each.loading.copy is None]
-        free = READERS // 2 - len(self.transfers.ahead) - len(reading)
+        free = READERS // 2 - len(self.transfers.ahead) - sum(each.loading is not None for each in missing)
         for version in missing:
             if free <= 0:
                 return
@@ -167,23 +164,18 @@ class Loader:
                 self.transfers.read_ahead(version, turn.stay)
             free -= 1
 
-    def is_late(self, version: Version, since: float) -> bool:
-        """Whether a caller has waited for longer than the timeout while an adapter is loaded.
+    def check_time(self, version: Version, since: float) -> None:
+        """Check that nobody waits for longer than the timeout while an adapter is loaded.
 
         Args:
             version: the adapter.
             since: when the caller began to wait for it, for room or for the load.
-        """
-        load = version.loading
-        return load is not None and time.monotonic() - max(load.since, since) > self._timeout
-
-    def check_time(self, version: Version, since: float) -> None:
-        """Check that a caller hasn't waited for too long; see ``is_late``.
 
         Raises:
-            StoreFullError: it has.
+            StoreFullError: the caller does.
         """
-        if self.is_late(version, since):
+        load = version.loading
+        if load is not None and time.monotonic() - max(load.since, since) > self._timeout:
             raise late([version], self._timeout, "they weren't loaded")
 
     def fetch(self, versions: Sequence[Version]) -> dict[Version, Tensor]:
@@ -202,12 +194,11 @@ class Loader:
         held: dict[Version, Tensor] = {}
         loads: dict[Version, Load] = {}
         ticket: Ticket | None = None
-        was_collected, pause = False, COPY_POLL
+        was_collected = False
         while True:
             with self.lock:
                 self.transfers.check_open()
                 self.transfers.readers.start()
-                self.transfers.collect()
                 self.check_possible(versions)
                 if not held and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
                     found = self._reserve(versions)
@@ -227,9 +218,7 @@ class Loader:
                     return held
                 left = deadline - time.monotonic()
                 if left > 0:
-                    is_copying = any(each.loading is load and load.copy is not None for each, load in loads.items())
-                    self.lock.wait(min(left, pause if is_copying else POLL))
-                    pause = min(2 * pause, POLL) if is_copying else pause
+                    self.lock.wait(min(left, POLL))
             if left > 0:
                 progress.update(len(versions) - missing if held else 0)
                 continue
@@ -254,9 +243,8 @@ class Loader:
             load = started.get(version, version.loading)
             if load is not None:
                 loads[version] = load
-            # it may have failed or, if a signal handler looked at the store, ended already
-            memory = load.memory if load is not None and load.memory is not None else self.final.get(version)
-            if memory is not None:
+            memory = load.memory if load is not None else self.final.get(version)
+            if memory is not None:  # it is None if the load has failed already
                 held[version] = memory
         return held, loads
 

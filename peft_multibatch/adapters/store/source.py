@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +17,6 @@ from peft_multibatch.adapters.store.layouts import Layouts
 from peft_multibatch.adapters.store.loading import Loader, Turn
 from peft_multibatch.adapters.store.paths import resolve_roots
 from peft_multibatch.adapters.store.streams import streams_of
-from peft_multibatch.adapters.store.transfers import COPY_POLL
 from peft_multibatch.adapters.store.version import StoredAdapter, Version
 from peft_multibatch.errors import ModelStateError, UnsupportedError
 from peft_multibatch.plan.names import AdapterNames
@@ -102,7 +100,6 @@ class StoredAdapters:
             return running
         tier = self._loader.final
         with self._lock:
-            self._loader.transfers.collect()
             versions = {number: self._find(number) for number in ids}
             wanted = list(dict.fromkeys(versions.values()))
             there = sum(tier.touch(version) for version in wanted)
@@ -130,22 +127,9 @@ class StoredAdapters:
         self._loader.final.used.extend(adapter.version for adapter in adapters)
 
     def begin_turn(self) -> Turn:
-        """A turn of ``lease``. Collects finished copies, and other reads start in place of those that hang."""
-        transfers = self._loader.transfers
-        transfers.readers.start()
-        if transfers.is_copying and self._lock.acquire(blocking=False):  # otherwise the next turn does it
-            try:
-                transfers.collect()
-            finally:
-                self._lock.release()
+        """A turn of ``lease``. Other reads start in place of those that hang."""
+        self._loader.transfers.readers.start()
         return Turn()
-
-    def wait_for_copies(self) -> bool:
-        """Wait for a moment if adapters are being copied to the device; returns whether any are."""
-        is_copying = self._loader.transfers.is_copying
-        if is_copying:
-            time.sleep(COPY_POLL)
-        return is_copying
 
     def lease(self, ids: Sequence[int], turn: Turn, since: float | None) -> list[StoredAdapter] | None:
         """Adapters that stay in memory as long as they are referenced; if any isn't there yet, None, and loads it.
@@ -164,10 +148,11 @@ class StoredAdapters:
         tier = self._loader.final
         wanted = [self._find(number) for number in ids]
         turn.stay.update(wanted)
-        if since is not None and self._are_loading(wanted, since):  # without the lock
+        if wanted and since is not None and all(each.loading is not None for each in wanted):  # without the lock
+            for version in wanted:
+                self._loader.check_time(version, since)
             return None
         with self._lock:
-            self._loader.transfers.collect()
             self._loader.check_possible(wanted)
             for version in wanted:
                 error, version.error = version.error, None
@@ -182,11 +167,6 @@ class StoredAdapters:
             return None
         self._check(wanted)
         return [version.in_memory(found[version], self._slots, self._model.names) for version in wanted]
-
-    def _are_loading(self, versions: Sequence[Version], since: float) -> bool:
-        """Whether there is nothing to do until adapters are loaded, all of which have time."""
-        is_one_late = any(self._loader.is_late(each, since) for each in versions)
-        return bool(versions) and not is_one_late and all(each.loading is not None for each in versions)
 
     def count(self, hits: int, misses: int) -> None:
         """Count adapters that were in memory when a call or request began, and those that weren't."""
@@ -230,7 +210,7 @@ class StoredAdapters:
             self._loader.look_ahead(wanted, Turn([*wanted, *others]))
 
     def wake(self, event: threading.Event) -> None:
-        """Set an event whenever an adapter was read or loaded, as long as the event exists."""
+        """Set an event whenever an adapter was loaded, as long as the event exists."""
         if event not in self._loader.transfers.to_wake:
             with self._lock:
                 self._loader.transfers.to_wake.add(event)
@@ -270,7 +250,6 @@ class StoredAdapters:
     def describe(self) -> Iterator[AdapterReport]:
         """Reports on the adapters in memory where calls compute; the others are only counted in ``stats``."""
         with self._lock:
-            self._loader.transfers.collect()
             found = [(number, each) for number, each in self._versions.items() if each in self._loader.final]
         for number, version in sorted(found, key=lambda pair: pair[0]):
             layout = version.layout

@@ -174,7 +174,6 @@ class AdapterStore(StoredAdapters):
         loader = self._loader
         with self._lock:
             host, final = loader.host, loader.final
-            loader.transfers.collect()
             for tier in (host, final):
                 tier.arena.collect()
             has_device = final is not host

@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_multibatch import streams
-from peft_multibatch.compat import disable_current_modes
-
-
-class Copy:
-    """A copy to a device, which may still be running.
-
-    Args:
-        begin: recorded before it.
-        end: recorded after it.
-    """
-
-    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._begin, self._end = begin, end
-
-    def is_done(self) -> bool:
-        """Whether it has finished, so that calls may read it on any stream."""
-        with _relaxed():
-            return self._end.query()
-
-    def seconds(self) -> float:
-        """How long it took."""
-        with _relaxed():
-            return self._begin.elapsed_time(self._end) / 1000
 
 
 class Streams:
@@ -70,9 +48,9 @@ class Streams:
     def pin(self, block: Any) -> None:
         """Pin host memory."""
 
-    def copy(self, target: Tensor, source: Tensor, mark: Any) -> Copy:
-        """Begin to copy a block to the device. Both must exist until the copy has finished."""
-        raise NotImplementedError
+    def copy(self, target: Tensor, source: Tensor, mark: Any) -> None:
+        """Copy a block to the device, in one of the store's threads; returns when the copy has finished."""
+        target.copy_(source)
 
 
 class CudaStreams(Streams):
@@ -84,7 +62,7 @@ class CudaStreams(Streams):
         super().__init__(device)
         self._copies = torch.cuda.Stream(device)
         self._last: Any = None  # for which the stream for copies has waited
-        self._reads: dict[int, torch.cuda.Event] = {}  # the end of the last copy from each pinned block, by address
+        self._prepared = threading.local()
 
     def note(self) -> None:
         streams.note(self.device)
@@ -105,48 +83,48 @@ class CudaStreams(Streams):
         address = block.ctypes.data
         with _relaxed():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, block.nbytes, 0))
-        weakref.finalize(block, _unpin, address, self._reads).atexit = False
+        weakref.finalize(block, _unpin, address).atexit = False
 
-    def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> Copy:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with disable_current_modes(), _relaxed(), torch.cuda.stream(self._copies):
-            if mark is not self._last:  # many blocks have the same
-                for event in mark or ():
-                    self._copies.wait_event(event)
-                self._last = mark
-            begin.record()
-            self._reads[source.data_ptr()] = end
-            target.copy_(source, non_blocking=True)
-            end.record()
-        return Copy(begin, end)
+    def copy(self, target: Tensor, source: Tensor, mark: list[torch.cuda.Event] | None) -> None:
+        if not hasattr(self._prepared, "is_done"):  # for good, because nothing else runs on this thread
+            _relax()
+            torch.cuda.set_stream(self._copies)
+            self._prepared.is_done = True
+        if mark is not self._last:  # many blocks have the same
+            for event in mark or ():
+                self._copies.wait_event(event)
+            self._last = mark
+        target.copy_(source, non_blocking=True)
+        self._copies.synchronize()  # calls may read it on any stream from now on
 
 
 @contextmanager
 def _relaxed() -> Iterator[None]:
-    """A block in which this thread may allocate, free and wait while another one captures a CUDA graph.
-
-    torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
-    """
-    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    exchange = _driver().cuThreadExchangeStreamCaptureMode
-    exchange(ctypes.byref(mode))
+    """As ``_relax``, for a block."""
+    mode = _relax()
     try:
         yield
     finally:
-        exchange(ctypes.byref(mode))
+        _relax(mode)
+
+
+def _relax(mode: int = 2) -> int:  # cudaStreamCaptureModeRelaxed
+    """Allow this thread to allocate, free and wait while another one captures a CUDA graph; returns its mode before.
+
+    torch captures in CUDA's global mode, in which such calls invalidate the capture, whichever thread makes them.
+    """
+    exchanged = ctypes.c_int(mode)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
+    return exchanged.value
 
 
 @functools.cache
 def _driver() -> Any:
-    return ctypes.PyDLL("libcuda.so.1")  # without giving up the GIL, which takes longer than these calls
+    return ctypes.CDLL("libcuda.so.1")
 
 
-def _unpin(address: int, reads: dict[int, torch.cuda.Event]) -> None:
-    end = reads.pop(address, None)
+def _unpin(address: int) -> None:
     with _relaxed():
-        if end is not None:
-            with suppress(RuntimeError):  # of a device that has failed
-                end.synchronize()  # a copy may still read the block if its store was closed or dropped
         torch.cuda.cudart().cudaHostUnregister(address)
 
 

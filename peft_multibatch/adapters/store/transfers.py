@@ -1,11 +1,10 @@
-"""Reading stored adapters from files, in threads, and copying them to the device."""
+"""The threads that read stored adapters from files, and copy them to the device."""
 
 from __future__ import annotations
 
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_multibatch.adapters.store.files import read_weights
-from peft_multibatch.adapters.store.streams import Copy, Streams
+from peft_multibatch.adapters.store.streams import Streams
 from peft_multibatch.adapters.store.tier import Tier
 from peft_multibatch.adapters.store.version import Version
 from peft_multibatch.adapters.store.workers import Workers
@@ -31,9 +30,6 @@ MOST_READERS = 64
 POLL = 0.005
 """Seconds between checks of a waiting batch, because there is no notification when memory is freed."""
 
-COPY_POLL = 0.0005
-"""Seconds until those that wait for a copy and have nothing else to do look at it."""
-
 Found = TypeVar("Found")
 
 
@@ -46,10 +42,9 @@ class Load:
             because the thread that ended it may still have the load for a moment.
         mark: what to wait for before the memory is written.
         since: when it began, as ``time.monotonic``.
-        source: the weights in host memory, until they were copied to the device.
-        copy: the copy to the device, once it was launched.
+        source: the weights in host memory, until they are copied to the device.
         error: the error, if loading failed.
-        seconds: the time that it took to read and to copy it.
+        seconds: the time that threads have spent on it.
     """
 
     def __init__(self, version: Version, memory: Tensor, mark: Any) -> None:
@@ -57,7 +52,6 @@ class Load:
         self.memory: Tensor | None = memory
         self.since = time.monotonic()
         self.source: Tensor | None = None
-        self.copy: Copy | None = None
         self.error: Exception | None = None
         self.seconds = 0.0
 
@@ -65,10 +59,10 @@ class Load:
 class Transfers:
     """Reads adapters into host memory, and copies them from there to a device with memory of its own.
 
-    A few threads read files. They delay steps by the Python that they run, and by every call that gives up the GIL and
-    takes it again, so they do little, and take the lock once where they can. No thread waits for copies: the caller
-    launches them if an adapter is in host memory already, otherwise the thread that has read it does, and those that
-    wait ask whether they have finished.
+    A few threads read files. A single one copies, because one copy at a time already uses the whole bus, and several
+    threads that use CUDA delay the launches of running steps. So adapters in host memory don't wait for files either.
+    All of these threads delay steps by the Python that they run, and by every call that gives up the GIL and takes it
+    again, so they do little, and take the lock once where they can.
 
     Attributes:
         is_closed: whether the model was disabled, so that nothing starts any more.
@@ -76,9 +70,8 @@ class Transfers:
         ahead: adapters that are being read into host memory before they are needed.
         loads: the number of adapters loaded so far.
         bytes_read: the bytes read from files.
-        seconds: the time that loads which have ended took to read and to copy, summed up.
-        to_wake: loops that wait for an adapter, to wake when one was read or loaded, or failed to load. Guarded by the
-            lock.
+        seconds: the time that loads which have ended took, summed over all threads.
+        to_wake: loops that wait for an adapter, to wake when one was loaded or failed to load. Guarded by the lock.
 
     Args:
         lock: guards all of a store's state.
@@ -96,17 +89,15 @@ class Transfers:
         self._lock, self._host, self._final, self._streams = lock, host, final, streams
         self._timeout = timeout
         self.readers = Workers("peft_multibatch_store", READERS, MOST_READERS)
-        self._copying: deque[Load] = deque()  # in the order of their copies
+        self._copier = Workers("peft_multibatch_copies", 1, 1)
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
     def close(self) -> None:
-        """Start nothing any more, and end no load."""
+        """Start nothing any more."""
         self.is_closed = True
         self.readers.close()
-        for load in self._copying:
-            load.version.loading = None  # a reference cycle
-        self._copying.clear()
+        self._copier.close()
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -126,49 +117,19 @@ class Transfers:
         version.loading, version.error = load, None
         try:
             load.source = self._host.get(version)
-            if load.source is not None:
-                self._copy(load)
+            if load.source is None:
+                self.readers.submit(partial(self._read_for, load))
             else:
-                self._submit(load)
-        except BaseException:  # such as Ctrl-C's; a thread or a copy that has started already changes nothing any more
-            version.loading = None
-            raise
-
-    def _submit(self, load: Load) -> None:
-        try:
-            self.readers.submit(partial(self._read_for, load))
+                self._copier.submit(partial(self._copy, load))
         except RuntimeError as error:
             load.error = StoreFullError(
-                f"adapter {load.version.name!r} can't be loaded, because no thread can be started ({error}): expected "
+                f"adapter {version.name!r} can't be loaded, because no thread can be started ({error}): expected "
                 "a process that may start threads. Raise its limit, or run fewer of them."
             )
             self._end(load)
-
-    def _copy(self, load: Load) -> None:
-        assert load.memory is not None and load.source is not None
-        load.copy = self._try(load, partial(self._streams.copy, load.memory, load.source, load.mark))
-        if load.copy is not None:
-            self._copying.append(load)
-        else:
-            self._end(load)
-
-    @property
-    def is_copying(self) -> bool:
-        """Whether there are copies that haven't been collected. Needs no lock."""
-        return bool(self._copying)
-
-    def collect(self) -> None:
-        """End loads whose copies have finished."""
-        while self._copying:
-            load = self._copying[0]
-            assert load.copy is not None
-            if self._try(load, load.copy.is_done) is False:
-                return
-            copied = self._try(load, load.copy.seconds) if load.error is None else None
-            load.source = None  # others may wait for this memory
-            self._end(load, copied or 0.0)
-            if self._copying and self._copying[0] is load:  # it isn't if a signal handler has collected it meanwhile
-                self._copying.popleft()
+        except BaseException:  # such as Ctrl-C's; a thread that has started already changes nothing any more
+            version.loading = None
+            raise
 
     def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
@@ -187,16 +148,22 @@ class Transfers:
                 self.bytes_read += load.version.layout.file_size if load.error is None else 0
                 self._end(load)
             return
-        source = self._try(load, partial(self._in_host, load.version))
-        with self._lock:
-            if source is None:
-                self._end(load)
-            elif self.is_closed:
-                load.version.loading = None  # a reference cycle
-            else:
-                load.source = source
+        load.source = self._try(load, partial(self._in_host, load.version))
+        if load.source is None:
+            self._end(load)
+            return
+        try:
+            self._copier.submit(partial(self._copy, load))
+        except RuntimeError:  # the interpreter is about to exit, or no thread could be started
+            if not self.is_closed:
                 self._copy(load)
-                self._wake()  # those that wait for it look at its copy from now on
+
+    def _copy(self, load: Load) -> None:
+        source, load.source = load.source, None
+        assert source is not None and load.memory is not None
+        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
+        del source  # others may wait for this memory
+        self._end(load)
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
         with suppress(Exception):  # the load for its request raises again
@@ -221,30 +188,27 @@ class Transfers:
             load.seconds += time.perf_counter() - begin
         return None
 
-    def _end(self, load: Load, copied: float = 0.0) -> None:
-        """End a load. The caller holds the lock."""
+    def _end(self, load: Load) -> None:
         version = load.version
-        if version.loading is not load:  # it has ended already, or an exception such as Ctrl-C's came at its start
-            return
-        if load.memory is not None and load.error is None and not version.is_gone:
-            self._final.put(version, load.memory)
-        load.memory = None
-        version.loading, version.error = None, load.error
-        self.loads += load.error is None
-        self.seconds += load.seconds + copied
-        self._wake()
-
-    def _wake(self) -> None:
-        self._lock.notify_all()
-        for event in self.to_wake:
-            event.set()
+        with self._lock:
+            if version.loading is not load:  # the model was disabled, or Ctrl-C came when it started
+                return
+            self.seconds += load.seconds
+            if load.error is None:
+                self.loads += 1
+                if load.memory is not None and not version.is_gone:
+                    self._final.put(version, load.memory)
+            load.memory = None
+            version.loading, version.error = None, load.error
+            self._lock.notify_all()
+            for event in self.to_wake:
+                event.set()
 
     def _in_host(self, version: Version, stay: Set[Version] = frozenset(), is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""
         deadline = time.monotonic() + self._timeout
         while True:
             with self._lock:
-                self.collect()
                 memory = self._host.get(version)
                 if memory is not None:
                     return memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from peft_multibatch import streams
@@ -10,44 +12,70 @@ from peft_multibatch.ops.launches import piece_for
 from peft_multibatch.plan.segment_buffer import SegmentBuffer
 
 
-class PlanBuffers:
-    """One buffer per component of a plan, for each device and kind of input.
+class PlanBuffer:
+    """A component of a plan at fixed addresses on a device.
 
     Attributes:
-        by_place: the buffers of all components, by device name and whether they are for inputs with ``LONG_ENTRY`` or
-            more rows per entry, whose plans are cut into single entries.
+        capacity: the most entries that a plan may have.
+        short: the plan for inputs of few rows per entry, cut into pieces as ``piece_for`` says.
+        long: the plan for inputs with ``LONG_ENTRY`` or more rows per entry, cut into single entries.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.short, self.long = SegmentBuffer(capacity, device), SegmentBuffer(capacity, device)
+        for each in (self.short, self.long):
+            torch._dynamo.mark_static_address(each.packed)
+
+
+class PlanBuffers:
+    """One buffer per device and component of a plan.
+
+    Attributes:
+        by_device: the buffers of all components, by device name.
+        has_long: whether plans for long inputs are written as well. None are until there is one, because steps of
+            continuous batching write a plan each.
     """
 
     def __init__(self) -> None:
-        self.by_place: dict[tuple[str, bool], list[SegmentBuffer]] = {}
-        # too small now, but captured graphs may still read them
-        self._outgrown: list[tuple[tuple[str, bool], list[SegmentBuffer]]] = []
+        self.by_device: dict[str, list[PlanBuffer]] = {}
+        self.has_long = False
+        self._outgrown: list[list[PlanBuffer]] = []  # too small now, but captured graphs may still read them
 
-    def grow(self, place: tuple[str, bool], entries: int, components: int) -> None:
+    def grow(self, device: torch.device, entries: int, components: int) -> None:
         """Allocate buffers for plans of this many entries and components."""
         with torch.inference_mode(False):
-            buffers = [SegmentBuffer(capacity_for(entries), place[0]) for _ in range(components)]
-        self.by_place[place] = buffers
-        for buffer in buffers:
-            torch._dynamo.mark_static_address(buffer.packed)
+            self.by_device[str(device)] = [PlanBuffer(capacity_for(entries), device) for _ in range(components)]
 
     def follow(self) -> None:
         """Make the current streams wait for writes to the buffers on other streams."""
-        for device in {device for device, _ in self.by_place}:
-            streams.before_read(torch.device(device))
+        for device in map(torch.device, self.by_device):
+            streams.before_read(device)
 
     def write(self, plan: BatchPlan, components: int) -> None:
         """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none."""
         entries = plan.segments.num_entries
-        for place, buffers in list(self.by_place.items()):
+        for buffers in list(self.by_device.values()):
             if entries > buffers[0].capacity or len(plan.components) > len(buffers):
-                self._outgrown.append((place, buffers))
-                self.grow(place, max(entries, buffers[0].capacity), components)
-        for (device, is_long), buffers in (*self.by_place.items(), *self._outgrown):
-            if entries <= buffers[0].capacity:
-                with streams.writing(torch.device(device)):
+                self._outgrown.append(buffers)
+                self.grow(buffers[0].short.packed.device, max(entries, buffers[0].capacity), components)
+        self._update(plan, lambda buffer: buffer.short, piece_for(entries))
+        if self.has_long:
+            self._update(plan, lambda buffer: buffer.long, 1)
+
+    def begin_long(self, plan: BatchPlan | None) -> None:
+        """Write plans for long inputs from now on, beginning with the one that was written last."""
+        if not self.has_long:
+            self.has_long = True
+            if plan is not None:
+                self._update(plan, lambda buffer: buffer.long, 1)
+
+    def _update(self, plan: BatchPlan, of: Callable[[PlanBuffer], SegmentBuffer], most: int) -> None:
+        for buffers in (*self.by_device.values(), *self._outgrown):
+            if plan.segments.num_entries <= buffers[0].capacity:
+                with streams.writing(buffers[0].short.packed.device):
                     for index, buffer in enumerate(buffers):
-                        buffer.update(plan.component(index).cut(1 if is_long else piece_for(entries)))
+                        of(buffer).update(plan.component(index).cut(most))
 
 
 def capacity_for(entries: int) -> int:

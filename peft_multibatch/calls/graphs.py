@@ -47,13 +47,12 @@ class Graph:
         components: the number of plans that graphs read, the most adapters that a sample has had in any call.
         plans: the number of plans so far, a tensor on the CPU. Graphs of ops that recompute in ``backward`` save it,
             so autograd raises an error if the plan has changed since.
-        buffers: plans at fixed addresses for kernels, one per component, by device and whether entries are long.
+        buffers: plans at fixed addresses for kernels, by device, one per component.
         sibling_outputs: as in ``Call``; filled and emptied within one graph.
         banks: all banks of the model.
         captures: the CUDA graphs that were captured.
         is_traced: whether code was compiled that reads attributes of this object.
-        packed: as in ``Call``; always False.
-        base_layers: as in ``Call``; always empty.
+        packed, base_layers: as in ``Call``; always False and empty.
 
     Args:
         active: returns the active call of the current thread or task, and raises if it has ended.
@@ -66,26 +65,24 @@ class Graph:
 
     def __init__(self, active: Callable[[], Call | None], note: Callable[[Call, bool], None], tables: Tables) -> None:
         self.key = number(self)
-        self.active = False
+        self.active = self.contended = False
         self.here = PerThread()
-        self.contended = False
         self.apart = self.no_kernels = ""
         self.components = 1
         with torch.inference_mode(False):
             self.plans = torch.zeros((), dtype=torch.int32, device="cpu")
         self._buffers = PlanBuffers()
-        self.buffers = self._buffers.by_place
+        self.buffers = self._buffers.by_device
         self.sibling_outputs: dict[Any, tuple[Tensor, int, list[Tensor | None]]] = {}
         self.banks: list[Bank] = []
         self._active_call, self._note = active, note
         self._calls: dict[Call, None] = {}  # the active calls
-        self._is_closed = False
         self._innermost: list[Call] = []  # the innermost active call of each task
         # the plan and adapters that graphs of ops are ready for, and which of their parameters are trained
         self._synced: tuple[BatchPlan, set[AnyAdapter], list[bool]] | None = None
         self._positions = Positions()  # of adapters among the inputs of graphs of ops
         self._written: BatchPlan | None = None
-        self.is_traced = self._runs_ops = False
+        self.is_traced = self._runs_ops = self._is_closed = False
         self._tables = GraphTables(tables)
         self.captures = Captures()
         self._lock = threading.RLock()
@@ -117,8 +114,8 @@ class Graph:
         return True
 
     @torch._dynamo.assume_constant_result
-    def arm_kernels(self, key: str, device: str, is_long: bool) -> bool:
-        """Record that a graph of kernels reads this bank on this device, for entries of many rows if ``is_long``."""
+    def arm_kernels(self, key: str, device: str) -> bool:
+        """Record that a graph of kernels reads this bank on this device."""
         call = self._active_call()
         with self._lock:
             if call is not None:
@@ -131,16 +128,17 @@ class Graph:
                     torch._dynamo.mark_static_address(table.rows)
                 if self._tables.add(bank, place):
                     self.forget()
-                self.prepare(call, place, is_long)
+                self.prepare(call, place, is_long=True)  # or later, whatever the input's size is now
         return True
 
     def prepare(self, call: Call, device: torch.device, is_long: bool = False) -> None:
-        """Write the plan of a call to the fixed addresses on a device, for the current stream."""
+        """Write the plan of a call to the fixed address on a device, for the current stream; also for long inputs."""
         with self._lock:
-            for place in {(str(device), False), (str(device), is_long)}:
-                if place not in self.buffers:
-                    self._buffers.grow(place, call.plan.segments.num_entries, self.components)
-                    self._written = None
+            if str(device) not in self.buffers:
+                self._buffers.grow(device, call.plan.segments.num_entries, self.components)
+                self._written = None
+            if is_long:
+                self._buffers.begin_long(self._written)
             if self._written is call.plan or call.for_graphs or not self.contended:
                 self._write(call.plan)
             if self.contended:  # the calling layer writes rows to the tables itself
@@ -175,10 +173,10 @@ class Graph:
             self.captures.extend(bank, plan.adapters, device, bool(captured and bank in self._tables), is_capturing)
             if self._tables.add(bank, device):
                 self.forget()
-            # the only ones, if no call has had a long input before the capture
-            buffers = self.buffers.get((str(device), is_long)) or self.buffers[str(device), False]
+            buffers = self.buffers[str(device)]
+            is_long &= self._buffers.has_long  # not if no call has had a long input before the capture
             self.captures.note(is_users=is_capturing and not call.for_graphs, components=len(buffers))
-        return [buffer.packed for buffer in buffers], bank.graph_tables
+        return [(each.long if is_long else each.short).packed for each in buffers], bank.graph_tables
 
     def enter(self, call: Call) -> None:
         """Begin a call.

@@ -189,14 +189,12 @@ def _add_in_graph(graph: Graph, router: Router, bank: Bank, ys: list[Tensor], x:
             f"a model was compiled, and {graph.no_kernels}: expected adapters of a dtype and rank with kernels. Run "
             "it without torch.compile, or pass disable_compile=True to generate."
         )
-    is_long = False
-    if x.shape[1:-1].numel() >= LONG_ENTRY:  # a branch, because the comparison of symbolic sizes isn't a constant
-        is_long = True
-    graph.arm_kernels(bank.key, str(x.device), is_long)
+    graph.arm_kernels(bank.key, str(x.device))
     ys = [y.contiguous() for y in ys]
     for table in bank.graph_tables:
-        for buffer in graph.buffers[str(x.device), is_long]:
-            ops.add_(ys, x, bank.widths, buffer.packed, table.rows, table.rank, table.is_aligned, table.dtype)
+        for buffer in graph.buffers[str(x.device)]:
+            pieces, entries = buffer.short.packed, buffer.long.packed
+            ops.add_(ys, x, bank.widths, pieces, entries, table.rows, table.rank, table.is_aligned, table.dtype)
     return ys
 
 

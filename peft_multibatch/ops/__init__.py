@@ -25,6 +25,7 @@ from torch import Tensor
 
 from peft_multibatch.ops import reference, torch_backend
 from peft_multibatch.ops.again import check_not_run_again
+from peft_multibatch.ops.launches import LONG_ENTRY
 
 
 __all__ = ["add_", "expand", "reference", "shrink", "torch_backend"]
@@ -96,6 +97,7 @@ def add_(
     x: Tensor,
     widths: Sequence[int],
     plan: Tensor,
+    long_plan: Tensor,
     table: Tensor,
     rank: int,
     is_aligned: bool,
@@ -112,6 +114,8 @@ def add_(
         widths: ``N`` of each slice.
         plan: int32, the contents of a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] on the device. Segments of more
             than 16 entries are slow; [`Segments.cut`][peft_multibatch.Segments.cut] splits them.
+        long_plan: int32, the same plan cut into single entries, which is read instead if ``x`` has eight or more rows
+            for each index of dimension 0, because segments of more than 16 rows are slow as well.
         table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling;
             slots may be any distance apart in memory.
         rank: largest rank in the table.
@@ -125,11 +129,12 @@ def add_(
     from peft_multibatch.adapters.tables import TableRows
     from peft_multibatch.ops import triton_backend  # imports triton
 
-    triton_backend.add_(ys, x, widths, plan, [TableRows(table, dtype, rank, is_aligned)])
+    is_long = x.shape[1:-1].numel() >= LONG_ENTRY
+    triton_backend.add_(ys, x, widths, long_plan if is_long else plan, [TableRows(table, dtype, rank, is_aligned)])
 
 
 @add_.register_fake
-def _(ys, x, widths, plan, table, rank, is_aligned, dtype):
+def _(ys, x, widths, plan, long_plan, table, rank, is_aligned, dtype):
     return None
 
 

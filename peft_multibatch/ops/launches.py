@@ -202,8 +202,10 @@ def shrink_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
     return (3 if block_t >= 64 else 2) * (rank + block_t) * block_k * itemsize
 
 
-def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, sums: int) -> int:
+def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, sums: int, shared: int) -> int:
     """Bytes that a program of an expand kernel needs at most: blocks of lora_B and of sums."""
+    if shared <= 2**16:  # such as a T4, where blocks in half precision are there twice
+        itemsize = 4
     return rank * block_n * itemsize + rank * block_t * sums * max(itemsize, 4) + 16384
 
 
@@ -216,7 +218,7 @@ def fit_shrink(block_t: int, block_k: int, rank: int, itemsize: int, shared: int
 
 def fit_expand(block_t: int, block_n: int, rank: int, itemsize: int, shared: int, sums: int) -> tuple[int, int]:
     """The largest ``block_t`` and ``block_n``, up to these, with which an expand kernel fits."""
-    while max(block_t, block_n) > SMALLEST and expand_memory(block_t, block_n, rank, itemsize, sums) > shared:
+    while max(block_t, block_n) > SMALLEST and expand_memory(block_t, block_n, rank, itemsize, sums, shared) > shared:
         if block_t > SMALLEST and 2 * block_t > block_n:
             block_t //= 2
         else:
@@ -228,7 +230,7 @@ def fits(rank: int, itemsize: int, shared: int, trains: bool = False) -> bool:
     """Whether kernels fit into this much shared memory with the smallest blocks."""
     sums = SUMS_IN_TRAINING if trains else SUMS
     shrink = shrink_memory(SMALLEST, SMALLEST, rank, itemsize)
-    return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, sums)) <= shared
+    return max(shrink, expand_memory(SMALLEST, SMALLEST, rank, itemsize, sums, shared)) <= shared
 
 
 def with_splits(

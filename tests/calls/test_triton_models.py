@@ -83,9 +83,10 @@ def test_what_graphs_read_has_no_long_segments():
     names = ["four"] * 40 + ["three", "four"] * 4
     logits(model, names, len(names))
     ((buffer,),) = mb._router.graph.buffers.values()
-    plan = Segments.unpack(buffer.packed)
+    plan = Segments.unpack(buffer.short.packed)
     assert [mb.adapter_names[slot] for slot in plan.slots] == names
     assert (plan.num_segments, plan.longest) == (4, 16)
+    assert not buffer.long.packed.any()  # of which nobody reads any
 
 
 @pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
@@ -98,14 +99,23 @@ def test_what_graphs_of_long_inputs_read_is_cut_into_samples(compiled):
         with mb.batch(names), torch.no_grad():
             actual = fast(**batch, use_cache=False).logits
         assert_close(actual, logits(model, names, 8, length, use_cache=False))
-    assert len(graphs) == 3  # of 9 tokens, of any eight or more, and of fewer
-    buffers = mb._router.graph.buffers
-    plans = {is_long: Segments.unpack(buffer.packed) for (_, is_long), (buffer,) in buffers.items()}
-    assert all([mb.adapter_names[slot] for slot in plan.slots] == names for plan in plans.values())
-    assert {is_long: (plan.num_segments, plan.longest) for is_long, plan in plans.items()} == {
-        False: (2, 6),
-        True: (8, 1),
-    }
+    assert len(graphs) == 2  # of 9 tokens, and of any number
+    ((buffer,),) = mb._router.graph.buffers.values()
+    plans = [Segments.unpack(each.packed) for each in (buffer.short, buffer.long)]
+    assert all([mb.adapter_names[slot] for slot in plan.slots] == names for plan in plans)
+    assert [(plan.num_segments, plan.longest) for plan in plans] == [(2, 6), (8, 1)]
+
+
+@pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
+def test_sizes_of_inputs_are_no_condition_of_graphs(compiled):
+    _, mb, fast, graphs = compiled
+    for length in (20, 4):
+        batch = inputs(6, length)
+        for each in batch.values():
+            torch._dynamo.mark_dynamic(each, 1, min=2, max=64)
+        with mb.batch(NAMES), torch.no_grad():
+            fast(**batch, use_cache=False)
+    assert len(graphs) == 1
 
 
 def test_a_capture_of_longer_inputs_than_any_before_reads_what_there_is():
@@ -118,8 +128,31 @@ def test_a_capture_of_longer_inputs_than_any_before_reads_what_there_is():
         before = graph.fixed(mb._router.live(), bank, device, True, is_long=True)[0]
         model(**inputs(6, 9))
         after = graph.fixed(mb._router.live(), bank, device, True, is_long=True)[0]
-    (short,), (long,) = (graph.buffers[str(device), is_long] for is_long in (False, True))
-    assert [each is short.packed for each in before] == [each is long.packed for each in after] == [True]
+    (buffer,) = graph.buffers[str(device)]
+    assert [each is buffer.short.packed for each in before] == [each is buffer.long.packed for each in after] == [True]
+
+
+def test_the_first_long_input_on_another_thread_leaves_the_plan_of_a_step(monkeypatch):
+    """Between a step's warm-up and its capture."""
+    model, mb = enabled()
+    logits(model)
+    want, has_run, may_end = logits(model, use_cache=False), threading.Event(), threading.Event()
+
+    def beside():
+        with torch.no_grad(), mb.batch(["four"] * 6):
+            model(**inputs(6, 9), use_cache=False)
+            has_run.set()
+            may_end.wait(60)
+
+    with before_a_capture(mb), ThreadPoolExecutor(1) as other:
+        model(**inputs(), use_cache=False)
+        ends = other.submit(beside)
+        assert has_run.wait(60)
+        monkeypatch.setattr(triton_backend, "is_capturing", lambda: True)
+        actual = model(**inputs(), use_cache=False).logits
+        may_end.set()
+        ends.result()
+    assert_close(actual, want)
 
 
 @contextmanager

@@ -355,11 +355,15 @@ def test_a_graph_serves_every_mix():
             assert_close(y, want)
 
 
-@pytest.mark.parametrize(("capability", "limit"), [(89, 99), (90, 227)], ids=["L4", "H100"])
-def test_launches_fit_into_shared_memory(capability, limit):
-    """On an L4 or RTX 4090 and an H100, for which the kernels are compiled here."""
+@pytest.mark.parametrize(
+    ("capability", "limit", "ranks", "dtype"),
+    [(75, 64, "64,128", "float16"), (89, 99, "128,512", "float32"), (90, 227, "128,512", "float32")],
+    ids=["T4", "L4", "H100"],
+)
+def test_launches_fit_into_shared_memory(capability, limit, ranks, dtype):
+    """On a T4, an L4 or RTX 4090, and an H100, for which the kernels are compiled here."""
     script = Path(__file__).with_name("shared_memory.py")
-    options = ["--capability", capability, "--limit", limit * 1024, "--ranks", "128,512", "--dtypes", "float32"]
+    options = ["--capability", capability, "--limit", limit * 1024, "--ranks", ranks, "--dtypes", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, script, *map(str, options)], env=environment, capture_output=True, text=True

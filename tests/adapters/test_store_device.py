@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -251,7 +254,7 @@ def test_closing_ends_reads_that_wait_for_host_memory(make, monkeypatch):
 
 
 def test_closing_keeps_no_memory_of_loads_that_wait(make, monkeypatch):
-    """For a thread that reads, and for the one that copies."""
+    """For a thread that reads, and for the one that copies; also of an adapter that was unregistered meanwhile."""
     model, store, _ = make(host=12, device=COUNT)
     read, go, begun = transfers.read_weights, threading.Event(), threading.Event()
     store.prefetch("a0", "a1")
@@ -266,6 +269,7 @@ def test_closing_keeps_no_memory_of_loads_that_wait(make, monkeypatch):
     assert begun.wait(20)
     waiting = [store._versions[store._names.ids[name]].loading for name in ("a1", f"a{2 + transfers.READERS}")]
     memory = [weakref.ref(load.memory) for load in waiting]
+    store.unregister("a1")
     gc.disable()
     try:
         del waiting
@@ -285,19 +289,99 @@ def test_ctrl_c_while_a_load_starts(make, rows, monkeypatch, place):
         check(model, rows, ["a2", "a3"])
     loader = store._loader
     workers = loader.transfers._copier if place == "host" else loader.transfers.readers
-    for is_submitted in (False, True):
+    assert eventually(lambda: not workers._since)
+    for where, is_submitted in itertools.product([workers, workers._threads], [False, True]):
 
-        def interrupt(job, submit=workers.submit, is_submitted=is_submitted):
+        def interrupt(*job, submit=where.submit, is_submitted=is_submitted):
             if is_submitted:
-                submit(job)
+                submit(*job)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(workers, "submit", interrupt)
+            patched.setattr(where, "submit", interrupt)
             store.prefetch("a0")
         assert store._versions[store._names.ids["a0"]].loading is None
+        assert eventually(lambda: not workers._since and not workers._waiting)
     check(model, rows, ["a0", "a1"])
     assert eventually(lambda: (store.stats().device_bytes, store.stats().device_adapters) == (2 * size, 2))
+
+
+def test_a_load_that_was_interrupted_is_not_the_next_one(make, rows, monkeypatch):
+    """Its thread reads on, and others that waited for it get an error instead of memory that nobody has filled."""
+    model, store, size = make(host=12, device=2)
+    read, turns = transfers.read_weights, []
+
+    def slowly(*args):
+        turns.append(go := threading.Event())
+        assert go.wait(20)
+        read(*args)
+
+    monkeypatch.setattr(transfers, "read_weights", slowly)
+    readers, waiting = store._loader.transfers.readers, []
+
+    def interrupt(job):
+        del readers.submit
+        readers.submit(job)
+        waiting.append(other.submit(ask, model, ["a0"]))
+        while store.stats().misses == 0:
+            store._lock.wait(0.01)  # as in a signal handler that waits for something else
+        store._lock.wait(0.1)
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as other:
+        readers.submit = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            store.prefetch("a0")
+        with pytest.raises(errors.StoreFullError, match=r"'a0' was interrupted \(KeyboardInterrupt\)"):
+            waiting[0].result()
+    store.prefetch("a0")
+    version = store._versions[store._names.ids["a0"]]
+    load = version.loading
+    assert eventually(lambda: len(turns) == 2)
+    turns[0].set()
+    assert eventually(lambda: len(readers._since) == 1)
+    assert version.loading is load and version.error is None
+    turns[1].set()
+    check(model, rows, ["a0"])
+    assert (store.stats().loads, store.stats().device_bytes, len(turns)) == (1, size, 2)
+
+
+def test_loads_that_have_ended_hold_no_memory(make, monkeypatch):
+    """A thread may have them for a moment, in which others can have their room."""
+    _, store, _ = make(host=12, device=2)
+    read, go = transfers.read_weights, threading.Event()
+    monkeypatch.setattr(transfers, "read_weights", lambda *args: (go.wait(20), read(*args)))
+    store.prefetch("a0")
+    load = store._versions[store._names.ids["a0"]].loading
+    assert load.memory is not None
+    go.set()
+    assert eventually(lambda: store.stats().loads == 1)
+    assert (load.memory, load.source) == (None, None)
+
+
+@pytest.mark.parametrize("why", ["no thread", "no room"])
+def test_an_error_that_is_kept_holds_up_no_others(make, rows, monkeypatch, why):
+    """Such as a future's, whose traceback has the place in the queue of the batch that it ended."""
+    model, store, _ = make(host=12, device=1, timeout=0.2)
+    readers = store._loader.transfers.readers
+    with ExitStack() as stack:
+        if why == "no thread":
+            patched = stack.enter_context(monkeypatch.context())
+            patched.setattr(readers, "submit", raising(RuntimeError("can't start new thread")))
+        else:
+            stack.enter_context(peft_multibatch.enable(model).batch(["a1"]))
+        with ThreadPoolExecutor(1) as other:
+            kept = other.submit(ask, model, ["a0"]).exception()
+        assert isinstance(kept, errors.StoreFullError)
+    assert not store._loader._is_awaited()
+    check(model, rows, ["a2"])
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_memory_is_written_again_only_after_what_read_it(make, rows):

@@ -194,43 +194,44 @@ class Loader:
         held: dict[Version, Tensor] = {}
         loads: dict[Version, Load] = {}
         ticket: Ticket | None = None
-        was_collected = False
-        while True:
-            with self.lock:
-                self.transfers.check_open()
-                self.transfers.readers.start()
-                self.check_possible(versions)
-                if not held and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
-                    found = self._reserve(versions)
-                    if found is not None:
-                        held, loads = found
-                        ticket = None
-                if not held and ticket is None:
-                    ticket = Ticket()
-                    self._queue.append(weakref.ref(ticket))
-                errors = [load.error for load in loads.values() if load.error is not None]
-                if errors:  # a new exception for each batch, because a shared traceback would keep memory alive
-                    held.clear()
-                    loads.clear()
-                    raise type(errors[0])(*errors[0].args)
-                missing = sum(version.loading is load for version, load in loads.items())
-                if held and not missing:
-                    return held
-                left = deadline - time.monotonic()
+        is_reserved = was_collected = False
+        try:
+            while True:
+                with self.lock:
+                    self.transfers.check_open()
+                    self.transfers.readers.start()
+                    self.check_possible(versions)
+                    if not is_reserved and (self._is_first(ticket) or (ticket is None and not self.is_starved())):
+                        found = self._reserve(versions)
+                        if found is not None:
+                            held, loads = found
+                            is_reserved, ticket = True, None
+                    if not is_reserved and ticket is None:
+                        ticket = Ticket()
+                        self._queue.append(weakref.ref(ticket))
+                    error = next((load.error for load in loads.values() if load.error is not None), None)
+                    if error is not None:  # a new exception for each batch: a shared traceback would keep memory alive
+                        raise type(error)(*error.args)
+                    missing = sum(not load.has_ended for load in loads.values())
+                    if is_reserved and not missing:
+                        return held
+                    left = deadline - time.monotonic()
+                    if left > 0:
+                        self.lock.wait(min(left, POLL))
                 if left > 0:
-                    self.lock.wait(min(left, POLL))
-            if left > 0:
-                progress.update(len(versions) - missing if held else 0)
-                continue
-            if not was_collected:  # tracebacks and reference cycles may keep adapters alive
-                was_collected = True
-                gc.collect()
-                continue
-            is_reserved = bool(held)
+                    progress.update(len(versions) - missing if is_reserved else 0)
+                    continue
+                if not was_collected:  # tracebacks and reference cycles may keep adapters alive
+                    was_collected = True
+                    gc.collect()
+                    continue
+                used = f"running calls used all {self.final.arena.limit} bytes"
+                raise late(versions, self._timeout, "they weren't loaded" if is_reserved else used)
+        except BaseException:  # whose traceback keeps this frame, and would keep the memory and the place in the queue
             held.clear()
             loads.clear()
-            used = f"running calls used all {self.final.arena.limit} bytes"
-            raise late(versions, self._timeout, "they weren't loaded" if is_reserved else used)
+            ticket = None
+            raise
 
     def _reserve(self, versions: Sequence[Version]) -> tuple[dict[Version, Tensor], dict[Version, Load]] | None:
         """Reserve memory for all of these, and start loading those that aren't there; None if there is no room."""
@@ -241,10 +242,12 @@ class Loader:
         held, loads = {}, {}
         for version in versions:
             load = started.get(version, version.loading)
+            memory = None
             if load is not None:
-                loads[version] = load
-            memory = load.memory if load is not None else self.final.get(version)
-            if memory is not None:  # it is None if the load has failed already
+                loads[version], memory = load, load.memory
+            if memory is None:  # it may have ended already
+                memory = self.final.get(version)
+            if memory is not None:
                 held[version] = memory
         return held, loads
 
@@ -254,8 +257,11 @@ class Loader:
         if versions and not self.final.make_room(sizes, stay, self._let_go):
             return None
         started = {version: Load(version, *self.final.take(version.layout.size)) for version in versions}
-        for load in started.values():
-            self.transfers.start(load)  # its threads wait for the lock
+        for version, load in started.items():
+            if version.loading is None:
+                self.transfers.start(load)  # its threads wait for the lock
+            else:  # a signal handler has begun it meanwhile
+                started[version] = version.loading
         return started
 
     def _is_awaited(self) -> bool:

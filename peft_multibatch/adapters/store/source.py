@@ -230,7 +230,6 @@ class StoredAdapters:
             self._is_closed = True
             self._loader.close()
             for version in self._versions.values():
-                version.loading = None  # a reference cycle
                 self._forget(version)
                 self._names.remove_stored(version.name)
             self._versions.clear()

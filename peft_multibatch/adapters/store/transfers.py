@@ -39,10 +39,11 @@ class Load:
     Attributes:
         version: the adapter.
         memory: the memory for its weights, which stays reserved as long as this is referenced; None once it has ended,
-            because the thread that ended it may still have the load for a moment.
+            because a thread may still have the load.
         mark: what to wait for before the memory is written.
         since: when it began, as ``time.monotonic``.
         source: the weights in host memory, until they are copied to the device.
+        has_ended: whether it was loaded or failed, or the model was disabled.
         error: the error, if loading failed.
         seconds: the time that threads have spent on it.
     """
@@ -52,6 +53,7 @@ class Load:
         self.memory: Tensor | None = memory
         self.since = time.monotonic()
         self.source: Tensor | None = None
+        self.has_ended = False
         self.error: Exception | None = None
         self.seconds = 0.0
 
@@ -90,14 +92,18 @@ class Transfers:
         self._timeout = timeout
         self.readers = Workers("peft_multibatch_store", READERS, MOST_READERS)
         self._copier = Workers("peft_multibatch_copies", 1, 1)
+        self._running: set[Load] = set()
         self._staging = threading.local()
 
     # The caller holds the lock, for which the threads wait.
     def close(self) -> None:
-        """Start nothing any more."""
+        """Start nothing any more, and end what waits or runs without keeping its results."""
         self.is_closed = True
         self.readers.close()
         self._copier.close()
+        for load in self._running:
+            self._forget(load)
+        self._running.clear()
 
     def check_open(self) -> None:
         """Check that the model is still enabled.
@@ -114,22 +120,32 @@ class Transfers:
     def start(self, load: Load) -> None:
         """Load an adapter where calls compute. Whatever goes wrong is the load's error."""
         version = load.version
-        version.loading, version.error = load, None
         try:
+            version.loading, version.error = load, None
+            self._running.add(load)
             load.source = self._host.get(version)
+            self._submit(load)
+        except BaseException as error:  # such as Ctrl-C's; a thread that has the load already changes nothing any more
+            load.error = StoreFullError(
+                f"loading adapter {version.name!r} was interrupted ({type(error).__name__}): expected it to end. "
+                "Run the batch again."
+            )
+            self._end(load)
+            version.error = None
+            raise
+
+    def _submit(self, load: Load) -> None:
+        try:
             if load.source is None:
                 self.readers.submit(partial(self._read_for, load))
             else:
                 self._copier.submit(partial(self._copy, load))
         except RuntimeError as error:
             load.error = StoreFullError(
-                f"adapter {version.name!r} can't be loaded, because no thread can be started ({error}): expected "
+                f"adapter {load.version.name!r} can't be loaded, because no thread can be started ({error}): expected "
                 "a process that may start threads. Raise its limit, or run fewer of them."
             )
             self._end(load)
-        except BaseException:  # such as Ctrl-C's; a thread that has started already changes nothing any more
-            version.loading = None
-            raise
 
     def read_ahead(self, version: Version, stay: Set[Version]) -> None:
         """Read an adapter into host memory, without evicting others (``stay``) from there."""
@@ -141,15 +157,16 @@ class Transfers:
 
     # In the threads.
     def _read_for(self, load: Load) -> None:
-        if self._final is self._host:
-            assert load.memory is not None
-            self._try(load, partial(self._read, load.version, load.memory))
+        memory = load.memory
+        if self._final is self._host and memory is not None:
+            self._try(load, partial(self._read, load.version, memory))
             with self._lock:
                 self.bytes_read += load.version.layout.file_size if load.error is None else 0
                 self._end(load)
             return
-        load.source = self._try(load, partial(self._in_host, load.version))
-        if load.source is None:
+        load.source = self._try(load, partial(self._in_host, load.version)) if memory is not None else None
+        if load.source is None or load.has_ended:
+            load.source = None
             self._end(load)
             return
         try:
@@ -159,9 +176,9 @@ class Transfers:
                 self._copy(load)
 
     def _copy(self, load: Load) -> None:
-        source, load.source = load.source, None
-        assert source is not None and load.memory is not None
-        self._try(load, partial(self._streams.copy, load.memory, source, load.mark))
+        (source, load.source), memory = (load.source, None), load.memory
+        if source is not None and memory is not None:
+            self._try(load, partial(self._streams.copy, memory, source, load.mark))
         del source  # others may wait for this memory
         self._end(load)
 
@@ -191,18 +208,25 @@ class Transfers:
     def _end(self, load: Load) -> None:
         version = load.version
         with self._lock:
-            if version.loading is not load:  # the model was disabled, or Ctrl-C came when it started
+            if load.has_ended:
                 return
             self.seconds += load.seconds
             if load.error is None:
+                assert load.memory is not None
                 self.loads += 1
-                if load.memory is not None and not version.is_gone:
+                if not version.is_gone:
                     self._final.put(version, load.memory)
-            load.memory = None
-            version.loading, version.error = None, load.error
+            self._forget(load)
+            self._running.discard(load)
+            version.error = load.error
             self._lock.notify_all()
             for event in self.to_wake:
                 event.set()
+
+    def _forget(self, load: Load) -> None:
+        """Let go of a load's memory, and break the reference cycle with its version."""
+        load.version.loading = load.memory = load.source = None
+        load.has_ended = True
 
     def _in_host(self, version: Version, stay: Set[Version] = frozenset(), is_ahead: bool = False) -> Tensor:
         """An adapter's weights in host memory, from which they are copied to the device."""

@@ -43,12 +43,13 @@ class Workers:
             RuntimeError: no thread runs, and none can be started; the function won't run.
         """
         with self._lock:
-            self._waiting.append(job)
             try:
+                self._waiting.append(job)
                 self._start()
-            except RuntimeError:
-                if not self._since:
-                    self._waiting.remove(job)
+            except BaseException as error:  # such as Ctrl-C's
+                if not (isinstance(error, RuntimeError) and self._since):
+                    with suppress(ValueError):
+                        self._waiting.remove(job)
                     raise
 
     def start(self) -> None:

@@ -260,7 +260,7 @@ class Loader:
         for version, load in started.items():
             if version.loading is None:
                 self.transfers.start(load)  # its threads wait for the lock
-            else:  # a signal handler has begun it meanwhile
+            else:  # a signal handler has started it meanwhile
                 started[version] = version.loading
         return started
 

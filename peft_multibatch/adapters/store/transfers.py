@@ -157,18 +157,20 @@ class Transfers:
 
     # In the threads.
     def _read_for(self, load: Load) -> None:
-        memory = load.memory
-        if self._final is self._host and memory is not None:
-            self._try(load, partial(self._read, load.version, memory))
+        if self._final is self._host:
+            self._fill(load, partial(self._read, load.version))
             with self._lock:
                 self.bytes_read += load.version.layout.file_size if load.error is None else 0
                 self._end(load)
             return
-        load.source = self._try(load, partial(self._in_host, load.version)) if memory is not None else None
-        if load.source is None or load.has_ended:
-            load.source = None
-            self._end(load)
-            return
+        source = None if load.has_ended else self._try(load, partial(self._in_host, load.version))
+        with self._lock:
+            if source is None:
+                self._end(load)
+            if load.has_ended:
+                return
+            load.source = source
+        del source  # others may wait for this memory
         try:
             self._copier.submit(partial(self._copy, load))
         except RuntimeError:  # the interpreter is about to exit, or no thread could be started
@@ -176,11 +178,19 @@ class Transfers:
                 self._copy(load)
 
     def _copy(self, load: Load) -> None:
-        (source, load.source), memory = (load.source, None), load.memory
-        if source is not None and memory is not None:
-            self._try(load, partial(self._streams.copy, memory, source, load.mark))
-        del source  # others may wait for this memory
+        self._fill(load, partial(self._copy_to, load))
         self._end(load)
+
+    def _copy_to(self, load: Load, memory: Tensor) -> None:
+        source, load.source = load.source, None  # others may wait for this memory
+        if source is not None:
+            self._streams.copy(memory, source, load.mark)
+
+    def _fill(self, load: Load, write: Callable[[Tensor], None]) -> None:
+        """Write a load's memory, unless it has ended."""
+        memory = load.memory
+        if memory is not None:
+            self._try(load, partial(write, memory))
 
     def _read_ahead(self, version: Version, stay: Set[Version]) -> None:
         with suppress(Exception):  # the load for its request raises again
@@ -224,7 +234,7 @@ class Transfers:
                 event.set()
 
     def _forget(self, load: Load) -> None:
-        """Let go of a load's memory, and break the reference cycle with its version."""
+        """Release a load's memory, and break the reference cycle with its version."""
         load.version.loading = load.memory = load.source = None
         load.has_ended = True
 

@@ -73,7 +73,7 @@ class PlanBuffers:
     def _update(self, plan: BatchPlan, of: Callable[[PlanBuffer], SegmentBuffer], most: int) -> None:
         for buffers in (*self.by_device.values(), *self._outgrown):
             if plan.segments.num_entries <= buffers[0].capacity:
-                with streams.writing(buffers[0].short.packed.device):
+                with streams.writing(buffers[0].short.packed.device), torch.inference_mode(False), torch.no_grad():
                     for index, buffer in enumerate(buffers):
                         of(buffer).update(plan.component(index).cut(most))
 

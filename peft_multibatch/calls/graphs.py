@@ -323,8 +323,7 @@ class Graph:
         with self._lock:
             if self._written is not plan:
                 self._tables.bring_up_to_date(plan, self.captures)
-                with torch.inference_mode(False), torch.no_grad():
-                    self._buffers.write(plan, self.components)
+                self._buffers.write(plan, self.components)
                 self._written = plan
             self._buffers.follow()
 

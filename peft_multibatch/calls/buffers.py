@@ -8,6 +8,7 @@ import torch
 
 from peft_multibatch import streams
 from peft_multibatch.calls.batch_plan import BatchPlan
+from peft_multibatch.calls.call import Call
 from peft_multibatch.ops.launches import piece_for
 from peft_multibatch.plan.segment_buffer import SegmentBuffer
 
@@ -18,7 +19,8 @@ class PlanBuffer:
     Attributes:
         capacity: the most entries that a plan may have.
         short: the plan for inputs of few rows per entry, cut into pieces as ``piece_for`` says.
-        long: the plan for inputs with ``LONG_ENTRY`` or more rows per entry, cut into single entries.
+        long: the plan for inputs with ``LONG_ENTRY`` or more rows per sample in dimension 0, cut into single entries;
+            if entries are tokens, which are all in one row, cut as ``short`` is.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -33,13 +35,14 @@ class PlanBuffers:
 
     Attributes:
         by_device: the buffers of all components, by device name.
-        has_long: whether plans for long inputs are written as well. None are until there is one, because steps of
-            continuous batching write a plan each.
+        has_long: whether there has been a long input, or compiled code, which may get some.
+        is_compiled: whether there is compiled code, which takes all inputs of continuous batching for long ones.
+        is_complete: whether the parts for long inputs have the plan that was written last as well.
     """
 
     def __init__(self) -> None:
         self.by_device: dict[str, list[PlanBuffer]] = {}
-        self.has_long = False
+        self.has_long = self.is_compiled = self.is_complete = False
         self._outgrown: list[list[PlanBuffer]] = []  # too small now, but captured graphs may still read them
 
     def grow(self, device: torch.device, entries: int, components: int) -> None:
@@ -53,22 +56,24 @@ class PlanBuffers:
             streams.before_read(device)
 
     def write(self, plan: BatchPlan, components: int) -> None:
-        """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none."""
+        """Copy a plan into all buffers that are large enough, and allocate larger ones if there are none.
+
+        Only into the parts for short inputs, because steps of continuous batching need no others, and each has a plan.
+        """
         entries = plan.segments.num_entries
         for buffers in list(self.by_device.values()):
             if entries > buffers[0].capacity or len(plan.components) > len(buffers):
                 self._outgrown.append(buffers)
                 self.grow(buffers[0].short.packed.device, max(entries, buffers[0].capacity), components)
+        self.is_complete = False
         self._update(plan, lambda buffer: buffer.short, piece_for(entries))
-        if self.has_long:
-            self._update(plan, lambda buffer: buffer.long, 1)
 
-    def begin_long(self, plan: BatchPlan | None) -> None:
-        """Write plans for long inputs from now on, beginning with the one that was written last."""
-        if not self.has_long:
-            self.has_long = True
-            if plan is not None:
-                self._update(plan, lambda buffer: buffer.long, 1)
+    def complete(self, call: Call) -> None:
+        """Copy a call's plan, which was written last, into the parts for long inputs as well, if it may read them."""
+        if self.has_long and not self.is_complete and (self.is_compiled or not call.packed):
+            most = piece_for(call.plan.segments.num_entries) if call.packed else 1
+            self._update(call.plan, lambda buffer: buffer.long, most)
+            self.is_complete = True
 
     def _update(self, plan: BatchPlan, of: Callable[[PlanBuffer], SegmentBuffer], most: int) -> None:
         for buffers in (*self.by_device.values(), *self._outgrown):

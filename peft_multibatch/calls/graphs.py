@@ -128,19 +128,19 @@ class Graph:
                     torch._dynamo.mark_static_address(table.rows)
                 if self._tables.add(bank, place):
                     self.forget()
+                self._buffers.is_compiled = True
                 self.prepare(call, place, is_long=True)  # or later, whatever the input's size is now
         return True
 
     def prepare(self, call: Call, device: torch.device, is_long: bool = False) -> None:
-        """Write the plan of a call to the fixed address on a device, for the current stream; also for long inputs."""
+        """Write the plan of a call to the fixed address on a device, for the current stream and this kind of input."""
         with self._lock:
             if str(device) not in self.buffers:
                 self._buffers.grow(device, call.plan.segments.num_entries, self.components)
                 self._written = None
-            if is_long:
-                self._buffers.begin_long(self._written)
+            self._buffers.has_long |= is_long
             if self._written is call.plan or call.for_graphs or not self.contended:
-                self._write(call.plan)
+                self._write(call)
             if self.contended:  # the calling layer writes rows to the tables itself
                 self._tables.forget()
 
@@ -174,7 +174,7 @@ class Graph:
             if self._tables.add(bank, device):
                 self.forget()
             buffers = self.buffers[str(device)]
-            is_long &= self._buffers.has_long  # not if no call has had a long input before the capture
+            is_long &= self._buffers.is_complete  # not if no call has had a long input before the capture
             self.captures.note(is_users=is_capturing and not call.for_graphs, components=len(buffers))
         return [(each.long if is_long else each.short).packed for each in buffers], bank.graph_tables
 
@@ -296,7 +296,7 @@ class Graph:
         thread.samples = samples[0] if len(set(samples)) == 1 else 0
         thread.active, self.active = bool(samples), bool(calls)
         if calls and not self.contended and self._tables and not calls[0].is_media:  # which no graph runs
-            self._write(calls[0].plan)
+            self._write(calls[0])
 
     def _look_apart(self, calls: Sequence[Call]) -> None:
         if self.is_traced:
@@ -318,13 +318,14 @@ class Graph:
             self._positions.fill([*self._in_use(), *plan.adapters.values()], live, self.banks)
             self._synced = plan, live, is_trained
 
-    def _write(self, plan: BatchPlan) -> None:
-        """Write a plan to the fixed address, for the current streams."""
+    def _write(self, call: Call) -> None:
+        """Write the plan of a call to the fixed address, for the current streams."""
         with self._lock:
-            if self._written is not plan:
-                self._tables.bring_up_to_date(plan, self.captures)
-                self._buffers.write(plan, self.components)
-                self._written = plan
+            if self._written is not call.plan:
+                self._tables.bring_up_to_date(call.plan, self.captures)
+                self._buffers.write(call.plan, self.components)
+                self._written = call.plan
+            self._buffers.complete(call)
             self._buffers.follow()
 
     def outgrown_by(self, plan: BatchPlan) -> bool:

@@ -114,8 +114,9 @@ def add_(
         widths: ``N`` of each slice.
         plan: int32, the contents of a [`SegmentBuffer`][peft_multibatch.SegmentBuffer] on the device. Segments of more
             than 16 entries are slow; [`Segments.cut`][peft_multibatch.Segments.cut] splits them.
-        long_plan: int32, the same plan cut into single entries, which is read instead if ``x`` has eight or more rows
-            for each index of dimension 0, because segments of more than 16 rows are slow as well.
+        long_plan: int32, the same plan, which is read instead if ``x`` has eight or more rows for each index of
+            dimension 0. If these are samples, it should be cut into single entries, because segments of more than 16
+            rows are slow as well.
         table: int64 ``[slots, I, 4]``: addresses of ``lora_A`` and ``lora_B``, rank, bits of the float32 scaling;
             slots may be any distance apart in memory.
         rank: largest rank in the table.

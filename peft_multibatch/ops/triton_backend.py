@@ -272,8 +272,8 @@ def add_(ys: Sequence[Tensor], x: Tensor, widths: Sequence[int], plan: Tensor, t
     """Add the deltas of ``x`` to ``ys`` for the plan that is in a buffer when the kernels run.
 
     No launch parameter depends on the plan. There are programs for the most segments that a plan without mixtures can
-    have, cut into pieces as ``piece_for`` says. Mixtures can have more, and then programs loop. Longer segments work
-    too, but with few programs. Arguments are as in ``product``.
+    have, cut into pieces as ``piece_for`` says. Mixtures and plans of single entries can have more, and then programs
+    loop. Longer segments work too, but with few programs. Arguments are as in ``product``.
     """
     if not x.numel():
         return

@@ -106,6 +106,38 @@ def test_what_graphs_of_long_inputs_read_is_cut_into_samples(compiled):
     assert [(plan.num_segments, plan.longest) for plan in plans] == [(2, 6), (8, 1)]
 
 
+def test_compiled_layers_in_continuous_batching_read_pieces():
+    """All tokens of a step are in one row of the input, and each is an entry."""
+    model, mb = enabled()
+    layer = model.get_base_model().model.layers[0].mlp
+    torch._dynamo.reset()
+    fast = torch.compile(layer, backend="aot_eager" if DEVICE == "cpu" else "inductor", fullgraph=True)
+    x = torch.randn(1, 40, SIZES["hidden_size"], device=DEVICE)
+    for slots in ([0] * 20 + [1, 2] * 10, [2] * 40):
+        with torch.no_grad(), mb._router.routing(slots, expands=False, packed=True):
+            assert_close(fast(x), layer(x))
+        ((buffer,),) = mb._router.graph.buffers.values()
+        plans = [Segments.unpack(each.packed) for each in (buffer.short, buffer.long)]
+        assert [plan.slots for plan in plans] == [slots, slots]
+        assert plans[0].num_segments == plans[1].num_segments < 6
+
+
+def test_steps_of_continuous_batching_write_one_plan():
+    """Also after longer inputs, whose plan would cost more than that of the step."""
+    model, mb = enabled()
+    logits(model, length=9)
+    ((buffer,),) = mb._router.graph.buffers.values()
+    before = buffer.long.packed.clone()
+    slots = [mb.adapter_names.index("four")] * 12
+    with torch.no_grad(), mb._router.routing(slots, expands=False, packed=True) as call:
+        call.inside, call.for_graphs = True, True
+        mb._router.graph.prepare(call, buffer.short.packed.device)
+        assert Segments.unpack(buffer.short.packed).slots == slots
+        assert torch.equal(buffer.long.packed, before)
+    logits(model, length=9)
+    assert torch.equal(Segments.unpack(buffer.long.packed).pack(), Segments.unpack(before).pack())
+
+
 @pytest.mark.parametrize("compiled", [(True, 1)], indirect=True)
 def test_sizes_of_inputs_are_no_condition_of_graphs(compiled):
     _, mb, fast, graphs = compiled

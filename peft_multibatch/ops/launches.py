@@ -40,6 +40,10 @@ class Launch(NamedTuple):
         expand_warps: warps per program of ``expand_kernel``.
         expand_tiles: programs of ``expand_kernel`` that share a segment's rows.
         expand_block_t: rows per tile of these.
+        by_columns: whether ``expand_kernel`` starts the programs for a block of columns one after another, instead of
+            those for a segment.
+        shrink_stages: blocks of x and ``lora_A`` that are on their way at once.
+        shrink_registers: the most registers of a thread of ``shrink_kernel``; 0 leaves that to the compiler.
     """
 
     tiles: int
@@ -52,6 +56,9 @@ class Launch(NamedTuple):
     expand_warps: int
     expand_tiles: int
     expand_block_t: int
+    by_columns: bool = False
+    shrink_stages: int = 3
+    shrink_registers: int = 0
 
 
 class Limits(NamedTuple):
@@ -125,7 +132,8 @@ def choose(
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
     per segment, tiles are tall, so that weights are read once for many rows, and K is split until all multiprocessors
     have programs; in prefill, where y is most of the memory traffic, a program keeps its columns of ``lora_B`` for
-    several short tiles, so that more of y is on its way.
+    several short tiles, so that more of y is on its way. Ranks above 32 have large blocks, of which a fourth is on its
+    way if no program has to wait for another's memory.
 
     Args:
         num_segments: segments of the plan, or those for which a graph has programs.
@@ -137,12 +145,12 @@ def choose(
         limits: those of the GPU.
     """
     processors, shared = limits
-    expand, is_single = None, len(widths) == 1
+    expand, is_single, by_columns = None, len(widths) == 1, False
     if longest <= 64:
         block_t, tiles = 16, _cdiv(longest, 32)
         programs = num_segments * tiles
         columns = programs * sum(widths)
-        is_long = num_inputs > 8192
+        is_long, by_columns = num_inputs > 8192, columns >= 3072 * processors
         if rank > 32:
             block_k, part, shrink_warps = 64, 256 if is_single else 512, 4
         elif programs < 32:
@@ -154,7 +162,7 @@ def choose(
         if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
             if is_single:
                 block_n, expand_warps = 512, 8
-            elif columns < 3072 * processors:
+            elif not by_columns:
                 block_n = 512
         while block_n > 64 and columns < block_n * processors // 8:
             block_n //= 2
@@ -188,7 +196,15 @@ def choose(
     )
     sums = SUMS_OF_TWO_SPLITS if launch.splits == 2 else SUMS
     expand_block_t, block_n = fit_expand(launch.expand_block_t, block_n, rank, itemsize, shared, sums)
-    return launch._replace(expand_block_t=expand_block_t, block_n=block_n)
+    launch = launch._replace(expand_block_t=expand_block_t, block_n=block_n, by_columns=by_columns)
+    if rank > 32:
+        programs = num_segments * launch.tiles * launch.splits * len(widths)
+        stage = (rank + block_t) * block_k * itemsize
+        if programs <= processors * (shared // (4 * stage + 1024)):  # all of them run at once
+            launch = launch._replace(shrink_stages=4)
+        if block_t == block_k == 64 and not is_single and rank <= 128 and 3 * (3 * stage + 1024) <= shared:
+            launch = launch._replace(shrink_registers=80)  # so that three programs run on a multiprocessor
+    return launch
 
 
 # What kernels need is up to the compiler. These bounds hold for everything that tests/ops/shared_memory.py compiles.

@@ -45,19 +45,21 @@ class Product:
         self._offset1, self._offset2 = (sum(widths[:i]) * size if i < len(widths) else 0 for i in (1, 2))
         shared = DTYPES[key.weights], key.is_aligned, dependent, key.loops
         options = {"launch_pdl": True} if dependent else {}
-        self._shrink_grid = key.num_segments * launch.tiles, launch.splits, len(widths)
+        self._shrink_grid = key.num_segments * launch.tiles * launch.splits * len(widths), 1, 1
         self._shrink_args = (
-            key.stride_table, num_rows, num_inputs, key.stride_x, launch.split_blocks, launch.tiles,
+            key.stride_table, num_rows, num_inputs, key.stride_x, launch.splits, launch.split_blocks, launch.tiles,
             len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
-        self._shrink_options = {"num_warps": launch.shrink_warps, **options}
+        self._shrink_options = {"num_warps": launch.shrink_warps, "num_stages": launch.shrink_stages, **options}
+        if launch.shrink_registers and torch.version.hip is None:
+            self._shrink_options["maxnreg"] = launch.shrink_registers
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
-        self._expand_grid = key.num_segments * launch.expand_tiles, columns, 1
+        self._expand_grid = key.num_segments * launch.expand_tiles * columns, 1, 1
         self._expand_args = (
             key.stride_table, num_rows, *[*widths, *[widths[0]] * self._missing],
             *[*key.strides, *[key.strides[0]] * self._missing],
             launch.expand_tiles, len(widths), rank, launch.expand_block_t, launch.block_n, launch.splits, key.adds,
-            *shared,
+            *shared, launch.by_columns,
         )  # fmt: skip
         self._expand_options = {"num_warps": launch.expand_warps, **options}
         self._bare: tuple | None = None

@@ -34,8 +34,12 @@ def grad_x_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (segments × tiles of rows, blocks of columns). Rows without an adapter get zeros, unless ``IN_PLACE``."""
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """Grid: segments × tiles of rows × blocks of columns, of which the last vary fastest. Rows without an adapter get
+    zeros, unless ``IN_PLACE``.
+    """
+    blocks = tl.cdiv(num_inputs, BLOCK_C)
+    rest, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    index, tile = rest // tiles, rest % tiles
     num_entries, _, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     per_entry = num_rows // num_entries
     first = start * per_entry + tile * BLOCK_T
@@ -44,7 +48,7 @@ def grad_x_kernel(
     if IN_PLACE:  # noqa: SIM102
         if slot < 0:
             return
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
     position = first + tl.arange(0, BLOCK_T)
     live = position < stop * per_entry
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
@@ -72,7 +76,6 @@ def grad_x_kernel(
             if DROPS:
                 key, step, threshold = drop_row(drops, steps, slot, i, SLICES)
                 if threshold > 0:
-                    block = tl.program_id(1)
                     keep = keep_tile(key, step, threshold, position, start, per_entry, block, BLOCK_T, BLOCK_C)
                     total = tl.where(keep, total, before)
     rows = _rows(position, live, is_permuted, permutation, per_entry)

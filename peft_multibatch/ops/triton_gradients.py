@@ -162,10 +162,10 @@ def _expand(each: Pass, to: Sequence[Tensor], sources: Sequence[Tensor], h: Tens
     most = triton.cdiv(longest, block_t)
     # a program reads its weights once for several tiles of rows, if there are still enough programs for the whole GPU
     tiles = min(most, max(triton.cdiv(most, 8), triton.cdiv(8 * processors, blocks * segments.num_segments)))
-    expand_kernel[segments.num_segments * tiles, blocks](
+    expand_kernel[segments.num_segments * tiles * blocks,](
         *_three(to), *_three(sources), h, *each.where(segments), num_rows,
         *_three([y.shape[1] for y in to]), *_three([y.stride(0) for y in to]),
-        tiles, slices, rank, block_t, block_c, is_in_place, *each.weights, num_warps=4,
+        tiles, blocks, slices, rank, block_t, block_c, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def _grad_x(each: Pass, grad_x: Tensor, ds: Tensor, is_in_place: bool) -> None:
     block_c, block_r = 128 if rank <= 32 else 64, min(rank, 64)
     segments, longest = each.pieces(num_rows)
     tiles = triton.cdiv(longest, block_t)
-    grad_x_kernel[segments.num_segments * tiles, triton.cdiv(grad_x.shape[1], block_c)](
+    grad_x_kernel[segments.num_segments * tiles * triton.cdiv(grad_x.shape[1], block_c),](
         grad_x, ds, *each.where(segments), num_rows, grad_x.shape[1], grad_x.stride(0),
         tiles, *each.dropout(), slices, rank, block_t, block_c, block_r, is_in_place, *each.weights, num_warps=4,
     )  # fmt: skip

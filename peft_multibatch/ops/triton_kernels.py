@@ -6,6 +6,9 @@ loads, none of which waits for the host, or for the kernel launched right before
 written by kernels, and are copied from the host. Segments without an adapter and slots of rank 0 are skipped. Graphs
 don't know the number of segments at launch and use ``LOOP``: their programs loop until all segments are done.
 
+A GPU starts programs in the order of their numbers. Those of a segment come one after another, so that slices and
+blocks of columns share rows in the cache, and that programs for which there is no segment come last.
+
 Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order, so the same
 input gives the same bits.
 """
@@ -94,7 +97,7 @@ def _shrink_segment(
 
 
 # These numbers change between calls; specializing on them would compile kernels in the middle of a user's batch.
-@triton.jit(do_not_specialize=["stride_table", "num_rows", "split_blocks", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "splits", "split_blocks", "tiles"])
 def shrink_kernel(
     h,  # [SPLITS, T, SLICES, R]
     x,  # [T, K]
@@ -104,6 +107,7 @@ def shrink_kernel(
     num_rows,
     num_inputs,
     stride_x,
+    splits,
     split_blocks,
     tiles,
     SLICES: tl.constexpr,
@@ -116,14 +120,15 @@ def shrink_kernel(
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Grid: (segments (fewer with ``LOOP``) × tiles, splits of K, slices).
+    """Grid: segments (fewer with ``LOOP``) × tiles × splits of K × slices, of which the last vary fastest.
 
     With ``ONE_BLOCK``, a split is a single block, whose weights are loaded before the preceding kernel has ended.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    split, i = tl.program_id(1), tl.program_id(2)
+    i, rest = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES
+    split, rest = rest % splits, rest // splits
+    index, tile = rest // tiles, rest % tiles
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     if LOOP:
         while index < num_segments:
@@ -138,7 +143,7 @@ def shrink_kernel(
                     num_rows, num_inputs, stride_x, split_blocks, tiles,
                     SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
-            index += tl.num_programs(0) // tiles
+            index += tl.num_programs(0) // (SLICES * splits * tiles)
             _, _, _, _, slot, start, stop, _ = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:
@@ -227,13 +232,24 @@ def expand_kernel(
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
 ):
-    """Grid: (segments (fewer with ``LOOP``) × tiles, blocks of columns of all slices together).
+    """Grid: segments (fewer with ``LOOP``) × tiles × blocks of columns of all slices together, of which the last vary
+    fastest, or with ``BY_COLUMNS`` the first.
 
     Without ``ADDS``, deltas are written instead of added, zeros for rows without an adapter; not with ``LOOP``.
     """
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    block = tl.program_id(1)
+    blocks = tl.cdiv(width0, BLOCK_N)
+    if SLICES > 1:
+        blocks += tl.cdiv(width1, BLOCK_N)
+    if SLICES > 2:
+        blocks += tl.cdiv(width2, BLOCK_N)
+    places = tl.num_programs(0) // blocks
+    if BY_COLUMNS:
+        block, rest = tl.program_id(0) // places, tl.program_id(0) % places
+    else:
+        block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    index, tile = rest // tiles, rest % tiles
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if not LOOP:
         is_done = index >= num_segments
@@ -268,7 +284,7 @@ def expand_kernel(
                     num_rows // num_entries, num_rows, width, stride, tiles,
                     SLICES, R, BLOCK_T, BLOCK_N, SPLITS, ADDS, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
-            index += tl.num_programs(0) // tiles
+            index += places // tiles
             _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:

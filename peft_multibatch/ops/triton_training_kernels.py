@@ -75,10 +75,9 @@ def shrink_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (segments × tiles of rows × slices). Slices vary fastest, so that shared input tiles are cached."""
-    i = tl.program_id(0) % SLICES
-    tile = tl.program_id(0) // SLICES % tiles
-    index = tl.program_id(0) // (SLICES * tiles)
+    """Grid: segments × tiles of rows × slices, of which the last vary fastest."""
+    i, rest = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES
+    index, tile = rest // tiles, rest % tiles
     num_entries, _, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     per_entry = num_rows // num_entries
     first = start * per_entry + tile * BLOCK_T
@@ -132,7 +131,7 @@ def shrink_kernel(
     tl.store(place, total.to(WEIGHTS), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "tiles", "blocks"])
 def expand_kernel(
     to0,
     to1,
@@ -152,6 +151,7 @@ def expand_kernel(
     stride1,
     stride2,
     tiles,
+    blocks,
     SLICES: tl.constexpr,
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -161,9 +161,12 @@ def expand_kernel(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (segments × programs that share a segment's rows, blocks of columns of all slices together)."""
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    i, block = _slice_of(tl.program_id(1), tl.cdiv(width0, BLOCK_C), tl.cdiv(width1, BLOCK_C), SLICES)
+    """Grid: segments × programs that share a segment's rows × blocks of columns of all slices together, of which the
+    last vary fastest.
+    """
+    rest, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    index, tile = rest // tiles, rest % tiles
+    i, block = _slice_of(block, tl.cdiv(width0, BLOCK_C), tl.cdiv(width1, BLOCK_C), SLICES)
     num_entries, _, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     row = table + slot.to(tl.int64) * stride_table + i * 4
     rank = tl.load(row + 2, mask=slot >= 0, other=0).to(tl.int32)

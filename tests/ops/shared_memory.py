@@ -74,7 +74,7 @@ def shared_memory(kernel, args, options, capability):
         if isinstance(value, Tensor) or (not parameter.do_not_specialize and value % 16 == 0):
             hints[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
-    options = {"num_warps": options["num_warps"]}
+    options = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
@@ -95,13 +95,14 @@ def main():
                 blocks = {
                     name: value for name, value in constants.items() if name in ("R", "SPLITS") or "BLOCK" in name
                 }
-                key = kernel.__module__, kernel.__name__, dtype, *blocks.items(), extra["num_warps"]
+                key = kernel.__module__, kernel.__name__, dtype, *blocks.items(), *extra.values()
                 if key in seen:
                     continue
                 seen[key] = shared_memory(kernel, args, extra, options.capability)
                 is_over |= seen[key] > options.limit
                 mark = "  <-- too much" if seen[key] > options.limit else ""
-                print(f"{seen[key]:7} {kernel.__module__[-16:]} {kernel.__name__} {dtype} {blocks}{mark}", flush=True)
+                name = f"{kernel.__module__[-16:]} {kernel.__name__}"
+                print(f"{seen[key]:7} {name} {dtype} {blocks} {extra}{mark}", flush=True)
     sys.exit(is_over)
 
 

@@ -218,10 +218,17 @@ def test_uneven_plans_are_cut_before_they_are_launched(slots, per_entry, most, a
         assert key.num_segments == plan.num_segments < len(slots)
 
 
-def test_a_graph_goes_round_more_segments_than_it_has_programs_for(monkeypatch):
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_graph_goes_round_more_segments_than_it_has_programs_for(by_columns, monkeypatch):
     """Every row of a mixture may have its own weight, and thus its own segment."""
     grids, original = [], triton_backend.Product
-    monkeypatch.setattr(triton_backend, "Product", lambda key, launch: grids.append(key) or original(key, launch))
+
+    def product(key, launch):
+        grids.append(key)
+        return original(key, launch._replace(by_columns=by_columns, block_n=16))
+
+    monkeypatch.setattr(triton_backend, "Product", product)
+    monkeypatch.setattr(triton_backend, "_products", {})
     parts = random_parts([[8, 4], [3, 0], [0, 0]], 36, [40, 24], torch.float32)
     table = table_of(parts, torch.float32)
     x = torch.randn(160, 36, device=DEVICE)
@@ -268,11 +275,32 @@ def test_weights_of_another_dtype_than_x():
     check([0, 1, 0], [[4], [8]], 40, [24], torch.float16, torch.float32)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_partial_sums(splits):
+def test_orders_of_programs(splits, slices, by_columns):
     launch = launches.with_splits(2, 16, splits, 32, 32, 4, 4, num_inputs=160)
     assert launch.splits == splits
-    check([0, 0, 1, -1, 0], [[8], [3]], 160, [70], rows=9, launch=launch)
+    launch = launch._replace(by_columns=by_columns)
+    check([0, 0, 1, -1, 0], [row[:slices] for row in RANKS], 160, [70, 33, 24][:slices], rows=9, launch=launch)
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "segments", "longest", "rank", "stages", "registers"),
+    [
+        (227, 8, 512, 64, 3, 0),  # blocks are twice as large, so two programs share a multiprocessor
+        (227, 8, 512, 128, 4, 80),
+        (227, 32, 256, 64, 4, 80),
+        (227, 32, 256, 128, 3, 80),  # more programs than can run at once
+        (227, 32, 256, 16, 3, 0),
+        (227, 32, 256, 256, 3, 0),
+        (64, 32, 256, 64, 3, 0),  # not even one program has room for a fourth block
+    ],
+)
+def test_large_ranks_have_as_many_blocks_on_their_way_as_fit(kilobytes, segments, longest, rank, stages, registers):
+    limits = launches.Limits(132, kilobytes * 1024)
+    found = launches.choose(segments, longest, 4096, (4096, 1024, 1024), rank, 2, limits)
+    assert (found.shrink_stages, found.shrink_registers) == (stages, registers)
 
 
 def test_a_table_follows_its_parts():

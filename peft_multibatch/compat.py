@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -26,8 +26,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from torch._C import DisableTorchFunction, DispatchKey, DispatchKeySet
 from torch._C import _current_autograd_node as current_node
 from torch._C import _current_graph_task_id as current_backward
+from torch._C import _ForceDispatchKeyGuard as ForcedKeys
 from torch._C import _FunctionBase as FunctionNode
 from torch._C import _is_fwd_grad_enabled as is_forward_mode_enabled
 from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_saved_tensors_hooks
@@ -35,7 +37,6 @@ from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_t
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.variable import Variable
-from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -65,16 +66,29 @@ __all__ = [
     "current_backward",
     "current_node",
     "dequantize_module_weight",
-    "disable_current_modes",
     "is_fake",
     "is_forward_mode_enabled",
     "lora",
+    "outside_of_tracing",
     "pop_saved_tensors_hooks",
     "push_saved_tensors_hooks",
     "saved_tensors_hooks",
     "set_adapter",
     "set_requires_grad",
 ]
+
+
+@contextlib.contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """A block whose operations run on tensors themselves, whatever this thread is tracing, transforming or observing.
+
+    torch keeps all of that in the thread's dispatch keys, apart from modes that override functions.
+    """
+    with (
+        DisableTorchFunction(),
+        ForcedKeys(DispatchKeySet(DispatchKey.BackendSelect), DispatchKeySet(DispatchKey.Undefined)),
+    ):
+        yield
 
 
 def after_backward(function: Callable[[], None]) -> None:

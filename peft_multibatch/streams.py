@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peft_multibatch.compat import disable_current_modes, is_fake
+from peft_multibatch.compat import is_fake, outside_of_tracing
 
 
 class _Device:
@@ -121,7 +121,7 @@ def keep_for_all(tensors: Iterable[Tensor]) -> None:
 
     Finalizers call this at any moment, such as while torch.compile traces a graph, which must not contain it.
     """
-    with disable_current_modes():
+    with outside_of_tracing():
         for tensor in tensors:
             if tensor.is_cuda and not is_fake(tensor):  # code that is traced makes tensors without memory
                 for stream in list(_known(tensor.device).streams.values()):

@@ -6,8 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C import DispatchKey, _IncludeDispatchKeyGuard
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_multibatch import streams
 
@@ -22,8 +26,9 @@ def freed(request, monkeypatch):
         calls.append(stream)
         if tensor.is_cuda:
             tensor.record_stream(stream)
-        else:
-            tensor.add(1)  # an operation that modes see
+        else:  # an operation that modes see, which no CPU has
+            with pytest.raises(NotImplementedError, match="from the 'CPU' backend"):
+                tensor.record_stream(torch._C.Stream(stream_id=0, device_index=0, device_type=1))
 
     device = tensor.device if tensor.is_cuda else torch.device("cuda", 99)
     if tensor.is_cuda:
@@ -48,6 +53,50 @@ def test_memory_is_freed_while_torch_traces_a_graph(freed):
     assert found.shape == (3,)
     assert calls
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+class Refused(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(function)
+
+
+class RefusedByDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(function)
+
+
+def inside(block):
+    """Run a function inside a block."""
+
+    def run(function):
+        with block():
+            function()
+
+    return run
+
+
+def by(transform):
+    """Run a function while another one is transformed."""
+    return lambda function: transform(lambda x: (function(), x.sum())[1])(torch.ones(2))
+
+
+STATES = {
+    "functions": inside(Refused),
+    "dispatch": inside(RefusedByDispatch),
+    "functional tensors": inside(FunctionalTensorMode),
+    "in a functional operation": inside(lambda: _IncludeDispatchKeyGuard(DispatchKey.Functionalize)),
+    "functionalize": by(torch.func.functionalize),
+    "grad": by(torch.func.grad),
+    "vmap": by(torch.vmap),
+    "inference": inside(torch.inference_mode),
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_memory_is_freed_in_any_state_of_a_thread(state, freed):
+    tensor, calls = freed
+    state(lambda: streams.keep_for_all([tensor]))
+    assert calls
 
 
 def test_tensors_of_traced_code_have_no_memory_to_keep(monkeypatch):

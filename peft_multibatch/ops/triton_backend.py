@@ -43,22 +43,28 @@ class Product:
         self._is_whole = key.is_whole
         size = key.y_dtype.itemsize
         self._offset1, self._offset2 = (sum(widths[:i]) * size if i < len(widths) else 0 for i in (1, 2))
-        shared = DTYPES[key.weights], key.is_aligned, dependent, key.loops
+        num_segments = min(key.num_segments, _MOST_PROGRAMS)
+        tiles, expand_tiles = (
+            min(each, _MOST_PROGRAMS // num_segments) for each in (launch.tiles, launch.expand_tiles)
+        )
+        loops = key.loops or num_segments < key.num_segments
+        shared = DTYPES[key.weights], key.is_aligned, dependent, loops
         options = {"launch_pdl": True} if dependent else {}
-        self._shrink_grid = key.num_segments * launch.tiles * launch.splits * len(widths), 1, 1
+        self._shrink_grid = len(widths), launch.splits, num_segments * tiles
         self._shrink_args = (
-            key.stride_table, num_rows, num_inputs, key.stride_x, launch.splits, launch.split_blocks, launch.tiles,
+            key.stride_table, num_rows, num_inputs, key.stride_x, launch.split_blocks, tiles,
             len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
         self._shrink_options = {"num_warps": launch.shrink_warps, "num_stages": launch.shrink_stages, **options}
         if launch.shrink_registers and torch.version.hip is None:
             self._shrink_options["maxnreg"] = launch.shrink_registers
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
-        self._expand_grid = key.num_segments * launch.expand_tiles * columns, 1, 1
+        grid = columns, num_segments * expand_tiles, 1
+        self._expand_grid = (grid[1], grid[0], 1) if launch.by_columns else grid
         self._expand_args = (
             key.stride_table, num_rows, *[*widths, *[widths[0]] * self._missing],
             *[*key.strides, *[key.strides[0]] * self._missing],
-            launch.expand_tiles, len(widths), rank, launch.expand_block_t, launch.block_n, launch.splits, key.adds,
+            expand_tiles, len(widths), rank, launch.expand_block_t, launch.block_n, launch.splits, key.adds,
             *shared, launch.by_columns,
         )  # fmt: skip
         self._expand_options = {"num_warps": launch.expand_warps, **options}
@@ -123,6 +129,7 @@ class Product:
 
 
 _LARGEST_WORKSPACE = 1 << 20  # the most bytes that a call keeps until it ends
+_MOST_PROGRAMS = 65535  # in dimensions 1 and 2 of a grid; programs go round what is left
 
 
 class ProductKey(NamedTuple):
@@ -194,7 +201,7 @@ def product(
         table: the bank's table.
         launch: the launch parameters; chosen automatically by default.
         loops: whether programs loop until all segments are done.
-        adds: whether deltas are added to ``ys`` or, without ``loops``, written there.
+        adds: whether deltas are added to ``ys`` or written there.
     """
     assert table.dtype is not None
     is_whole = len(ys) < len(widths)

@@ -6,8 +6,9 @@ loads, none of which waits for the host, or for the kernel launched right before
 written by kernels, and are copied from the host. Segments without an adapter and slots of rank 0 are skipped. Graphs
 don't know the number of segments at launch and use ``LOOP``: their programs loop until all segments are done.
 
-A GPU starts programs in the order of their numbers. Those of a segment come one after another, so that slices and
-blocks of columns share rows in the cache, and that programs for which there is no segment come last.
+A GPU starts programs in the order of their numbers, of which those in dimension 0 vary fastest. Programs of a segment
+come one after another, so that slices and blocks of columns share rows in the cache, and that those for which there is
+no segment come last. In a grid of one dimension, programs would have to compute their segment, which is slower.
 
 Partial sums over K are written as planes in float32 and added up by ``expand_kernel`` in a fixed order, so the same
 input gives the same bits.
@@ -97,7 +98,7 @@ def _shrink_segment(
 
 
 # These numbers change between calls; specializing on them would compile kernels in the middle of a user's batch.
-@triton.jit(do_not_specialize=["stride_table", "num_rows", "splits", "split_blocks", "tiles"])
+@triton.jit(do_not_specialize=["stride_table", "num_rows", "split_blocks", "tiles"])
 def shrink_kernel(
     h,  # [SPLITS, T, SLICES, R]
     x,  # [T, K]
@@ -107,7 +108,6 @@ def shrink_kernel(
     num_rows,
     num_inputs,
     stride_x,
-    splits,
     split_blocks,
     tiles,
     SLICES: tl.constexpr,
@@ -120,15 +120,14 @@ def shrink_kernel(
     PDL: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Grid: segments (fewer with ``LOOP``) × tiles × splits of K × slices, of which the last vary fastest.
+    """Grid: (slices, splits of K, segments (fewer with ``LOOP``) × tiles).
 
     With ``ONE_BLOCK``, a split is a single block, whose weights are loaded before the preceding kernel has ended.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i, rest = tl.program_id(0) % SLICES, tl.program_id(0) // SLICES
-    split, rest = rest % splits, rest // splits
-    index, tile = rest // tiles, rest % tiles
+    index, tile = tl.program_id(2) // tiles, tl.program_id(2) % tiles
+    split, i = tl.program_id(1), tl.program_id(0)
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, _ = _segment(plan, index)
     if LOOP:
         while index < num_segments:
@@ -143,7 +142,7 @@ def shrink_kernel(
                     num_rows, num_inputs, stride_x, split_blocks, tiles,
                     SLICES, R, BLOCK_T, BLOCK_K, ONE_BLOCK, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
-            index += tl.num_programs(0) // (SLICES * splits * tiles)
+            index += tl.num_programs(2) // tiles
             _, _, _, _, slot, start, stop, _ = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:
@@ -234,22 +233,16 @@ def expand_kernel(
     LOOP: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
 ):
-    """Grid: segments (fewer with ``LOOP``) × tiles × blocks of columns of all slices together, of which the last vary
-    fastest, or with ``BY_COLUMNS`` the first.
+    """Grid: (blocks of columns of all slices together, segments (fewer with ``LOOP``) × tiles), or with ``BY_COLUMNS``
+    the other way round.
 
-    Without ``ADDS``, deltas are written instead of added, zeros for rows without an adapter; not with ``LOOP``.
+    Without ``ADDS``, deltas are written instead of added, zeros for rows without an adapter.
     """
-    blocks = tl.cdiv(width0, BLOCK_N)
-    if SLICES > 1:
-        blocks += tl.cdiv(width1, BLOCK_N)
-    if SLICES > 2:
-        blocks += tl.cdiv(width2, BLOCK_N)
-    places = tl.num_programs(0) // blocks
     if BY_COLUMNS:
-        block, rest = tl.program_id(0) // places, tl.program_id(0) % places
+        place, block = tl.program_id(0), tl.program_id(1)
     else:
-        block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    index, tile = rest // tiles, rest % tiles
+        place, block = tl.program_id(1), tl.program_id(0)
+    index, tile = place // tiles, place % tiles
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if not LOOP:
         is_done = index >= num_segments
@@ -278,13 +271,16 @@ def expand_kernel(
             if ALIGNED:
                 lora_b = tl.multiple_of(lora_b, 16)
                 rank = tl.multiple_of(rank, 8)
-            if rank > 0:
+            if not ADDS or rank > 0:
                 _expand_segment(
                     y, h, lora_b, rank, scaling, start, stop, tile, i, block, is_permuted, permutation,
                     num_rows // num_entries, num_rows, width, stride, tiles,
                     SLICES, R, BLOCK_T, BLOCK_N, SPLITS, ADDS, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
-            index += places // tiles
+            if BY_COLUMNS:
+                index += tl.num_programs(0) // tiles
+            else:
+                index += tl.num_programs(1) // tiles
             _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:

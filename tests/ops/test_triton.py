@@ -275,6 +275,25 @@ def test_weights_of_another_dtype_than_x():
     check([0, 1, 0], [[4], [8]], 40, [24], torch.float16, torch.float32)
 
 
+@pytest.mark.parametrize("mix", [[0, 0, 1], [2, 0, -1, 1, 3, 0, -1, 2]], ids=str)
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_more_segments_and_tiles_than_a_grid_can_have(mix, by_columns, monkeypatch):
+    """With 65,535 of them, as on a GPU, this would take several GB."""
+    grids, original = [], triton_backend.Product
+
+    def product(key, launch):
+        grids.append(original(key, launch))
+        return grids[-1]
+
+    monkeypatch.setattr(triton_backend, "Product", product)
+    monkeypatch.setattr(triton_backend, "_products", {})
+    monkeypatch.setattr(triton_backend, "_MOST_PROGRAMS", 3)
+    launch = launches.with_splits(3, 16, 2, 32, 32, 4, 4, num_inputs=160)._replace(by_columns=by_columns)
+    check(mix, RANKS, 160, [70, 33, 24], rows=33, launch=launch)
+    places = [(each._shrink_grid[2], each._expand_grid[0 if by_columns else 1]) for each in grids]
+    assert len(places) == 2 and all(max(each) <= 3 for each in places)
+
+
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("splits", [1, 2, 3])

@@ -295,10 +295,15 @@ def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch
     per_adapter = triton.cdiv(point.rows, point.adapters)
     tiles = {16: chosen.tiles} if per_adapter <= 64 else {t: triton.cdiv(per_adapter, t) for t in (16, 32, 64, 128)}
     blocks = (64, 128, 256, 512) if per_adapter <= 64 and point.rank <= 32 else (32, 64, 128)
+    expand = chosen.expand_tiles, chosen.expand_block_t
     return [
-        cutting.with_splits(tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs)
+        cutting.with_splits(
+            tiles[t], t, splits, k, chosen.block_n, warps, chosen.expand_warps, point.inputs, expand
+        )._replace(by_columns=chosen.by_columns, shrink_stages=stages, shrink_registers=registers)
         for t in tiles
         for k in blocks
+        for stages in (3, 4)
+        for registers in {0, chosen.shrink_registers}
         for warps in (1, 2, 4, 8)
         for splits in {1, 2, 4, 8, 16, 32, triton.cdiv(point.inputs, k)}
         if splits <= triton.cdiv(point.inputs, k) and (t == 16 or (splits <= 4 and warps >= 2))
@@ -308,7 +313,10 @@ def shrink_launches(chosen: cutting.Launch, point: Point) -> list[cutting.Launch
 def expand_launches(chosen: cutting.Launch) -> list[cutting.Launch]:
     """Return launches that divide columns differently."""
     return [
-        chosen._replace(block_n=n, expand_warps=warps) for n in (32, 64, 128, 256, 512, 1024) for warps in (1, 2, 4, 8)
+        chosen._replace(block_n=n, expand_warps=warps, by_columns=by_columns)
+        for n in (32, 64, 128, 256, 512, 1024)
+        for warps in (1, 2, 4, 8)
+        for by_columns in (False, True)
     ]
 
 

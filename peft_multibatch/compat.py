@@ -37,6 +37,7 @@ from torch._C._autograd import _push_saved_tensors_default_hooks as push_saved_t
 from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.variable import Variable
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -82,10 +83,11 @@ __all__ = [
 def outside_of_tracing() -> Iterator[None]:
     """A block whose operations run on tensors themselves, whatever this thread is tracing, transforming or observing.
 
-    torch keeps all of that in the thread's dispatch keys, apart from modes that override functions.
+    torch keeps that in the thread's dispatch keys, and in modes, which subclasses of tensors see without these keys.
     """
     with (
         DisableTorchFunction(),
+        _disable_current_modes(),
         ForcedKeys(DispatchKeySet(DispatchKey.BackendSelect), DispatchKeySet(DispatchKey.Undefined)),
     ):
         yield

@@ -16,10 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_multibatch import streams
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+class Subclass(torch.Tensor):
+    """A tensor that passes operations on to another one, as those of quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        found = torch.Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        found.inner = tensor
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*[getattr(each, "inner", each) for each in args], **(kwargs or {}))
+
+
+@pytest.fixture(params=["cpu", "subclass", pytest.param("cuda", marks=pytest.mark.gpu)])
 def freed(request, monkeypatch):
     """A tensor that kernels may still read, and the calls of `record_stream`; on a CPU, a stand-in."""
-    tensor = torch.zeros(4, device=request.param)
+    tensor = torch.zeros(4, device="cuda" if request.param == "cuda" else "cpu")
+    if request.param == "subclass":
+        tensor = Subclass(tensor)
     calls = []
 
     def record_stream(stream):

@@ -42,8 +42,9 @@ class Launch(NamedTuple):
         expand_block_t: rows per tile of these.
         by_columns: whether ``expand_kernel`` starts the programs for a block of columns one after another, instead of
             those for a segment.
-        shrink_stages: blocks of x and ``lora_A`` that are on their way at once.
-        shrink_registers: the most registers of a thread of ``shrink_kernel``; 0 leaves that to the compiler.
+        shrink_stages: blocks of x and ``lora_A`` that are on their way at once, on NVIDIA's GPUs.
+        shrink_registers: the most registers of a thread of ``shrink_kernel``, on NVIDIA's GPUs; 0 leaves that to the
+            compiler.
     """
 
     tiles: int
@@ -203,7 +204,7 @@ def choose(
         if programs <= processors * (shared // (4 * stage + 1024)):  # all of them run at once
             launch = launch._replace(shrink_stages=4)
         if block_t == block_k == 64 and not is_single and rank <= 128 and 3 * (3 * stage + 1024) <= shared:
-            launch = launch._replace(shrink_registers=80)  # so that three programs run on a multiprocessor
+            launch = launch._replace(shrink_registers=80)  # so that more programs run on a multiprocessor
     return launch
 
 

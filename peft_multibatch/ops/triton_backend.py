@@ -55,9 +55,11 @@ class Product:
             key.stride_table, num_rows, num_inputs, key.stride_x, launch.split_blocks, tiles,
             len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
-        self._shrink_options = {"num_warps": launch.shrink_warps, "num_stages": launch.shrink_stages, **options}
-        if launch.shrink_registers and torch.version.hip is None:
-            self._shrink_options["maxnreg"] = launch.shrink_registers
+        self._shrink_options = {"num_warps": launch.shrink_warps, **options}
+        if torch.version.hip is None:
+            self._shrink_options["num_stages"] = launch.shrink_stages
+            if launch.shrink_registers:
+                self._shrink_options["maxnreg"] = launch.shrink_registers
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
         grid = columns, num_segments * expand_tiles, 1
         self._expand_grid = (grid[1], grid[0], 1) if launch.by_columns else grid

@@ -28,7 +28,7 @@ from peft_multibatch.ops.launches import Limits, fits
 
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
-# adapters of a batch, rows of each, slices: each way of choosing a launch
+# adapters of a batch, rows of each, slices: each way of choosing a launch; with several slices also for any plan
 BATCHES = [(4, 1, 1), (64, 1, 1), (64, 1, 3), (4, 128, 2), (10, 100, 3), (3, 512, 1), (32, 512, 1), (32, 512, 3)]
 
 
@@ -53,8 +53,9 @@ def launches(rank, dtype, limit):
     for segments, longest, slices in BATCHES if fits(rank, dtype.itemsize, limit) else ():
         table, widths = TableRows(rows, dtype, rank, True), [4096] * slices
         x, ys = torch.empty(1, 4096, dtype=dtype), [torch.empty(1, 4096, dtype=dtype) for _ in widths]
-        product = triton_backend.product(ys, x, widths, segments, longest, table)
-        product(ys, x, torch.zeros(8, dtype=torch.int32), rows)
+        for loops, adds in [(False, True), (True, True), (True, False)][: None if slices > 1 else 1]:
+            product = triton_backend.product(ys, x, widths, segments, longest, table, loops=loops, adds=adds)
+            product(ys, x, torch.zeros(8, dtype=torch.int32), rows)
     if fits(rank, dtype.itemsize, limit, trains=True):
         case = Case([[0, 0, 1]], [[rank] * 3] * 2, 256, [256] * 3, dtype, rows=64)
         product, _ = case.product(TritonProduct)
@@ -92,9 +93,8 @@ def main():
         for rank in map(int, options.ranks.split(",")):
             for kernel, args, extra in launches(rank, getattr(torch, dtype), options.limit):
                 constants = {p.name: a for p, a in zip(kernel.params, args) if p.is_constexpr}
-                blocks = {
-                    name: value for name, value in constants.items() if name in ("R", "SPLITS") or "BLOCK" in name
-                }
+                named = ("R", "SPLITS", "ADDS", "LOOP", "BY_COLUMNS")
+                blocks = {name: value for name, value in constants.items() if name in named or "BLOCK" in name}
                 key = kernel.__module__, kernel.__name__, dtype, *blocks.items(), *extra.values()
                 if key in seen:
                     continue

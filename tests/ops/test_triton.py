@@ -404,8 +404,13 @@ def test_a_graph_serves_every_mix():
 
 @pytest.mark.parametrize(
     ("capability", "limit", "ranks", "dtype"),
-    [(75, 64, "64,128", "float16"), (89, 99, "128,512", "float32"), (90, 227, "128,512", "float32")],
-    ids=["T4", "L4", "H100"],
+    [
+        (75, 64, "64,128", "float16"),
+        (89, 99, "128,512", "float32"),
+        (90, 227, "128,512", "float32"),
+        (90, 227, "64,128", "bfloat16"),  # shrink has fewer registers and more blocks
+    ],
+    ids=["T4", "L4", "H100", "H100 in half precision"],
 )
 def test_launches_fit_into_shared_memory(capability, limit, ranks, dtype):
     """On a T4, an L4 or RTX 4090, and an H100, for which the kernels are compiled here."""

@@ -44,9 +44,8 @@ class Product:
         size = key.y_dtype.itemsize
         self._offset1, self._offset2 = (sum(widths[:i]) * size if i < len(widths) else 0 for i in (1, 2))
         num_segments = min(key.num_segments, _MOST_PROGRAMS)
-        tiles, expand_tiles = (
-            min(each, _MOST_PROGRAMS // num_segments) for each in (launch.tiles, launch.expand_tiles)
-        )
+        most = _MOST_PROGRAMS // num_segments
+        tiles, expand_tiles = min(launch.tiles, most), min(launch.expand_tiles, most)
         loops = key.loops or num_segments < key.num_segments
         shared = DTYPES[key.weights], key.is_aligned, dependent, loops
         options = {"launch_pdl": True} if dependent else {}
@@ -55,11 +54,8 @@ class Product:
             key.stride_table, num_rows, num_inputs, key.stride_x, launch.split_blocks, tiles,
             len(widths), rank, launch.block_t, launch.block_k, launch.split_blocks == 1, *shared,
         )  # fmt: skip
-        self._shrink_options = {"num_warps": launch.shrink_warps, **options}
-        if torch.version.hip is None:
-            self._shrink_options["num_stages"] = launch.shrink_stages
-            if launch.shrink_registers:
-                self._shrink_options["maxnreg"] = launch.shrink_registers
+        nvidia = {"num_stages": launch.shrink_stages, "maxnreg": launch.shrink_registers or None}
+        self._shrink_options = {"num_warps": launch.shrink_warps, **options, **({} if torch.version.hip else nvidia)}
         columns = sum(triton.cdiv(width, launch.block_n) for width in widths)
         grid = columns, num_segments * expand_tiles, 1
         self._expand_grid = (grid[1], grid[0], 1) if launch.by_columns else grid

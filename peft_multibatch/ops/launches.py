@@ -197,15 +197,21 @@ def choose(
     )
     sums = SUMS_OF_TWO_SPLITS if launch.splits == 2 else SUMS
     expand_block_t, block_n = fit_expand(launch.expand_block_t, block_n, rank, itemsize, shared, sums)
-    launch = launch._replace(expand_block_t=expand_block_t, block_n=block_n, by_columns=by_columns)
+    stages, registers = 3, 0
     if rank > 32:
         programs = num_segments * launch.tiles * launch.splits * len(widths)
-        stage = (rank + block_t) * block_k * itemsize
+        stage = stage_memory(block_t, block_k, rank, itemsize)
         if programs <= processors * (shared // (4 * stage + 1024)):  # all of them run at once
-            launch = launch._replace(shrink_stages=4)
+            stages = 4
         if block_t == block_k == 64 and not is_single and rank <= 128 and 3 * (3 * stage + 1024) <= shared:
-            launch = launch._replace(shrink_registers=80)  # so that more programs run on a multiprocessor
-    return launch
+            registers = 80  # so that more programs run on a multiprocessor
+    return launch._replace(
+        expand_block_t=expand_block_t,
+        block_n=block_n,
+        by_columns=by_columns,
+        shrink_stages=stages,
+        shrink_registers=registers,
+    )
 
 
 # What kernels need is up to the compiler. These bounds hold for everything that tests/ops/shared_memory.py compiles.
@@ -214,9 +220,14 @@ SUMS, SUMS_OF_TWO_SPLITS, SUMS_IN_TRAINING = 2, 5, 4
 over one further split isn't a loop to the compiler, which then pipelines its loads."""
 
 
+def stage_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
+    """Bytes of a block of x and one of lora_A."""
+    return (rank + block_t) * block_k * itemsize
+
+
 def shrink_memory(block_t: int, block_k: int, rank: int, itemsize: int) -> int:
-    """Bytes of shared memory that a program of a shrink kernel needs at most: blocks of x and lora_A."""
-    return (3 if block_t >= 64 else 2) * (rank + block_t) * block_k * itemsize
+    """Bytes of shared memory that a program of a shrink kernel with three stages needs at most."""
+    return (3 if block_t >= 64 else 2) * stage_memory(block_t, block_k, rank, itemsize)
 
 
 def expand_memory(block_t: int, block_n: int, rank: int, itemsize: int, sums: int, shared: int) -> int:

@@ -238,11 +238,9 @@ def expand_kernel(
 
     Without ``ADDS``, deltas are written instead of added, zeros for rows without an adapter.
     """
-    if BY_COLUMNS:
-        place, block = tl.program_id(0), tl.program_id(1)
-    else:
-        place, block = tl.program_id(1), tl.program_id(0)
-    index, tile = place // tiles, place % tiles
+    axis: tl.constexpr = 0 if BY_COLUMNS else 1  # of segments and tiles
+    index, tile = tl.program_id(axis) // tiles, tl.program_id(axis) % tiles
+    block = tl.program_id(1 - axis)
     num_entries, num_segments, is_permuted, permutation, slot, start, stop, weight = _segment(plan, index)
     if not LOOP:
         is_done = index >= num_segments
@@ -277,10 +275,7 @@ def expand_kernel(
                     num_rows // num_entries, num_rows, width, stride, tiles,
                     SLICES, R, BLOCK_T, BLOCK_N, SPLITS, ADDS, WEIGHTS, ALIGNED, PDL,
                 )  # fmt: skip
-            if BY_COLUMNS:
-                index += tl.num_programs(0) // tiles
-            else:
-                index += tl.num_programs(1) // tiles
+            index += tl.num_programs(axis) // tiles
             _, _, _, _, slot, start, stop, weight = _segment(plan, tl.minimum(index, num_segments - 1))
         _end(PDL)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -133,8 +134,9 @@ def choose(
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
     per segment, tiles are tall, so that weights are read once for many rows, and K is split until all multiprocessors
     have programs; in prefill, where y is most of the memory traffic, a program keeps its columns of ``lora_B`` for
-    several short tiles, so that more of y is on its way. Ranks above 32 have large blocks, of which a fourth is on its
-    way if no program has to wait for another's memory.
+    several short tiles, so that more of y is on its way. The larger the rank, the fewer the splits, because
+    ``expand_kernel`` reads the sums of all splits for every block of columns. Ranks above 32 have large blocks, of
+    which a fourth is on its way if no program has to wait for another's memory.
 
     Args:
         num_segments: segments of the plan, or those for which a graph has programs.
@@ -152,14 +154,16 @@ def choose(
         programs = num_segments * tiles
         columns = programs * sum(widths)
         is_long, by_columns = num_inputs > 8192, columns >= 3072 * processors
+        wanted = processors * (8 if rank <= 32 else 3 if rank > 64 else 4 if is_single else 5)  # programs of shrink
         if rank > 32:
-            block_k, part, shrink_warps = 64, 256 if is_single else 512, 4
+            block_k, part, shrink_warps = 64, 256 if is_single and rank <= 128 else 512, 4
         elif programs < 32:
             block_k, part, shrink_warps = 256, 512 if is_long or len(widths) == 2 else 256, 2 if is_long else 4
         else:
             block_k, part, shrink_warps = 128, 256 if is_single else 512, 2
-        splits = min(_power_of_2(8 * processors // (programs * len(widths))), num_inputs // part)
-        block_n, expand_warps = 256, 8 if is_single and rank > 64 else 4
+        splits = _power_of_2(wanted // (programs * len(widths)))
+        splits = min(splits, num_inputs // part, 2048 // min(rank, 128))
+        block_n, expand_warps = 256, 8 if is_single and rank > 32 and (rank > 64 or splits >= 16) else 4
         if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
             if is_single:
                 block_n, expand_warps = 512, 8
@@ -186,7 +190,11 @@ def choose(
                 expand = _cdiv(longest, 128), 32
         else:
             block_k, shrink_warps = 64 if rank > 32 else 128, 4
-            splits = _power_of_2(min(3 * processors // programs, num_inputs // 512))
+            splits = min(3 * processors // programs, num_inputs // 512)
+            if rank > 64:  # more splits make shrink's loops shorter, and have expand add up more sums in each block
+                blocks = num_segments * longest * sum(widths) / block_n
+                splits = min(splits, int(12 * math.sqrt(num_inputs / blocks)))
+            splits = _power_of_2(splits)
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
     block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)

@@ -154,7 +154,7 @@ def choose(
         programs = num_segments * tiles
         columns = programs * sum(widths)
         is_long, by_columns = num_inputs > 8192, columns >= 3072 * processors
-        wanted = processors * (8 if rank <= 32 else 3 if rank > 64 else 4 if is_single else 5)  # programs of shrink
+        wanted = processors * (3 if rank > 64 else 4 if rank > 32 and is_single else 8)  # programs of shrink
         if rank > 32:
             block_k, part, shrink_warps = 64, 256 if is_single and rank <= 128 else 512, 4
         elif programs < 32:
@@ -198,8 +198,8 @@ def choose(
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
     block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)
-    if splits == 2 and rank > 64:
-        splits = 1  # two are slower than one or four, and need the most shared memory
+    if splits == 2 and rank > 32:  # slower than one or four, and needs the most shared memory
+        splits = 1 if rank > 64 else 4
     launch = with_splits(
         tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand
     )

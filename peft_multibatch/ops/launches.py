@@ -134,7 +134,7 @@ def choose(
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
     per segment, tiles are tall, so that weights are read once for many rows, and K is split until all multiprocessors
     have programs; in prefill, where y is most of the memory traffic, a program keeps its columns of ``lora_B`` for
-    several short tiles, so that more of y is on its way. The larger the rank, the fewer the splits, because
+    several short tiles, so that more of y is on its way. Large ranks have fewer splits, because
     ``expand_kernel`` reads the sums of all splits for every block of columns. Ranks above 32 have large blocks, of
     which a fourth is on its way if no program has to wait for another's memory.
 
@@ -155,14 +155,15 @@ def choose(
         columns = programs * sum(widths)
         is_long, by_columns = num_inputs > 8192, columns >= 3072 * processors
         wanted = processors * (3 if rank > 64 else 4 if rank > 32 and is_single else 8)  # programs of shrink
+        most = num_inputs
         if rank > 32:
             block_k, part, shrink_warps = 64, 256 if is_single and rank <= 128 else 512, 4
+            most = 32 if rank <= 64 else 16
         elif programs < 32:
             block_k, part, shrink_warps = 256, 512 if is_long or len(widths) == 2 else 256, 2 if is_long else 4
         else:
             block_k, part, shrink_warps = 128, 256 if is_single else 512, 2
-        splits = _power_of_2(wanted // (programs * len(widths)))
-        splits = min(splits, num_inputs // part, 2048 // min(rank, 128))
+        splits = min(_power_of_2(wanted // (programs * len(widths))), num_inputs // part, most)
         block_n, expand_warps = 256, 8 if is_single and rank > 32 and (rank > 64 or splits >= 16) else 4
         if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
             if is_single:
@@ -198,7 +199,7 @@ def choose(
             if 32 < rank <= 64:
                 block_n, expand_warps = 256, 8
     block_k = fit_shrink(block_t, block_k, rank, itemsize, shared)
-    if splits == 2 and rank > 32:  # slower than one or four, and needs the most shared memory
+    if splits == 2 and rank > 32:  # mostly slower, and needs the most shared memory
         splits = 1 if rank > 64 else 4
     launch = with_splits(
         tiles, block_t, max(1, splits), block_k, block_n, shrink_warps, expand_warps, num_inputs, expand

@@ -95,8 +95,9 @@ class StackedRows:
             own = (entries[start:stop, None].long() * per_entry + within).flatten()
             index[number, : len(own)] = own
             positions.append(number * length + torch.arange(size * per_entry, dtype=torch.int64, device="cpu"))
-        self._index, self._positions = index.flatten(), torch.cat(positions)
-        self._targets = self._index[self._positions]
+        self._index, live_positions = index.flatten(), torch.cat(positions)
+        self._targets = self._index[live_positions]
+        self._positions = live_positions if len(live_positions) < len(self._index) else None
 
     def take(self, x: Tensor) -> Tensor:
         """The rows of ``x`` as ``[G, rows per segment, K]``."""
@@ -109,8 +110,9 @@ class StackedRows:
         """Add ``h @ b``, ``[G, rows per segment, N]``, to the rows of ``y``."""
         count, length = self._shape
         if self._index is not None:
-            delta = torch.bmm(h, b).flatten(0, 1)
-            y.index_add_(0, self._targets, delta.index_select(0, self._positions))
+            # not index_add_, which sorts its index in several threads, and waits for all of them after each pass
+            rows = self.take(y).baddbmm_(h, b).flatten(0, 1)
+            y.index_copy_(0, self._targets, rows if self._positions is None else rows.index_select(0, self._positions))
         elif self._is_interleaved:
             y.unflatten(0, (length, count)).transpose(0, 1).baddbmm_(h, b)
         else:

@@ -134,9 +134,9 @@ def choose(
     at once. With many adapters, each has its own programs and bandwidth dominates, so splits are long. With many rows
     per segment, tiles are tall, so that weights are read once for many rows, and K is split until all multiprocessors
     have programs; in prefill, where y is most of the memory traffic, a program keeps its columns of ``lora_B`` for
-    several short tiles, so that more of y is on its way. Large ranks have fewer splits, because
-    ``expand_kernel`` reads the sums of all splits for every block of columns. Ranks above 32 have large blocks, of
-    which a fourth is on its way if no program has to wait for another's memory.
+    several short tiles, so that more of y is on its way. Large ranks have fewer splits, as ``expand_kernel`` reads
+    the sums of all splits for every block of columns. Ranks above 32 have large blocks, of which a fourth is on its
+    way if no program has to wait for another's memory.
 
     Args:
         num_segments: segments of the plan, or those for which a graph has programs.
@@ -154,16 +154,15 @@ def choose(
         programs = num_segments * tiles
         columns = programs * sum(widths)
         is_long, by_columns = num_inputs > 8192, columns >= 3072 * processors
-        wanted = processors * (3 if rank > 64 else 4 if rank > 32 and is_single else 8)  # programs of shrink
-        most = num_inputs
+        wanted, most = 8, num_inputs  # programs per multiprocessor, and splits
         if rank > 32:
             block_k, part, shrink_warps = 64, 256 if is_single and rank <= 128 else 512, 4
-            most = 32 if rank <= 64 else 16
+            wanted, most = (3, 16) if rank > 64 else (4 if is_single else 8, 32)
         elif programs < 32:
             block_k, part, shrink_warps = 256, 512 if is_long or len(widths) == 2 else 256, 2 if is_long else 4
         else:
             block_k, part, shrink_warps = 128, 256 if is_single else 512, 2
-        splits = min(_power_of_2(wanted // (programs * len(widths))), num_inputs // part, most)
+        splits = min(_power_of_2(wanted * processors // (programs * len(widths))), num_inputs // part, most)
         block_n, expand_warps = 256, 8 if is_single and rank > 32 and (rank > 64 or splits >= 16) else 4
         if programs >= 32 and num_segments * longest <= 512 and rank <= 32:
             if is_single:
